@@ -1,0 +1,63 @@
+"""asv: what a program pays before its first result, each time in a process of its own."""
+
+import subprocess
+import sys
+from tempfile import TemporaryDirectory, mkdtemp
+
+from benchmarks.shapes import shape_of
+
+# The arrays are there, the library is imported, and nothing has been compiled or loaded yet.
+BEFORE = """
+import os
+os.environ["NUMBA_CACHE_DIR"] = {folder!r}
+import numpy, nbnorm
+x = numpy.ones({shape}, "float32")
+"""
+CALLS = """
+y, mean, rstd = nbnorm.batch_norm_forward(x)
+nbnorm.batch_norm_backward(y, x, None, mean, rstd)
+"""
+
+
+class Import:
+    """numba is most of it: the second line is there to be subtracted."""
+
+    number = 1
+    rounds = 1
+    warmup_time = 0
+
+    def timeraw_nbnorm(self):
+        return "import nbnorm"
+
+    def timeraw_numba(self):
+        return "import numpy, numba"
+
+
+class FirstCall:
+    """First forward and backward: small shapes compile the serial kernels, large ones the parallel.
+
+    cold: no kernel is cached on disk; warm: an earlier process has left them there.
+    """
+
+    params = (["cold", "warm"], ["60x100", "8x16x64x64"])
+    param_names = ("cache", "shape")
+    number = 1
+    repeat = 3
+    rounds = 1
+    warmup_time = 0
+    timeout = 300
+
+    def setup(self, cache, name):
+        self.folder = TemporaryDirectory()
+        if cache == "warm":
+            subprocess.run([sys.executable, "-c", self.before(name) + CALLS], check=True)
+
+    def teardown(self, cache, name):
+        self.folder.cleanup()
+
+    def before(self, name, *, empty=False):
+        folder = mkdtemp(dir=self.folder.name) if empty else self.folder.name
+        return BEFORE.format(folder=folder, shape=shape_of(name))
+
+    def timeraw_first_call(self, cache, name):
+        return CALLS, self.before(name, empty=cache == "cold")

@@ -1,0 +1,38 @@
+"""Batch normalization (Ioffe & Szegedy 2015) as kernels for arrays."""
+
+from nbnorm.config import show_config
+from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
+from nbnorm.functional import (
+    BatchNormBackward,
+    BatchNormForward,
+    batch_norm_apply,
+    batch_norm_backward,
+    batch_norm_backward_apply,
+    batch_norm_backward_reduce,
+    batch_norm_forward,
+    batch_norm_inference,
+    batch_norm_stats,
+)
+from nbnorm.layer import BatchNorm
+from nbnorm.moments import Moments, update_running_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNormBackward",
+    "BatchNormForward",
+    "Moments",
+    "batch_norm_apply",
+    "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_reduce",
+    "batch_norm_forward",
+    "batch_norm_inference",
+    "batch_norm_stats",
+    "fold_batch_norm",
+    "fold_into_conv",
+    "fold_into_linear",
+    "show_config",
+    "update_running_stats",
+]

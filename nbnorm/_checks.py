@@ -1,0 +1,192 @@
+"""Every check of the public functions and its message: what the argument was, what was expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nbnorm._arrays import NDArray
+
+Shape = tuple[int, ...]
+
+
+def channel_axes(shape: Shape, axis: int | Shape) -> tuple[Shape, Shape, int]:
+    """Return the channel axes, ascending and not negative, their shape, and values per channel."""
+    try:
+        axes = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
+    except TypeError:
+        raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}") from None
+    return _channel_axes(shape, axes)
+
+
+@lru_cache(maxsize=1024)
+def _channel_axes(shape: Shape, given: Shape) -> tuple[Shape, Shape, int]:
+    ndim = len(shape)
+    axis = given[0] if len(given) == 1 else given
+    if ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions, got shape {shape}")
+    if not all(-ndim <= i < ndim for i in given):
+        raise ValueError(f"axis {axis} is out of range for x of shape {shape}")
+    axes = sorted(i % ndim for i in given)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis {axis} names an axis of x of shape {shape} twice")
+    if not axes:
+        raise ValueError("axis is an empty tuple, expected at least one channel axis")
+    if len(axes) == ndim:
+        raise ValueError(f"axis {axis} leaves no axis of x of shape {shape} to reduce")
+    m = prod(n for i, n in enumerate(shape) if i not in axes)
+    return tuple(axes), tuple(shape[i] for i in axes), m
+
+
+def channel_shape(
+    array: NDArray, name: str, expected: tuple[int, ...], x: NDArray, axis: int | tuple[int, ...]
+) -> None:
+    """Refuse a parameter or statistic that does not have the shape of the channel axes."""
+    if array.shape != expected:
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected {expected} "
+            f"for x of shape {x.shape} and axis {axis}"
+        )
+
+
+def same_shape(array: NDArray, name: str, x: NDArray) -> None:
+    """Refuse an array that does not have x's shape."""
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {x.shape}, the shape of x")
+
+
+def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
+    """Refuse an array that does not have x's dtype."""
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
+
+
+def writable(array: NDArray, name: str, instead: str) -> None:
+    """Refuse an array that cannot be written to, or whose elements share their memory."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only; {instead}")
+    if 0 in array.strides and any(
+        stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)
+    ):
+        raise ValueError(f"{name} is a broadcast array whose elements share memory; {instead}")
+
+
+def output(
+    out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray | None]], inplace: str
+) -> None:
+    """Refuse an out of another shape or dtype than x, or one that overlaps an input.
+
+    The input called `inplace` may be out itself: the same memory with the same strides.
+    """
+    same_shape(out, "out", x)
+    if out.dtype != x.dtype:
+        raise ValueError(f"out has dtype {out.dtype}, expected {x.dtype}, the dtype of x")
+    writable(out, "out", "pass one that can be written to, or none")
+    for name, array in inputs:
+        if array is None or not np.may_share_memory(out, array):
+            continue
+        if name == inplace and _same_view(out, array):
+            continue
+        if _overlap(out, array):
+            raise ValueError(
+                f"out overlaps {name} in memory without being it"
+                if name == inplace
+                else f"out overlaps {name} in memory"
+            )
+
+
+def _same_view(a: NDArray, b: NDArray) -> bool:
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.strides == b.strides
+        and a.shape == b.shape
+    )
+
+
+def _overlap(a: NDArray, b: NDArray) -> bool:
+    try:
+        return bool(np.shares_memory(a, b, max_work=1 << 16))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:  # not settled within bounds: refuse rather than corrupt
+        return True
+
+
+def epsilon(eps: float) -> float:
+    """Return eps as a float; refuse a negative one, NaN and infinity."""
+    value = number(eps, "eps")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    """Return a real number as a float."""
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+
+
+def relu(activation: str | None) -> bool:
+    """Whether the activation is ReLU; refuse one that is not known."""
+    if activation is None:
+        return False
+    if isinstance(activation, str) and activation == "relu":
+        return True
+    raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+
+
+def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:
+    """Return the four booleans that say which gradients are wanted."""
+    if (
+        not isinstance(mask, tuple | list)
+        or len(mask) != 4
+        or not all(isinstance(wanted, bool | np.bool_) for wanted in mask)
+    ):
+        raise ValueError(
+            f"output_mask must be 4 booleans (dx, dgamma, dbeta, dresidual), got {mask!r}"
+        )
+    dx, dgamma, dbeta, dresidual = (bool(wanted) for wanted in mask)
+    return dx, dgamma, dbeta, dresidual
+
+
+def enough_values(m: int, correction: float, x: NDArray) -> None:
+    """Refuse statistics of too few values for the variance that they are to give."""
+    if 0 < m <= correction:
+        raise ValueError(
+            f"expected more than {correction:g} value{'s' * (correction != 1)} per channel "
+            f"when training, got x of shape {x.shape}"
+        )
+
+
+def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
+    """Refuse one running statistic without the other, and none where they normalise."""
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var are required with training=False")
+
+
+def count(value: Any, x: NDArray) -> int:
+    """Return the number of values per channel that sums were taken over."""
+    try:
+        m = operator.index(value)
+    except TypeError:
+        raise TypeError(f"count must be an int, got {value!r}") from None
+    if m < (x.size > 0):
+        raise ValueError(f"count must be positive for x of shape {x.shape}, got {m}")
+    return m
+
+
+def correction(value: Any) -> float:
+    """Return what is taken from m in the running variance."""
+    taken = number(value, "correction")
+    if not math.isfinite(taken):
+        raise ValueError(f"correction must be finite, got {value}")
+    return taken

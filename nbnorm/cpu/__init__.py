@@ -1,0 +1,241 @@
+"""The CPU backend: six functions over (N, C, S) arrays.
+
+x, dy, y, residual, dx and dresidual are NumPy arrays of shape (N, C, S), none of it 0, of one dtype
+(float32 or float64), in the layout that `_layout` promises; everything of shape (C,) is float64 and
+contiguous. Nothing is checked here. beta in the backward functions is given where the ReLU mask is
+to be recomputed from x, y where it is to be read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from nbnorm.cpu import kernels
+from nbnorm.cpu.plan import Plan, plan
+
+NDArray = np.ndarray[Any, np.dtype[Any]]
+
+
+def stats(x: NDArray) -> tuple[NDArray, NDArray]:
+    """Mean and M2 of every channel."""
+    cut, run = _cut(x)
+    mean, m2, _ = _stats(_view(x), 0.0, cut, run)
+    return mean, m2
+
+
+def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, NDArray]:
+    partial = np.empty((4, cut.chunks, cut.grid[1]))
+    mean, m2, rstd = np.empty((3, cut.grid[1]))
+    run.stats[cut.parallel](x, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, partial)
+    kernels.finish_all(partial, eps, mean, m2, rstd)
+    return mean, m2, rstd
+
+
+def apply(
+    x: NDArray,
+    gamma: NDArray,
+    beta: NDArray,
+    mean: NDArray,
+    rstd: NDArray,
+    residual: NDArray | None,
+    relu: bool,
+    y: NDArray,
+) -> None:
+    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
+    cut, run = _cut(x)
+    _apply(_view(x), _view(residual), cut, run, (mean, rstd, gamma, beta), relu, _view(y))
+
+
+def _apply(x: Any, residual: Any, cut: Plan, run: Any, norm: Any, relu: bool, y: Any) -> None:
+    run.apply[cut.parallel](
+        x,
+        residual,
+        cut.grid,
+        cut.block,
+        cut.chunks,
+        cut.blocks * cut.chunks,
+        norm,
+        _floor(relu),
+        cut.streamed,
+        y,
+    )
+
+
+def forward(
+    x: NDArray,
+    gamma: NDArray,
+    beta: NDArray,
+    eps: float,
+    residual: NDArray | None,
+    relu: bool,
+    y: NDArray,
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Normalise x with its own statistics into y; return mean, M2 and rstd."""
+    cut, run = _cut(x)
+    x_, residual_, y_ = _view(x), _view(residual), _view(y)
+    if not cut.fused:
+        mean, m2, rstd = _stats(x_, eps, cut, run)
+        _apply(x_, residual_, cut, run, (mean, rstd, gamma, beta), relu, y_)
+        return mean, m2, rstd
+    partial = np.empty((4, cut.chunks, cut.grid[1]))
+    mean, m2, rstd = np.empty((3, cut.grid[1]))
+    run.forward[cut.parallel](
+        x_, residual_, cut.grid, cut.block, cut.blocks, (mean, rstd, gamma, beta), eps,
+        _floor(relu), cut.streamed, partial, m2, y_,
+    )  # fmt: skip
+    return mean, m2, rstd
+
+
+def backward_reduce(
+    dy: NDArray,
+    x: NDArray,
+    mean: NDArray,
+    rstd: NDArray,
+    gamma: NDArray,
+    beta: NDArray | None,
+    y: NDArray | None,
+) -> NDArray:
+    """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
+    cut, run = _cut(x)
+    return _reduce(_view(dy), _view(x), _view(y), cut, run, (mean, rstd, gamma, beta))
+
+
+def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
+    partial = np.empty((2, cut.chunks, cut.grid[1]))
+    sums = np.empty((2, cut.grid[1]))
+    run.reduce[cut.parallel](
+        dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm, partial
+    )
+    kernels.finish_all_sums(partial, norm, x[0], sums)
+    return sums
+
+
+def backward_apply(
+    dy: NDArray,
+    x: NDArray,
+    gamma: NDArray,
+    mean: NDArray,
+    rstd: NDArray,
+    sums: NDArray | None,
+    count: int,
+    beta: NDArray | None,
+    y: NDArray | None,
+    dx: NDArray | None,
+    dresidual: NDArray | None,
+) -> None:
+    """Write dx and dresidual, each where given; sums None: mean and rstd are constants."""
+    cut, run = _cut(x)
+    norm = (mean, rstd, gamma, beta)
+    _differentiate(
+        _view(dy),
+        _view(x),
+        _view(y),
+        cut,
+        run,
+        norm,
+        sums,
+        float(count),
+        _view(dx),
+        _view(dresidual),
+    )
+
+
+def _differentiate(
+    dy: Any,
+    x: Any,
+    y: Any,
+    cut: Plan,
+    run: Any,
+    norm: Any,
+    sums: Any,
+    count: float,
+    dx: Any,
+    dresidual: Any,
+) -> None:
+    run.differentiate[cut.parallel](
+        dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm, sums, count,
+        cut.streamed, dx, dresidual,
+    )  # fmt: skip
+
+
+def backward(
+    dy: NDArray,
+    x: NDArray,
+    gamma: NDArray,
+    mean: NDArray,
+    rstd: NDArray,
+    beta: NDArray | None,
+    y: NDArray | None,
+    dx: NDArray | None,
+    dresidual: NDArray | None,
+) -> NDArray:
+    """`backward_reduce`, then `backward_apply` with its sums, which are returned."""
+    cut, run = _cut(x)
+    norm = (mean, rstd, gamma, beta)
+    dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
+    count = float(x.shape[0] * x.shape[2])
+    if not cut.fused:
+        sums = _reduce(dy_, x_, y_, cut, run, norm)
+        _differentiate(dy_, x_, y_, cut, run, norm, sums, count, dx_, dresidual_)
+        return sums
+    partial = np.empty((2, cut.chunks, cut.grid[1]))
+    sums = np.empty((2, cut.grid[1]))
+    run.backward[cut.parallel](
+        dy_,
+        x_,
+        y_,
+        cut.grid,
+        cut.block,
+        cut.blocks,
+        norm,
+        count,
+        cut.streamed,
+        partial,
+        sums,
+        dx_,
+        dresidual_,
+    )
+    return sums
+
+
+def _cut(x: NDArray) -> tuple[Plan, Any]:
+    """Plan of a pass over x and the kernels of its traversal."""
+    cut = plan(*x.shape, x.itemsize, numba.get_num_threads())
+    return cut, getattr(kernels, cut.traversal)
+
+
+def _floor(relu: bool) -> float:
+    """Least value of y: one kernel serves with and without ReLU."""
+    return 0.0 if relu else -np.inf
+
+
+def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
+    """(memory, stride of n, stride of c) in values, as the kernels take an array.
+
+    Memory is one-dimensional, contiguous and writeable in type: one compiled kernel serves every
+    layout and read-only inputs, which no kernel writes to.
+    """
+    if array is None:
+        return None
+    N, C, S = array.shape
+    if array.flags.c_contiguous and array.flags.writeable:
+        return array.reshape(-1), C * S, S
+    n, c = (stride // array.itemsize for stride in array.strides[:2])
+    extent = (N - 1) * n + (C - 1) * c + S
+    return np.asarray(_Memory(array, extent)), n, c
+
+
+class _Memory:
+    """The memory an array spans, offered to NumPy as one writeable row."""
+
+    def __init__(self, array: NDArray, extent: int) -> None:
+        self.owner = array
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.__array_interface__["data"][0], False),
+            "shape": (extent,),
+            "typestr": array.dtype.str,
+        }

@@ -1,0 +1,163 @@
+"""How kernels are compiled: the only file that says parallel, cache, nogil or fastmath."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numba
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
+from numba.extending import overload
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+def ordered(function: Callable[..., Any]) -> Any:
+    """Compile arithmetic exactly as it is written, every operation rounded by itself.
+
+    LLVM optimises a function again in every kernel that it is inlined in. With "reassoc" it splits
+    a sum as it sees fit there, with "contract" it fuses a product that it has not moved to another
+    block, and two kernels disagree in the last bit (seen: sum dy of 256 values by itself and in the
+    fused backward). Lanes that are written out vectorise as well.
+    """
+    return numba.njit(**_OPTIONS)(function)
+
+
+def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function that returns None where its argument `name` is None.
+
+    The type decides. Numba prunes `if argument is None` only where it holds; elsewhere the result
+    would be Optional, and a loop over it would not vectorise. `fused`: a product and its sum are
+    one multiply-add; only for a product of what the innermost loop runs over, see `ordered`.
+    """
+    options = {"fastmath": {"contract"}, **_OPTIONS} if fused else _OPTIONS
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        position = list(inspect.signature(function).parameters).index(name)
+
+        @wraps(function)
+        def checked(*args: Any) -> Any:
+            return None if args[position] is None else function(*args)
+
+        @overload(checked, jit_options=options, strict=False)  # type: ignore[untyped-decorator]
+        def choose(*args: Any) -> Callable[..., Any]:
+            absent = isinstance(args[position], numba.types.NoneType)
+            return (lambda *args: None) if absent else function
+
+        return checked
+
+    return decorate
+
+
+class Kernel(NamedTuple):
+    """One source compiled twice; `kernel[parallel]` picks the twin, whose bits are the same."""
+
+    serial: Any
+    parallel: Any
+
+
+def kernel(name: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Compile a loop of one `prange` whose body is one call, serial and parallel.
+
+    One prange a kernel: several cost 2-3 s each to compile.
+    """
+
+    def compile_twins(function: Callable[..., Any]) -> Kernel:
+        return Kernel(
+            _cached(function, f"{name}_serial", parallel=False),
+            _cached(function, f"{name}_parallel", parallel=True),
+        )
+
+    return compile_twins
+
+
+def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function that is made several times a name of its own in compiled code.
+
+    Numba tells functions of one name apart by a counter, which starts anew in every process. Of two
+    kernels from the cache, compiled by two processes, one then calls the other's function (seen: a
+    rows kernel that summed by columns).
+    """
+
+    def rename(function: Callable[..., Any]) -> Callable[..., Any]:
+        copy = FunctionType(
+            function.__code__, function.__globals__, name, None, function.__closure__
+        )
+        copy.__module__, copy.__qualname__ = function.__module__, name
+        return copy
+
+    return rename
+
+
+def _cached(function: Callable[..., Any], name: str, *, parallel: bool) -> Any:
+    function = named(name)(function)
+    dispatcher = numba.njit(parallel=parallel, **_OPTIONS)(function)
+    if not numba.config.DISABLE_JIT:
+        with suppress(RuntimeError):  # no folder can be written to: compile in every process
+            dispatcher._cache = _KernelCache(function, name)
+    return dispatcher
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache, but one file for each kernel, signature, machine and state of the source.
+
+    Numba keys an entry by the function's own file and by its pickled closure: an edited callee in
+    another file would go unnoticed, and a closure over compiled functions never hits. And it
+    numbers the files of a function through an index, where two processes that compile at the same
+    time can take the same number, and one then loads the other's kernel.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        super().__init__(function)
+        self._kernel_name = name
+
+    def _path(self, sig: Any, codegen: Any) -> Path:
+        key = (numba.__version__, str(sig), codegen.magic_tuple(), _SOURCES)
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+        return Path(self.cache_path) / f"nbnorm-{self._kernel_name}-{digest}.nbc"
+
+    def _load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            reduced = pickle.loads(self._path(sig, target_context.codegen()).read_bytes())
+        except (OSError, EOFError, pickle.UnpicklingError):
+            return None
+        return self._impl.rebuild(target_context, reduced)
+
+    def _save_overload(self, sig: Any, data: Any) -> None:
+        if not self._impl.check_cachable(data):
+            return
+        self._impl.locator.ensure_cache_path()
+        path = self._path(sig, data.codegen)
+        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        with suppress(OSError):
+            part.write_bytes(dumps(self._impl.reduce(data)))
+            part.replace(path)
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# Taken now, with the import of what it describes: taken at the first compilation, an edit in
+# between would file the old kernel under the new source (seen: means wrong by 0.2).
+_SOURCES = _digest_of_sources()
+
+
+def cache_folder() -> str | None:
+    """Return the folder that compiled kernels are kept in, None where none can be written to."""
+    from nbnorm.cpu import kernels
+
+    return getattr(kernels.rows.stats.parallel._cache, "cache_path", None)

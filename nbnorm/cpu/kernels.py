@@ -1,0 +1,149 @@
+"""The loops over chunks and blocks of channels, one source for rows and columns.
+
+A kernel is one prange whose body is one call to a serial function; its serial twin makes the same
+calls in order. There are two ways through a pass. `stats` then `apply`, and `reduce` then
+`differentiate`, share out every (block, chunk) of the work. `forward` and `backward` give a thread
+a block of channels, which is still in its cache when it comes to be normalised.
+"""
+
+from types import ModuleType, SimpleNamespace
+
+from numba import prange
+
+from nbnorm.cpu import columns as _columns
+from nbnorm.cpu import rows as _rows
+from nbnorm.cpu.channel import finish, finish_sums
+from nbnorm.cpu.jit import kernel, named, ordered
+
+
+@ordered
+def channels(block, u, C):
+    """First channel of block u and the one after its last."""
+    return u * block, min((u + 1) * block, C)
+
+
+def _build(traversal: ModuleType) -> SimpleNamespace:
+    """Make the six kernels of a traversal; each is compiled at its first call."""
+    name = traversal.__name__.rpartition(".")[2]
+    stats_chunk, apply_chunk = traversal.stats, traversal.apply
+    reduce_chunk, differentiate_chunk = traversal.reduce, traversal.differentiate
+
+    @ordered
+    @named(f"{name}_stats_unit")
+    def stats_unit(x, grid, block, chunks, partial, u):
+        c0, c1 = channels(block, u // chunks, grid[1])
+        stats_chunk(x, grid, c0, c1, u % chunks, partial)
+
+    @kernel(f"{name}_stats")
+    def stats(x, grid, block, chunks, units, partial):
+        for u in prange(units):
+            stats_unit(x, grid, block, chunks, partial, u)
+
+    @ordered
+    @named(f"{name}_apply_unit")
+    def apply_unit(x, residual, grid, block, chunks, norm, floor, streamed, y, u):
+        c0, c1 = channels(block, u // chunks, grid[1])
+        apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, u % chunks, y)
+
+    @kernel(f"{name}_apply")
+    def apply(x, residual, grid, block, chunks, units, norm, floor, streamed, y):
+        for u in prange(units):
+            apply_unit(x, residual, grid, block, chunks, norm, floor, streamed, y, u)
+
+    @ordered
+    @named(f"{name}_forward_block")
+    def forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u):
+        """Statistics, then normalisation: norm's mean and rstd are written, then used."""
+        c0, c1 = channels(block, u, grid[1])
+        mean, rstd = norm[0], norm[1]
+        for k in range(partial.shape[1]):
+            stats_chunk(x, grid, c0, c1, k, partial)
+        for c in range(c0, c1):
+            mean[c], m2[c], rstd[c] = finish(partial, c, eps)
+        for k in range(partial.shape[1]):
+            apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
+
+    @kernel(f"{name}_forward")
+    def forward(x, residual, grid, block, units, norm, eps, floor, streamed, partial, m2, y):
+        for u in prange(units):
+            forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u)
+
+    @ordered
+    @named(f"{name}_reduce_unit")
+    def reduce_unit(dy, x, y, grid, block, chunks, norm, partial, u):
+        c0, c1 = channels(block, u // chunks, grid[1])
+        reduce_chunk(dy, x, y, grid, norm, c0, c1, u % chunks, partial)
+
+    @kernel(f"{name}_reduce")
+    def reduce(dy, x, y, grid, block, chunks, units, norm, partial):
+        for u in prange(units):
+            reduce_unit(dy, x, y, grid, block, chunks, norm, partial, u)
+
+    @ordered
+    @named(f"{name}_differentiate_unit")
+    def differentiate_unit(
+        dy, x, y, grid, block, chunks, norm, sums, count, streamed, dx, dresidual, u
+    ):
+        c0, c1 = channels(block, u // chunks, grid[1])
+        differentiate_chunk(
+            dy, x, y, grid, norm, sums, count, streamed, c0, c1, u % chunks, dx, dresidual
+        )
+
+    @kernel(f"{name}_differentiate")
+    def differentiate(
+        dy, x, y, grid, block, chunks, units, norm, sums, count, streamed, dx, dresidual
+    ):
+        for u in prange(units):
+            differentiate_unit(
+                dy, x, y, grid, block, chunks, norm, sums, count, streamed, dx, dresidual, u
+            )
+
+    @ordered
+    @named(f"{name}_backward_block")
+    def backward_block(
+        dy, x, y, grid, block, norm, count, streamed, partial, sums, dx, dresidual, u
+    ):
+        """The two sums, then dx."""
+        c0, c1 = channels(block, u, grid[1])
+        for k in range(partial.shape[1]):
+            reduce_chunk(dy, x, y, grid, norm, c0, c1, k, partial)
+        for c in range(c0, c1):
+            sums[0, c], sums[1, c] = finish_sums(partial, norm, c, x[0])
+        for k in range(partial.shape[1]):
+            differentiate_chunk(
+                dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual
+            )
+
+    @kernel(f"{name}_backward")
+    def backward(dy, x, y, grid, block, units, norm, count, streamed, partial, sums, dx, dresidual):
+        for u in prange(units):
+            backward_block(
+                dy, x, y, grid, block, norm, count, streamed, partial, sums, dx, dresidual, u
+            )
+
+    return SimpleNamespace(
+        stats=stats,
+        apply=apply,
+        forward=forward,
+        reduce=reduce,
+        differentiate=differentiate,
+        backward=backward,
+    )
+
+
+rows = _build(_rows)
+columns = _build(_columns)
+
+
+@ordered
+def finish_all(partial, eps, mean, m2, rstd):
+    """Mean, M2 and rstd of every channel, after `stats`."""
+    for c in range(mean.size):
+        mean[c], m2[c], rstd[c] = finish(partial, c, eps)
+
+
+@ordered
+def finish_all_sums(partial, norm, like, sums):
+    """The sums of every channel, after `reduce`."""
+    for c in range(sums.shape[1]):
+        sums[0, c], sums[1, c] = finish_sums(partial, norm, c, like)

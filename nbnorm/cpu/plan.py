@@ -1,0 +1,99 @@
+"""How a pass over (N, C, S) is cut up: tiles and chunks by shape, blocks and sharing by machine.
+
+What decides bits (traversal, tile, fold, chunk) follows from shape and dtype alone. Threads and
+caches decide which channels go together, in what order, and whether threads are used at all.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from nbnorm._layout import PLANE, SAMPLE
+
+TILE = 16 << 10  # bytes of a row summed in x's dtype: a third of L1
+CHUNK = 1 << 17  # values a chunk: the share of work that threads split a channel into
+CHUNK_ROWS = 128  # rows a chunk has at least
+
+SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
+SLAB = 1 << 20  # bytes of x that a thread's block of channels should stay within: its L2 cache
+STREAM_FROM = 64 << 20  # bytes of x: at 49 MiB ordinary stores are as fast, at 98 a fifth slower
+RUN = 16 << 10  # bytes read in sequence that keep the memory busy
+
+
+class Plan(NamedTuple):
+    """Cut of a pass.
+
+    `fused`: a thread takes whole channels through both halves. `streamed`: the output is too large
+    to be found in cache by whoever reads it next, and is stored past it.
+    """
+
+    traversal: str
+    grid: tuple[int, int, int, int, int]
+    chunks: int
+    block: int
+    blocks: int
+    fused: bool
+    parallel: bool
+    streamed: bool
+
+
+def by_rows(S: int) -> bool:
+    """Whether planes of S values are summed along themselves rather than down the samples."""
+    return S >= PLANE
+
+
+def fold_of(C: int, S: int) -> int:
+    """How many samples make one row of the column traversal."""
+    return max(1, SAMPLE // (C * S))
+
+
+@lru_cache(maxsize=1024)
+def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
+    """Cut a pass over N samples of C channels of S values, none of them 0."""
+    if by_rows(S):
+        across = _ceil(S, TILE // itemsize)
+        tile = _ceil(_ceil(S, across), 16) * 16
+        across = _ceil(S, tile)
+        per = max(1, CHUNK // tile)
+        chunks = _ceil(N * across, per)
+        grid = (N, C, S, tile, per)
+        block = max(1, min(RUN // (S * itemsize), SLAB // (N * S * itemsize)))
+    else:
+        fold = fold_of(C, S)
+        lines = _ceil(N, fold)
+        per = max(CHUNK_ROWS, CHUNK // (fold * C * S) // CHUNK_ROWS * CHUNK_ROWS)
+        chunks = _ceil(lines, per)
+        grid = (N, C, S, fold, per)
+        block = C if fold > 1 else max(1, RUN // (S * itemsize))
+    parallel = threads > 1 and N * C * S >= SERIAL_BELOW
+    if not by_rows(S) and fold == 1 and parallel:
+        slab = max(1, SLAB // (N * S * itemsize))
+        if slab * S * itemsize * 4 >= RUN:
+            block = min(block, slab)
+    block = min(block, C)
+    if parallel and by_rows(S):
+        block = min(block, max(1, C // (4 * threads)))
+    elif parallel and fold == 1 and chunks == 1:
+        block = min(block, max(1, _ceil(C, threads)))
+    blocks = _ceil(C, block)
+    resident = by_rows(S) or block * N * S * itemsize <= SLAB
+    fused = not parallel or (resident and blocks >= threads and _balanced(blocks, threads))
+    name = "rows" if by_rows(S) else "columns"
+    return Plan(
+        name,
+        grid,
+        chunks,
+        block,
+        blocks,
+        fused,
+        parallel,
+        by_rows(S) and N * C * S * itemsize >= STREAM_FROM,
+    )
+
+
+def _balanced(blocks: int, threads: int) -> bool:
+    """Whether an equal share of blocks keeps every thread busy three quarters of the time."""
+    return blocks / (_ceil(blocks, threads) * threads) >= 0.75
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

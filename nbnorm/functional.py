@@ -1,0 +1,698 @@
+"""The public functions: docstring, checks, allocation, order of steps; no arithmetic.
+
+Every check comes before the first kernel: an error leaves every array as it was.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nbnorm import _checks
+from nbnorm._arrays import Array, NDArray
+from nbnorm._frame import Frame, Target
+from nbnorm.moments import Moments, move, rstd_of
+
+Axis = int | tuple[int, ...]
+Mask = tuple[bool, bool, bool, bool]
+
+
+class BatchNormForward(NamedTuple):
+    """Result of `batch_norm_forward`.
+
+    Attributes
+    ----------
+    y : array
+        Normalised x: shape, dtype and order in memory of x.
+    mean, rstd : array of float64
+        Statistics that normalised x, 1 / sqrt(biased variance + eps), for the backward pass; of the
+        shape of the channel axes.
+    """
+
+    y: Array
+    mean: Array
+    rstd: Array
+
+
+class BatchNormBackward(NamedTuple):
+    """Result of `batch_norm_backward`; what was not asked for is None.
+
+    Attributes
+    ----------
+    dx : array or None
+        Gradient of x: shape, dtype and order in memory of x.
+    dgamma, dbeta : array or None
+        Gradients of gamma and beta, of the shape of the channel axes and of gamma's dtype.
+    dresidual : array or None
+        Gradient of the residual, like x. None where the forward's y was not given.
+    """
+
+    dx: Array | None
+    dgamma: Array | None
+    dbeta: Array | None
+    dresidual: Array | None
+
+
+def batch_norm_forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    correction: int = 1,
+    axis: Axis = 1,
+    residual: Array | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+) -> BatchNormForward:
+    """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
+
+    y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the mean
+    and the biased variance of the batch, or with the running ones where ``training=False``.
+
+    Parameters
+    ----------
+    x : array, at least 2-d
+        float32 or float64; NumPy, or anything with ``__dlpack__`` in CPU memory. Any strides; an
+        array that has no (N, C, S) view (cropped images, negative steps) is copied once.
+    gamma, beta : array of the shape of the channel axes, optional
+        Scale and shift: float32, float64, float16 or bfloat16. None: 1 and 0.
+    running_mean, running_var : array of the shape of the channel axes, optional
+        Population statistics, both or neither. In training they are updated **in place**, with
+        the variance M2 / (m - correction); otherwise they normalise and are left alone.
+    training : bool, default True
+        Whether the statistics of this batch normalise it.
+    momentum : float, default 0.1
+        Weight of the new statistic: running = (1 - momentum) running + momentum batch. PyTorch's
+        convention; 1 - momentum is Keras's.
+    eps : float, default 1e-5
+        Added to the variance.
+    correction : int, default 1
+        1: running_var takes the unbiased variance (PyTorch, cuDNN, Caffe, the paper); 0: the
+        biased one (Keras, ONNX, Flax).
+    axis : int or tuple of int, default 1
+        Channel axes, which keep their own statistics: 1 for NCHW and NC, -1 for channels-last,
+        (1, 2, 3) for every activation of its own.
+    residual : array of x's shape and dtype, optional
+        Added before the activation.
+    activation : {None, "relu"}
+        Applied last. NaN passes through.
+    out : array of x's shape and dtype, optional
+        Where to write y. It may be x itself; it may not otherwise overlap an input.
+
+    Returns
+    -------
+    BatchNormForward
+        (y, mean, rstd), arrays of x's library. y is `out` itself where given.
+
+    Raises
+    ------
+    TypeError
+        x not floating, masked, of non-native byte order or no array at all; residual of another
+        dtype; parameters or statistics not floating.
+    ValueError
+        Shapes, axis, eps, activation or out that do not fit; one running statistic without the
+        other; read-only ones in training; a single value per channel in training with
+        ``correction=1``.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), Algorithm 1; momentum as a running form of Algorithm 2. Statistics are
+    summed around a shift and merged in float64 by the formula of Chan, Golub & LeVeque (1983), so
+    that a mean of 1e6 standard deviations costs no digits. The result does not depend on the
+    number of threads, bit for bit. An empty batch leaves the running statistics alone. A NaN or
+    Inf stays in its channel.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)  # 2 samples, 2 channels
+    >>> y, mean, rstd = nbnorm.batch_norm_forward(x, eps=0.0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> mean
+    array([ 2., 20.])
+    """
+    frame = Frame(x, axis)
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    _checks.running_pair(running_mean, running_var, training)
+    mean_ = frame.per_channel(running_mean, "running_mean")
+    var_ = frame.per_channel(running_var, "running_var")
+    residual_ = frame.like_x(residual, "residual")
+    eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
+    _checks.correction(correction)
+    relu = _checks.relu(activation)
+    if training:
+        _checks.enough_values(frame.m, correction, frame.x)
+        for array, name in ((mean_, "running_mean"), (var_, "running_var")):
+            if array is not None:
+                _checks.writable(array, name, _UPDATE_BY_HAND)
+    out_ = frame.out(
+        out,
+        {
+            "x": frame.x,
+            "gamma": gamma_,
+            "beta": beta_,
+            "running_mean": mean_,
+            "running_var": var_,
+            "residual": residual_,
+        },
+        inplace="x",
+    )
+    if not training:
+        mean = frame.flat(mean_, 0).copy()  # the caller may go on to update running_mean
+        rstd = rstd_of(frame.flat(var_, 0), eps)
+        y = _apply(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
+    elif frame.empty:
+        mean, rstd = frame.flat(None, 0), frame.flat(None, 0)
+        y = frame.target(out_)
+    else:
+        y = frame.target(out_)
+        mean, m2, rstd = frame.backend.forward(
+            frame.view(frame.x),
+            frame.flat(gamma_, 1),
+            frame.flat(beta_, 0),
+            eps,
+            frame.view(residual_),
+            relu,
+            y.written,
+        )
+        if mean_ is not None and var_ is not None:
+            move(mean_, frame.unflat(mean), momentum)
+            move(var_, frame.unflat(m2) / (frame.m - correction), momentum)
+    return BatchNormForward(
+        frame.settle(y, out),
+        frame.home(frame.unflat(mean)),
+        frame.home(frame.unflat(rstd)),
+    )
+
+
+_UPDATE_BY_HAND = (
+    "it is updated in place; use batch_norm_stats and update_running_stats(..., inplace=False)"
+)
+
+
+def batch_norm_inference(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    mean: Array,
+    var: Array,
+    *,
+    eps: float = 1e-5,
+    axis: Axis = 1,
+    residual: Array | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Normalise x with population statistics.
+
+    y = act(gamma (x - mean) / sqrt(var + eps) + beta [+ residual]).
+
+    Parameters
+    ----------
+    x : array, at least 2-d
+        float32 or float64, as in `batch_norm_forward`.
+    gamma, beta : array of the shape of the channel axes, or None
+        Scale and shift. None: 1 and 0.
+    mean, var : array of the shape of the channel axes
+        Population mean and variance, any floating dtype.
+    eps : float, default 1e-5
+        Added to the variance.
+    axis : int or tuple of int, default 1
+        Channel axes.
+    residual : array of x's shape and dtype, optional
+        Added before the activation.
+    activation : {None, "relu"}
+        Applied last.
+    out : array of x's shape and dtype, optional
+        Where to write y. It may be x itself; it may not otherwise overlap an input.
+
+    Returns
+    -------
+    array
+        y: shape, dtype, order in memory and library of x; `out` itself where given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_forward`.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), Algorithm 2, line 11. To fold the same map into the weights of the layer
+    before it, see `fold_into_linear` and `fold_into_conv`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x = np.array([[1.0], [5.0]])
+    >>> nbnorm.batch_norm_inference(x, None, None, np.array([3.0]), np.array([4.0]), eps=0.0)
+    array([[-1.],
+           [ 1.]])
+    """
+    frame = Frame(x, axis)
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
+    residual_ = frame.like_x(residual, "residual")
+    eps, relu = _checks.epsilon(eps), _checks.relu(activation)
+    inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "var": var_}
+    out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
+    rstd = rstd_of(frame.flat(var_, 0), eps)
+    y = _apply(frame, gamma_, beta_, frame.flat(mean_, 0), rstd, residual_, relu, out_)
+    return frame.settle(y, out)
+
+
+def batch_norm_apply(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    mean: Array,
+    rstd: Array,
+    *,
+    axis: Axis = 1,
+    residual: Array | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Normalise x with a given mean and rstd: the second half of the training forward.
+
+    Parameters
+    ----------
+    x : array, at least 2-d
+        float32 or float64, as in `batch_norm_forward`.
+    gamma, beta : array of the shape of the channel axes, or None
+        Scale and shift. None: 1 and 0.
+    mean, rstd : array of the shape of the channel axes
+        Mean and 1 / sqrt(biased variance + eps), any floating dtype; float64 keeps the accuracy
+        of `batch_norm_forward` where the mean is large.
+    axis : int or tuple of int, default 1
+        Channel axes.
+    residual : array of x's shape and dtype, optional
+        Added before the activation.
+    activation : {None, "relu"}
+        Applied last.
+    out : array of x's shape and dtype, optional
+        Where to write y. It may be x itself; it may not otherwise overlap an input.
+
+    Returns
+    -------
+    array
+        y: shape, dtype, order in memory and library of x; `out` itself where given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_forward`.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), Algorithm 1, its last two lines.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x = np.array([[1.0], [3.0]])
+    >>> moments = nbnorm.batch_norm_stats(x)
+    >>> nbnorm.batch_norm_apply(x, None, None, moments.mean, moments.rstd(eps=0.0))
+    array([[-1.],
+           [ 1.]])
+    """
+    frame = Frame(x, axis)
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    residual_ = frame.like_x(residual, "residual")
+    relu = _checks.relu(activation)
+    inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "rstd": rstd_}
+    out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
+    y = _apply(
+        frame, gamma_, beta_, frame.flat(mean_, 0), frame.flat(rstd_, 0), residual_, relu, out_
+    )
+    return frame.settle(y, out)
+
+
+def _apply(
+    frame: Frame,
+    gamma: NDArray | None,
+    beta: NDArray | None,
+    mean: NDArray,
+    rstd: NDArray,
+    residual: NDArray | None,
+    relu: bool,
+    out: NDArray | None,
+) -> Target:
+    """Normalise frame.x with statistics that are float64 and of shape (C,)."""
+    y = frame.target(out)
+    if not frame.empty:
+        frame.backend.apply(
+            frame.view(frame.x),
+            frame.flat(gamma, 1),
+            frame.flat(beta, 0),
+            mean,
+            rstd,
+            frame.view(residual),
+            relu,
+            y.written,
+        )
+    return y
+
+
+def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
+    """Count, mean and M2 of every channel: the first half of the training forward.
+
+    Parameters
+    ----------
+    x : array, at least 2-d
+        float32 or float64, as in `batch_norm_forward`.
+    axis : int or tuple of int, default 1
+        Channel axes.
+
+    Returns
+    -------
+    Moments
+        (count, mean, m2): an int and float64 arrays of the shape of the channel axes. Moments of
+        several chunks merge exactly: ``first.merge(second, third)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        x or axis as in `batch_norm_forward`.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), Algorithm 1, its first two lines, with M2 = m var. One pass over x:
+    Chan, Golub & LeVeque (1983).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> nbnorm.batch_norm_stats(np.array([[1.0], [3.0]]))
+    Moments(count=2, mean=array([2.]), m2=array([2.]))
+    """
+    frame = Frame(x, axis)
+    if frame.empty:
+        mean, m2 = frame.flat(None, 0), frame.flat(None, 0)
+    else:
+        mean, m2 = frame.backend.stats(frame.view(frame.x))
+    return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    gamma: Array | None,
+    mean: Array,
+    rstd: Array,
+    *,
+    beta: Array | None = None,
+    y: Array | None = None,
+    training: bool = True,
+    axis: Axis = 1,
+    activation: str | None = None,
+    output_mask: Mask = (True, True, True, True),
+    out: Array | None = None,
+) -> BatchNormBackward:
+    """Gradients of `batch_norm_forward`.
+
+    dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
+    with x_hat = (x - mean) rstd and dy set to 0 where ReLU held the value back.
+
+    Parameters
+    ----------
+    dy : array of x's shape and dtype
+        Gradient of y. Any strides, broadcast ones too.
+    x : array, at least 2-d
+        What went into the forward.
+    gamma : array of the shape of the channel axes, or None
+        As in the forward.
+    mean, rstd : array of the shape of the channel axes
+        As the forward returned them.
+    beta : array of the shape of the channel axes, optional
+        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    y : array of x's shape and dtype, optional
+        The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
+        dresidual is returned. Without it the mask is recomputed from x and nothing is read.
+    training : bool, default True
+        False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
+    axis : int or tuple of int, default 1
+        Channel axes.
+    activation : {None, "relu"}
+        As in the forward.
+    output_mask : 4 bools, default all True
+        Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
+    out : array of x's shape and dtype, optional
+        Where to write dx. It may be dy itself; it may not otherwise overlap an input.
+
+    Returns
+    -------
+    BatchNormBackward
+        (dx, dgamma, dbeta, dresidual), arrays of x's library. dgamma and dbeta are float64 sums
+        rounded once to gamma's dtype (x's where gamma is None).
+
+    Raises
+    ------
+    TypeError
+        dy, x or y not floating or of different dtypes; parameters or statistics not floating.
+    ValueError
+        Shapes, axis, activation, output_mask or out that do not fit.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), section 3, with the sums over the batch collected.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x = np.array([[1.0], [3.0], [5.0]])
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> gamma = np.array([2.0])
+    >>> y, mean, rstd = nbnorm.batch_norm_forward(x, gamma)
+    >>> grads = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd)
+    >>> grads.dgamma.round(3), grads.dbeta
+    (array([-1.225]), array([1.]))
+    >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
+    np.True_
+    """
+    frame = Frame(x, axis)
+    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    relu = _checks.relu(activation)
+    want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
+    want_dresidual = want_dresidual and y is not None
+    inputs = {"dy": dy_, "x": frame.x, "gamma": gamma_, "mean": mean_, "rstd": rstd_}
+    out_ = frame.out(out, inputs | {"beta": beta_, "y": y_}, inplace="dy")
+
+    dx = frame.target(out_) if want_dx else None
+    dresidual = frame.target(None) if want_dresidual else None
+    sums = np.zeros((2, frame.channels))
+    if not frame.empty:
+        arrays = frame.view(dy_), frame.view(frame.x)
+        scale, mean64, rstd64 = frame.flat(gamma_, 1), frame.flat(mean_, 0), frame.flat(rstd_, 0)
+        mask = frame.mask(relu, beta_, y_)
+        written = dx and dx.written, dresidual and dresidual.written
+        if want_dx and training:
+            sums = frame.backend.backward(*arrays, scale, mean64, rstd64, *mask, *written)
+        else:
+            if want_dgamma or want_dbeta:
+                sums = frame.backend.backward_reduce(*arrays, mean64, rstd64, scale, *mask)
+            if want_dx or want_dresidual:
+                frame.backend.backward_apply(
+                    *arrays, scale, mean64, rstd64, None, frame.m, *mask, *written
+                )
+    return BatchNormBackward(
+        dx and frame.settle(dx, out),
+        frame.parameter_gradient(sums[1], gamma_) if want_dgamma else None,
+        frame.parameter_gradient(sums[0], gamma_) if want_dbeta else None,
+        dresidual and frame.settle(dresidual),
+    )
+
+
+def batch_norm_backward_reduce(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    *,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    y: Array | None = None,
+    activation: str | None = None,
+    axis: Axis = 1,
+) -> tuple[Array, Array]:
+    """Sum dy and sum dy x_hat of every channel: the first half of the training backward.
+
+    Parameters
+    ----------
+    dy : array of x's shape and dtype
+        Gradient of y.
+    x : array, at least 2-d
+        What went into the forward.
+    mean, rstd : array of the shape of the channel axes
+        Statistics that normalised x.
+    gamma, beta : array of the shape of the channel axes, optional
+        As in the forward; only the mask of ``activation="relu"`` depends on them.
+    y : array of x's shape and dtype, optional
+        The forward's result, for the mask where a residual was added.
+    activation : {None, "relu"}
+        As in the forward.
+    axis : int or tuple of int, default 1
+        Channel axes.
+
+    Returns
+    -------
+    sum_dy, sum_dy_xhat : array of float64
+        Of the shape of the channel axes: dbeta and dgamma. They add up over ranks and chunks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_backward`.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), section 3: the gradients of beta and gamma.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [0.5]])
+    >>> nbnorm.batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
+    (array([1.5]), array([-0.5]))
+    """
+    frame = Frame(x, axis)
+    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    relu = _checks.relu(activation)
+    if frame.empty:
+        sums = np.zeros((2, frame.channels))
+    else:
+        sums = frame.backend.backward_reduce(
+            frame.view(dy_),
+            frame.view(frame.x),
+            frame.flat(mean_, 0),
+            frame.flat(rstd_, 0),
+            frame.flat(gamma_, 1),
+            *frame.mask(relu, beta_, y_),
+        )
+    return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
+
+
+def batch_norm_backward_apply(
+    dy: Array,
+    x: Array,
+    gamma: Array | None,
+    mean: Array,
+    rstd: Array,
+    sum_dy: Array,
+    sum_dy_xhat: Array,
+    count: int,
+    *,
+    beta: Array | None = None,
+    y: Array | None = None,
+    activation: str | None = None,
+    axis: Axis = 1,
+    out: Array | None = None,
+) -> Array:
+    """Gradient of x from the two sums: the second half of the training backward.
+
+    dx = gamma rstd (dy - sum_dy / count - x_hat sum_dy_xhat / count).
+
+    Parameters
+    ----------
+    dy : array of x's shape and dtype
+        Gradient of y.
+    x : array, at least 2-d
+        What went into the forward.
+    gamma : array of the shape of the channel axes, or None
+        As in the forward.
+    mean, rstd : array of the shape of the channel axes
+        Statistics that normalised x.
+    sum_dy, sum_dy_xhat : array of the shape of the channel axes
+        Sums of `batch_norm_backward_reduce`, added up over every part of the batch.
+    count : int
+        Values per channel in all those parts.
+    beta : array of the shape of the channel axes, optional
+        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    y : array of x's shape and dtype, optional
+        The forward's result, for the mask where a residual was added.
+    activation : {None, "relu"}
+        As in the forward.
+    axis : int or tuple of int, default 1
+        Channel axes.
+    out : array of x's shape and dtype, optional
+        Where to write dx. It may be dy itself; it may not otherwise overlap an input.
+
+    Returns
+    -------
+    array
+        dx: shape, dtype, order in memory and library of x; `out` itself where given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_backward`; a count that is not positive where x has values.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [0.5]])
+    >>> mean, rstd = np.array([2.0]), np.array([0.5])
+    >>> sums = nbnorm.batch_norm_backward_reduce(dy, x, mean, rstd)
+    >>> nbnorm.batch_norm_backward_apply(dy, x, None, mean, rstd, *sums, 2)
+    array([[ 0.09375],
+           [-0.09375]])
+    """
+    frame = Frame(x, axis)
+    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    sum_dy_ = frame.required(sum_dy, "sum_dy")
+    sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
+    m = _checks.count(count, frame.x)
+    relu = _checks.relu(activation)
+    inputs = {
+        "dy": dy_,
+        "x": frame.x,
+        "gamma": gamma_,
+        "mean": mean_,
+        "rstd": rstd_,
+        "sum_dy": sum_dy_,
+        "sum_dy_xhat": sum_dy_xhat_,
+        "beta": beta_,
+        "y": y_,
+    }
+    out_ = frame.out(out, inputs, inplace="dy")
+    dx = frame.target(out_)
+    if not frame.empty:
+        frame.backend.backward_apply(
+            frame.view(dy_),
+            frame.view(frame.x),
+            frame.flat(gamma_, 1),
+            frame.flat(mean_, 0),
+            frame.flat(rstd_, 0),
+            np.stack([frame.flat(sum_dy_, 0), frame.flat(sum_dy_xhat_, 0)]),
+            m,
+            *frame.mask(relu, beta_, y_),
+            dx.written,
+            None,
+        )
+    return frame.settle(dx, out)

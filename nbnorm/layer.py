@@ -1,0 +1,360 @@
+"""A batch normalization layer: state around the functions."""
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from nbnorm._arrays import PARAMETER_DTYPES, Array, NDArray, take_floating
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.moments import Moments, update_running_stats
+
+
+class _Saved(NamedTuple):
+    """What backward needs of the last forward: references, not copies."""
+
+    x: Array
+    mean: Array
+    rstd: Array
+    y: Array | None  # only where the ReLU's mask depends on a residual
+    residual: bool
+    training: bool
+
+
+class BatchNorm:
+    """Batch normalization with parameters and running statistics (Ioffe & Szegedy 2015).
+
+    Parameters
+    ----------
+    num_features : int or tuple of int
+        Number of channels; where `axis` is a tuple, the lengths of those axes in ascending order
+        of axis.
+    eps : float, default 1e-5
+        Added to the variance.
+    momentum : float or None, default 0.1
+        Weight of the new batch in the running average. None: the plain average over all batches
+        seen in training, of their means and corrected variances. That is Algorithm 2 of the paper
+        (E[x] = E_B[mean_B], Var[x] = m/(m-1) E_B[var_B]) and PyTorch's. It gives each batch the
+        same weight and leaves out the variance between batch means; for exact statistics of a
+        whole data set merge moments and call `set_statistics`.
+    affine : bool, default True
+        Whether there are parameters gamma ("weight") and beta ("bias").
+    track_running_stats : bool, default True
+        Whether running statistics are kept. Without them evaluation uses batch statistics too.
+    correction : int, default 1
+        The running variance averages M2 / (m - correction): 1 unbiased, 0 biased.
+    axis : int or tuple of int, default 1
+        Channel axis or axes of the inputs.
+    activation : None or "relu", default None
+        Fused activation, applied last.
+    dtype : floating dtype, default float32
+        Of parameters and running statistics; independent of the inputs' dtype.
+
+    Attributes
+    ----------
+    parameters : dict of str to ndarray
+        "weight" (gamma, starts at 1) and "bias" (beta, starts at 0); empty without `affine`.
+    grads : dict of str to array
+        Gradients of the parameters under the same keys; each backward replaces them by arrays of
+        x's library.
+    running_mean, running_var : ndarray or None
+        Start at 0 and 1; None without `track_running_stats`.
+    num_batches_tracked : int
+        Batches that went into the running statistics. An empty batch is none.
+    training : bool
+        Set by `train` and `eval`; starts as True.
+
+    Raises
+    ------
+    TypeError
+        `dtype` is not one of the four floating dtypes.
+    ValueError
+        `num_features` is negative or does not fit `axis`. Everything else is checked by the
+        functions that the layer calls.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbnorm import BatchNorm
+    >>> layer = BatchNorm(2)
+    >>> x = np.array([[1, 10], [3, 30]], dtype=np.float32)
+    >>> np.round(layer.forward(x), 3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> layer.backward(np.ones_like(x))
+    array([[0., 0.],
+           [0., 0.]], dtype=float32)
+    >>> layer.grads["bias"]
+    array([2., 2.], dtype=float32)
+    >>> layer.running_mean
+    array([0.2, 2. ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        correction: int = 1,
+        axis: int | tuple[int, ...] = 1,
+        activation: str | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        shape = _channel_shape(num_features, axis)
+        dtype = np.dtype(dtype)
+        if dtype.name not in PARAMETER_DTYPES:
+            raise TypeError(f"dtype is {dtype}, expected one of {', '.join(PARAMETER_DTYPES)}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.correction = correction
+        self.axis = axis
+        self.activation = activation
+        self.dtype = dtype
+        self.training = True
+        self.parameters: dict[str, NDArray] = {}
+        if affine:
+            self.parameters = {"weight": np.ones(shape, dtype), "bias": np.zeros(shape, dtype)}
+        self.grads: dict[str, Array] = {
+            name: np.zeros_like(parameter) for name, parameter in self.parameters.items()
+        }
+        self.running_mean = np.zeros(shape, dtype) if track_running_stats else None
+        self.running_var = np.ones(shape, dtype) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self._saved: _Saved | None = None
+
+    def forward(self, x: Array, residual: Array | None = None) -> Array:
+        """Normalise x: by its own statistics in training, by the running ones in evaluation.
+
+        Parameters
+        ----------
+        x : array
+            float32 or float64, the channel axes shaped like the parameters. Kept by reference
+            until the next forward: write neither into it nor into the parameters before
+            `backward`.
+        residual : array shaped like x, optional
+            Added before the activation.
+
+        Returns
+        -------
+        array
+            Of x's shape, dtype and library.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `batch_norm_forward`; the running statistics are then as they were.
+        """
+        training = self.training or self.running_mean is None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (self.num_batches_tracked + 1)
+        y, mean, rstd = batch_norm_forward(
+            x,
+            self.parameters.get("weight"),
+            self.parameters.get("bias"),
+            self.running_mean,
+            self.running_var,
+            training=training,
+            momentum=momentum,
+            eps=self.eps,
+            correction=self.correction,
+            axis=self.axis,
+            residual=residual,
+            activation=self.activation,
+        )
+        if training and self.running_mean is not None and math.prod(x.shape) > 0:
+            self.num_batches_tracked += 1
+        keep_y = residual is not None and self.activation is not None
+        self._saved = _Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
+        return y
+
+    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
+        """Return the gradient of the last forward's input; those of the parameters go to `grads`.
+
+        After a forward in evaluation mode with running statistics, these count as constants.
+
+        Parameters
+        ----------
+        dy : array
+            Gradient of the output, of its shape and dtype.
+
+        Returns
+        -------
+        dx : array
+            Gradient of x.
+        dresidual : array
+            Gradient of the residual, if there was one. Without an activation this is `dy` itself,
+            not a copy.
+
+        Raises
+        ------
+        RuntimeError
+            There was no forward.
+        TypeError, ValueError
+            As `batch_norm_backward`; `grads` is then as it was.
+        """
+        if self._saved is None:
+            raise RuntimeError("backward called before forward")
+        saved = self._saved
+        dx, dgamma, dbeta, dresidual = batch_norm_backward(
+            dy,
+            saved.x,
+            self.parameters.get("weight"),
+            saved.mean,
+            saved.rstd,
+            beta=self.parameters.get("bias"),
+            y=saved.y,
+            training=saved.training,
+            axis=self.axis,
+            activation=self.activation,
+            output_mask=(True, self.affine, self.affine, saved.y is not None),
+        )
+        if self.affine:
+            self.grads["weight"], self.grads["bias"] = dgamma, dbeta
+        if not saved.residual:
+            return dx
+        return dx, dy if saved.y is None else dresidual
+
+    def train(self) -> "BatchNorm":
+        """Switch to training: batch statistics normalise, running ones are updated."""
+        self.training = True
+        return self
+
+    def eval(self) -> "BatchNorm":
+        """Switch to evaluation: running statistics normalise and stay."""
+        self.training = False
+        return self
+
+    def set_statistics(self, moments: Moments) -> None:
+        """Replace the running statistics by those of given moments.
+
+        Parameters
+        ----------
+        moments : Moments
+            Usually of a whole data set: `batch_norm_stats` of every chunk, merged. The variance
+            is M2 / (count - correction).
+
+        Raises
+        ------
+        TypeError
+            A mean or M2 that is not a floating array.
+        ValueError
+            The layer keeps no running statistics, too few values, a wrong shape.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from nbnorm import BatchNorm, batch_norm_stats
+        >>> chunks = np.arange(6.0).reshape(6, 1), np.arange(6.0, 9.0).reshape(3, 1)
+        >>> first, *rest = [batch_norm_stats(chunk) for chunk in chunks]
+        >>> layer = BatchNorm(1)
+        >>> layer.set_statistics(first.merge(*rest))
+        >>> layer.running_mean, layer.running_var
+        (array([4.], dtype=float32), array([7.5], dtype=float32))
+        """
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
+        if moments.count == 0:
+            raise ValueError("moments are of no values, and their mean and variance mean nothing")
+        # From zeros: a NaN in the old statistics would survive a factor of 0.
+        zeros = np.zeros_like(self.running_mean)
+        mean, var = update_running_stats(
+            zeros, zeros, moments, momentum=1.0, correction=self.correction, inplace=False
+        )
+        self.running_mean[...] = mean
+        self.running_var[...] = var
+
+    def state_dict(self) -> dict[str, NDArray]:
+        """Return copies of parameters and statistics under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+            "weight" and "bias" with `affine`; "running_mean", "running_var" and
+            "num_batches_tracked" (int64, no axes) with `track_running_stats`.
+        """
+        state = {name: array.copy() for name, array in self._arrays().items()}
+        if self.track_running_stats:
+            state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy parameters and statistics out of a dict with PyTorch's names.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            The keys of `state_dict`, all of them and no other; NumPy arrays, torch tensors or
+            anything with ``__dlpack__``, of any floating dtype. They are rounded to the layer's.
+
+        Raises
+        ------
+        TypeError
+            A value that is not a floating array; a count that is not an integer.
+        ValueError
+            Missing or unexpected keys, a wrong shape, a negative count. Nothing has been written
+            then.
+        """
+        arrays = self._arrays()
+        expected = [*arrays, *(["num_batches_tracked"] if self.track_running_stats else [])]
+        missing = [name for name in expected if name not in state]
+        unexpected = [name for name in state if name not in expected]
+        if missing or unexpected:
+            raise ValueError(f"state has missing keys {missing} and unexpected keys {unexpected}")
+        taken = {name: take_floating(state[name], name) for name in arrays}
+        for name, array in arrays.items():
+            if taken[name].shape != array.shape:
+                raise ValueError(f"{name} has shape {taken[name].shape}, expected {array.shape}")
+        if self.track_running_stats:
+            self.num_batches_tracked = _batch_count(state["num_batches_tracked"])
+        for name, array in arrays.items():
+            with np.errstate(all="ignore"):  # a statistic may overflow the layer's dtype
+                array[...] = taken[name]
+
+    def _arrays(self) -> dict[str, NDArray]:
+        """Return the layer's own arrays under PyTorch's names."""
+        arrays = dict(self.parameters)
+        if self.running_mean is not None and self.running_var is not None:
+            arrays |= {"running_mean": self.running_mean, "running_var": self.running_var}
+        return arrays
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
+            f"dtype={self.dtype})"
+        )
+
+
+def _channel_shape(
+    num_features: int | tuple[int, ...], axis: int | tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the shape of parameters and statistics; `num_features` must fit `axis`."""
+    shape = num_features if isinstance(num_features, tuple) else (num_features,)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if len(shape) != len(axes):
+        raise ValueError(f"num_features is {num_features}, expected {len(axes)} for axis {axis}")
+    if any(operator.index(length) < 0 for length in shape):
+        raise ValueError(f"num_features must not be negative, got {num_features}")
+    return shape
+
+
+def _batch_count(value: Any) -> int:
+    """Return num_batches_tracked, an integer or an array of one without axes, as an int."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"num_batches_tracked must be an integer, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"num_batches_tracked must not be negative, got {count}")
+    return count

@@ -1,0 +1,296 @@
+"""Count, mean and M2 of every channel: merged exactly, turned into running statistics."""
+
+import operator
+from typing import NamedTuple
+
+import numpy as np
+
+from nbnorm import _checks
+from nbnorm._arrays import Array, NDArray, home_of, take_floating
+
+
+class Moments(NamedTuple):
+    """Count, mean and M2 of every channel.
+
+    M2 is the sum of squared deviations from the mean. The three merge without loss, which mean and
+    ``rstd`` do not: a variance recovered from ``rstd`` cancels where it is far below ``eps``.
+
+    Attributes
+    ----------
+    count : int
+        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0.
+    mean : array of float64
+        Mean, shaped like the channel axes: ``(C,)`` for one axis.
+    m2 : array of float64
+        Sum of squared deviations from the mean, shaped like `mean`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbnorm.moments import Moments
+    >>> first = Moments(2, np.array([1.0]), np.array([2.0]))  # of 0 and 2
+    >>> second = Moments(1, np.array([4.0]), np.array([0.0]))  # of 4
+    >>> first.merge(second)
+    Moments(count=3, mean=array([2.]), m2=array([8.]))
+    """
+
+    count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
+    mean: Array
+    m2: Array
+
+    def merge(self, *others: "Moments") -> "Moments":
+        """Return the moments of all values together, merged in the order given.
+
+        Parameters
+        ----------
+        *others : Moments
+            Moments of other values of the same channels. Another order may differ in the last
+            bit, the same order never does. Empty ones (``count == 0``) change nothing.
+
+        Returns
+        -------
+        Moments
+            Arrays of the library of ``self.mean``, float64.
+
+        Raises
+        ------
+        TypeError
+            A mean or M2 that is not a floating array, a count that is not an integer.
+        ValueError
+            Means or M2 of different shapes, a negative count.
+
+        Notes
+        -----
+        The pairwise update of Chan, Golub & LeVeque (1979): with d = mean_b - mean_a and
+        n = n_a + n_b, mean = mean_a + d n_b / n and M2 = M2_a + M2_b + d² n_a n_b / n.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from nbnorm.moments import Moments
+        >>> parts = [Moments(1, np.array([v]), np.zeros(1)) for v in (1.0, 2.0, 6.0)]
+        >>> parts[0].merge(*parts[1:])
+        Moments(count=3, mean=array([3.]), m2=array([14.]))
+        """
+        count, mean, m2 = _taken(self)
+        parts = [_taken(other, expected=mean.shape) for other in others]
+        with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
+            for count_b, mean_b, m2_b in parts:
+                if count == 0:
+                    count, mean, m2 = count_b, mean_b, m2_b
+                elif count_b > 0:
+                    total = count + count_b
+                    d = mean_b - mean
+                    mean = mean + d * (count_b / total)
+                    m2 = m2 + m2_b + d * d * (count * count_b / total)
+                    count = total
+        home = home_of(self.mean)
+        return Moments(count, home(mean), home(m2))
+
+    def var(self, correction: int = 0) -> Array:
+        """Return the variance M2 / (count - correction), 0 where there are no values.
+
+        Parameters
+        ----------
+        correction : int, default 0
+            0 for the biased variance that normalises, 1 for the unbiased estimate.
+
+        Returns
+        -------
+        array of float64
+            Shaped like `mean`, of its library.
+
+        Raises
+        ------
+        ValueError
+            ``0 < count <= correction``: too few values for this correction.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from nbnorm.moments import Moments
+        >>> Moments(3, np.array([3.0]), np.array([14.0])).var(correction=1)
+        array([7.])
+        """
+        count, _, m2 = _taken(self)
+        return home_of(self.mean)(_var(count, m2, correction))
+
+    def rstd(self, eps: float) -> Array:
+        """Return 1 / sqrt(biased variance + eps), 0 where that sum or the count is 0.
+
+        Parameters
+        ----------
+        eps : float
+            Added to the variance; finite, not negative.
+
+        Returns
+        -------
+        array of float64
+            Shaped like `mean`, of its library.
+
+        Raises
+        ------
+        ValueError
+            `eps` is negative or not finite.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from nbnorm.moments import Moments
+        >>> Moments(4, np.zeros(2), np.array([1.0, 0.0])).rstd(eps=0.0)
+        array([2., 0.])
+        """
+        count, _, m2 = _taken(self)
+        rstd = rstd_of(_var(count, m2, 0), eps)
+        return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
+
+
+def rstd_of(var: NDArray, eps: float) -> NDArray:
+    """Return 1 / sqrt(var + eps) in float64, 0 where var + eps is 0.
+
+    Parameters
+    ----------
+    var : ndarray of float64
+        Variances. NaN passes through.
+    eps : float
+        Added to the variance; finite, not negative.
+
+    Returns
+    -------
+    ndarray of float64
+        Shaped like `var`.
+
+    Raises
+    ------
+    ValueError
+        `eps` is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbnorm.moments import rstd_of
+    >>> rstd_of(np.array([4.0, 0.0]), eps=0.0)
+    array([0.5, 0. ])
+    """
+    total = np.asarray(var + _checks.epsilon(eps))
+    rstd = np.zeros_like(total)
+    with np.errstate(invalid="ignore"):
+        np.divide(1.0, np.sqrt(total), out=rstd, where=total != 0)
+    return rstd
+
+
+def update_running_stats(
+    running_mean: Array,
+    running_var: Array,
+    moments: Moments,
+    *,
+    momentum: float = 0.1,
+    correction: int = 1,
+    inplace: bool = True,
+) -> tuple[Array, Array]:
+    """Move the running statistics towards those of a batch.
+
+    Each becomes ``(1 - momentum) * running + momentum * batch``, computed in float64 and rounded
+    once to its own dtype. An empty batch (``count == 0``) leaves them as they are.
+
+    Parameters
+    ----------
+    running_mean, running_var : array of shape moments.mean.shape
+        float32, float64, float16 or bfloat16, each its own. NumPy arrays or anything with
+        ``__dlpack__``.
+    moments : Moments
+        Moments of the batch, or of several merged.
+    momentum : float, default 0.1
+        Weight of the new batch statistic (PyTorch's convention; 1 minus that of Keras). The range
+        is not checked.
+    correction : int, default 1
+        The batch variance is M2 / (count - correction): 1 for the unbiased one (PyTorch, cuDNN,
+        Caffe, the paper), 0 for the biased one (Keras, ONNX, Flax).
+    inplace : bool, default True
+        Write into the given arrays. False leaves them alone and returns new ones of the same
+        library and dtype, which read-only arrays (JAX) need.
+
+    Returns
+    -------
+    running_mean, running_var : array
+        With ``inplace=True`` the very objects passed in.
+
+    Raises
+    ------
+    TypeError
+        Statistics that are not floating arrays, a momentum or correction that is no number.
+    ValueError
+        ``0 < count <= correction``, a correction that is not finite, arrays of another shape than
+        the moments, read-only arrays with ``inplace=True``. Nothing has been written then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nbnorm.moments import Moments, update_running_stats
+    >>> mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
+    >>> batch = Moments(3, np.array([4.0]), np.array([6.0]))
+    >>> update_running_stats(mean, var, batch, momentum=0.5)
+    (array([2.], dtype=float32), array([2.], dtype=float32))
+    """
+    count, mean, m2 = _taken(moments)
+    running = {
+        "running_mean": take_floating(running_mean, "running_mean"),
+        "running_var": take_floating(running_var, "running_var"),
+    }
+    for name, array in running.items():
+        if array.shape != mean.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}, expected {mean.shape}, the shape of the moments"
+            )
+        if inplace:
+            _checks.writable(
+                array, name, "update_running_stats(..., inplace=False) returns new ones"
+            )
+    momentum = _checks.number(momentum, "momentum")
+    var = _var(count, m2, correction)
+    targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
+    if count > 0:
+        move(targets[0], mean, momentum)
+        move(targets[1], var, momentum)
+    if inplace:
+        return running_mean, running_var
+    return home_of(running_mean)(targets[0]), home_of(running_var)(targets[1])
+
+
+def move(running: NDArray, batch: NDArray, momentum: float) -> None:
+    """running = (1 - momentum) * running + momentum * batch, rounded once to running's dtype."""
+    with np.errstate(all="ignore"):
+        running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+def _var(count: int, m2: NDArray, correction: float) -> NDArray:
+    """Return M2 / (count - correction), 0 for no values; refuse too few of them."""
+    correction = _checks.correction(correction)
+    if count == 0:
+        return np.zeros_like(m2)
+    if count <= correction:
+        raise ValueError(
+            f"expected more than {correction:g} value{'s' * (correction != 1)} per channel "
+            f"when training, got {count}"
+        )
+    return np.asarray(m2 / float(count - correction))
+
+
+def _taken(
+    moments: Moments, expected: tuple[int, ...] | None = None
+) -> tuple[int, NDArray, NDArray]:
+    """Return count, mean and M2 as an int and two float64 ndarrays of one shape."""
+    if not isinstance(moments, Moments):
+        raise TypeError(f"expected moments as nbnorm.Moments, got {type(moments).__qualname__}")
+    count = operator.index(moments.count)
+    if count < 0:
+        raise ValueError(f"moments.count must not be negative, got {count}")
+    mean = take_floating(moments.mean, "moments.mean").astype(np.float64)
+    m2 = take_floating(moments.m2, "moments.m2").astype(np.float64)
+    for name, array in (("moments.mean", mean), ("moments.m2", m2)):
+        if array.shape != (mean.shape if expected is None else expected):
+            raise ValueError(
+                f"{name} has shape {array.shape}, "
+                f"expected {mean.shape if expected is None else expected}"
+            )
+    return count, mean, m2

@@ -1,0 +1,303 @@
+"""The oracle: batch normalization in plain NumPy, one line per equation of the paper.
+
+Every function of nbnorm under its own name, with the same arguments, for S. Ioffe & C. Szegedy,
+"Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
+(2015). Comments name the place: Algorithm 1 is the transform of a mini-batch, Algorithm 2 trains a
+network and then freezes it, section 3 has the gradients. docs/math.md derives them.
+
+It is there to be read and to test against: slow, for NumPy arrays only, without checks of its
+arguments, and with no arithmetic in common with the kernels. All is computed in float64, in
+longdouble where x is float64 and where there is no x (folding, running statistics), and returned
+as computed; only `out` and running statistics updated in place are rounded to the dtype they have.
+
+Examples
+--------
+>>> import numpy as np
+>>> from nbnorm import reference
+>>> x = np.array([[1.0], [3.0]], dtype=np.float32)
+>>> y, mean, rstd = reference.batch_norm_forward(x, eps=0.0)
+>>> y
+array([[-1.],
+       [ 1.]])
+>>> reference.batch_norm_backward(np.array([[1.0], [0.0]], np.float32), x, None, mean, rstd)
+BatchNormBackward(dx=array([[0.],
+       [0.]]), dgamma=array([-1.]), dbeta=array([1.]), dresidual=None)
+"""
+
+import math
+
+import numpy as np
+
+from nbnorm._arrays import NDArray
+from nbnorm.functional import BatchNormBackward, BatchNormForward
+from nbnorm.moments import Moments
+
+Axis = int | tuple[int, ...]
+OptArray = NDArray | None
+
+# NaN and Inf are data here: they pass through without a warning.
+_quiet = np.errstate(all="ignore")
+
+
+@_quiet
+def batch_norm_forward(
+    x: NDArray, gamma: OptArray = None, beta: OptArray = None, running_mean: OptArray = None,
+    running_var: OptArray = None, *, training: bool = True, momentum: float = 0.1,
+    eps: float = 1e-5, correction: int = 1, axis: Axis = 1, residual: OptArray = None,
+    activation: str | None = None, out: OptArray = None,
+) -> BatchNormForward:  # fmt: skip
+    """Algorithm 1, or with ``training=False`` the same map with the running statistics.
+
+    Returns y of x's shape and mean and rstd = 1/sqrt(var + eps), shaped like the channel axes.
+    """
+    if training:
+        batch = batch_norm_stats(x, axis=axis)
+        mean, var = batch.mean, batch.m2 / max(batch.count, 1)
+        rstd = _rstd(var, eps) if batch.count > 0 else np.zeros_like(var)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, rstd = _wide(running_mean, x), _rstd(_wide(running_var, x), eps)
+    y = batch_norm_apply(
+        x, gamma, beta, mean, rstd, axis=axis, residual=residual, activation=activation, out=out
+    )
+    if training and running_mean is not None and running_var is not None:
+        update_running_stats(
+            running_mean, running_var, batch, momentum=momentum, correction=correction
+        )
+    return BatchNormForward(y, mean, rstd)
+
+
+@_quiet
+def batch_norm_inference(
+    x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
+    axis: Axis = 1, residual: OptArray = None, activation: str | None = None, out: OptArray = None,
+) -> NDArray:  # fmt: skip
+    """Algorithm 2, line 11, not yet rearranged into scale and shift (`fold_batch_norm`).
+
+    Returns y of x's shape.
+    """
+    rstd = _rstd(_wide(var, x), eps)
+    return batch_norm_apply(
+        x, gamma, beta, mean, rstd, axis=axis, residual=residual, activation=activation, out=out
+    )
+
+
+@_quiet
+def batch_norm_backward(
+    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
+    beta: OptArray = None, y: OptArray = None, training: bool = True, axis: Axis = 1,
+    activation: str | None = None,
+    output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
+) -> BatchNormBackward:  # fmt: skip
+    """Section 3, "the gradients of loss l": the six equations in the order of the paper.
+
+    Returns dx and dresidual of x's shape, dgamma and dbeta shaped like the channel axes; None for
+    what `output_mask` drops, and for dresidual where the forward's `y` is not given.
+    """
+    m, over, _ = _reduction(x, axis)
+    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
+    deviation = _wide(x, x) - _spread(mean, x, axis)
+    r = _spread(rstd, x, axis)  # 1 / sqrt(var + eps)
+    dxhat = dy * _spread(gamma, x, axis)  # dl/dx_hat_i = dl/dy_i gamma
+    if training:
+        # dl/dvar = sum_i dl/dx_hat_i (x_i - mean) (-1/2) (var + eps)^(-3/2)
+        dvar = np.sum(dxhat * deviation, axis=over, keepdims=True) * (-(r**3) / 2)
+        # dl/dmean = sum_i dl/dx_hat_i (-1) / sqrt(var + eps) + dl/dvar 1/m sum_i -2 (x_i - mean)
+        dmean = -np.sum(dxhat, axis=over, keepdims=True) * r  # the last sum is 0 about the mean
+        # dl/dx_i = dl/dx_hat_i / sqrt(var + eps) + dl/dvar 2 (x_i - mean) / m + dl/dmean / m
+        dx = dxhat * r + dvar * 2 * deviation / m + dmean / m
+    else:
+        dx = dxhat * r  # mean and var are constants
+    dgamma = np.sum(dy * (deviation * r), axis=over)  # dl/dgamma = sum_i dl/dy_i x_hat_i
+    dbeta = np.sum(dy, axis=over)  # dl/dbeta = sum_i dl/dy_i
+    return BatchNormBackward(
+        _store(dx, out) if output_mask[0] else None,
+        dgamma if output_mask[1] else None,
+        dbeta if output_mask[2] else None,
+        dy if output_mask[3] and y is not None else None,
+    )
+
+
+@_quiet
+def batch_norm_stats(x: NDArray, *, axis: Axis = 1) -> Moments:
+    """Algorithm 1, lines 1 and 2: mean and M2 = m var; both 0 where there are no values.
+
+    Returns the count m and arrays shaped like the channel axes.
+    """
+    m, over, kept = _reduction(x, axis)
+    values = _wide(x, x)
+    mean = np.sum(values, axis=over, keepdims=True) / max(m, 1)  # mean = 1/m sum_i x_i
+    # The same once more on what is left takes back the rounding of a long sum: the mean of equal
+    # values is that value, exactly.
+    mean = mean + np.sum(values - mean, axis=over, keepdims=True) / max(m, 1)
+    m2 = np.sum((values - mean) ** 2, axis=over)  # var = 1/m sum_i (x_i - mean)^2
+    return Moments(m, mean.reshape(kept), m2)
+
+
+@_quiet
+def update_running_stats(
+    running_mean: NDArray, running_var: NDArray, moments: Moments, *, momentum: float = 0.1,
+    correction: int = 1, inplace: bool = True,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Section 3.1, the moving average in place of Algorithm 2, line 10.
+
+    The variance that enters is m/(m - 1) var for ``correction=1``. Returns the arrays passed in or,
+    not rounded, new ones; an empty batch leaves them as they are.
+    """
+    new_mean, new_var = _long(running_mean), _long(running_var)
+    if moments.count > 0:
+        var = _long(moments.m2) / (moments.count - correction)
+        weight = np.longdouble(momentum)
+        new_mean = (1 - weight) * new_mean + weight * _long(moments.mean)
+        new_var = (1 - weight) * new_var + weight * var
+    if not inplace:
+        return new_mean, new_var
+    return _store(new_mean, running_mean), _store(new_var, running_var)
+
+
+@_quiet
+def batch_norm_apply(
+    x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, *, axis: Axis = 1,
+    residual: OptArray = None, activation: str | None = None, out: OptArray = None,
+) -> NDArray:  # fmt: skip
+    """Algorithm 1, lines 3 and 4, then the residual and the activation. Returns y."""
+    xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
+    y = _spread(gamma, x, axis) * xhat  # y_i = gamma x_hat_i + beta
+    if beta is not None:
+        y = y + _spread(beta, x, axis)
+    if residual is not None:
+        y = y + _wide(residual, x)
+    if activation == "relu":
+        y = np.maximum(y, 0)  # NaN passes
+    return _store(y, out)
+
+
+@_quiet
+def batch_norm_backward_reduce(
+    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = None,
+    beta: OptArray = None, y: OptArray = None, activation: str | None = None, axis: Axis = 1,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
+
+    Returns (sum_dy, sum_dy_xhat), shaped like the channel axes.
+    """
+    _, over, _ = _reduction(x, axis)
+    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
+    return np.sum(dy, axis=over), np.sum(dy * _normalise(x, mean, rstd, axis), axis=over)
+
+
+@_quiet
+def batch_norm_backward_apply(
+    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
+    sum_dy_xhat: NDArray, count: int, *, beta: OptArray = None, y: OptArray = None,
+    activation: str | None = None, axis: Axis = 1, out: OptArray = None,
+) -> NDArray:  # fmt: skip
+    """Section 3, the three equations for dl/dx_i put into one (docs/math.md). Returns dx."""
+    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
+    xhat = _normalise(x, mean, rstd, axis)
+    mean_dy = _spread(sum_dy, x, axis) / count
+    mean_dy_xhat = _spread(sum_dy_xhat, x, axis) / count
+    factor = _spread(gamma, x, axis) * _spread(rstd, x, axis)
+    # dl/dx_i = gamma / sqrt(var + eps) (dl/dy_i - mean of dl/dy - x_hat_i mean of dl/dy x_hat)
+    return _store(factor * (dy - mean_dy - xhat * mean_dy_xhat), out)
+
+
+@_quiet
+def fold_batch_norm(
+    gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Algorithm 2, line 11, as y = scale x + shift. Returns (scale, shift), shaped like `var`."""
+    scale = _rstd(_long(var), eps)
+    if gamma is not None:
+        scale = _long(gamma) * scale  # scale = gamma / sqrt(var + eps)
+    shift = -_long(mean) * scale
+    if beta is not None:
+        shift = _long(beta) + shift  # shift = beta - gamma mean / sqrt(var + eps)
+    return scale, shift
+
+
+@_quiet
+def fold_into_linear(
+    weight: NDArray, bias: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray,
+    *, eps: float = 1e-5,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Return W and b of scale (W u + b) + shift, for a weight of shape (out, in)."""
+    scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
+    folded_bias = shift if bias is None else scale * _long(bias) + shift
+    return _long(weight) * scale[:, None], folded_bias
+
+
+@_quiet
+def fold_into_conv(
+    weight: NDArray, bias: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray,
+    *, eps: float = 1e-5, transposed: bool = False, groups: int = 1,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Return the weight and bias of the convolution followed by scale and shift.
+
+    Weights are (out, in / groups, *kernel) or, transposed, (in, out / groups, *kernel): there
+    weight[i, j] leads to output channel j of the group that input channel i belongs to.
+    """
+    scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
+    i, j = np.indices(weight.shape[:2])
+    channel = i // (weight.shape[0] // groups) * weight.shape[1] + j if transposed else i
+    factor = scale[channel].reshape(channel.shape + (1,) * (weight.ndim - 2))
+    folded_bias = shift if bias is None else scale * _long(bias) + shift
+    return _long(weight) * factor, folded_bias
+
+
+def _reduction(x: NDArray, axis: Axis) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return m, the axes summed over, and the shape of the channel axes."""
+    channels = {a % x.ndim for a in np.atleast_1d(axis)}
+    over = tuple(a for a in range(x.ndim) if a not in channels)
+    kept = tuple(x.shape[a] for a in range(x.ndim) if a in channels)
+    return math.prod(x.shape[a] for a in over), over, kept
+
+
+def _spread(values: OptArray, x: NDArray, axis: Axis) -> NDArray:
+    """Return parameters or statistics, None being 1, shaped to broadcast against x."""
+    if values is None:
+        return _wide(np.ones(()), x)
+    _, over, _ = _reduction(x, axis)
+    return np.expand_dims(_wide(values, x), over)
+
+
+def _wide(values: NDArray, x: NDArray) -> NDArray:
+    """Return values in the dtype that x is computed in."""
+    return values.astype(np.float64 if x.itemsize < 8 else np.longdouble)
+
+
+def _long(values: NDArray) -> NDArray:
+    """Return values in the longest floating type there is."""
+    return values.astype(np.longdouble)
+
+
+def _rstd(var: NDArray, eps: float) -> NDArray:
+    """Return 1 / sqrt(var + eps), 0 where there is no spread to divide by."""
+    return np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
+
+
+def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
+    """Return x_hat = (x - mean) rstd."""
+    return (_wide(x, x) - _spread(mean, x, axis)) * _spread(rstd, x, axis)
+
+
+def _through_activation(
+    dy: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
+    y: OptArray, activation: str | None, axis: Axis,
+) -> NDArray:  # fmt: skip
+    """Return dl/dy before the ReLU: dy where y > 0, y recomputed where it is not given."""
+    dy = _wide(dy, x)
+    if activation is None:
+        return dy
+    if y is None:
+        y = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis)
+    return np.where(y > 0, dy, 0)
+
+
+def _store(values: NDArray, out: OptArray) -> NDArray:
+    """Round values into `out` and return that, or return them where there is none."""
+    if out is None:
+        return values
+    out[...] = values
+    return out

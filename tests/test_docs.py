@@ -1,0 +1,123 @@
+"""What the documentation says is true: its examples run, and every public name has a docstring."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from children import run_child
+
+import nbnorm
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = r"^ *{}\n *-{{{}}}$"
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(nbnorm.__path__, "nbnorm.")
+    if not any(part.startswith("_") for part in module.name.split("."))
+    # Host frameworks and GPUs have their own tests, where they are installed.
+    and not module.name.startswith(("nbnorm.integrations", "nbnorm.cuda", "nbnorm.distributed"))
+)
+FUNCTIONS = [name for name in nbnorm.__all__ if inspect.isfunction(getattr(nbnorm, name))]
+
+
+@pytest.mark.parametrize("name", ["nbnorm", *MODULES])
+def test_doctests(name):
+    module = importlib.import_module(name)
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, _ = doctest.testmod(module, optionflags=options)
+    assert failed == 0
+
+
+def test_doctests_are_found():
+    examples = doctest.DocTestFinder().find(importlib.import_module("nbnorm.functional"))
+    assert sum(len(test.examples) for test in examples) > 10
+
+
+def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"README.md, block {i + 1}", "exec"), namespace)
+
+
+def test_all_names_what_there_is():
+    assert len(set(nbnorm.__all__)) == len(nbnorm.__all__)
+    for name in nbnorm.__all__:
+        assert hasattr(nbnorm, name), name
+
+
+def has_section(docstring, title):
+    """Say whether a numpydoc section of this title is there."""
+    return re.search(SECTIONS.format(title, len(title)), docstring, re.M) is not None
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_of_functions(name):
+    function = getattr(nbnorm, name)
+    docstring = inspect.getdoc(function)
+    signature = inspect.signature(function)
+    assert docstring
+    assert has_section(docstring, "Examples")
+    assert ">>> " in docstring
+    if signature.parameters:
+        assert has_section(docstring, "Parameters")
+        assert has_section(docstring, "Raises")
+        documented = docstring.partition("Parameters\n")[2].partition("\nReturns\n")[0]
+        for parameter in signature.parameters:
+            assert re.search(rf"^[\w, ]*\b{parameter}\b[\w, ]* : ", documented, re.M), parameter
+    if signature.return_annotation not in (None, "None"):
+        assert has_section(docstring, "Returns")
+
+
+@pytest.mark.parametrize("name", [n for n in nbnorm.__all__ if inspect.isclass(getattr(nbnorm, n))])
+def test_docstrings_of_classes_and_methods(name):
+    cls = getattr(nbnorm, name)
+    assert inspect.getdoc(cls)
+    for attribute, member in vars(cls).items():
+        if not attribute.startswith("_") and inspect.isfunction(member):
+            assert member.__doc__, f"{name}.{attribute}"
+
+
+def test_public_functions_are_typed():
+    for name in FUNCTIONS:
+        signature = inspect.signature(getattr(nbnorm, name))
+        assert signature.return_annotation is not inspect.Signature.empty, name
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, f"{name}({parameter})"
+
+
+def test_import_compiles_nothing_and_brings_no_framework():
+    code = """
+import sys
+from numba.core import event
+with event.install_recorder("numba:compile") as compilations:
+    import nbnorm
+assert not compilations.buffer, compilations.buffer
+found = {"torch", "jax", "cupy", "matplotlib", "ml_dtypes", "pytest"} & set(sys.modules)
+assert not found, found
+assert "nbnorm.reference" not in sys.modules
+"""
+    run_child("-c", code)
+
+
+def test_a_first_call_brings_no_framework_either():
+    code = """
+import sys, numpy, nbnorm
+x = numpy.ones((4, 3), "float32")
+y, mean, rstd = nbnorm.batch_norm_forward(x)
+nbnorm.batch_norm_backward(x, x, None, mean, rstd)
+found = {"torch", "jax", "cupy", "matplotlib", "ml_dtypes"} & set(sys.modules)
+assert not found, found
+"""
+    run_child("-c", code)
+
+
+def test_module_run_as_a_program_shows_the_configuration():
+    assert nbnorm.__version__ in run_child("-m", "nbnorm")

@@ -1,0 +1,159 @@
+"""The examples do what they say, and the benchmarks' peers compute what they are compared for."""
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURE1 = ROOT / "docs" / "examples" / "figure1.py"
+
+needs_examples = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")),
+    reason='needs the extra "examples" (matplotlib and tqdm)',
+)
+
+
+@pytest.fixture
+def figure1(monkeypatch):
+    """The example as a module; the variable that it sets is put back afterwards."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "1"))
+    spec = importlib.util.spec_from_file_location("figure1", FIGURE1)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_figure1(folder, *options):
+    """Run the example in this folder; an overflow or a NaN on the way is an error."""
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", str(FIGURE1), *options],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@needs_examples
+def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
+    child = run_figure1(tmp_path, "--steps", "150", "--output", "short.png")
+    assert child.returncode == 0, child.stderr
+    rows = re.findall(r"^ +(\d+) +(0\.\d{3}|1\.000) +(0\.\d{3}|1\.000)$", child.stdout, re.M)
+    assert len(rows) == 20, child.stdout
+    step, with_bn, without_bn = rows[-1]
+    assert int(step) == 150
+    # Ten classes: a network that has learnt nothing is right once in ten.
+    assert float(with_bn) > 0.6
+    assert float(without_bn) < 0.3
+    assert (tmp_path / "short.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["short.png"]
+
+
+@needs_examples
+def test_figure1_runs_for_a_single_step_and_says_no_to_none(tmp_path):
+    assert run_figure1(tmp_path, "--steps", "1").returncode == 0
+    assert (tmp_path / "figure1.png").exists()
+    child = run_figure1(tmp_path, "--steps", "0")
+    assert child.returncode == 2
+    assert "--steps must be at least 1" in child.stderr
+
+
+@needs_examples
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_gradients_of_the_network_agree_with_differences(figure1, batch_norm):
+    rng = np.random.default_rng(0)
+    network = figure1.Network(
+        (6, 5, 4, 3), rng, batch_norm=batch_norm, spread=1.0, dtype=np.float64
+    )
+    x, labels = rng.standard_normal((7, 6)), rng.integers(3, size=7)
+    for layer in network.layers:
+        for parameter in layer.parameters.values():
+            parameter += 0.3 * rng.standard_normal(parameter.shape)
+    network.backpropagate(x, labels)
+    gradients = [
+        (parameter, layer.grads[name].copy())
+        for layer in network.layers
+        for name, parameter in layer.parameters.items()
+    ]
+    assert len(gradients) == (8 if batch_norm else 6)
+    # Central differences of a loss L near 1: off by h^2 L'''/6 and by 2^-52 L/h.
+    h = 1e-5
+    for parameter, gradient in gradients:
+        expected = np.empty_like(parameter)
+        for i, value in np.ndenumerate(parameter):
+            losses = []
+            for parameter[i] in (value - h, value + h):
+                losses.append(network.backpropagate(x, labels))
+            parameter[i] = value
+            expected[i] = (losses[1] - losses[0]) / (2 * h)
+        assert np.abs(gradient).max() > 1e-3
+        assert_allclose(gradient, expected, rtol=0, atol=1e-9)
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """benchmarks/compare.py as a module of its package."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.compare")
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "inference"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(60, 7), (3, 5, 4, 6), (2, 3, 2, 3, 4)], ids=str)
+def test_every_peer_of_the_benchmarks_is_batch_normalization(compare, shape, dtype, op):
+    for name, peer in compare.PEERS.items():
+        if not (peer.last and len(shape) == 2):
+            batch = compare.Batch(shape, dtype, last=peer.last)
+            result = getattr(peer, op)(batch)()
+            compare.check(name, op, batch, result)
+            dx = np.asarray(result[0] if op == "backward" else result)
+            assert dx.shape == shape
+            assert dx.dtype == dtype
+            assert (dx.strides == batch.x.strides) or not peer.reuse
+
+
+def test_a_peer_that_is_wrong_is_found_out(compare):
+    batch = compare.Batch((8, 3, 4, 4))
+    wrong = compare.PEERS["nbnorm"].forward(batch)() + np.float32(0.01)
+    with pytest.raises(AssertionError, match="somebody forward at"):
+        compare.check("somebody", "forward", batch, wrong)
+
+
+def test_the_floor_reads_and_writes_everything_once(compare):
+    for dtype in (np.float32, np.float64):
+        for start in (0, 1, 3):  # y begins at and off a cache line
+            for size in (1, 17, 5001):
+                x = np.random.default_rng(size).standard_normal(size).astype(dtype)
+                for name in compare.sweeps(x, x):
+                    memory = np.full(size + 8, 7, dtype)
+                    y = memory[start : start + size]
+                    compare.sweeps(x, y)[name]()
+                    assert_array_equal(y, x, err_msg=name)
+                    assert (memory[:start] == 7).all(), name
+                    assert (memory[start + size :] == 7).all(), name
+
+
+def test_comparison_prints_and_writes_its_table(tmp_path):
+    child = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "compare.py"), "--op", "forward",
+         "--shapes", "60x100", "2x8x4x4", "--markdown", "table.md"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    text = (tmp_path / "table.md").read_text()
+    row = re.search(r"^\| 60x100 +\| (.*) \|$", text, re.M)[1].split(" | ")
+    floor, ours, *_ = row
+    assert float(floor) > 0
+    assert re.fullmatch(r"\d+\.\d{3} \d+\.\d{3} \d+\.\d\d fl *", ours)
+    assert "best of all peers / nbnorm" in text
+    assert "python benchmarks/compare.py --op forward" in text

@@ -1,0 +1,334 @@
+"""Arrays of other libraries: in without a copy, and back as what they were."""
+
+import numpy as np
+import pytest
+from tolerances import assert_same_bits, assert_within, y_tolerance
+
+import nbnorm
+from nbnorm import reference
+
+SHAPE = (4, 6, 5, 7)
+
+
+def drawn(seed=0, shape=SHAPE, dtype="float32"):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def parameters(seed=9):
+    rng = np.random.default_rng(seed)
+    return (rng.uniform(0.5, 2, 6).astype("float32"), rng.normal(size=6).astype("float32"))
+
+
+def strict():
+    xp = pytest.importorskip("array_api_strict")
+    return xp.asarray, type(xp.zeros(1))
+
+
+def torch_cpu():
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy, torch.Tensor
+
+
+def jax_cpu():
+    jax = pytest.importorskip("jax")
+    return jax.numpy.asarray, jax.Array
+
+
+libraries = pytest.mark.parametrize(
+    "library", [strict, torch_cpu, jax_cpu], ids=["array-api-strict", "torch", "jax"]
+)
+
+
+def same(result, expected, cls, name="result"):
+    """Check the library of a result and its bits."""
+    assert isinstance(result, cls), f"{name} is a {type(result)}"
+    assert_same_bits(np.from_dlpack(result), expected, name)
+
+
+def statistic(result, expected, cls, name="statistic"):
+    """Check a float64 result; a library that cannot hold one gets a NumPy array."""
+    assert isinstance(result, cls if cls.__module__.partition(".")[0] != "jax" else np.ndarray)
+    assert_same_bits(np.asarray(result), expected, name)
+
+
+@libraries
+def test_forward_and_backward_give_the_bits_of_numpy(library):
+    wrap, cls = library()
+    x, residual, dy = drawn(0), drawn(1), drawn(2)
+    gamma, beta = parameters()
+    options = {"activation": "relu"}
+    ref = nbnorm.batch_norm_forward(x, gamma, beta, residual=residual, **options)
+    got = nbnorm.batch_norm_forward(
+        wrap(x), wrap(gamma), wrap(beta), residual=wrap(residual), **options
+    )
+    same(got.y, ref.y, cls, "y")
+    statistic(got.mean, ref.mean, cls, "mean")
+    statistic(got.rstd, ref.rstd, cls, "rstd")
+    statistics = ref.mean, ref.rstd
+    want = nbnorm.batch_norm_backward(dy, x, gamma, *statistics, beta=beta, y=ref.y, **options)
+    grads = nbnorm.batch_norm_backward(
+        wrap(dy), wrap(x), wrap(gamma), got.mean, got.rstd, beta=wrap(beta), y=got.y, **options
+    )
+    for name, ours, theirs in zip(want._fields, grads, want, strict=True):
+        same(ours, theirs, cls, name)
+
+
+@libraries
+def test_split_functions_give_the_bits_of_numpy(library):
+    wrap, cls = library()
+    x, dy = drawn(0), drawn(2)
+    gamma, beta = parameters()
+    ref = nbnorm.batch_norm_stats(x)
+    got = nbnorm.batch_norm_stats(wrap(x))
+    assert type(got.count) is int
+    statistic(got.mean, ref.mean, cls, "mean")
+    statistic(got.m2, ref.m2, cls, "m2")
+    halves = [nbnorm.batch_norm_stats(wrap(part)) for part in (x[:2], x[2:])]
+    merged = halves[0].merge(halves[1])
+    assert type(merged.mean) is type(got.mean)
+    assert merged.count == ref.count
+    rstd = got.rstd(1e-5)
+    statistic(rstd, ref.rstd(1e-5), cls, "rstd")
+    want_y = nbnorm.batch_norm_apply(x, gamma, beta, ref.mean, ref.rstd(1e-5))
+    y = nbnorm.batch_norm_apply(wrap(x), wrap(gamma), wrap(beta), got.mean, rstd)
+    same(y, want_y, cls, "y")
+    want_sums = nbnorm.batch_norm_backward_reduce(dy, x, ref.mean, ref.rstd(1e-5))
+    sums = nbnorm.batch_norm_backward_reduce(wrap(dy), wrap(x), got.mean, rstd)
+    for ours, theirs in zip(sums, want_sums, strict=True):
+        statistic(ours, theirs, cls, "sums")
+    want_dx = nbnorm.batch_norm_backward_apply(
+        dy, x, gamma, ref.mean, ref.rstd(1e-5), *want_sums, ref.count
+    )
+    dx = nbnorm.batch_norm_backward_apply(
+        wrap(dy), wrap(x), wrap(gamma), got.mean, rstd, *sums, got.count
+    )
+    same(dx, want_dx, cls, "dx")
+    running = wrap(np.zeros(6, "float32")), wrap(np.ones(6, "float32"))
+    want_running = np.zeros(6, "float32"), np.ones(6, "float32")
+    want_running = nbnorm.update_running_stats(*want_running, ref, inplace=False)
+    moved = nbnorm.update_running_stats(*running, got, inplace=False)
+    for ours, theirs in zip(moved, want_running, strict=True):
+        same(ours, theirs, cls, "running statistics")
+    same(running[0], np.zeros(6, "float32"), cls, "running_mean left alone")
+
+
+@libraries
+def test_inference_and_folding_give_the_bits_of_numpy(library):
+    wrap, cls = library()
+    x, weight, kernel = drawn(), drawn(3, (6, 4)), drawn(4, (6, 2, 3, 3))
+    gamma, beta = parameters()
+    mean, var = beta[::-1].copy(), gamma[::-1].copy()
+    numpy_bn, bn = (gamma, beta, mean, var), tuple(map(wrap, (gamma, beta, mean, var)))
+    ref = nbnorm.batch_norm_inference(x, *numpy_bn)
+    same(nbnorm.batch_norm_inference(wrap(x), *bn), ref, cls, "y")
+    frozen = nbnorm.batch_norm_forward(wrap(x), *bn, training=False)
+    same(frozen.y, ref, cls, "y")
+    for ours, theirs in (
+        (nbnorm.fold_batch_norm(*bn), nbnorm.fold_batch_norm(*numpy_bn)),
+        (
+            nbnorm.fold_into_linear(wrap(weight), None, *bn),
+            nbnorm.fold_into_linear(weight, None, *numpy_bn),
+        ),
+        (
+            nbnorm.fold_into_conv(wrap(kernel), wrap(beta), *bn, groups=2),
+            nbnorm.fold_into_conv(kernel, beta, *numpy_bn, groups=2),
+        ),
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            same(a, b, cls)
+
+
+@libraries
+def test_float64_arrays(library):
+    wrap, cls = library()
+    x = drawn(dtype="float64")
+    ref = nbnorm.batch_norm_forward(x)
+    if library is jax_cpu:
+        x = x.astype("float32")  # without x64 it holds nothing longer
+        ref = nbnorm.batch_norm_forward(x)
+    same(nbnorm.batch_norm_forward(wrap(x)).y, ref.y, cls, "y")
+
+
+@libraries
+def test_the_input_of_another_library_is_not_changed(library):
+    wrap, cls = library()
+    x = wrap(drawn())
+    nbnorm.batch_norm_forward(x)
+    same(x, drawn(), cls, "x")
+
+
+@libraries
+def test_negative_strides_are_never_exported(library):
+    """NumPy views with negative strides go in beside another library's x; results are its own."""
+    wrap, cls = library()
+    residual = drawn(1)[::-1, :, ::-1]
+    ref = nbnorm.batch_norm_forward(drawn(), residual=residual)
+    got = nbnorm.batch_norm_forward(wrap(drawn()), residual=residual)
+    same(got.y, ref.y, cls, "y")
+    backwards = nbnorm.batch_norm_forward(residual).y
+    assert min(backwards.strides) > 0
+    same(wrap(backwards), backwards, cls)
+
+
+@pytest.mark.parametrize("library", [strict, torch_cpu], ids=["array-api-strict", "torch"])
+def test_running_statistics_are_updated_in_place(library):
+    wrap, cls = library()
+    x = drawn()
+    expected = np.zeros(6, "float32"), np.ones(6, "float32")
+    nbnorm.batch_norm_forward(x, None, None, *expected)
+    running = wrap(np.zeros(6, "float32")), wrap(np.ones(6, "float32"))
+    nbnorm.batch_norm_forward(wrap(x), None, None, *running)
+    for ours, theirs in zip(running, expected, strict=True):
+        same(ours, theirs, cls, "running statistics")
+    moments = nbnorm.batch_norm_stats(wrap(x))
+    running = wrap(np.zeros(6, "float32")), wrap(np.ones(6, "float32"))
+    returned = nbnorm.update_running_stats(*running, moments)
+    assert returned[0] is running[0]
+    assert returned[1] is running[1]
+    for ours, theirs in zip(running, expected, strict=True):
+        same(ours, theirs, cls, "running statistics")
+
+
+@pytest.mark.parametrize("library", [strict, torch_cpu], ids=["array-api-strict", "torch"])
+def test_out_of_another_library_is_returned_as_the_same_object(library):
+    wrap, cls = library()
+    x, gamma = drawn(), parameters()[0]
+    ref = nbnorm.batch_norm_forward(x, gamma)
+    out = wrap(np.zeros(SHAPE, "float32"))
+    got = nbnorm.batch_norm_forward(wrap(x), wrap(gamma), out=out)
+    assert got.y is out
+    same(out, ref.y, cls, "y")
+    itself = wrap(x.copy())
+    assert nbnorm.batch_norm_forward(itself, wrap(gamma), out=itself).y is itself
+    same(itself, ref.y, cls, "y in place")
+    dx = wrap(np.zeros(SHAPE, "float32"))
+    arguments = (wrap(x), wrap(x), wrap(gamma), got.mean, got.rstd)
+    assert nbnorm.batch_norm_backward(*arguments, out=dx).dx is dx
+    want = nbnorm.batch_norm_backward(x, x, gamma, ref.mean, ref.rstd)
+    same(dx, want.dx, cls, "dx")
+
+
+def test_numpy_parameters_beside_a_tensor():
+    wrap, cls = torch_cpu()
+    gamma, beta = parameters()
+    running = np.zeros(6), np.ones(6)
+    got = nbnorm.batch_norm_forward(wrap(drawn()), gamma, beta, *running)
+    same(got.y, nbnorm.batch_norm_forward(drawn(), gamma, beta).y, cls, "y")
+    assert running[0].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_jax_arrays_are_read_only(training):
+    wrap, _ = jax_cpu()
+    x, running = wrap(drawn()), (wrap(np.zeros(6, "float32")), wrap(np.ones(6, "float32")))
+    if training:
+        with pytest.raises(
+            ValueError, match=r"(?s)batch_norm_stats.*update_running_stats.*inplace"
+        ):
+            nbnorm.batch_norm_forward(x, None, None, *running)
+        moments = nbnorm.batch_norm_stats(x)
+        with pytest.raises(ValueError, match=r"running_mean.*inplace=False"):
+            nbnorm.update_running_stats(*running, moments)
+        with pytest.raises(ValueError, match=r"^out\b.*read-only"):
+            nbnorm.batch_norm_forward(x, out=x)
+    else:
+        y = nbnorm.batch_norm_forward(x, None, None, *running, training=False).y
+        ref = nbnorm.batch_norm_inference(drawn(), None, None, np.zeros(6), np.ones(6))
+        assert_same_bits(np.asarray(y), ref)
+    assert_same_bits(np.asarray(running[0]), np.zeros(6, "float32"))
+    assert_same_bits(np.asarray(x), drawn())
+
+
+def test_statistics_come_as_numpy_where_jax_has_no_float64():
+    wrap, _ = jax_cpu()
+    got = nbnorm.batch_norm_forward(wrap(drawn()))
+    assert type(got.mean) is type(got.rstd) is np.ndarray
+    assert got.mean.dtype == got.rstd.dtype == np.float64
+
+
+@pytest.mark.parametrize("argument", ["x", "gamma", "beta", "running_mean", "residual"])
+def test_tensor_that_requires_grad(argument):
+    torch = pytest.importorskip("torch")
+    arguments = {
+        "x": drawn(),
+        "gamma": parameters()[0],
+        "beta": parameters()[1],
+        "running_mean": np.zeros(6),
+        "running_var": np.ones(6),
+        "residual": drawn(1),
+    }
+    arguments = {name: torch.from_numpy(a) for name, a in arguments.items()}
+    arguments[argument].requires_grad_(True)
+    with pytest.raises(TypeError, match=rf"^{argument}\b.*nbnorm\.integrations\.torch"):
+        nbnorm.batch_norm_forward(**arguments)
+    assert not arguments["running_var"].detach().ne(1).any()
+
+
+def test_tensor_in_channels_last_memory_stays_so():
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(drawn()).contiguous(memory_format=torch.channels_last)
+    got = nbnorm.batch_norm_forward(x)
+    assert got.y.is_contiguous(memory_format=torch.channels_last)
+    ref = reference.batch_norm_forward(drawn())
+    error = y_tolerance(drawn(), None, None, ref.mean, ref.rstd, axis=1)
+    assert_within(got.y.numpy(), ref.y, error, "y")
+    dx = nbnorm.batch_norm_backward(x, x, None, got.mean, got.rstd).dx
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_results_given_to_torch_can_be_used_there():
+    torch = pytest.importorskip("torch")
+    got = nbnorm.batch_norm_forward(torch.from_numpy(drawn()))
+    got.y.add_(1)
+    assert got.mean.dtype == torch.float64
+    other = torch.nn.functional.relu(got.y).sum() + got.mean.sum()
+    assert torch.isfinite(other)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
+def test_tensor_of_a_dtype_that_is_not_computed_in(dtype):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=rf"^x .*{dtype}"):
+        nbnorm.batch_norm_forward(torch.ones(SHAPE, dtype=getattr(torch, dtype)))
+
+
+def test_tensor_without_memory():
+    torch = pytest.importorskip("torch")
+    with pytest.raises((TypeError, ValueError), match=r"^x "):
+        nbnorm.batch_norm_forward(torch.empty(SHAPE, device="meta"))
+
+
+def test_subclass_of_ndarray(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, drawn())
+    x = np.load(path, mmap_mode="r")
+    assert isinstance(x, np.memmap)
+    got = nbnorm.batch_norm_forward(x)
+    ref = nbnorm.batch_norm_forward(drawn())
+    assert type(got.y) is np.ndarray
+    assert_same_bits(got.y, ref.y, "y")
+    with pytest.raises(ValueError, match=r"^out\b.*read-only"):
+        nbnorm.batch_norm_forward(drawn(), out=x)
+
+
+def test_masked_array():
+    with pytest.raises(TypeError, match=r"^x is a masked array"):
+        nbnorm.batch_norm_forward(np.ma.masked_less(drawn(), 0))
+
+
+def test_other_object_with_dlpack():
+    class Wrapped:
+        """Nothing but the protocol; results cannot come back as one."""
+
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    gamma = parameters()[0]
+    got = nbnorm.batch_norm_forward(drawn(), Wrapped(gamma))
+    assert_same_bits(got.y, nbnorm.batch_norm_forward(drawn(), gamma).y, "y")

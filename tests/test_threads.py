@@ -1,0 +1,147 @@
+"""The same bits for any number of threads, serial or parallel, in this process and in others.
+
+Run as a script this file prints one hash of all results per thread count: the child process of the
+last tests.
+"""
+
+import hashlib
+import threading
+
+import numba
+import numpy as np
+import pytest
+from children import run_child
+from hypothesis import given
+from strategies import recipes
+from tolerances import assert_same_bits
+
+import nbnorm
+
+# Small ones stay serial; large ones are split by channels, by samples or within a channel.
+SHAPES = [
+    (4, 3, 8, 8),
+    (60, 100),
+    (2, 1, 7, 7),
+    (16, 64, 28, 28),
+    (8, 256, 7, 7),
+    (4, 3, 200, 200),
+    (1, 1, 600, 601),
+    (20000, 33),
+    (64, 4097),
+]
+CHANNELS_LAST = [(8, 28, 28, 64), (4, 200, 200, 3)]
+CASES = [(shape, 1) for shape in SHAPES] + [(shape, -1) for shape in CHANNELS_LAST]
+cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+
+
+def everything(shape, axis, dtype="float32"):
+    """Return all results of one forward and backward, fused and split, as a flat list."""
+    rng = np.random.default_rng(len(shape))
+    x, dy, residual = ((rng.normal(size=shape) + 7).astype(dtype) for _ in range(3))
+    gamma, beta = (rng.normal(size=shape[axis]).astype("float32") for _ in range(2))
+    running = [np.zeros(shape[axis], "float32"), np.ones(shape[axis], "float32")]
+    options = {"axis": axis, "activation": "relu"}
+    forward = nbnorm.batch_norm_forward(x, gamma, beta, *running, axis=axis)
+    grads = nbnorm.batch_norm_backward(dy, x, gamma, forward.mean, forward.rstd, axis=axis)
+    if dtype == "float64":  # the rest would be the same kernels once more
+        return [*running, *forward, *grads[:3]]
+    fused = nbnorm.batch_norm_forward(x, gamma, beta, residual=residual, **options)
+    arguments = (dy, x, gamma, forward.mean, forward.rstd)
+    masked = nbnorm.batch_norm_backward(*arguments, beta=beta, **options)
+    added = nbnorm.batch_norm_backward(*arguments, beta=beta, y=fused.y, **options)
+    frozen = nbnorm.batch_norm_backward(*arguments, training=False, axis=axis)
+    inference = nbnorm.batch_norm_inference(x, gamma, beta, *running, axis=axis)
+    moments = nbnorm.batch_norm_stats(x, axis=axis)
+    results = [*running, *forward, *fused, *grads[:3], *masked[:3], *added, *frozen[:3], inference]
+    return [*results, moments.mean, moments.m2]
+
+
+@pytest.fixture
+def thread_count():
+    """Give back the number of threads that the test found."""
+    before = numba.get_num_threads()
+    yield before
+    numba.set_num_threads(before)
+
+
+@cases
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_thread_gives_the_bits_of_all(shape, axis, dtype, thread_count):
+    of_all = everything(shape, axis, dtype)
+    numba.set_num_threads(1)
+    of_one = everything(shape, axis, dtype)
+    assert len(of_one) == len(of_all)
+    for ours, theirs in zip(of_one, of_all, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@given(recipes(dtypes=("float32",), most=200_000))
+def test_one_thread_gives_the_bits_of_all_for_any_shape(recipe):
+    x, gamma, beta, dy = recipe.x(), recipe.gamma(), recipe.beta(), recipe.like_x(5)
+    results = []
+    for threads in (1, numba.config.NUMBA_NUM_THREADS):
+        numba.set_num_threads(threads)
+        forward = nbnorm.batch_norm_forward(x, gamma, beta, axis=recipe.axis)
+        statistics = forward.mean, forward.rstd
+        grads = nbnorm.batch_norm_backward(dy, x, gamma, *statistics, axis=recipe.axis)
+        results.append([*forward, *grads[:3]])
+    for ours, theirs in zip(*results, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@cases
+def test_nothing_is_written_around_out(shape, axis):
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    results = []
+    for _ in range(2):
+        memory = np.full(x.size + 128, 12345, "float32")
+        out = memory[64:-64].reshape(shape)
+        if not results:
+            forward = nbnorm.batch_norm_forward(x, axis=axis, out=out)
+        else:
+            nbnorm.batch_norm_backward(x, x, None, *forward[1:], axis=axis, out=out)
+        results.append(memory)
+    for memory in results:
+        assert (memory[:64] == 12345).all()
+        assert (memory[-64:] == 12345).all()
+        assert not (memory[64:-64] == 12345).any()
+
+
+def test_calls_from_several_python_threads_give_the_same_bits():
+    shapes = [(60, 100), (16, 64, 28, 28), (8, 256, 7, 7), (4, 3, 200, 200)]
+    expected = [everything(shape, 1) for shape in shapes]
+    found = {}
+
+    def work(i):
+        found[i] = [everything(shapes[(i + j) % 4], 1) for j in range(4)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for i in range(4):
+        for j, results in enumerate(found[i]):
+            for ours, theirs in zip(results, expected[(i + j) % 4], strict=True):
+                assert_same_bits(ours, theirs)
+
+
+def test_more_threads_than_cores_give_the_same_bits():
+    hashes = run_child(__file__, NUMBA_NUM_THREADS="8").split()
+    assert len(hashes) == 5
+    assert set(hashes) == {hash_of_everything()}
+
+
+def hash_of_everything():
+    """Return one hash over the bits of all results of all cases."""
+    digest = hashlib.sha256()
+    for shape, axis in CASES:
+        for result in everything(shape, axis):
+            digest.update(np.ascontiguousarray(result).tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    for count in (8, 5, 3, 2, 1):
+        numba.set_num_threads(count)
+        print(hash_of_everything())

@@ -1,0 +1,211 @@
+"""Every tolerance of the suite, derived from the storage type; none was tuned until green.
+
+A result may be `UNITS` units in the last place of its storage type away from the oracle, at the
+scale of the terms it is made of: x - mean, the factor, the shift and the store round once each, and
+the float32 sums of a cache tile are wrong by about as much together. Everything here is computed in
+longdouble, so that the tolerance itself is exact enough for float64.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+UNITS = 4
+
+
+def axes_of(ndim, axis):
+    """Return the channel axes as an ascending tuple."""
+    return tuple(sorted(a % ndim for a in np.atleast_1d(axis)))
+
+
+def channels_of(shape, axis):
+    """Return the shape of parameters and statistics."""
+    return tuple(shape[a] for a in axes_of(len(shape), axis))
+
+
+def reduced_axes(ndim, axis):
+    """Return the axes that statistics are taken over."""
+    return tuple(a for a in range(ndim) if a not in axes_of(ndim, axis))
+
+
+def spread(parameter, x, axis):
+    """Return a parameter (None: 1) in longdouble, shaped to broadcast against x."""
+    if parameter is None:
+        return np.longdouble(1)
+    kept = axes_of(x.ndim, axis)
+    shape = [x.shape[a] if a in kept else 1 for a in range(x.ndim)]
+    # bfloat16 knows no way to longdouble but through float64, which holds it exactly.
+    return np.asarray(parameter).astype(np.float64, copy=False).reshape(shape) * np.longdouble(1)
+
+
+def one_unit(scale, dtype):
+    """Return the unit in the last place of numbers of this size in this type."""
+    info = np.finfo(dtype) if np.dtype(dtype).name != "bfloat16" else np.finfo(np.float32)
+    size = np.minimum(np.abs(scale), info.max / 2).astype(info.dtype)  # there is no unit at max
+    unit = np.spacing(size).astype(np.longdouble)
+    return unit if np.dtype(dtype).name != "bfloat16" else unit * 2**16
+
+
+def relative_unit(dtype):
+    """Return the greatest relative distance of two neighbours: 2^-23 for float32."""
+    return np.longdouble(np.finfo(dtype).eps)
+
+
+class Terms(NamedTuple):
+    """What the results of one call are made of, in longdouble, broadcastable against x."""
+
+    xhat: np.ndarray
+    factor: np.ndarray  # gamma * rstd
+    mean_rounding: np.ndarray  # what half a unit of a float64 mean does to y
+
+
+def terms_of(x, gamma, mean, rstd, axis):
+    """Return x_hat, gamma * rstd and the effect of the mean's own rounding."""
+    mean, rstd = spread(mean, x, axis), spread(rstd, x, axis)
+    factor = rstd * spread(gamma, x, axis)
+    return Terms((x - mean) * rstd, factor, np.abs(mean * factor) * np.longdouble(2) ** -53)
+
+
+def _most(values, axis):
+    """Return the greatest magnitude in each channel, keeping dimensions."""
+    return np.max(np.abs(values), axis=reduced_axes(values.ndim, axis), keepdims=True, initial=0)
+
+
+def y_tolerance(x, gamma, beta, mean, rstd, *, axis, residual=None):
+    """Four units at the greatest of gamma * x_hat, beta, residual and their sum in the channel.
+
+    For float64 the returned mean is itself rounded, and that much of y is allowed on top.
+    """
+    xhat, _, mean_rounding = terms_of(x, gamma, mean, rstd, axis)
+    terms = [xhat * spread(gamma, x, axis)]
+    if beta is not None:
+        terms.append(spread(beta, x, axis))
+    if residual is not None:
+        terms.append(residual.astype(np.longdouble))
+    parts = [*terms, sum(terms)]
+    scale = _most(parts[0], axis)
+    for part in parts[1:]:
+        scale = np.maximum(scale, _most(np.broadcast_to(part, x.shape), axis))
+    tolerance = UNITS * one_unit(scale, x.dtype)
+    return tolerance + mean_rounding if x.dtype == np.float64 else tolerance
+
+
+def dx_tolerance(dy, x, gamma, mean, rstd, *, axis, training=True):
+    """Four units at gamma * rstd * (|dy| + |sum_dy| / m + |x_hat| * |sum_dy_xhat| / m).
+
+    `dy` is what arrives at the batch norm: already masked where there was a ReLU.
+    """
+    xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
+    scale = _most(dy, axis).astype(np.longdouble)
+    if training:
+        over = reduced_axes(x.ndim, axis)
+        mean_dy = np.mean(dy, axis=over, keepdims=True, dtype=np.longdouble)
+        mean_dy_xhat = np.mean(dy * xhat, axis=over, keepdims=True)
+        scale = scale + np.abs(mean_dy) + _most(xhat, axis) * np.abs(mean_dy_xhat)
+    return UNITS * one_unit(np.abs(factor) * scale, x.dtype)
+
+
+def sums_tolerance(dy, x, mean, rstd, *, axis):
+    """Four units at the sum of absolute terms, for sum_dy and sum_dy_xhat."""
+    xhat = terms_of(x, None, mean, rstd, axis).xhat
+    over = reduced_axes(x.ndim, axis)
+    return tuple(
+        UNITS * one_unit(np.sum(np.abs(terms), axis=over), x.dtype)
+        for terms in (dy.astype(np.longdouble), dy * xhat)
+    )
+
+
+def mean_tolerance(moments, dtype):
+    """Four units at the standard deviation, and the rounding of the mean to float64."""
+    std = np.sqrt(moments.m2 / max(moments.count, 1))
+    return UNITS * one_unit(std, dtype) + one_unit(moments.mean, np.float64)
+
+
+def _relative_spread_tolerance(moments, dtype):
+    """Return the relative error allowed for a standard deviation."""
+    relative = UNITS * relative_unit(dtype)
+    if dtype == np.float64:  # chunks are merged through means that are rounded to float64
+        var = np.asarray(moments.m2 / max(moments.count, 1), np.longdouble)
+        std = np.sqrt(np.where(var > 0, var, np.inf))
+        relative = relative + np.abs(moments.mean) / std * np.longdouble(2) ** -53
+    return relative
+
+
+def m2_tolerance(moments, dtype):
+    """Twice the relative error of a standard deviation: M2 is its square."""
+    return 2 * _relative_spread_tolerance(moments, dtype) * moments.m2
+
+
+def rstd_tolerance(moments, rstd, dtype):
+    """Four units relative, like the standard deviation it comes from."""
+    return _relative_spread_tolerance(moments, dtype) * np.abs(rstd)
+
+
+def running_tolerance(moments, running_mean, running_var, *, momentum, correction, dtype):
+    """Errors of the batch's statistics times momentum, and one rounding to the running dtype.
+
+    One unit rather than half of one at the scale of the terms: (1 - momentum) * running and
+    momentum * batch are rounded to float64 before they are added.
+    """
+    divisor = max(moments.count - correction, 1)
+    batch = (
+        (running_mean, moments.mean, mean_tolerance(moments, dtype)),
+        (running_var, moments.m2 / divisor, m2_tolerance(moments, dtype) / divisor),
+    )
+    return tuple(
+        abs(momentum) * error
+        + one_unit(
+            np.maximum(
+                np.abs((1 - momentum) * running.astype(np.float64)),
+                np.abs(momentum * new),
+            ),
+            running.dtype,
+        )
+        for running, new, error in batch
+    )
+
+
+def stored(tolerance, expected, dtype):
+    """Widen a tolerance by the one rounding of storing `expected` in this type."""
+    return tolerance + one_unit(np.asarray(expected), dtype)
+
+
+def assert_within(actual, expected, tolerance, name):
+    """Fail with index, values and the size of the error where any element is too far away."""
+    actual = np.asarray(actual)
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
+    if actual.dtype.name == "bfloat16":
+        actual = actual.astype(np.float32)
+    actual, expected = actual.astype(np.longdouble), expected.astype(np.longdouble)
+    tolerance = np.broadcast_to(tolerance, actual.shape)
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        error = np.abs(actual - expected)
+    close = (error <= tolerance) | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    if close.all():
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.where(close, 0, np.nan_to_num(error / tolerance, nan=np.inf))
+    worst = np.unravel_index(np.argmax(excess), actual.shape)
+    raise AssertionError(
+        f"{name}: {np.sum(~close)} of {close.size} too far away, the worst at "
+        f"{tuple(int(i) for i in worst)}: {actual[worst]} against {expected[worst]}, error "
+        f"{error[worst]:.3g} where {tolerance[worst]:.3g} is allowed ({excess[worst]:.3g} times)"
+    )
+
+
+def assert_same_bits(actual, expected, name="result"):
+    """Fail unless shape, dtype and every bit agree; NaN equals itself, 0 differs from -0."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, not {expected.dtype}"
+    ours, theirs = (
+        np.ascontiguousarray(a).reshape(-1, 1).view(np.uint8) for a in (actual, expected)
+    )
+    differ = np.flatnonzero((ours != theirs).any(axis=1))
+    if differ.size:
+        first = np.unravel_index(differ[0], actual.shape)
+        raise AssertionError(
+            f"{name}: {differ.size} of {actual.size} elements differ in bits, first at "
+            f"{tuple(int(i) for i in first)}: {actual[first]!r} against {expected[first]!r}"
+        )
