@@ -28,10 +28,12 @@ from nbnorm.cpu.channel import (
 from nbnorm.cpu.intrinsics import piece
 from nbnorm.cpu.jit import none_without, ordered
 
-# Rows a tile: over more rows float32 sums lose digits, over fewer the merges take longer than the
-# sums. The two sums of the backward pass, which go row by row and not by fours, are only added up.
+# Rows a tile: over fewer the merges take longer than the sums. Rows summed in x's dtype before
+# float64 takes over: with all 128, an outlier among them left rstd wrong by 3e-7. The two sums of
+# the backward pass go row by row and not by fours, so they take fewer.
 TILE = 128
-GRADIENT_TILE = 16
+RUN = 32
+GRADIENT_RUN = 16
 
 
 @ordered
@@ -82,17 +84,29 @@ def gather(sums, S, out):
 
 
 @ordered
-def sums(x, grid, r0, r1, c0, c1, K, s, q):
-    """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column.
+def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
+    """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
+    s64[:] = 0
+    q64[:] = 0
+    for r in range(r0, r1, RUN):
+        run_sums(x, grid, r, min(r + RUN, r1), c0, c1, K, s, q)
+        for j in range(K.size):
+            s64[j] += s[j]
+            q64[j] += q[j]
 
-    Four rows at a time, for one load and store of the sums; the last row, which may be shorter, and
-    what is left before it one by one.
+
+@ordered
+def run_sums(x, grid, r0, r1, c0, c1, K, s, q):
+    """The same over a few rows, in x's dtype.
+
+    Four rows at a time, for one load and store of the sums; what is left, and the last row of all
+    where it is shorter, one by one.
     """
-    fold = grid[3]
+    N, _, _, fold, _ = grid
     s[:] = 0
     q[:] = 0
-    r = r0
-    while r + 4 < r1:
+    whole = r0 + (min(r1, N // fold) - r0) // 4 * 4
+    for r in range(r0, whole, 4):
         x0 = piece(x, r * fold, c0, 0, K.size)
         x1 = piece(x, (r + 1) * fold, c0, 0, K.size)
         x2 = piece(x, (r + 2) * fold, c0, 0, K.size)
@@ -104,9 +118,8 @@ def sums(x, grid, r0, r1, c0, c1, K, s, q):
             d3 = x3[j] - K[j]
             s[j] += (d0 + d1) + (d2 + d3)
             q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-        r += 4
-    for i in range(r, r1):
-        x0 = piece(x, i * fold, c0, 0, width(grid, i, c0, c1))
+    for r in range(whole, r1):
+        x0 = piece(x, r * fold, c0, 0, width(grid, r, c0, c1))
         for j in range(x0.size):
             d = x0[j] - K[j]
             s[j] += d
@@ -154,15 +167,15 @@ def moments64(x, grid, n0, n1, c, K):
 
 
 @ordered
-def first_means(x, grid, c0, c1, begin, end, K, s, q, shift):
+def first_means(x, grid, c0, c1, begin, end, K, s, q, s64, q64, shift):
     """Means of the chunk's first values, exact where they are all the same."""
     N, _, S, fold, _ = grid
     for c in range(c0, c1):
         K[(c - c0) * S] = piece(x, begin * fold, c, 0, 1)[0]
     expand(K, S, c1 - c0)
     stop = min(begin + (FIRST + fold * S - 1) // (fold * S), end)
-    sums(x, grid, begin, stop, c0, c1, K, s, q)
-    gather(s, S, shift)
+    sums(x, grid, begin, stop, c0, c1, K, s, q, s64, q64)
+    gather(s64, S, shift)
     m = (min(stop * fold, N) - begin * fold) * S
     for c in range(shift.size):
         shift[c] = K[c * S] + shift[c] / m
@@ -199,11 +212,12 @@ def stats(x, grid, c0, c1, k, partial):
     channels = c1 - c0
     K, s, q = (empty_row(grid, c0, c1, x[0]), empty_row(grid, c0, c1, x[0]),
                empty_row(grid, c0, c1, x[0]))  # fmt: skip
+    s64, q64 = np.empty(K.size), np.empty(K.size)
     d, m2 = np.empty(channels), np.empty(channels)
     count, shift, delta, merged = (partial[0, k][c0:c1], partial[1, k][c0:c1],
                                   partial[2, k][c0:c1], partial[3, k][c0:c1])  # fmt: skip
     begin, end = rows(grid, k)
-    first_means(x, grid, c0, c1, begin, end, K, s, q, shift)
+    first_means(x, grid, c0, c1, begin, end, K, s, q, s64, q64, shift)
     count[:] = 0
     delta[:] = 0
     merged[:] = 0
@@ -212,9 +226,9 @@ def stats(x, grid, c0, c1, k, partial):
         for c in range(channels):
             K[c * S] = shift[c] + delta[c]
         expand(K, S, channels)
-        sums(x, grid, r, stop, c0, c1, K, s, q)
-        gather(s, S, d)
-        gather(q, S, m2)
+        sums(x, grid, r, stop, c0, c1, K, s, q, s64, q64)
+        gather(s64, S, d)
+        gather(q64, S, m2)
         n0 = r * fold
         n1 = min(stop * fold, N)
         m = (n1 - n0) * S
@@ -296,10 +310,10 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     partial[:, k, c0:c1] = 0
     begin, end = rows(grid, k)
     zero = hi.dtype.type(0)
-    for r0 in range(begin, end, GRADIENT_TILE):
+    for r0 in range(begin, end, GRADIENT_RUN):
         s[:] = 0
         t[:] = 0
-        for i in range(r0, min(r0 + GRADIENT_TILE, end)):
+        for i in range(r0, min(r0 + GRADIENT_RUN, end)):
             size = width(grid, i, c0, c1)
             x_ = piece(x, i * grid[3], c0, 0, size)
             y_ = piece(y, i * grid[3], c0, 0, size)
