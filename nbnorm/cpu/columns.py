@@ -14,6 +14,7 @@ import numpy as np
 
 from nbnorm.cpu.channel import (
     FIRST,
+    add_up,
     affine,
     gradient,
     item,
@@ -22,7 +23,6 @@ from nbnorm.cpu.channel import (
     merge,
     normalised,
     rectified,
-    total,
     unit,
 )
 from nbnorm.cpu.intrinsics import piece
@@ -72,15 +72,12 @@ def expand(out, S, channels):
 
 @ordered
 def gather(sums, S, out):
-    """Add up each channel's columns, in float64."""
-    out[:] = 0
-    for begin in range(0, sums.size, out.size * S):
-        if S == 1:
-            for c in range(out.size):
-                out[c] += sums[begin + c]
-        else:
-            for c in range(out.size):
-                out[c] += total(sums[begin + c * S : begin + (c + 1) * S])
+    """Add up each channel's columns; `sums` is used up."""
+    add_up(sums, out.size * S)
+    for c in range(out.size):
+        if S > 1:
+            add_up(piece((sums, 0, 0), 0, 0, c * S, S), 1)
+        out[c] = sums[c * S]
 
 
 @ordered
@@ -302,12 +299,11 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     channels = c1 - c0
     hi, a, b = affine_columns(norm, grid, c0, c1, x[0])
     s, t = np.empty_like(hi), np.empty_like(hi)
+    s64, t64 = np.zeros(hi.size), np.zeros(hi.size)
     row, scaled, scale = np.empty_like(hi), np.empty_like(hi), np.empty_like(hi)
-    part = np.empty(channels)
     for c in range(channels):
         scale[c * S] = unit(norm, c0 + c, hi)
     expand(scale, S, channels)
-    partial[:, k, c0:c1] = 0
     begin, end = rows(grid, k)
     zero = hi.dtype.type(0)
     for r0 in range(begin, end, GRADIENT_RUN):
@@ -329,10 +325,11 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             for j in range(size):
                 s[j] += g[j]
                 t[j] += g[j] * scaled[j]
-        gather(s, S, part)
-        partial[0, k, c0:c1] += part
-        gather(t, S, part)
-        partial[1, k, c0:c1] += part
+        for j in range(s.size):
+            s64[j] += s[j]
+            t64[j] += t[j]
+    gather(s64, S, partial[0, k][c0:c1])
+    gather(t64, S, partial[1, k][c0:c1])
 
 
 @none_without("sums")

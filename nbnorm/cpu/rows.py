@@ -9,6 +9,7 @@ import numpy as np
 
 from nbnorm.cpu.channel import (
     FIRST,
+    add_up,
     affine,
     gradient,
     item,
@@ -17,7 +18,6 @@ from nbnorm.cpu.channel import (
     merge,
     normalised,
     rectified,
-    total,
     unit,
 )
 from nbnorm.cpu.intrinsics import piece, settle, staged
@@ -47,7 +47,7 @@ LANES = 64
 
 
 @ordered
-def sums(x, K, s, q):
+def sums(x, K, s, q, wide):
     """Sum d and sum d^2 of d = x - K, in x's dtype by lanes, which float64 adds up."""
     s[:] = 0
     q[:] = 0
@@ -68,7 +68,16 @@ def sums(x, K, s, q):
             d = rest[j] - K
             s[j] += d
             q[j] += d * d
-    return total(s), total(q)
+    return total(s, wide), total(q, wide)
+
+
+@ordered
+def total(lanes, wide):
+    """Sum of all lanes, in float64."""
+    for j in range(LANES):
+        wide[j] = lanes[j]
+    add_up(wide, 1)
+    return wide[0]
 
 
 @ordered
@@ -81,15 +90,15 @@ def constant(x, K):
 
 
 @ordered
-def moments64(x, K):
+def moments64(x, K, wide):
     """Mean from K and M2 of a tile in two passes, for sums that were lost in x's dtype."""
     if constant(x, K):
         return 0.0, 0.0
     s, q = np.empty(LANES), np.empty(LANES)
-    wide = x.astype(np.float64)
-    first, _ = sums(wide, np.float64(K), s, q)
+    values = x.astype(np.float64)
+    first, _ = sums(values, np.float64(K), s, q, wide)
     center = K + first / x.size
-    rest, square = sums(wide, center, s, q)
+    rest, square = sums(values, center, s, q, wide)
     return (center - K) + rest / x.size, square - rest * rest / x.size
 
 
@@ -104,18 +113,18 @@ def first_mean(x):
 
 
 @ordered
-def add_tile(x, k, c, s_lanes, q_lanes, partial):
+def add_tile(x, k, c, s_lanes, q_lanes, wide, partial):
     """Merge the moments of one tile into those of its chunk."""
     count, shift, delta, m2 = partial[0, k, c], partial[1, k, c], partial[2, k, c], partial[3, k, c]
     if count == 0:
         shift = first_mean(x)
     K = x.dtype.type(shift + delta)
-    s, q = sums(x, K, s_lanes, q_lanes)
+    s, q = sums(x, K, s_lanes, q_lanes, wide)
     d = s / x.size
     from_shift = np.float64(K) - shift
     merged = merge(count, delta, m2, x.size, from_shift + d, q - s * d)
     if lost(x.size, d, q, merged[2], x):
-        d, m2_tile = moments64(x, K)
+        d, m2_tile = moments64(x, K, wide)
         if count == 0:  # a shift that far off would cost delta its digits
             shift = K + d
             from_shift = np.float64(K) - shift
@@ -128,12 +137,13 @@ def add_tile(x, k, c, s_lanes, q_lanes, partial):
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     s_lanes, q_lanes = np.empty(LANES, x[0].dtype), np.empty(LANES, x[0].dtype)
+    wide = np.empty(LANES)
     partial[:, k, c0:c1] = 0
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n, s, size = locate(grid, t)
         for c in range(c0, c1):
-            add_tile(piece(x, n, c, s, size), k, c, s_lanes, q_lanes, partial)
+            add_tile(piece(x, n, c, s, size), k, c, s_lanes, q_lanes, wide, partial)
 
 
 @ordered
@@ -165,7 +175,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @ordered
-def gradient_sums(dy, x, y, hi, a, b, scale, s, t):
+def gradient_sums(dy, x, y, hi, a, b, scale, s, t, wide):
     """Sum dy and sum dy (x - hi) scale of a tile, dy masked by ReLU, as `sums` does."""
     s[:] = 0
     t[:] = 0
@@ -176,7 +186,7 @@ def gradient_sums(dy, x, y, hi, a, b, scale, s, t):
             g = masked(dy_[j], item(y_, j), normalised(x_[j], hi, a, b), zero)
             s[j] += g
             t[j] += g * ((x_[j] - hi) * scale)
-    return total(s), total(t)
+    return total(s, wide), total(t, wide)
 
 
 @none_without("x")
@@ -192,6 +202,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     The mask is recomputed where norm holds beta, read where y is given.
     """
     s_lanes, t_lanes = np.empty(LANES, x[0].dtype), np.empty(LANES, x[0].dtype)
+    wide = np.empty(LANES)
     partial[:, k, c0:c1] = 0
     begin, end = tiles(grid, k)
     for t in range(begin, end):
@@ -200,7 +211,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             hi, a, b = affine(norm, c, x[0])
             s_tile, t_tile = gradient_sums(
                 piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size),
-                hi, a, b, unit(norm, c, x[0]), s_lanes, t_lanes,
+                hi, a, b, unit(norm, c, x[0]), s_lanes, t_lanes, wide,
             )  # fmt: skip
             partial[0, k, c] += s_tile
             partial[1, k, c] += t_tile
