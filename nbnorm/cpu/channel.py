@@ -1,18 +1,17 @@
-"""One channel's arithmetic, in float64: moments merged, coefficients of the affine maps.
+"""A channel's arithmetic, in float64: moments merged, coefficients of the affine maps.
 
 `partial[:, k, c]` describes chunk k of channel c by count, shift, delta and M2, where the mean is
 shift + delta. shift is a mean of the chunk's first values; delta, of the size of a standard
 deviation, keeps the digits that a mean of 1e6 standard deviations would round away at every merge.
 
 `norm` is (mean, rstd, gamma, beta), float64 arrays of shape (C,); `like` an array of the compute
-dtype, which coefficients are rounded to.
+dtype, which coefficients are rounded to. What is done for every channel goes through `each`: with
+1024 channels and 49 chunks, merging them one by one took a quarter of forward's time.
 """
-
-import math
 
 import numpy as np
 
-from nbnorm.cpu.intrinsics import piece
+from nbnorm.cpu.intrinsics import each, piece
 from nbnorm.cpu.jit import none_without, ordered
 
 # Values whose mean is a chunk's shift: with the first value alone, 60 samples (one tile, K up to 3
@@ -41,14 +40,34 @@ def lost(k, d, q, m2, like):
 
 
 @ordered
-def finish(partial, c, eps):
-    """Merge a channel's chunks in order: mean, M2 and rstd = 1/sqrt(M2/m + eps)."""
-    count, shift, delta, m2 = partial[0, 0, c], partial[1, 0, c], partial[2, 0, c], partial[3, 0, c]
+def merge_chunk(c, count_k, shift_k, delta_k, m2_k, count, shift, delta, m2):
+    """Merge a chunk's moments into those of the chunks before it."""
+    count[c], delta[c], m2[c] = merge(
+        count[c], delta[c], m2[c], count_k[c], (shift_k[c] - shift[c]) + delta_k[c], m2_k[c]
+    )
+
+
+@ordered
+def finish_channel(c, count, shift, delta, m2, eps, mean, rstd):
+    """Mean and rstd = 1/sqrt(M2/m + eps); 0 where that is 1/0."""
+    mean[c] = shift[c] + delta[c]
+    spread = m2[c] / count[c] + eps
+    rstd[c] = 0.0 if spread == 0 else 1 / np.sqrt(spread)
+
+
+@ordered
+def finish(partial, c0, c1, eps, mean, m2, rstd):
+    """Merge all chunks in order: mean, M2 and rstd of channels c0 <= c < c1."""
+    size = c1 - c0
+    count, shift, delta = (partial[0, 0][c0:c1].copy(), partial[1, 0][c0:c1].copy(),
+                           partial[2, 0][c0:c1].copy())  # fmt: skip
+    merged = m2[c0:c1]
+    merged[:] = partial[3, 0][c0:c1]
     for k in range(1, partial.shape[1]):
-        delta_k = (partial[1, k, c] - shift) + partial[2, k, c]
-        count, delta, m2 = merge(count, delta, m2, partial[0, k, c], delta_k, partial[3, k, c])
-    spread = m2 / count + eps
-    return shift + delta, m2, 0.0 if spread == 0 else 1 / math.sqrt(spread)
+        chunk = (partial[0, k][c0:c1], partial[1, k][c0:c1],
+                 partial[2, k][c0:c1], partial[3, k][c0:c1])  # fmt: skip
+        each(size, merge_chunk, (*chunk, count, shift, delta, merged))
+    each(size, finish_channel, (count, shift, delta, merged, eps, mean[c0:c1], rstd[c0:c1]))
 
 
 @ordered
@@ -59,83 +78,125 @@ def split(mean, like):
 
 
 @ordered
-def affine(norm, c, like):
-    """hi, a, b of y = (x - hi) a + b, in float64 and rounded once; norm without beta: b None."""
+def affine_channel(c, mean, rstd, gamma, beta, hi, a, b):
+    """hi, a, b of y = (x - hi) a + b, in float64 and rounded once; no beta, no b."""
+    hi[c], lo = split(mean[c], hi)
+    a_c = gamma[c] * rstd[c]
+    a[c] = a_c
+    if b is not None:
+        b[c] = beta[c] - lo * a_c
+
+
+@ordered
+def affine(norm, c0, c1, like):
+    """hi, a, b of channels c0 <= c < c1; b is None of no beta."""
     mean, rstd, gamma, beta = norm
-    hi, lo = split(mean[c], like)
-    a = gamma[c] * rstd[c]
-    return hi, like.dtype.type(a), offset(beta, c, lo * a, like)
+    size = c1 - c0
+    hi, a = np.empty(size, like.dtype), np.empty(size, like.dtype)
+    b = given(beta, np.empty(size, like.dtype))
+    each(
+        size, affine_channel, (mean[c0:c1], rstd[c0:c1], gamma[c0:c1], part(beta, c0, c1), hi, a, b)
+    )  # fmt: skip
+    return hi, a, b
 
 
-@none_without("beta")
-def offset(beta, c, shift, like):
-    """beta - shift, rounded; None of no beta."""
-    return like.dtype.type(beta[c] - shift)
+@none_without("condition")
+def given(condition, value):
+    """Value, or None where the condition is None."""
+    return value
+
+
+@none_without("values")
+def part(values, begin, end):
+    """values[begin:end]; None of no values."""
+    return values[begin:end]
+
+
+@none_without("values")
+def value_of(values, c):
+    """values[c]; None of no values."""
+    return values[c]
 
 
 @ordered
-def unit(norm, c, like):
+def power_of_two(rstd, like):
+    """Power of two next to rstd, in the range of normal numbers of the dtype of `like`."""
+    exponent = np.int64(np.float64(rstd).view(np.int64) & 0x7FF0000000000000)
+    least = np.float64(np.finfo(like.dtype).tiny)
+    return min(max(np.int64(exponent).view(np.float64), least), 2.0**127)
+
+
+@ordered
+def unit_channel(c, rstd, unit):
+    """See `units`."""
+    unit[c] = power_of_two(rstd[c], unit)
+
+
+@ordered
+def units(norm, c0, c1, like):
     """Power of two next to rstd: (x - hi) unit is exact and of the size of x_hat."""
-    _, exponent = math.frexp(norm[1][c])
-    return like.dtype.type(math.ldexp(1.0, min(max(exponent, -126), 127)))
+    unit = np.empty(c1 - c0, like.dtype)
+    each(unit.size, unit_channel, (norm[1][c0:c1], unit))
+    return unit
 
 
 @ordered
-def finish_sums(partial, norm, c, like):
-    """Add up a channel's chunks in order: sum dy, and sum dy x_hat of sum dy (x - hi) unit."""
-    sum_dy = 0.0
-    sum_scaled = 0.0
-    for k in range(partial.shape[1]):
-        sum_dy += partial[0, k, c]
-        sum_scaled += partial[1, k, c]
-    mean, rstd = norm[0], norm[1]
+def add_chunk(c, chunk_dy, chunk_scaled, sum_dy, sum_scaled):
+    """Add the sums of one chunk to those before it."""
+    sum_dy[c] += chunk_dy[c]
+    sum_scaled[c] += chunk_scaled[c]
+
+
+@ordered
+def finish_sums_channel(c, mean, rstd, like, sum_dy, sum_dy_xhat):
+    """sum dy x_hat of sum dy (x - hi) unit."""
     _, lo = split(mean[c], like)
-    return sum_dy, rstd[c] * (sum_scaled / unit(norm, c, like) - lo * sum_dy)
+    scaled = sum_dy_xhat[c] / power_of_two(rstd[c], like)
+    sum_dy_xhat[c] = rstd[c] * (scaled - lo * sum_dy[c])
+
+
+@ordered
+def finish_sums(partial, norm, c0, c1, like, sums):
+    """Add up all chunks in order: sum dy and sum dy x_hat of channels c0 <= c < c1."""
+    size = c1 - c0
+    sum_dy, sum_dy_xhat = sums[0][c0:c1], sums[1][c0:c1]
+    sum_dy[:] = 0
+    sum_dy_xhat[:] = 0
+    for k in range(partial.shape[1]):
+        each(size, add_chunk, (partial[0, k][c0:c1], partial[1, k][c0:c1], sum_dy, sum_dy_xhat))
+    mean, rstd = norm[0][c0:c1], norm[1][c0:c1]
+    each(size, finish_sums_channel, (mean, rstd, like, sum_dy, sum_dy_xhat))
+
+
+@ordered
+def gradient_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, h, p, q):
+    """See `gradient`."""
+    _, lo = split(mean[c], h)
+    h[c], l = split(sum_dy[c] / count, h)
+    p_c = rstd[c] * (sum_dy_xhat[c] / count)
+    p[c] = p_c
+    q[c] = l - lo * p_c
 
 
 @none_without("sums")
-def gradient(norm, sums, count, c, like):
+def gradient(norm, sums, count, c0, c1, like):
     """h, p, q of dx / (gamma rstd) = (dy - h) - ((x - hi) p + q); None of no sums.
 
     That is dy - mean(dy) - x_hat mean(dy x_hat) with mean(dy) split as the mean of x is: dy - h is
     exact near the mean of dy.
     """
-    mean, rstd = norm[0], norm[1]
-    _, lo = split(mean[c], like)
-    h, l = split(sums[0, c] / count, like)
-    p = rstd[c] * (sums[1, c] / count)
-    return h, like.dtype.type(p), like.dtype.type(l - lo * p)
+    size = c1 - c0
+    h, p, q = np.empty(size, like.dtype), np.empty(size, like.dtype), np.empty(size, like.dtype)
+    channels = norm[0][c0:c1], norm[1][c0:c1], sums[0][c0:c1], sums[1][c0:c1]
+    each(size, gradient_channel, (*channels, count, h, p, q))
+    return h, p, q
 
 
-@none_without("b", fused=True)
-def normalised(x, hi, a, b):
-    """y before the activation; backward recomputes the ReLU mask by this very expression."""
-    return (x - hi) * a + b
-
-
-@ordered
-def rectified(v, floor):
-    """max(v, floor) that lets NaN pass; floor is 0 for ReLU, -inf for no activation."""
-    return floor if v <= floor else v
-
-
-@ordered
-def masked(dy, y, v, zero):
-    """dy where ReLU let the value pass: y > 0, with y as stored or, where that is None, v.
-
-    Where both are None there was no activation.
-    """
-    if y is not None:
-        return dy if y > 0 else zero
-    if v is not None:
-        return dy if v > 0 else zero
-    return dy
-
-
-@none_without("array")
-def item(array, i):
-    """array[i]; None of no array."""
-    return array[i]
+@none_without("hpq")
+def gradient_of(hpq, c):
+    """h, p, q of channel c of those that `gradient` was asked for; None of None."""
+    h, p, q = hpq
+    return h[c], p[c], q[c]
 
 
 @ordered
@@ -148,6 +209,11 @@ def add_up(runs, width):
     while n > 1:
         half = (n + 1) // 2
         upper = piece((runs, 0, 0), 0, 0, half * width, (n - half) * width)
-        for j in range(upper.size):
-            runs[j] += upper[j]
+        each(upper.size, add_other, (runs, upper))
         n = half
+
+
+@ordered
+def add_other(j, values, others):
+    """values += others."""
+    values[j] += others[j]

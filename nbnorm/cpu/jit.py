@@ -33,6 +33,17 @@ def ordered(function: Callable[..., Any]) -> Any:
     return numba.njit(**_OPTIONS)(function)
 
 
+def by_types(choose: Callable[..., Any], options: dict[str, Any] = _OPTIONS) -> Any:
+    """Compile the function that `choose` returns for the types of its arguments."""
+
+    @wraps(choose)
+    def compiled_only(*args: Any) -> Any:
+        raise NotImplementedError(f"{choose.__qualname__} is for compiled functions")
+
+    overload(compiled_only, jit_options=options, strict=False)(choose)
+    return compiled_only
+
+
 def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that returns None where its argument `name` is None.
 
@@ -46,15 +57,11 @@ def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., A
         position = list(inspect.signature(function).parameters).index(name)
 
         @wraps(function)
-        def checked(*args: Any) -> Any:
-            return None if args[position] is None else function(*args)
-
-        @overload(checked, jit_options=options, strict=False)  # type: ignore[untyped-decorator]
         def choose(*args: Any) -> Callable[..., Any]:
             absent = isinstance(args[position], numba.types.NoneType)
             return (lambda *args: None) if absent else function
 
-        return checked
+        return by_types(choose, options)
 
     return decorate
 

@@ -55,11 +55,9 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
     def forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u):
         """Statistics, then normalisation: norm's mean and rstd are written, then used."""
         c0, c1 = channels(block, u, grid[1])
-        mean, rstd = norm[0], norm[1]
         for k in range(partial.shape[1]):
             stats_chunk(x, grid, c0, c1, k, partial)
-        for c in range(c0, c1):
-            mean[c], m2[c], rstd[c] = finish(partial, c, eps)
+        finish(partial, c0, c1, eps, norm[0], m2, norm[1])
         for k in range(partial.shape[1]):
             apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
 
@@ -107,8 +105,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
         c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
             reduce_chunk(dy, x, y, grid, norm, c0, c1, k, partial)
-        for c in range(c0, c1):
-            sums[0, c], sums[1, c] = finish_sums(partial, norm, c, x[0])
+        finish_sums(partial, norm, c0, c1, x[0], sums)
         for k in range(partial.shape[1]):
             differentiate_chunk(
                 dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual
@@ -133,17 +130,3 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
 
 rows = _build(_rows)
 columns = _build(_columns)
-
-
-@ordered
-def finish_all(partial, eps, mean, m2, rstd):
-    """Mean, M2 and rstd of every channel, after `stats`."""
-    for c in range(mean.size):
-        mean[c], m2[c], rstd[c] = finish(partial, c, eps)
-
-
-@ordered
-def finish_all_sums(partial, norm, like, sums):
-    """The sums of every channel, after `reduce`."""
-    for c in range(sums.shape[1]):
-        sums[0, c], sums[1, c] = finish_sums(partial, norm, c, like)

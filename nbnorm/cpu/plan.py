@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     """
 
     traversal: str
-    grid: tuple[int, int, int, int, int]
+    grid: tuple[int, ...]
     chunks: int
     block: int
     blocks: int
@@ -53,9 +53,10 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
         across = _ceil(S, TILE // itemsize)
         tile = _ceil(_ceil(S, across), 16) * 16
         across = _ceil(S, tile)
-        per = max(1, CHUNK // tile)
-        chunks = _ceil(N * across, per)
-        grid = (N, C, S, tile, per)
+        together = max(1, TILE // itemsize // S)
+        per = max(1, CHUNK // (tile * together))
+        chunks = _ceil(_ceil(N, together) * across, per)
+        grid = (N, C, S, tile, together, per)
         block = max(1, min(RUN // (S * itemsize), SLAB // (N * S * itemsize)))
     else:
         fold = fold_of(C, S)

@@ -1,0 +1,130 @@
+"""What a pass does with one value, for `intrinsics.each` to do with all of a row or tile.
+
+A coefficient is a number in the row traversal, where all values belong to one channel, and an array
+with a number for each column in the column traversal; `at` reads either. Four rows at a time take
+one load and one store of the sums for all four.
+"""
+
+from numba.core import types
+
+from nbnorm.cpu.jit import by_types, none_without, ordered
+
+
+@by_types
+def at(value, j):
+    """value[j] of an array, the value itself of a number, None of None."""
+    if isinstance(value, types.Array):
+        return lambda value, j: value[j]
+    return lambda value, j: value
+
+
+@none_without("b", fused=True)
+def normalised(x, hi, a, b):
+    """y before the activation; backward recomputes the ReLU mask by this very expression."""
+    return (x - hi) * a + b
+
+
+@ordered
+def rectified(v, floor):
+    """max(v, floor) that lets NaN pass; floor is 0 for ReLU, -inf for no activation."""
+    return floor if v <= floor else v
+
+
+@ordered
+def masked(dy, y, v, zero):
+    """dy where ReLU let the value pass: y > 0, with y as stored or, where that is None, v.
+
+    Where both are None there was no activation.
+    """
+    if y is not None:
+        return dy if y > 0 else zero
+    if v is not None:
+        return dy if v > 0 else zero
+    return dy
+
+
+@ordered
+def gradient(j, dy, x, y, hi, a, b, zero):
+    """dy[j] as it arrives at the normalisation."""
+    return masked(dy[j], at(y, j), normalised(x[j], at(hi, j), at(a, j), at(b, j)), zero)
+
+
+@ordered
+def centred(j, g, x, hi, hpq):
+    """(g - h) - ((x - hi) p + q); g where statistics are constants (no h, p, q)."""
+    if hpq is None:
+        return g
+    h, p, q = hpq
+    return (g - at(h, j)) - normalised(x[j], at(hi, j), at(p, j), at(q, j))
+
+
+@ordered
+def add_row(j, x, K, s, q):
+    """Add d and d^2, d = x - K."""
+    d = x[j] - at(K, j)
+    s[j] += d
+    q[j] += d * d
+
+
+@ordered
+def add_rows(j, x, K, s, q):
+    """The same of four rows."""
+    d0 = x[0][j] - at(K, j)
+    d1 = x[1][j] - at(K, j)
+    d2 = x[2][j] - at(K, j)
+    d3 = x[3][j] - at(K, j)
+    s[j] += (d0 + d1) + (d2 + d3)
+    q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+
+
+@ordered
+def move(j, sums, wide):
+    """Move sums in x's dtype to float64."""
+    wide[j] = sums[j]
+    sums[j] = 0
+
+
+@ordered
+def normalise(j, x, residual, hi, a, b, floor, y):
+    """y = max((x - hi) a + b [+ residual], floor)."""
+    v = normalised(x[j], at(hi, j), at(a, j), at(b, j))
+    if residual is not None:
+        v += residual[j]
+    y[j] = rectified(v, floor)
+
+
+@ordered
+def add_gradient_row(j, dy, x, y, hi, a, b, unit, zero, s, t):
+    """Add g and g (x - hi) unit, g = dy masked by ReLU."""
+    g = gradient(j, dy, x, y, hi, a, b, zero)
+    s[j] += g
+    t[j] += g * ((x[j] - at(hi, j)) * at(unit, j))
+
+
+@ordered
+def add_gradient_rows(j, dy, x, y, hi, a, b, unit, zero, s, t):
+    """The same of four rows."""
+    g0 = gradient(j, dy[0], x[0], y[0], hi, a, b, zero)
+    g1 = gradient(j, dy[1], x[1], y[1], hi, a, b, zero)
+    g2 = gradient(j, dy[2], x[2], y[2], hi, a, b, zero)
+    g3 = gradient(j, dy[3], x[3], y[3], hi, a, b, zero)
+    t0 = g0 * ((x[0][j] - at(hi, j)) * at(unit, j))
+    t1 = g1 * ((x[1][j] - at(hi, j)) * at(unit, j))
+    t2 = g2 * ((x[2][j] - at(hi, j)) * at(unit, j))
+    t3 = g3 * ((x[3][j] - at(hi, j)) * at(unit, j))
+    s[j] += (g0 + g1) + (g2 + g3)
+    t[j] += (t0 + t1) + (t2 + t3)
+
+
+@ordered
+def differentiate(j, dy, x, y, hi, a, b, hpq, zero, dx, dresidual):
+    """dx = a (g - mean(g) - x_hat mean(g x_hat)), dresidual = g; g = dy masked by ReLU.
+
+    Each is written where it is wanted; dy may be either of them, and is read before.
+    """
+    g = gradient(j, dy, x, y, hi, a, b, zero)
+    d = centred(j, g, x, hi, hpq)
+    if dresidual is not None:
+        dresidual[j] = g
+    if dx is not None:
+        dx[j] = at(a, j) * d
