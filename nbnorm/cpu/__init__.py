@@ -14,6 +14,7 @@ import numba
 import numpy as np
 
 from nbnorm.cpu import kernels
+from nbnorm.cpu.channel import finish, finish_sums
 from nbnorm.cpu.plan import Plan, plan
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
@@ -30,7 +31,7 @@ def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, N
     partial = np.empty((4, cut.chunks, cut.grid[1]))
     mean, m2, rstd = np.empty((3, cut.grid[1]))
     run.stats[cut.parallel](x, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, partial)
-    kernels.finish(partial, 0, mean.size, eps, mean, m2, rstd)
+    finish(partial, 0, mean.size, eps, mean, m2, rstd)
     return mean, m2, rstd
 
 
@@ -109,7 +110,7 @@ def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
     run.reduce[cut.parallel](
         dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm, partial
     )
-    kernels.finish_sums(partial, norm, 0, sums.shape[1], x[0], sums)
+    finish_sums(partial, norm, 0, sums.shape[1], x[0], sums)
     return sums
 
 

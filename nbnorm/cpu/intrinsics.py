@@ -4,8 +4,9 @@
 loop over more than a few arrays is not vectorised, as LLVM would have to check each written one
 against all others (at most eight checks), and one that works in place runs value by value.
 
-`piece` and `four` slice without counting references. Each function that an array passes through on its way
-to a slice counts it up and down, atomically: per row, as long as the arithmetic on 512 values.
+`piece` and `four` slice without counting references. Each function that an array passes through on
+its way to a slice counts it up and down, atomically: per row, as long as the arithmetic on 512
+values.
 
 `stream` stores past the cache. Ordinary stores read every line of the output before they write it;
 non-temporal ones do not: writing 103 MB from cached planes took 6.2 ms with the first, 3.8 ms with
@@ -24,26 +25,26 @@ LINE = 64  # bytes of a cache line, and of a vector here; LLVM splits it for nar
 
 
 @intrinsic
-def piece(typing_context, view, n, c, s, size):  # type: ignore[no-untyped-def]
+def piece(typing_context, view, n, c, s, size):
     """x[n, c, s : s + size] of a view (memory, stride of n, stride of c); None of no view."""
     ints = (types.intp,) * 4
     if isinstance(view, types.NoneType):
         return types.none(view, *ints), _nothing
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return _piece(context, builder, view.types[0], *args)
 
     return types.Array(view.types[0].dtype, 1, "C")(view, *ints), codegen
 
 
 @intrinsic
-def four(typing_context, view, n, step, c, s, size):  # type: ignore[no-untyped-def]
+def four(typing_context, view, n, step, c, s, size):
     """The pieces at n, n + step, n + 2 step and n + 3 step; of no view, None four times."""
     ints = (types.intp,) * 5
     if isinstance(view, types.NoneType):
         return types.UniTuple(types.none, 4)(view, *ints), _nothing
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         view_, n, step, *rest = args
         pieces = []
         for _ in range(4):
@@ -54,11 +55,11 @@ def four(typing_context, view, n, step, c, s, size):  # type: ignore[no-untyped-
     return types.UniTuple(types.Array(view.types[0].dtype, 1, "C"), 4)(view, *ints), codegen
 
 
-def _nothing(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def _nothing(context, builder, signature, args):
     return context.get_constant_null(signature.return_type)
 
 
-def _piece(context, builder, memory, view, n, c, s, size):  # type: ignore[no-untyped-def]
+def _piece(context, builder, memory, view, n, c, s, size):
     array, n_stride, c_stride = (builder.extract_value(view, i) for i in range(3))
     data = context.make_array(memory)(context, builder, array).data
     start = builder.add(builder.mul(n, n_stride), builder.mul(c, c_stride))
@@ -76,14 +77,14 @@ def _piece(context, builder, memory, view, n, c, s, size):  # type: ignore[no-un
 
 
 @intrinsic
-def each(typing_context, size, body, args):  # type: ignore[no-untyped-def]
+def each(typing_context, size, body, args):
     """body(j, *args) for every j < size; j alone may be written, of arrays that are read too.
 
     Arrays go to the body without their reference counts, which it would change for every j.
     """
     body_signature = typing_context.resolve_function_type(body, (types.intp, *args.types), {})
 
-    def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, values):
         call = context.get_function(body, body_signature)
         size, _, packed = values
         args_ = [
@@ -115,7 +116,7 @@ def each(typing_context, size, body, args):  # type: ignore[no-untyped-def]
     return types.void(size, body, args), codegen
 
 
-def _uncounted(context, builder, kind, value):  # type: ignore[no-untyped-def]
+def _uncounted(context, builder, kind, value):
     """The arrays in a value with no owner to count references for."""
     if isinstance(kind, types.BaseTuple):
         items = [
@@ -133,24 +134,25 @@ def _uncounted(context, builder, kind, value):  # type: ignore[no-untyped-def]
 class _Distinct(ir.values.MDValue):  # type: ignore[misc]
     """`distinct !{...}`, equal to no other node, as llvmlite makes none."""
 
-    def __init__(self, module, operands, *, names_itself=False):  # type: ignore[no-untyped-def]
+    def __init__(self, module, operands, *, names_itself=False):
         super().__init__(module, operands, str(len(module.metadata)))
         if names_itself:
             self.operands = (self, *operands)
 
-    def descr(self, buf):  # type: ignore[no-untyped-def]
-        buf += (f"distinct !{{ {', '.join(node.get_reference() for node in self.operands)} }}", "\n")
+    def descr(self, buf):
+        nodes = ", ".join(node.get_reference() for node in self.operands)
+        buf += (f"distinct !{{ {nodes} }}", "\n")
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
 
 @intrinsic
-def _store_lines(typing_context, source, target, begin, lines):  # type: ignore[no-untyped-def]
+def _store_lines(typing_context, source, target, begin, lines):
     """Copy whole lines to target[begin:], which starts at a line, past the cache."""
     signature = types.void(source, target, types.intp, types.intp)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         i64 = ir.IntType(64)
         item = context.get_data_type(source.dtype)
         vector = ir.VectorType(item, LINE * 8 // source.dtype.bitwidth)
@@ -182,20 +184,20 @@ def _store_lines(typing_context, source, target, begin, lines):  # type: ignore[
 
 
 @none_without("target")
-def staged(buffer, target, streamed):  # type: ignore[no-untyped-def]
+def staged(buffer, target, streamed):
     """Where to compute the target: a part of the buffer if it is to be streamed, else itself."""
     return buffer[: target.size] if streamed else target
 
 
 @none_without("target")
-def settle(source, target, streamed):  # type: ignore[no-untyped-def]
+def settle(source, target, streamed):
     """Bring what was computed where `staged` said to the target."""
     if streamed:
         stream(source, target)
 
 
 @ordered
-def stream(source, target):  # type: ignore[no-untyped-def]
+def stream(source, target):
     """target = source past the cache, but for the values before its first line and after its last.
 
     No fence follows: what hands the result to another thread (a barrier, a lock) orders these

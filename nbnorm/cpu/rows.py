@@ -1,4 +1,4 @@
-"""Rows: S is large. A tile is a piece of a row x[n, c, :], or several short rows, summed along them.
+"""Rows: S is large. A tile is a piece of a row x[n, c, :], or several short rows, summed along S.
 
 The tiles of a channel, row after row, are numbered; a chunk is `per` of them in sequence. The last
 four functions do chunk k of the channels c0 <= c < c1, with grid = (N, C, S, tile, together, per):
