@@ -15,11 +15,9 @@ import numpy as np
 Array = Any  # numpy.ndarray, or anything with __dlpack__
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
-COMPUTE_DTYPES = ("float32", "float64")
-PARAMETER_DTYPES = ("float32", "float64", "float16", "bfloat16")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 # By the dtype itself where it can be: its name is put together at every look, which takes 1.7 us.
-_COMPUTE = frozenset(np.dtype(name) for name in COMPUTE_DTYPES)
-_PARAMETER = _COMPUTE | {np.dtype("float16")}
+_KNOWN = frozenset(np.dtype(name) for name in DTYPES[:3])
 
 
 def take(obj: Array, name: str) -> NDArray:
@@ -43,18 +41,10 @@ def take(obj: Array, name: str) -> NDArray:
 
 
 def take_floating(obj: Array, name: str) -> NDArray:
-    """`take` for parameters and statistics: any of the four floating dtypes."""
+    """`take` for data, parameters and statistics: any of the four floating dtypes."""
     array = take(obj, name)
-    if array.dtype not in _PARAMETER and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}, expected one of {_or(PARAMETER_DTYPES)}")
-    return array
-
-
-def take_data(obj: Array, name: str) -> NDArray:
-    """`take` for x and every array of its size: a dtype the kernels compute in."""
-    array = take(obj, name)
-    if array.dtype not in _COMPUTE:
-        raise TypeError(f"{name} has dtype {array.dtype}, expected {_or(COMPUTE_DTYPES)}")
+    if array.dtype not in _KNOWN and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {array.dtype}, expected one of {_or(DTYPES)}")
     return array
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm import _checks, cpu
-from nbnorm._arrays import Array, NDArray, home_of, take, take_data, take_floating
+from nbnorm._arrays import Array, NDArray, home_of, take, take_floating
 from nbnorm._layout import fits, layout_of
 
 
@@ -36,7 +36,7 @@ class Frame:
     """
 
     def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
-        self.x = take_data(x, "x")
+        self.x = take_floating(x, "x")
         self.backend: ModuleType = cpu
         self.home = home_of(x)
         self._axis = axis

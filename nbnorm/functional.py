@@ -78,7 +78,8 @@ def batch_norm_forward(
     Parameters
     ----------
     x : array, at least 2-d
-        float32 or float64; NumPy, or anything with ``__dlpack__`` in CPU memory. Any strides; an
+        float32, float64, float16 or bfloat16 (of ml_dtypes), the last two computed in float32 and
+        rounded once; NumPy, or anything with ``__dlpack__`` in CPU memory. Any strides; an
         array that has no (N, C, S) view (cropped images, negative steps) is copied once.
     gamma, beta : array of the shape of the channel axes, optional
         Scale and shift: float32, float64, float16 or bfloat16. None: 1 and 0.
@@ -219,7 +220,7 @@ def batch_norm_inference(
     Parameters
     ----------
     x : array, at least 2-d
-        float32 or float64, as in `batch_norm_forward`.
+        Any floating dtype of `batch_norm_forward`.
     gamma, beta : array of the shape of the channel axes, or None
         Scale and shift. None: 1 and 0.
     mean, var : array of the shape of the channel axes
@@ -288,7 +289,7 @@ def batch_norm_apply(
     Parameters
     ----------
     x : array, at least 2-d
-        float32 or float64, as in `batch_norm_forward`.
+        Any floating dtype of `batch_norm_forward`.
     gamma, beta : array of the shape of the channel axes, or None
         Scale and shift. None: 1 and 0.
     mean, rstd : array of the shape of the channel axes
@@ -372,7 +373,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     Parameters
     ----------
     x : array, at least 2-d
-        float32 or float64, as in `batch_norm_forward`.
+        Any floating dtype of `batch_norm_forward`.
     axis : int or tuple of int, default 1
         Channel axes.
 

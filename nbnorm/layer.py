@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from nbnorm._arrays import PARAMETER_DTYPES, Array, NDArray, take_floating
+from nbnorm._arrays import DTYPES, Array, NDArray, take_floating
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, update_running_stats
 
@@ -108,8 +108,8 @@ class BatchNorm:
     ) -> None:
         shape = _channel_shape(num_features, axis)
         dtype = np.dtype(dtype)
-        if dtype.name not in PARAMETER_DTYPES:
-            raise TypeError(f"dtype is {dtype}, expected one of {', '.join(PARAMETER_DTYPES)}")
+        if dtype.name not in DTYPES:
+            raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -137,7 +137,7 @@ class BatchNorm:
         Parameters
         ----------
         x : array
-            float32 or float64, the channel axes shaped like the parameters. Kept by reference
+            Any floating dtype, the channel axes shaped like the parameters. Kept by reference
             until the next forward: write neither into it nor into the parameters before
             `backward`.
         residual : array shaped like x, optional

@@ -48,7 +48,7 @@ def test_every_public_function_is_covered():
 # Types of arrays
 
 
-@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "object", "float16", "longdouble"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "object", "longdouble"])
 @pytest.mark.parametrize("function", OVER_X)
 def test_x_that_is_not_floating(function, dtype):
     arguments = VALID[function]()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    PARAMETER_DTYPES,
+    DTYPES,
     Recipe,
     other_layouts,
     recipes,
@@ -72,7 +72,7 @@ def test_training_forward(recipe, activation, residual_layout):
 
 @given(
     recipes(),
-    st.sampled_from(PARAMETER_DTYPES),
+    st.sampled_from(DTYPES),
     st.sampled_from((0.1, 1.0, 0.0, -0.5)),
     st.sampled_from((0, 1)),
 )
@@ -136,7 +136,7 @@ def test_inference(recipe, activation, residual_layout):
     assert_same_bits(x, recipe.x(), "x after the call")
 
 
-@pytest.mark.parametrize("dtype", PARAMETER_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_inference_leaves_running_statistics_of_any_dtype_alone(dtype):
     recipe = Recipe((4, 5, 6), 1)
     x, running = recipe.x(), recipe.running(dtype)
@@ -313,7 +313,7 @@ def test_split_backward_is_the_fused_one(recipe, activation, with_residual, dy_l
     assert_same_bits(sums[0].astype(fused.dbeta.dtype), fused.dbeta, "dbeta")
 
 
-@given(recipes(dtypes=("float32",)), st.sampled_from(PARAMETER_DTYPES))
+@given(recipes(dtypes=("float32",)), st.sampled_from(DTYPES))
 def test_mean_and_rstd_may_have_any_floating_dtype(recipe, dtype):
     recipe = replace(recipe, scale=1.0, offset=0.0)  # those of x would not fit into float16
     x, gamma, dy = recipe.x(), recipe.gamma(), recipe.like_x(5)

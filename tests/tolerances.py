@@ -51,6 +51,16 @@ def relative_unit(dtype):
     return np.longdouble(np.finfo(dtype).eps)
 
 
+def computed(dtype):
+    """Return the dtype that statistics and sums of data of this dtype are computed in."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+def widened(array):
+    """Return an array in longdouble, which bfloat16 gets to by way of float64."""
+    return array.astype(np.float64 if array.itemsize == 2 else np.longdouble) * np.longdouble(1)
+
+
 class Terms(NamedTuple):
     """What the results of one call are made of, in longdouble, broadcastable against x."""
 
@@ -63,12 +73,16 @@ def terms_of(x, gamma, mean, rstd, axis):
     """Return x_hat, gamma * rstd and the effect of the mean's own rounding."""
     mean, rstd = spread(mean, x, axis), spread(rstd, x, axis)
     factor = rstd * spread(gamma, x, axis)
-    return Terms((x - mean) * rstd, factor, np.abs(mean * factor) * np.longdouble(2) ** -53)
+    return Terms(
+        (widened(x) - mean) * rstd, factor, np.abs(mean * factor) * np.longdouble(2) ** -53
+    )
 
 
 def _most(values, axis):
     """Return the greatest magnitude in each channel, keeping dimensions."""
-    return np.max(np.abs(values), axis=reduced_axes(values.ndim, axis), keepdims=True, initial=0)
+    return np.max(
+        np.abs(widened(values)), axis=reduced_axes(values.ndim, axis), keepdims=True, initial=0
+    )
 
 
 def y_tolerance(x, gamma, beta, mean, rstd, *, axis, residual=None):
@@ -81,7 +95,7 @@ def y_tolerance(x, gamma, beta, mean, rstd, *, axis, residual=None):
     if beta is not None:
         terms.append(spread(beta, x, axis))
     if residual is not None:
-        terms.append(residual.astype(np.longdouble))
+        terms.append(widened(residual))
     parts = [*terms, sum(terms)]
     scale = _most(parts[0], axis)
     for part in parts[1:]:
@@ -96,7 +110,8 @@ def dx_tolerance(dy, x, gamma, mean, rstd, *, axis, training=True):
     `dy` is what arrives at the batch norm: already masked where there was a ReLU.
     """
     xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
-    scale = _most(dy, axis).astype(np.longdouble)
+    dy = widened(dy)
+    scale = _most(dy, axis)
     if training:
         over = reduced_axes(x.ndim, axis)
         mean_dy = np.mean(dy, axis=over, keepdims=True, dtype=np.longdouble)
@@ -110,20 +125,20 @@ def sums_tolerance(dy, x, mean, rstd, *, axis):
     xhat = terms_of(x, None, mean, rstd, axis).xhat
     over = reduced_axes(x.ndim, axis)
     return tuple(
-        UNITS * one_unit(np.sum(np.abs(terms), axis=over), x.dtype)
-        for terms in (dy.astype(np.longdouble), dy * xhat)
+        UNITS * one_unit(np.sum(np.abs(terms), axis=over), computed(x.dtype))
+        for terms in (widened(dy), widened(dy) * xhat)
     )
 
 
 def mean_tolerance(moments, dtype):
     """Four units at the standard deviation, and the rounding of the mean to float64."""
     std = np.sqrt(moments.m2 / max(moments.count, 1))
-    return UNITS * one_unit(std, dtype) + one_unit(moments.mean, np.float64)
+    return UNITS * one_unit(std, computed(dtype)) + one_unit(moments.mean, np.float64)
 
 
 def _relative_spread_tolerance(moments, dtype):
     """Return the relative error allowed for a standard deviation."""
-    relative = UNITS * relative_unit(dtype)
+    relative = UNITS * relative_unit(computed(dtype))
     if dtype == np.float64:  # chunks are merged through means that are rounded to float64
         var = np.asarray(moments.m2 / max(moments.count, 1), np.longdouble)
         std = np.sqrt(np.where(var > 0, var, np.inf))

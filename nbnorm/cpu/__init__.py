@@ -1,9 +1,9 @@
 """The CPU backend: six functions over (N, C, S) arrays.
 
 x, dy, y, residual, dx and dresidual are NumPy arrays of shape (N, C, S), none of it 0, of one dtype
-(float32 or float64), in the layout that `_layout` promises; everything of shape (C,) is float64 and
-contiguous. Nothing is checked here. beta in the backward functions is given where the ReLU mask is
-to be recomputed from x, y where it is to be read.
+(float32, float64, float16, bfloat16), in the layout that `_layout` promises; everything of shape
+(C,) is float64 and contiguous. Nothing is checked here. beta in the backward functions is given
+where the ReLU mask is to be recomputed from x, y where it is to be read.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
     run.reduce[cut.parallel](
         dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm, partial
     )
-    finish_sums(partial, norm, 0, sums.shape[1], x[0], sums)
+    finish_sums(partial, norm, 0, sums.shape[1], x, sums)
     return sums
 
 
@@ -217,10 +217,12 @@ def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
     """(memory, stride of n, stride of c) in values, as the kernels take an array.
 
     Memory is one-dimensional, contiguous and writeable in type: one compiled kernel serves every
-    layout and read-only inputs, which no kernel writes to.
+    layout and read-only inputs, which no kernel writes to. Half precision goes as its bits.
     """
     if array is None:
         return None
+    if array.itemsize == 2:
+        array = array.view(np.uint16 if array.dtype == np.float16 else np.int16)
     N, C, S = array.shape
     if array.flags.c_contiguous and array.flags.writeable:
         return array.reshape(-1), C * S, S

@@ -13,6 +13,7 @@ import numpy as np
 
 from nbnorm.cpu.intrinsics import each, piece
 from nbnorm.cpu.jit import none_without, ordered
+from nbnorm.cpu.storage import computed
 
 # Values whose mean is a chunk's shift: with the first value alone, 60 samples (one tile, K up to 3
 # standard deviations off) left rstd wrong by 9e-7.
@@ -156,7 +157,7 @@ def finish_sums_channel(c, mean, rstd, like, sum_dy, sum_dy_xhat):
 
 
 @ordered
-def finish_sums(partial, norm, c0, c1, like, sums):
+def finish_sums(partial, norm, c0, c1, x, sums):
     """Add up all chunks in order: sum dy and sum dy x_hat of channels c0 <= c < c1."""
     size = c1 - c0
     sum_dy, sum_dy_xhat = sums[0][c0:c1], sums[1][c0:c1]
@@ -165,7 +166,7 @@ def finish_sums(partial, norm, c0, c1, like, sums):
     for k in range(partial.shape[1]):
         each(size, add_chunk, (partial[0, k][c0:c1], partial[1, k][c0:c1], sum_dy, sum_dy_xhat))
     mean, rstd = norm[0][c0:c1], norm[1][c0:c1]
-    each(size, finish_sums_channel, (mean, rstd, like, sum_dy, sum_dy_xhat))
+    each(size, finish_sums_channel, (mean, rstd, computed(x), sum_dy, sum_dy_xhat))
 
 
 @ordered

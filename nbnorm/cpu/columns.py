@@ -16,6 +16,7 @@ from nbnorm.cpu import element
 from nbnorm.cpu.channel import FIRST, add_up, affine, gradient, lost, merge, units
 from nbnorm.cpu.intrinsics import each, four, piece
 from nbnorm.cpu.jit import none_without, ordered
+from nbnorm.cpu.storage import computed, load
 
 # Rows a tile: over fewer the merges take longer than the sums. Rows summed in x's dtype before
 # float64 takes over: over 128, an outlier among them left rstd wrong by 3e-7.
@@ -116,7 +117,7 @@ def sums64(x, grid, n0, n1, c, K):
     for n in range(n0, n1):
         values = piece(x, n, c, 0, grid[2])
         for i in range(values.size):
-            d = np.float64(values[i]) - K
+            d = np.float64(load(values, i)) - K
             s, s_rest = add_exactly(s, d - s_rest)
             q, q_rest = add_exactly(q, d * d - q_rest)
             same = same and d == 0
@@ -147,7 +148,7 @@ def first_means(x, grid, c0, c1, begin, end, k, K, s, q, s64, q64, shift):
     """Means of the chunk's first values, exact where they are all the same."""
     N, _, S, fold, _ = grid
     for c in range(c0, c1):
-        k[c - c0] = piece(x, begin * fold, c, 0, 1)[0]
+        k[c - c0] = load(piece(x, begin * fold, c, 0, 1), 0)
     expand(k, S, K)
     stop = min(begin + (FIRST + fold * S - 1) // (fold * S), end)
     sums(x, grid, begin, stop, c0, c1, K, s, q, s64, q64)
@@ -178,7 +179,7 @@ def merge_tile(c, count, shift, delta, merged, m, k, d, q, new_delta, new_merged
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     N, _, S, fold, _ = grid
-    channels, dtype = c1 - c0, x[0].dtype
+    channels, dtype = c1 - c0, computed(x).dtype
     center, K = np.empty(channels, dtype), np.empty(fold * channels * S, dtype)
     s, q = np.empty_like(K), np.empty_like(K)
     s64, q64 = np.empty(K.size), np.empty(K.size)
@@ -231,7 +232,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     Never streamed: through a buffer of one short row that took 1.6 times as long.
     """
     fold = grid[3]
-    hi, a, b = affine_columns(norm, grid, c0, c1, x[0])
+    hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = rows(grid, k)
     for r in range(begin, end):
@@ -248,7 +249,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     The mask is recomputed where norm holds beta, read where y is given.
     """
     _, _, S, fold, _ = grid
-    hi, a, b = affine_columns(norm, grid, c0, c1, x[0])
+    hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     unit = by_columns(units(norm, c0, c1, hi), grid)
     s, t = np.zeros_like(hi), np.zeros_like(hi)
     s64, t64 = np.zeros(hi.size), np.zeros(hi.size)
@@ -286,7 +287,7 @@ def gradient_columns(norm, sums, count, grid, c0, c1, like):
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
     fold = grid[3]
-    hi, a, b = affine_columns(norm, grid, c0, c1, x[0])
+    hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     hpq = gradient_columns(norm, sums, count, grid, c0, c1, hi)
     zero = hi.dtype.type(0)
     begin, end = rows(grid, k)

@@ -8,6 +8,7 @@ one load and one store of the sums for all four.
 from numba.core import types
 
 from nbnorm.cpu.jit import by_types, none_without, ordered
+from nbnorm.cpu.storage import load, store
 
 
 @by_types
@@ -46,7 +47,8 @@ def masked(dy, y, v, zero):
 @ordered
 def gradient(j, dy, x, y, hi, a, b, zero):
     """dy[j] as it arrives at the normalisation."""
-    return masked(dy[j], at(y, j), normalised(x[j], at(hi, j), at(a, j), at(b, j)), zero)
+    v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))
+    return masked(load(dy, j), load(y, j), v, zero)
 
 
 @ordered
@@ -55,13 +57,13 @@ def centred(j, g, x, hi, hpq):
     if hpq is None:
         return g
     h, p, q = hpq
-    return (g - at(h, j)) - normalised(x[j], at(hi, j), at(p, j), at(q, j))
+    return (g - at(h, j)) - normalised(load(x, j), at(hi, j), at(p, j), at(q, j))
 
 
 @ordered
 def add_row(j, x, K, s, q):
     """Add d and d^2, d = x - K."""
-    d = x[j] - at(K, j)
+    d = load(x, j) - at(K, j)
     s[j] += d
     q[j] += d * d
 
@@ -69,10 +71,10 @@ def add_row(j, x, K, s, q):
 @ordered
 def add_rows(j, x, K, s, q):
     """The same of four rows."""
-    d0 = x[0][j] - at(K, j)
-    d1 = x[1][j] - at(K, j)
-    d2 = x[2][j] - at(K, j)
-    d3 = x[3][j] - at(K, j)
+    d0 = load(x[0], j) - at(K, j)
+    d1 = load(x[1], j) - at(K, j)
+    d2 = load(x[2], j) - at(K, j)
+    d3 = load(x[3], j) - at(K, j)
     s[j] += (d0 + d1) + (d2 + d3)
     q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
 
@@ -87,10 +89,10 @@ def move(j, sums, wide):
 @ordered
 def normalise(j, x, residual, hi, a, b, floor, y):
     """y = max((x - hi) a + b [+ residual], floor)."""
-    v = normalised(x[j], at(hi, j), at(a, j), at(b, j))
+    v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))
     if residual is not None:
-        v += residual[j]
-    y[j] = rectified(v, floor)
+        v += load(residual, j)
+    store(y, j, rectified(v, floor))
 
 
 @ordered
@@ -98,7 +100,7 @@ def add_gradient_row(j, dy, x, y, hi, a, b, unit, zero, s, t):
     """Add g and g (x - hi) unit, g = dy masked by ReLU."""
     g = gradient(j, dy, x, y, hi, a, b, zero)
     s[j] += g
-    t[j] += g * ((x[j] - at(hi, j)) * at(unit, j))
+    t[j] += g * ((load(x, j) - at(hi, j)) * at(unit, j))
 
 
 @ordered
@@ -108,10 +110,10 @@ def add_gradient_rows(j, dy, x, y, hi, a, b, unit, zero, s, t):
     g1 = gradient(j, dy[1], x[1], y[1], hi, a, b, zero)
     g2 = gradient(j, dy[2], x[2], y[2], hi, a, b, zero)
     g3 = gradient(j, dy[3], x[3], y[3], hi, a, b, zero)
-    t0 = g0 * ((x[0][j] - at(hi, j)) * at(unit, j))
-    t1 = g1 * ((x[1][j] - at(hi, j)) * at(unit, j))
-    t2 = g2 * ((x[2][j] - at(hi, j)) * at(unit, j))
-    t3 = g3 * ((x[3][j] - at(hi, j)) * at(unit, j))
+    t0 = g0 * ((load(x[0], j) - at(hi, j)) * at(unit, j))
+    t1 = g1 * ((load(x[1], j) - at(hi, j)) * at(unit, j))
+    t2 = g2 * ((load(x[2], j) - at(hi, j)) * at(unit, j))
+    t3 = g3 * ((load(x[3], j) - at(hi, j)) * at(unit, j))
     s[j] += (g0 + g1) + (g2 + g3)
     t[j] += (t0 + t1) + (t2 + t3)
 
@@ -125,6 +127,6 @@ def differentiate(j, dy, x, y, hi, a, b, hpq, zero, dx, dresidual):
     g = gradient(j, dy, x, y, hi, a, b, zero)
     d = centred(j, g, x, hi, hpq)
     if dresidual is not None:
-        dresidual[j] = g
+        store(dresidual, j, g)
     if dx is not None:
-        dx[j] = at(a, j) * d
+        store(dx, j, at(a, j) * d)

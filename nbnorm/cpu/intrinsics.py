@@ -148,6 +148,26 @@ class _Distinct(ir.values.MDValue):  # type: ignore[misc]
 
 
 @intrinsic
+def half_to_float(typing_context, bits):
+    """float32 of the bits of a float16."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def half_from_float(typing_context, value):
+    """Bits of the float16 next to a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
 def _store_lines(typing_context, source, target, begin, lines):
     """Copy whole lines to target[begin:], which starts at a line, past the cache."""
     signature = types.void(source, target, types.intp, types.intp)

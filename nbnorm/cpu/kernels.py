@@ -105,7 +105,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
         c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
             reduce_chunk(dy, x, y, grid, norm, c0, c1, k, partial)
-        finish_sums(partial, norm, c0, c1, x[0], sums)
+        finish_sums(partial, norm, c0, c1, x, sums)
         for k in range(partial.shape[1]):
             differentiate_chunk(
                 dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nbnorm._layout import PLANE, SAMPLE
 
-TILE = 16 << 10  # bytes of a row summed in x's dtype: a third of L1
+TILE = 16 << 10  # bytes, as computed, of a row that is summed at once: a third of L1
 CHUNK = 1 << 18  # values a chunk: the share of work that threads split a channel into
 CHUNK_ROWS = 512  # rows a chunk has at least: what is done once a channel is a tenth of the rest
 
@@ -54,9 +54,10 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
     """Cut a pass over N samples of C channels of S values, none of them 0."""
     parallel = threads > 1 and N * C * S >= SERIAL_BELOW
     if by_rows(S):
-        across = _ceil(S, TILE // itemsize)
+        most = TILE // max(itemsize, 4)
+        across = _ceil(S, most)
         tile = _ceil(_ceil(S, across), 16) * 16
-        together = max(1, TILE // itemsize // S)
+        together = max(1, most // S)
         tiles = _ceil(N, together) * _ceil(S, tile)
         chunks, per = _shares(tiles, max(1, CHUNK // (tile * together)))
         grid: tuple[int, ...] = (N, C, S, tile, together, per)

@@ -22,6 +22,7 @@ from nbnorm.cpu.channel import (
 )
 from nbnorm.cpu.intrinsics import each, four, piece, settle, staged
 from nbnorm.cpu.jit import none_without, ordered
+from nbnorm.cpu.storage import computed, load
 
 # Chains that a tile is summed in, side by side: eight vectors of eight, enough to hide the time
 # that an addition takes. Few values a chain also means little rounding.
@@ -78,8 +79,17 @@ def constant(x, n0, n1, c, s, size, K):
     for n in range(n0, n1):
         values = piece(x, n, c, s, size)
         for i in range(size):
-            others += values[i] != K
+            others += load(values, i) != K
     return others == 0
+
+
+@ordered
+def in_float64(x):
+    """Copy a piece."""
+    out = np.empty(x.size)
+    for i in range(x.size):
+        out[i] = load(x, i)
+    return out
 
 
 @ordered
@@ -87,7 +97,7 @@ def sums64(x, n0, n1, c, s, size, K):
     """Sum d and d^2 of a tile in float64."""
     s_lanes, q_lanes, wide = np.zeros(LANES), np.zeros(LANES), np.empty(LANES)
     for n in range(n0, n1):
-        add_piece(piece(x, n, c, s, size).astype(np.float64), K, s_lanes, q_lanes)
+        add_piece(in_float64(piece(x, n, c, s, size)), K, s_lanes, q_lanes)
     return total(s_lanes, wide), total(q_lanes, wide)
 
 
@@ -107,10 +117,11 @@ def moments64(x, n0, n1, c, s, size, K):
 def first_mean(x):
     """Mean of the first values, exact where they are all the same."""
     values = min(FIRST, x.size)
+    first = np.float64(load(x, 0))
     s = 0.0
     for i in range(values):
-        s += np.float64(x[i]) - x[0]
-    return x[0] + s / values
+        s += load(x, i) - first
+    return first + s / values
 
 
 @ordered
@@ -119,7 +130,7 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     count, shift, delta, m2 = partial[0, k, c], partial[1, k, c], partial[2, k, c], partial[3, k, c]
     if count == 0:
         shift = first_mean(piece(x, n0, c, s, size))
-    K = x[0].dtype.type(shift + delta)
+    K = s_lanes.dtype.type(shift + delta)
     for n in range(n0, n1):
         add_piece(piece(x, n, c, s, size), K, s_lanes, q_lanes)
     d, q = total(s_lanes, wide), total(q_lanes, wide)
@@ -127,7 +138,7 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     mean = d / m
     from_shift = np.float64(K) - shift
     merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
-    if lost(m, mean, q, merged[2], x[0]):
+    if lost(m, mean, q, merged[2], s_lanes):
         mean, m2_tile = moments64(x, n0, n1, c, s, size, np.float64(K))
         if count == 0:  # a shift that far off would cost delta its digits
             shift = K + mean
@@ -140,7 +151,8 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
 @ordered
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
-    s_lanes, q_lanes = np.zeros(LANES, x[0].dtype), np.zeros(LANES, x[0].dtype)
+    dtype = computed(x).dtype
+    s_lanes, q_lanes = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
     wide = np.empty(LANES)
     partial[:, k, c0:c1] = 0
     begin, end = tiles(grid, k)
@@ -153,9 +165,9 @@ def stats(x, grid, c0, c1, k, partial):
 @ordered
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    hi, a, b = affine(norm, c0, c1, x[0])
-    low = x[0].dtype.type(floor)
-    buffer = np.empty(grid[3], x[0].dtype)
+    hi, a, b = affine(norm, c0, c1, computed(x))
+    low = hi.dtype.type(floor)
+    buffer = np.empty(grid[3], y[0].dtype)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -190,10 +202,10 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 
     The mask is recomputed where norm holds beta, read where y is given.
     """
-    hi, a, b = affine(norm, c0, c1, x[0])
-    unit = units(norm, c0, c1, x[0])
-    zero = x[0].dtype.type(0)
-    s_lanes, t_lanes = np.zeros(LANES, x[0].dtype), np.zeros(LANES, x[0].dtype)
+    hi, a, b = affine(norm, c0, c1, computed(x))
+    unit = units(norm, c0, c1, hi)
+    zero = hi.dtype.type(0)
+    s_lanes, t_lanes = np.zeros(LANES, hi.dtype), np.zeros(LANES, hi.dtype)
     wide = np.empty(LANES)
     partial[:, k, c0:c1] = 0
     begin, end = tiles(grid, k)
@@ -213,11 +225,10 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
-    like = x[0]
-    hi, a, b = affine(norm, c0, c1, like)
-    hpq = gradient(norm, sums, count, c0, c1, like)
-    zero = like.dtype.type(0)
-    dx_buffer, dresidual_buffer = np.empty(grid[3], like.dtype), np.empty(grid[3], like.dtype)
+    hi, a, b = affine(norm, c0, c1, computed(x))
+    hpq = gradient(norm, sums, count, c0, c1, hi)
+    zero = hi.dtype.type(0)
+    dx_buffer, dresidual_buffer = np.empty(grid[3], x[0].dtype), np.empty(grid[3], x[0].dtype)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)

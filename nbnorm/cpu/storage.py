@@ -1,0 +1,64 @@
+"""How values lie in memory: as they are, or as 16 bits that kernels widen and round themselves.
+
+Numba has no half precision on the CPU. float16 comes to the kernels as uint16, bfloat16 as int16.
+`load` makes float32 of either, exactly; `store` rounds to nearest, ties to even, and to Inf what is
+too large. A NaN stays one.
+"""
+
+import numpy as np
+from numba.core import types
+
+from nbnorm.cpu.intrinsics import half_from_float, half_to_float
+from nbnorm.cpu.jit import by_types, ordered
+
+
+@ordered
+def bfloat16_to_float(bits):
+    """float32 with the same upper half."""
+    return np.int32(np.int32(bits) << 16).view(np.float32)
+
+
+@ordered
+def bfloat16_from_float(value):
+    """Upper half of a float32, rounded; the carry of an overflow makes Inf."""
+    bits = np.float32(value).view(np.int32)
+    rounded = bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))
+    quiet = bits | np.int32(0x400000)  # a NaN whose payload would be cut off, or carried away
+    return np.int16((quiet if value != value else rounded) >> 16)
+
+
+@by_types
+def load(values, j):
+    """values[j] in the dtype it is computed in; None of None."""
+    if isinstance(values, types.NoneType):
+        return lambda values, j: None
+    if values.dtype == types.uint16:
+        return lambda values, j: half_to_float(values[j])
+    if values.dtype == types.int16:
+        return lambda values, j: bfloat16_to_float(values[j])
+    return lambda values, j: values[j]
+
+
+@by_types
+def store(values, j, value):
+    """values[j] = value, rounded once."""
+
+    def store_half(values, j, value):
+        values[j] = half_from_float(value)
+
+    def store_bfloat16(values, j, value):
+        values[j] = bfloat16_from_float(value)
+
+    def store_value(values, j, value):
+        values[j] = value
+
+    special = {types.uint16: store_half, types.int16: store_bfloat16}
+    return special.get(values.dtype, store_value)
+
+
+@by_types
+def computed(view):
+    """Return an empty array of the dtype that a view's values are computed in."""
+    if view.types[0].dtype == types.float64:
+        return lambda view: np.empty(0, np.float64)
+    return lambda view: np.empty(0, np.float32)
