@@ -5,7 +5,7 @@ with a number for each column in the column traversal; `at` reads either. Four r
 one load and one store of the sums for all four.
 """
 
-from numba.core import types
+from numba import types
 
 from nbnorm.cpu.jit import by_types, none_without, ordered
 from nbnorm.cpu.storage import load, store

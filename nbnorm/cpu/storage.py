@@ -6,7 +6,7 @@ too large. A NaN stays one.
 """
 
 import numpy as np
-from numba.core import types
+from numba import types
 
 from nbnorm.cpu.intrinsics import half_from_float, half_to_float
 from nbnorm.cpu.jit import by_types, ordered
