@@ -15,6 +15,7 @@ from nbnorm.functional import (
 )
 from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, update_running_stats
+from nbnorm.pool import set_pool_limit
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "fold_batch_norm",
     "fold_into_conv",
     "fold_into_linear",
+    "set_pool_limit",
     "show_config",
     "update_running_stats",
 ]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbnorm import _checks, cpu
+from nbnorm import _checks, cpu, pool
 from nbnorm._arrays import Array, NDArray, home_of, take, take_floating
 from nbnorm._layout import fits, layout_of
 
@@ -91,7 +91,7 @@ class Frame:
         array = self._new() if out is None else out
         if self.empty or self._fits(array):
             return Target(array, self._turned(array).reshape(self._layout.shape))
-        return Target(array, np.empty(self._layout.shape, self.x.dtype))
+        return Target(array, pool.empty(self._layout.shape, self.x.dtype))
 
     def settle(self, target: Target, out: Array | None = None) -> Array:
         """Hand a result back: as the out that was passed, else as an array of x's library."""
@@ -102,9 +102,9 @@ class Frame:
 
     def _new(self) -> NDArray:
         dense = self._layout.dense
-        if dense is None:
-            return np.empty(self.x.shape, self.x.dtype)
-        array = np.empty([self.x.shape[i] for i in dense], self.x.dtype)
+        if dense is None or dense == tuple(range(len(dense))):
+            return pool.empty(self.x.shape, self.x.dtype)
+        array = pool.empty(tuple(self.x.shape[i] for i in dense), self.x.dtype)
         return array.transpose(np.argsort(dense))
 
     def flat(self, array: NDArray | None, default: float) -> NDArray:

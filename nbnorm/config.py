@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 import nbnorm
+from nbnorm import pool
 from nbnorm.cpu.jit import cache_folder
 
 # The features that decide how wide the kernels' vectors are and whether halves are converted
@@ -37,6 +38,7 @@ def show_config() -> None:
         "CPU": f"{llvmlite.binding.get_host_cpu_name()}: {_cpu_features()}",
         **_threads(),
         "kernel cache": cache_folder() or "none: no folder can be written to",
+        "pool": "{:.1f} of {:.1f} MiB idle".format(*(n / 2**20 for n in pool.idle())),
         "CUDA": f"numba-cuda {_installed('numba_cuda')}, CuPy {_installed('cupy')}",
     }
     for name, value in lines.items():

@@ -21,6 +21,7 @@ LABELS = [
     "threads",
     "threading layer",
     "kernel cache",
+    "pool",
     "CUDA",
 ]
 
