@@ -85,13 +85,18 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
     if getattr(obj, "requires_grad", False) is True:
         raise TypeError(
             f"{name} is a tensor that requires grad, and no gradient would be recorded here; "
-            "use nbnorm.integrations.torch, or pass it detached"
+            "pass it detached, or use nbnorm.integrations.torch where that is installed"
         )
     dtype = str(getattr(obj, "dtype", "unknown dtype"))
+    device = getattr(obj, "__dlpack_device__", None)
+    if device is None:
+        raise TypeError(f"{name} has __dlpack__ but no __dlpack_device__")
+    kind = int(device()[0])
+    if kind != 1:  # kDLCPU
+        # x says which device the call is for; another array can only be on the wrong one.
+        refusal = TypeError if name == "x" else ValueError
+        raise refusal(f"{name} is not in CPU memory (DLPack device type {kind})")
     try:
-        kind = int(obj.__dlpack_device__()[0])
-        if kind != 1:  # kDLCPU
-            raise TypeError(f"{name} is not in CPU memory (DLPack device type {kind})")
         if dtype.endswith("bfloat16"):
             return np.from_dlpack(_bits(obj)).view(_bfloat16(name))
         return np.from_dlpack(obj)

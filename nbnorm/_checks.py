@@ -71,10 +71,32 @@ def writable(array: NDArray, name: str, instead: str) -> None:
     """Refuse an array that cannot be written to, or whose elements share their memory."""
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only; {instead}")
-    if 0 in array.strides and any(
-        stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)
-    ):
-        raise ValueError(f"{name} is a broadcast array whose elements share memory; {instead}")
+    if not array.flags.forc and _shares_with_itself(array.shape, array.strides):
+        raise ValueError(f"{name} is an array whose elements share memory; {instead}")
+
+
+@lru_cache(maxsize=1024)
+def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
+    """Whether two elements lie in one place."""
+    if 0 in shape:
+        return False
+    steps = sorted((abs(step), n) for step, n in zip(strides, shape, strict=True) if n > 1)
+    inside, nested = 0, True
+    for step, n in steps:
+        nested = nested and step > inside
+        inside += step * (n - 1)
+    if nested or (steps and steps[0][0] == 0):
+        return not nested
+    places = np.zeros(1, np.int64)  # steps that are not nested, as of no array but a made-up one
+    for step, n in steps:
+        places = np.unique(np.add.outer(places, step * np.arange(n)))
+    return len(places) < prod(shape)
+
+
+def apart(first: NDArray, second: NDArray, names: tuple[str, str]) -> None:
+    """Refuse two arrays that are written one after the other and share memory."""
+    if np.may_share_memory(first, second) and _overlap(first, second):
+        raise ValueError(f"{names[0]} and {names[1]} share memory, and both are written")
 
 
 def output(
@@ -104,8 +126,8 @@ def output(
 def _same_view(a: NDArray, b: NDArray) -> bool:
     return (
         a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.strides == b.strides
         and a.shape == b.shape
+        and all(i == j or n <= 1 for i, j, n in zip(a.strides, b.strides, a.shape, strict=True))
     )
 
 
@@ -127,8 +149,10 @@ def epsilon(eps: float) -> float:
 def number(value: Any, name: str) -> float:
     """Return a real number as a float."""
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError
         return float(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
 
 

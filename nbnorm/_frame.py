@@ -84,7 +84,7 @@ class Frame:
             return None
         if self._fits(array):
             return self._turned(array).reshape(self._layout.shape)
-        return np.ascontiguousarray(self._turned(array)).reshape(self._layout.shape)
+        return np.require(self._turned(array), requirements=["C", "A"]).reshape(self._layout.shape)
 
     def target(self, out: NDArray | None) -> Target:
         """Memory for a result: out, or a fresh array of x's shape, dtype and order in memory."""
@@ -111,7 +111,7 @@ class Frame:
         """Parameter or statistic as contiguous float64 of shape (C,)."""
         if array is None:
             return np.full(self.channels, default, np.float64)
-        flat = np.ascontiguousarray(array, np.float64).reshape(self.channels)
+        flat = np.require(array, np.float64, ["C", "A"]).reshape(self.channels)
         # A read-only array is another type to Numba, and would have kernels compiled anew.
         return flat if flat.flags.writeable else flat.copy()
 

@@ -148,13 +148,17 @@ def batch_norm_forward(
     var_ = frame.per_channel(running_var, "running_var")
     residual_ = frame.like_x(residual, "residual")
     eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
-    _checks.correction(correction)
+    taken = _checks.correction(correction)
     relu = _checks.relu(activation)
     if training:
-        _checks.enough_values(frame.m, correction, frame.x)
+        _checks.enough_values(frame.m, taken, frame.x)
         for array, name in ((mean_, "running_mean"), (var_, "running_var")):
             if array is not None:
                 _checks.writable(array, name, _UPDATE_BY_HAND)
+        if mean_ is not None and var_ is not None:
+            _checks.apart(mean_, var_, ("running_mean", "running_var"))
+            for array, name in ((mean_, "running_mean"), (var_, "running_var")):
+                _checks.apart(array, frame.x, (name, "x"))
     out_ = frame.out(
         out,
         {
@@ -187,7 +191,7 @@ def batch_norm_forward(
         )
         if mean_ is not None and var_ is not None:
             move(mean_, frame.unflat(mean), momentum)
-            move(var_, frame.unflat(m2) / (frame.m - correction), momentum)
+            move(var_, frame.unflat(m2) / (frame.m - taken), momentum)
     return BatchNormForward(
         frame.settle(y, out),
         frame.home(frame.unflat(mean)),
@@ -381,7 +385,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     -------
     Moments
         (count, mean, m2): an int and float64 arrays of the shape of the channel axes. Moments of
-        several chunks merge exactly: ``first.merge(second, third)``.
+        several chunks merge as accurately as one pass: ``first.merge(second, third)``.
 
     Raises
     ------
@@ -452,7 +456,8 @@ def batch_norm_backward(
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
     out : array of x's shape and dtype, optional
-        Where to write dx. It may be dy itself; it may not otherwise overlap an input.
+        Where to write dx, where that is wanted. It may be dy itself; it may not otherwise overlap
+        an input.
 
     Returns
     -------
@@ -469,7 +474,9 @@ def batch_norm_backward(
 
     Notes
     -----
-    Ioffe & Szegedy (2015), section 3, with the sums over the batch collected.
+    Ioffe & Szegedy (2015), section 3, with the sums over the batch collected. A few hundred
+    gradients at a time are added up in the dtype of the computation: float32 gradients beyond 1e35
+    can overflow to Inf or NaN where their sum would not.
 
     Examples
     --------
@@ -507,7 +514,7 @@ def batch_norm_backward(
             sums = frame.backend.backward(*arrays, scale, mean64, rstd64, *mask, *written)
         else:
             if want_dgamma or want_dbeta:
-                sums = frame.backend.backward_reduce(*arrays, mean64, rstd64, scale, *mask)
+                sums = frame.backend.backward_reduce(*arrays, scale, mean64, rstd64, *mask)
             if want_dx or want_dresidual:
                 frame.backend.backward_apply(
                     *arrays, scale, mean64, rstd64, None, frame.m, *mask, *written
@@ -584,9 +591,9 @@ def batch_norm_backward_reduce(
         sums = frame.backend.backward_reduce(
             frame.view(dy_),
             frame.view(frame.x),
+            frame.flat(gamma_, 1),
             frame.flat(mean_, 0),
             frame.flat(rstd_, 0),
-            frame.flat(gamma_, 1),
             *frame.mask(relu, beta_, y_),
         )
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))

@@ -108,7 +108,7 @@ class BatchNorm:
     ) -> None:
         shape = _channel_shape(num_features, axis)
         dtype = np.dtype(dtype)
-        if dtype.name not in DTYPES:
+        if dtype.name not in DTYPES or not dtype.isnative:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
         self.num_features = num_features
         self.eps = eps

@@ -1,4 +1,4 @@
-"""Count, mean and M2 of every channel: merged exactly, turned into running statistics."""
+"""Count, mean and M2 of every channel: merged, turned into running statistics."""
 
 import operator
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from nbnorm._arrays import Array, NDArray, home_of, take_floating
 class Moments(NamedTuple):
     """Count, mean and M2 of every channel.
 
-    M2 is the sum of squared deviations from the mean. The three merge without loss, which mean and
-    ``rstd`` do not: a variance recovered from ``rstd`` cancels where it is far below ``eps``.
+    M2 is the sum of squared deviations from the mean. The three merge as accurately as one pass,
+    which mean and ``rstd`` do not: a variance recovered from ``rstd`` cancels where it is far below
+    ``eps``.
 
     Attributes
     ----------
@@ -282,7 +283,10 @@ def _taken(
     """Return count, mean and M2 as an int and two float64 ndarrays of one shape."""
     if not isinstance(moments, Moments):
         raise TypeError(f"expected moments as nbnorm.Moments, got {type(moments).__qualname__}")
-    count = operator.index(moments.count)
+    try:
+        count = operator.index(moments.count)
+    except TypeError:
+        raise TypeError(f"moments.count must be an int, got {moments.count!r}") from None
     if count < 0:
         raise ValueError(f"moments.count must not be negative, got {count}")
     mean = take_floating(moments.mean, "moments.mean").astype(np.float64)

@@ -320,3 +320,46 @@ def test_count_that_is_no_count(count):
         nbnorm.batch_norm_backward_apply(**arguments)
     for name, (array, copy) in before.items():
         assert_same_bits(array, copy, name)
+
+
+# Numbers and other libraries' arrays
+
+
+@pytest.mark.parametrize("argument", ["eps", "momentum", "correction"])
+@pytest.mark.parametrize("value", ["1e-5", "abc", b"1"])
+def test_numbers_that_are_text(argument, value):
+    refuses(
+        "batch_norm_forward", TypeError, rf"^{argument} must be a real number", **{argument: value}
+    )
+
+
+def test_a_count_that_is_no_integer():
+    moments = nbnorm.Moments(2.0, np.zeros(3), np.zeros(3))
+    with pytest.raises(TypeError, match=r"^moments\.count must be an int"):
+        moments.merge()
+
+
+class Elsewhere:
+    """An array in the memory of another device."""
+
+    dtype = "float32"
+
+    def __dlpack__(self, **_):
+        raise AssertionError("asked for memory that cannot be read here")
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+class Nowhere:
+    """An array that does not say where it is."""
+
+    def __dlpack__(self, **_):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL))
+def test_arrays_on_another_device(function, argument):
+    kind = TypeError if argument == "x" else ValueError
+    refuses(function, kind, rf"^{argument} is not in CPU memory", **{argument: Elsewhere()})
+    refuses(function, TypeError, rf"^{argument} has __dlpack__ but", **{argument: Nowhere()})

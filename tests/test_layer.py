@@ -472,3 +472,8 @@ def test_arrays_of_other_libraries_go_through_the_layer(library):
     for name, grad in theirs.grads.items():
         assert_array_equal(np.from_dlpack(grad), ours.grads[name])
     assert_array_equal(theirs.running_var, ours.running_var)
+
+
+def test_parameters_of_non_native_byte_order():
+    with pytest.raises(TypeError, match=r"^dtype is >f4"):
+        nbnorm.BatchNorm(3, dtype=">f4")

@@ -110,9 +110,19 @@ def test_empty_inputs(shape_and_axis, dtype, correction):
         with pytest.raises(ValueError, match="expected more than 1 value per channel"):
             nbnorm.batch_norm_forward(x, gamma, beta, correction=correction, axis=recipe.axis)
         correction = 0
+    out = np.empty_like(x)
     y, mean, rstd = nbnorm.batch_norm_forward(
-        x, gamma, beta, *running, correction=correction, axis=recipe.axis, activation="relu"
+        x,
+        gamma,
+        beta,
+        *running,
+        correction=correction,
+        axis=recipe.axis,
+        activation="relu",
+        out=out,
     )
+    assert y is out
+    y = nbnorm.batch_norm_forward(x, gamma, beta, correction=correction, axis=recipe.axis).y
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     zeros = np.zeros(recipe.channels)
@@ -251,6 +261,63 @@ def test_broadcast_array_cannot_be_written_to(argument):
     shape = x.shape if argument == "out" else (3,)
     memory = np.full(1, 7, np.float32)
     arrays[argument] = np.lib.stride_tricks.as_strided(memory, shape, (0,) * len(shape))
-    with pytest.raises(ValueError, match=rf"^{argument} is a broadcast array"):
+    with pytest.raises(ValueError, match=rf"^{argument} is an array whose elements share"):
         nbnorm.batch_norm_forward(x, **arrays)
     assert memory[0] == 7
+
+
+def test_out_of_overlapping_elements():
+    memory = np.zeros(40, np.float32)
+    out = np.lib.stride_tricks.as_strided(memory, (10, 3), (4, 4))
+    with pytest.raises(ValueError, match=r"^out is an array whose elements share memory"):
+        nbnorm.batch_norm_forward(np.ones((10, 3), np.float32), out=out)
+    assert not memory.any()
+
+
+def test_out_whose_steps_are_not_nested_but_meet_nowhere():
+    memory = np.zeros(40, np.float32)
+    out = np.lib.stride_tricks.as_strided(memory, (2, 3), (12, 8))
+    x = data(shape=(2, 3))
+    nbnorm.batch_norm_forward(x, out=out)
+    assert_same_bits(np.array(out), nbnorm.batch_norm_forward(x).y)
+
+
+def test_x_as_out_with_another_stride_along_an_axis_of_one():
+    base = data(shape=(4, 6, 8)).copy()
+    expected = nbnorm.batch_norm_forward(base[:1]).y
+    out = base[0][None]
+    assert out.strides != base[:1].strides
+    assert nbnorm.batch_norm_forward(base[:1], out=out).y is out
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("other", ["running_mean", "x"])
+def test_running_statistics_that_share_memory(other):
+    x = data(shape=(8, 3)).copy()
+    running = np.ones(3, np.float32)
+    pair = (running, running) if other == "running_mean" else (x[0], running)
+    before = x.copy()
+    with pytest.raises(ValueError, match="share memory"):
+        nbnorm.batch_norm_forward(x, None, None, *pair)
+    assert_same_bits(x, before)
+    assert (running == 1).all()
+
+
+@pytest.mark.parametrize("correction", [np.int8(1), np.uint8(1), np.float16(1), True])
+def test_correction_of_a_narrow_type_is_not_computed_in_it(correction):
+    x = data(shape=(20000, 2))
+    narrow, wide = ([np.zeros(2), np.zeros(2)] for _ in range(2))
+    nbnorm.batch_norm_forward(x, None, None, *narrow, correction=correction)
+    nbnorm.batch_norm_forward(x, None, None, *wide, correction=1)
+    assert_same_bits(narrow[1], wide[1])
+
+
+def test_unaligned_arrays_of_every_kind():
+    def unaligned(array):
+        return lay_out(array, "unaligned")
+
+    x, small = data(shape=(6, 4, 5)).astype(np.float64), np.linspace(1, 2, 4)
+    expected = nbnorm.batch_norm_forward(x, small, small)
+    got = nbnorm.batch_norm_forward(unaligned(x), unaligned(small), unaligned(small))
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)

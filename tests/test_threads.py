@@ -5,7 +5,9 @@ last tests.
 """
 
 import hashlib
+import os
 import threading
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -124,6 +126,78 @@ def test_calls_from_several_python_threads_give_the_same_bits():
         for j, results in enumerate(found[i]):
             for ours, theirs in zip(results, expected[(i + j) % 4], strict=True):
                 assert_same_bits(ours, theirs)
+
+
+CONCURRENT = """
+import threading
+import numba
+import test_threads
+from test_threads import everything
+shapes = [(16, 64, 28, 28), (8, 256, 7, 7), (4, 3, 200, 200)]
+expected = [everything(shape, 1) for shape in shapes]
+print(numba.threading_layer())
+def work(i):
+    for j in range(6):
+        k = (i + j) % 3
+        results = everything(shapes[k], 1)
+        wrong = [a.tobytes() != b.tobytes() for a, b in zip(results, expected[k], strict=True)]
+        if any(wrong):
+            print("wrong")
+threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+FORKED = """
+import os
+import sys
+from test_threads import everything
+if sys.argv[1] == "small":  # a serial call starts no threads
+    everything((10, 6), 1)
+else:
+    everything((16, 64, 28, 28), 1)
+child = os.fork()
+if child == 0:
+    results = everything((8, 256, 7, 7), 1)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+def in_this_folder(code):
+    return f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
+def test_concurrent_calls_on_every_threading_layer(layer):
+    if not has_layer(layer):
+        pytest.skip(f"Numba has no {layer} layer here")
+    printed = run_child("-c", in_this_folder(CONCURRENT), NUMBA_THREADING_LAYER=layer)
+    assert printed.split() == [layer]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("before", ["small", "large"])
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_a_forked_child_can_call(layer, before):
+    if not has_layer(layer):
+        pytest.skip(f"Numba has no {layer} layer here")
+    environment = {"NUMBA_THREADING_LAYER": layer}
+    printed = run_child("-c", in_this_folder(FORKED), before, **environment)
+    assert printed.split() == ["0"]
+
+
+def has_layer(layer):
+    """Whether Numba can start this threading layer, asked in a process of its own."""
+    code = "import numba; numba.get_num_threads(); print(numba.threading_layer())"
+    try:
+        return run_child("-c", code, NUMBA_THREADING_LAYER=layer).strip() == layer
+    except AssertionError:
+        return False
 
 
 def test_more_threads_than_cores_give_the_same_bits():

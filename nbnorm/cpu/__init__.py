@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from nbnorm.cpu import kernels
+from nbnorm.cpu import threads as threads_
 from nbnorm.cpu.channel import finish, finish_sums
-from nbnorm.cpu.plan import Plan, plan
+from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,9 +28,9 @@ def stats(x: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, NDArray]:
-    partial = np.empty((4, cut.chunks, cut.grid[1]))
-    mean, m2, rstd = np.empty((3, cut.grid[1]))
-    run.stats[cut.parallel](x, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, partial)
+    partial = np.empty((4, cut.chunks, cut.grid.C))
+    mean, m2, rstd = np.empty((3, cut.grid.C))
+    run.stats(cut.parallel, x, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, partial)
     finish(partial, 0, mean.size, eps, mean, m2, rstd)
     return mean, m2, rstd
 
@@ -51,7 +51,8 @@ def apply(
 
 
 def _apply(x: Any, residual: Any, cut: Plan, run: Any, norm: Any, relu: bool, y: Any) -> None:
-    run.apply[cut.parallel](
+    run.apply(
+        cut.parallel,
         x,
         residual,
         cut.grid,
@@ -81,11 +82,11 @@ def forward(
         mean, m2, rstd = _stats(x_, eps, cut, run)
         _apply(x_, residual_, cut, run, (mean, rstd, gamma, beta), relu, y_)
         return mean, m2, rstd
-    partial = np.empty((4, cut.chunks, cut.grid[1]))
-    mean, m2, rstd = np.empty((3, cut.grid[1]))
-    run.forward[cut.parallel](
-        x_, residual_, cut.grid, cut.block, cut.blocks, (mean, rstd, gamma, beta), eps,
-        _floor(relu), cut.streamed, partial, m2, y_,
+    partial = np.empty((4, cut.chunks, cut.grid.C))
+    mean, m2, rstd = np.empty((3, cut.grid.C))
+    run.forward(
+        cut.parallel, x_, residual_, cut.grid, cut.block, cut.blocks, (mean, rstd, gamma, beta),
+        eps, _floor(relu), cut.streamed, partial, m2, y_,
     )  # fmt: skip
     return mean, m2, rstd
 
@@ -93,9 +94,9 @@ def forward(
 def backward_reduce(
     dy: NDArray,
     x: NDArray,
+    gamma: NDArray,
     mean: NDArray,
     rstd: NDArray,
-    gamma: NDArray,
     beta: NDArray | None,
     y: NDArray | None,
 ) -> NDArray:
@@ -105,10 +106,19 @@ def backward_reduce(
 
 
 def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
-    partial = np.empty((2, cut.chunks, cut.grid[1]))
-    sums = np.empty((2, cut.grid[1]))
-    run.reduce[cut.parallel](
-        dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm, partial
+    partial = np.empty((2, cut.chunks, cut.grid.C))
+    sums = np.empty((2, cut.grid.C))
+    run.reduce(
+        cut.parallel,
+        dy,
+        x,
+        y,
+        cut.grid,
+        cut.block,
+        cut.chunks,
+        cut.blocks * cut.chunks,
+        norm,
+        partial,
     )
     finish_sums(partial, norm, 0, sums.shape[1], x, sums)
     return sums
@@ -156,9 +166,9 @@ def _differentiate(
     dx: Any,
     dresidual: Any,
 ) -> None:
-    run.differentiate[cut.parallel](
-        dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm, sums, count,
-        cut.streamed, dx, dresidual,
+    run.differentiate(
+        cut.parallel, dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm,
+        sums, count, cut.streamed, dx, dresidual,
     )  # fmt: skip
 
 
@@ -182,9 +192,10 @@ def backward(
         sums = _reduce(dy_, x_, y_, cut, run, norm)
         _differentiate(dy_, x_, y_, cut, run, norm, sums, count, dx_, dresidual_)
         return sums
-    partial = np.empty((2, cut.chunks, cut.grid[1]))
-    sums = np.empty((2, cut.grid[1]))
-    run.backward[cut.parallel](
+    partial = np.empty((2, cut.chunks, cut.grid.C))
+    sums = np.empty((2, cut.grid.C))
+    run.backward(
+        cut.parallel,
         dy_,
         x_,
         y_,
@@ -204,7 +215,9 @@ def backward(
 
 def _cut(x: NDArray) -> tuple[Plan, Any]:
     """Plan of a pass over x and the kernels of its traversal."""
-    cut = plan(*x.shape, x.itemsize, numba.get_num_threads())
+    # Not for what is done serially anyway: asking for the threads starts them.
+    threads = 1 if x.size < SERIAL_BELOW else threads_.count()
+    cut = plan(*x.shape, x.itemsize, threads)
     return cut, getattr(kernels, cut.traversal)
 
 

@@ -128,16 +128,16 @@ def power_of_two(rstd, like):
 
 
 @ordered
-def unit_channel(c, rstd, unit):
-    """See `units`."""
+def scale_channel(c, rstd, unit):
+    """See `scales`."""
     unit[c] = power_of_two(rstd[c], unit)
 
 
 @ordered
-def units(norm, c0, c1, like):
+def scales(norm, c0, c1, like):
     """Power of two next to rstd: (x - hi) unit is exact and of the size of x_hat."""
     unit = np.empty(c1 - c0, like.dtype)
-    each(unit.size, unit_channel, (norm[1][c0:c1], unit))
+    each(unit.size, scale_channel, (norm[1][c0:c1], unit))
     return unit
 
 
@@ -170,8 +170,8 @@ def finish_sums(partial, norm, c0, c1, x, sums):
 
 
 @ordered
-def gradient_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, h, p, q):
-    """See `gradient`."""
+def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, h, p, q):
+    """See `coefficients`."""
     _, lo = split(mean[c], h)
     h[c], l = split(sum_dy[c] / count, h)
     p_c = rstd[c] * (sum_dy_xhat[c] / count)
@@ -180,7 +180,7 @@ def gradient_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, h, p, q):
 
 
 @none_without("sums")
-def gradient(norm, sums, count, c0, c1, like):
+def coefficients(norm, sums, count, c0, c1, like):
     """h, p, q of dx / (gamma rstd) = (dy - h) - ((x - hi) p + q); None of no sums.
 
     That is dy - mean(dy) - x_hat mean(dy x_hat) with mean(dy) split as the mean of x is: dy - h is
@@ -189,13 +189,13 @@ def gradient(norm, sums, count, c0, c1, like):
     size = c1 - c0
     h, p, q = np.empty(size, like.dtype), np.empty(size, like.dtype), np.empty(size, like.dtype)
     channels = norm[0][c0:c1], norm[1][c0:c1], sums[0][c0:c1], sums[1][c0:c1]
-    each(size, gradient_channel, (*channels, count, h, p, q))
+    each(size, coefficients_channel, (*channels, count, h, p, q))
     return h, p, q
 
 
 @none_without("hpq")
-def gradient_of(hpq, c):
-    """h, p, q of channel c of those that `gradient` was asked for; None of None."""
+def coefficients_of(hpq, c):
+    """h, p, q of channel c of those that `coefficients` was asked for; None of None."""
     h, p, q = hpq
     return h[c], p[c], q[c]
 

@@ -1,9 +1,9 @@
 """Columns: S is small. A tile is a few rows x[n, c0:c1, :] and is summed down the rows.
 
-`fold` samples in sequence make one row, so that a row fills vector registers even where C S is 3;
-column j of a row belongs to channel c0 + (j // S) % (c1 - c0). A chunk is `per` rows in sequence.
-The last four functions do chunk k of the channels c0 <= c < c1 (of all channels where fold > 1),
-with grid = (N, C, S, fold, per), in which x[n, c0:c1, :] is contiguous. Arrays come as in rows.py.
+`grid.fold` samples in sequence make one row, so that a row fills vector registers even where C S
+is 3; column j of a row belongs to channel c0 + (j // S) % (c1 - c0). A chunk is `grid.per` rows in
+sequence. `stats`, `apply`, `reduce` and `differentiate` do chunk k of the channels c0 <= c < c1 (of
+all channels where fold > 1); x[n, c0:c1, :] is contiguous. Arrays come as in rows.py.
 
 Each column keeps its own sum, so that no sum depends on where a block of channels begins. A loop
 over rows stands in one function with the loop over columns: to call a function costs two atomic
@@ -13,15 +13,15 @@ operations for each array it is given, as long as the arithmetic on a short row.
 import numpy as np
 
 from nbnorm.cpu import element
-from nbnorm.cpu.channel import FIRST, add_up, affine, gradient, lost, merge, units
+from nbnorm.cpu.channel import FIRST, add_up, affine, coefficients, lost, merge, scales
 from nbnorm.cpu.intrinsics import each, four, piece
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
 # Rows a tile: over fewer the merges take longer than the sums. Rows summed in x's dtype before
 # float64 takes over: over 128, an outlier among them left rstd wrong by 3e-7.
-TILE = 256
-RUN = 32
+TILE_ROWS = 256
+RUN_ROWS = 32
 
 
 @ordered
@@ -87,13 +87,13 @@ def widen(j, s, q, s64, q64):
 @ordered
 def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
     """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
-    fold, size = grid[3], K.size
+    fold, size = grid.fold, K.size
     s[:] = 0
     q[:] = 0
     s64[:] = 0
     q64[:] = 0
-    for begin in range(r0, r1, RUN):
-        end = min(begin + RUN, r1)
+    for begin in range(r0, r1, RUN_ROWS):
+        end = min(begin + RUN_ROWS, r1)
         whole = whole_fours(grid, begin, end)
         for r in range(begin, whole, 4):
             each(size, element.add_rows, (four(x, r * fold, fold, c0, 0, size), K, s, q))
@@ -115,7 +115,7 @@ def sums64(x, grid, n0, n1, c, K):
     q_rest = 0.0
     same = True
     for n in range(n0, n1):
-        values = piece(x, n, c, 0, grid[2])
+        values = piece(x, n, c, 0, grid.S)
         for i in range(values.size):
             d = np.float64(load(values, i)) - K
             s, s_rest = add_exactly(s, d - s_rest)
@@ -134,7 +134,7 @@ def add_exactly(so_far, value):
 @ordered
 def moments64(x, grid, n0, n1, c, K):
     """Mean from K and M2 of x[n0:n1, c, :] in two passes, for sums lost in x's dtype."""
-    m = (n1 - n0) * grid[2]
+    m = (n1 - n0) * grid.S
     s, _, same = sums64(x, grid, n0, n1, c, K)
     if same:
         return 0.0, 0.0
@@ -192,8 +192,8 @@ def stats(x, grid, c0, c1, k, partial):
     count = 0.0
     delta[:] = 0
     m2[:] = 0
-    for r in range(begin, end, TILE):
-        stop = min(r + TILE, end)
+    for r in range(begin, end, TILE_ROWS):
+        stop = min(r + TILE_ROWS, end)
         n0, n1 = r * fold, min(stop * fold, N)
         m = float((n1 - n0) * S)
         each(channels, mean_so_far, (shift, delta, center))
@@ -231,7 +231,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
     Never streamed: through a buffer of one short row that took 1.6 times as long.
     """
-    fold = grid[3]
+    fold = grid.fold
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = rows(grid, k)
@@ -250,13 +250,13 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     """
     _, _, S, fold, _ = grid
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
-    unit = by_columns(units(norm, c0, c1, hi), grid)
+    unit = by_columns(scales(norm, c0, c1, hi), grid)
     s, t = np.zeros_like(hi), np.zeros_like(hi)
     s64, t64 = np.zeros(hi.size), np.zeros(hi.size)
     zero = hi.dtype.type(0)
     r0, r1 = rows(grid, k)
-    for begin in range(r0, r1, RUN):
-        end = min(begin + RUN, r1)
+    for begin in range(r0, r1, RUN_ROWS):
+        end = min(begin + RUN_ROWS, r1)
         whole = whole_fours(grid, begin, end)
         for r in range(begin, whole, 4):
             n = r * fold
@@ -279,14 +279,14 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 @none_without("sums")
 def gradient_columns(norm, sums, count, grid, c0, c1, like):
     """h, p, q of every column; None of no sums."""
-    h, p, q = gradient(norm, sums, count, c0, c1, like)
+    h, p, q = coefficients(norm, sums, count, c0, c1, like)
     return by_columns(h, grid), by_columns(p, grid), by_columns(q, grid)
 
 
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
-    fold = grid[3]
+    fold = grid.fold
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     hpq = gradient_columns(norm, sums, count, grid, c0, c1, hi)
     zero = hi.dtype.type(0)

@@ -80,7 +80,7 @@ def add_rows(j, x, K, s, q):
 
 
 @ordered
-def move(j, sums, wide):
+def drain(j, sums, wide):
     """Move sums in x's dtype to float64."""
     wide[j] = sums[j]
     sums[j] = 0

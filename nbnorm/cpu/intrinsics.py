@@ -203,6 +203,24 @@ def _store_lines(typing_context, source, target, begin, lines):
     return signature, codegen
 
 
+@intrinsic
+def _fence(typing_context):
+    """Wait until all stores are seen, those past the cache too, which a lock's store would not."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@ordered
+def fence(streamed):
+    """`_fence`, once a chunk, where anything was streamed."""
+    if streamed:
+        _fence()
+
+
 @none_without("target")
 def staged(buffer, target, streamed):
     """Where to compute the target: a part of the buffer if it is to be streamed, else itself."""
@@ -210,7 +228,7 @@ def staged(buffer, target, streamed):
 
 
 @none_without("target")
-def settle(source, target, streamed):
+def flush(source, target, streamed):
     """Bring what was computed where `staged` said to the target."""
     if streamed:
         stream(source, target)
@@ -220,8 +238,7 @@ def settle(source, target, streamed):
 def stream(source, target):
     """target = source past the cache, but for the values before its first line and after its last.
 
-    No fence follows: what hands the result to another thread (a barrier, a lock) orders these
-    stores as it does all others.
+    `fence` orders these stores before what tells another thread of them.
     """
     size = target.size
     head = min(size, (-target.ctypes.data % LINE) // target.itemsize)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,10 +15,13 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import llvmlite
 import numba
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 from numba.extending import overload
+
+from nbnorm.cpu.threads import turn
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
@@ -67,10 +71,18 @@ def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., A
 
 
 class Kernel(NamedTuple):
-    """One source compiled twice; `kernel[parallel]` picks the twin, whose bits are the same."""
+    """One source compiled twice; the twins give the same bits."""
 
     serial: Any
     parallel: Any
+
+    def __call__(self, parallel: bool, *args: Any) -> None:
+        """Run one of the twins."""
+        if not parallel:
+            self.serial(*args)
+            return
+        with turn():
+            self.parallel(*args)
 
 
 def kernel(name: str) -> Callable[[Callable[..., Any]], Kernel]:
@@ -109,9 +121,8 @@ def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _cached(function: Callable[..., Any], name: str, *, parallel: bool) -> Any:
     function = named(name)(function)
     dispatcher = numba.njit(parallel=parallel, **_OPTIONS)(function)
-    if not numba.config.DISABLE_JIT:
-        with suppress(RuntimeError):  # no folder can be written to: compile in every process
-            dispatcher._cache = _KernelCache(function, name)
+    with suppress(RuntimeError):  # no folder can be written to: compile in every process
+        dispatcher._cache = _KernelCache(function, name)
     return dispatcher
 
 
@@ -129,7 +140,7 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
         self._kernel_name = name
 
     def _path(self, sig: Any, codegen: Any) -> Path:
-        key = (numba.__version__, str(sig), codegen.magic_tuple(), _SOURCES)
+        key = (*_VERSIONS, str(sig), codegen.magic_tuple(), _SOURCES)
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         return Path(self.cache_path) / f"nbnorm-{self._kernel_name}-{digest}.nbc"
 
@@ -143,12 +154,16 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
     def _save_overload(self, sig: Any, data: Any) -> None:
         if not self._impl.check_cachable(data):
             return
-        self._impl.locator.ensure_cache_path()
         path = self._path(sig, data.codegen)
         part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        with suppress(OSError):
-            part.write_bytes(dumps(self._impl.reduce(data)))
-            part.replace(path)
+        with suppress(OSError):  # a full disk, a folder gone: the kernel is compiled all the same
+            try:
+                self._impl.locator.ensure_cache_path()
+                part.write_bytes(dumps(self._impl.reduce(data)))
+                part.replace(path)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
 
 
 def _digest_of_sources() -> str:
@@ -157,6 +172,9 @@ def _digest_of_sources() -> str:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
+
+# Machine code calls into Numba and the interpreter.
+_VERSIONS = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag, sys.abiflags)
 
 # Taken now, with the import of what it describes: taken at the first compilation, an edit in
 # between would file the old kernel under the new source (seen: means wrong by 0.2).

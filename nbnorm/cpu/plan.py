@@ -9,17 +9,38 @@ from typing import NamedTuple
 
 from nbnorm._layout import PLANE, SAMPLE
 
-TILE = 16 << 10  # bytes, as computed, of a row that is summed at once: a third of L1
+TILE_BYTES = 16 << 10  # bytes, as computed, of a row that is summed at once: a third of L1
 CHUNK = 1 << 18  # values a chunk: the share of work that threads split a channel into
-CHUNK_ROWS = 512  # rows a chunk has at least: what is done once a channel is a tenth of the rest
+CHUNK_ROWS = 512  # rows not split into chunks: what is done once a channel is a tenth of the rest
 
 SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
 SLAB = 1 << 20  # bytes of x that a thread's block of channels should stay within: its L2 cache
 STREAM_FROM = 64 << 20  # bytes of x: at 49 MiB ordinary stores are as fast, at 98 a fifth slower
-RUN = 16 << 10  # bytes read in sequence that keep the memory busy
+RUN_BYTES = 16 << 10  # bytes read in sequence that keep the memory busy
 # Bytes of a short-plane row: with coefficients for every column, more do not stay in L1 (7 x 7
 # planes took 1.4 times as long with 16 KiB).
 COLUMNS = 8 << 10
+
+
+class RowsGrid(NamedTuple):
+    """A tile is `tile` values of a row or, where `together` > 1, so many whole rows."""
+
+    N: int
+    C: int
+    S: int
+    tile: int
+    together: int
+    per: int  # tiles a chunk
+
+
+class ColumnsGrid(NamedTuple):
+    """A row is `fold` samples."""
+
+    N: int
+    C: int
+    S: int
+    fold: int
+    per: int  # rows a chunk
 
 
 class Plan(NamedTuple):
@@ -30,7 +51,7 @@ class Plan(NamedTuple):
     """
 
     traversal: str
-    grid: tuple[int, ...]
+    grid: RowsGrid | ColumnsGrid
     chunks: int
     block: int
     blocks: int
@@ -54,26 +75,26 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
     """Cut a pass over N samples of C channels of S values, none of them 0."""
     parallel = threads > 1 and N * C * S >= SERIAL_BELOW
     if by_rows(S):
-        most = TILE // max(itemsize, 4)
+        most = TILE_BYTES // max(itemsize, 4)
         across = _ceil(S, most)
         tile = _ceil(_ceil(S, across), 16) * 16
         together = max(1, most // S)
         tiles = _ceil(N, together) * _ceil(S, tile)
         chunks, per = _shares(tiles, max(1, CHUNK // (tile * together)))
-        grid: tuple[int, ...] = (N, C, S, tile, together, per)
-        block = min(RUN // (S * itemsize), SLAB // (N * S * itemsize))
+        grid: RowsGrid | ColumnsGrid = RowsGrid(N, C, S, tile, together, per)
+        block = min(RUN_BYTES // (S * itemsize), SLAB // (N * S * itemsize))
         if parallel:
             block = min(block, C // (4 * threads))
     else:
         fold = fold_of(C, S)
         chunks, per = _shares(_ceil(N, fold), max(CHUNK_ROWS, CHUNK // (fold * C * S)))
-        grid = (N, C, S, fold, per)
+        grid = ColumnsGrid(N, C, S, fold, per)
         block = C
         if fold == 1:
-            block = (RUN if S == 1 else COLUMNS) // (S * itemsize)
+            block = (RUN_BYTES if S == 1 else COLUMNS) // (S * itemsize)
             if parallel:
                 slab = SLAB // (N * S * itemsize)
-                if slab * S * itemsize >= RUN // 4:
+                if slab * S * itemsize >= RUN_BYTES // 4:
                     block = min(block, slab)
                 block = min(block, _ceil(C, _ceil(threads, chunks)))
     block = max(1, min(block, C))

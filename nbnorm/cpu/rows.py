@@ -1,8 +1,7 @@
 """Rows: S is large. A tile is a piece of a row x[n, c, :], or several short rows, summed along S.
 
-The tiles of a channel, row after row, are numbered; a chunk is `per` of them in sequence. The last
-four functions do chunk k of the channels c0 <= c < c1, with grid = (N, C, S, tile, together, per):
-a tile is `tile` values of one row or, where `together` > 1, that many whole rows. x, dy, y,
+The tiles of a channel, row after row, are numbered; a chunk is `grid.per` of them in sequence.
+`stats`, `apply`, `reduce` and `differentiate` do chunk k of the channels c0 <= c < c1. x, dy, y,
 residual, dx and dresidual come as views (memory, stride of n, stride of c), as None where absent.
 """
 
@@ -13,14 +12,14 @@ from nbnorm.cpu.channel import (
     FIRST,
     add_up,
     affine,
-    gradient,
-    gradient_of,
+    coefficients,
+    coefficients_of,
     lost,
     merge,
-    units,
+    scales,
     value_of,
 )
-from nbnorm.cpu.intrinsics import each, four, piece, settle, staged
+from nbnorm.cpu.intrinsics import each, fence, flush, four, piece, staged
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
@@ -67,7 +66,7 @@ def add_piece(x, K, s, q):
 @ordered
 def total(lanes, wide):
     """Sum of all lanes, in float64; they are left at 0."""
-    each(LANES, element.move, (lanes, wide))
+    each(LANES, element.drain, (lanes, wide))
     add_up(wide, 1)
     return wide[0]
 
@@ -167,7 +166,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     hi, a, b = affine(norm, c0, c1, computed(x))
     low = hi.dtype.type(floor)
-    buffer = np.empty(grid[3], y[0].dtype)
+    buffer = np.empty(grid.tile, y[0].dtype)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -178,7 +177,8 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
                 y_ = piece(y, n, c, s, size)
                 out = staged(buffer, y_, streamed)
                 each(size, element.normalise, (x_, residual_, hi[i], a[i], b[i], low, out))
-                settle(out, y_, streamed)
+                flush(out, y_, streamed)
+    fence(streamed)
 
 
 @ordered
@@ -203,7 +203,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     The mask is recomputed where norm holds beta, read where y is given.
     """
     hi, a, b = affine(norm, c0, c1, computed(x))
-    unit = units(norm, c0, c1, hi)
+    unit = scales(norm, c0, c1, hi)
     zero = hi.dtype.type(0)
     s_lanes, t_lanes = np.zeros(LANES, hi.dtype), np.zeros(LANES, hi.dtype)
     wide = np.empty(LANES)
@@ -226,9 +226,9 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
     hi, a, b = affine(norm, c0, c1, computed(x))
-    hpq = gradient(norm, sums, count, c0, c1, hi)
+    hpq = coefficients(norm, sums, count, c0, c1, hi)
     zero = hi.dtype.type(0)
-    dx_buffer, dresidual_buffer = np.empty(grid[3], x[0].dtype), np.empty(grid[3], x[0].dtype)
+    dx_buffer, dresidual_buffer = np.empty(grid.tile, x[0].dtype), np.empty(grid.tile, x[0].dtype)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -243,7 +243,8 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
                 affine_ = hi[i], a[i], value_of(b, i)
                 each(
                     size, element.differentiate,
-                    (dy_, x_, y_, *affine_, gradient_of(hpq, i), zero, dx_out, dresidual_out),
+                    (dy_, x_, y_, *affine_, coefficients_of(hpq, i), zero, dx_out, dresidual_out),
                 )  # fmt: skip
-                settle(dx_out, dx_, streamed)
-                settle(dresidual_out, dresidual_, streamed)
+                flush(dx_out, dx_, streamed)
+                flush(dresidual_out, dresidual_, streamed)
+    fence(streamed)
