@@ -160,7 +160,7 @@ def table_of(rows: list[Row]) -> str:
                 if is_ours(name)
                 else f"{row.ratio(name, ours_for(name)):.2f}x"
             )
-        lines.append([name_of(row.shape), f"{1e3 * row.floor:.3f}", *cells.values()])
+        lines.append([name_of(row.shape), f"{1e3 * row.floor:.4f}", *cells.values()])
     return markdown(lines)
 
 

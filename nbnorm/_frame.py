@@ -111,9 +111,8 @@ class Frame:
         """Parameter or statistic as contiguous float64 of shape (C,)."""
         if array is None:
             return np.full(self.channels, default, np.float64)
-        flat = np.require(array, np.float64, ["C", "A"]).reshape(self.channels)
-        # A read-only array is another type to Numba, and would have kernels compiled anew.
-        return flat if flat.flags.writeable else flat.copy()
+        # A copy: a read-only array is another type to Numba, and would have kernels compiled anew.
+        return array.astype(np.float64, "C").reshape(self.channels)
 
     def unflat(self, array: NDArray) -> NDArray:
         """The channel axes' shape, from (C,)."""

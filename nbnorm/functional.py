@@ -172,7 +172,7 @@ def batch_norm_forward(
         inplace="x",
     )
     if not training:
-        mean = frame.flat(mean_, 0).copy()  # the caller may go on to update running_mean
+        mean = frame.flat(mean_, 0)
         rstd = rstd_of(frame.flat(var_, 0), eps)
         y = _apply(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
     elif frame.empty:
@@ -190,8 +190,8 @@ def batch_norm_forward(
             y.written,
         )
         if mean_ is not None and var_ is not None:
-            move(mean_, frame.unflat(mean), momentum)
-            move(var_, frame.unflat(m2) / (frame.m - taken), momentum)
+            batch = frame.unflat(mean), frame.unflat(m2) / (frame.m - taken)
+            move((mean_, var_), batch, momentum)
     return BatchNormForward(
         frame.settle(y, out),
         frame.home(frame.unflat(mean)),

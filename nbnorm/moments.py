@@ -1,6 +1,7 @@
 """Count, mean and M2 of every channel: merged, turned into running statistics."""
 
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -251,17 +252,17 @@ def update_running_stats(
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if count > 0:
-        move(targets[0], mean, momentum)
-        move(targets[1], var, momentum)
+        move(targets, (mean, var), momentum)
     if inplace:
         return running_mean, running_var
     return home_of(running_mean)(targets[0]), home_of(running_var)(targets[1])
 
 
-def move(running: NDArray, batch: NDArray, momentum: float) -> None:
+def move(running: Sequence[NDArray], batch: Sequence[NDArray], momentum: float) -> None:
     """running = (1 - momentum) * running + momentum * batch, rounded once to running's dtype."""
     with np.errstate(all="ignore"):
-        running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
+        for old, new in zip(running, batch, strict=True):
+            old[...] = (1.0 - momentum) * old.astype(np.float64) + momentum * new
 
 
 def _var(count: int, m2: NDArray, correction: float) -> NDArray:

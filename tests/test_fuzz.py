@@ -23,7 +23,7 @@ WRITTEN = ("out", "running_mean", "running_var")
 FUNCTIONS = sorted(
     name
     for name in nbnorm.__all__
-    if inspect.isfunction(getattr(nbnorm, name)) and name != "show_config"
+    if inspect.isfunction(getattr(nbnorm, name)) and name not in ("show_config", "set_pool_limit")
 )
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from nbnorm.cpu import kernels
 from nbnorm.cpu import threads as threads_
-from nbnorm.cpu.channel import finish, finish_sums
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
@@ -31,7 +30,7 @@ def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, N
     partial = np.empty((4, cut.chunks, cut.grid.C))
     mean, m2, rstd = np.empty((3, cut.grid.C))
     run.stats(cut.parallel, x, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, partial)
-    finish(partial, 0, mean.size, eps, mean, m2, rstd)
+    kernels.finish_all(partial, eps, mean, m2, rstd)
     return mean, m2, rstd
 
 
@@ -120,7 +119,7 @@ def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
         norm,
         partial,
     )
-    finish_sums(partial, norm, 0, sums.shape[1], x, sums)
+    kernels.finish_all_sums(partial, norm, x, sums)
     return sums
 
 

@@ -60,11 +60,9 @@ def finish_channel(c, count, shift, delta, m2, eps, mean, rstd):
 def finish(partial, c0, c1, eps, mean, m2, rstd):
     """Merge all chunks in order: mean, M2 and rstd of channels c0 <= c < c1."""
     size = c1 - c0
-    count, shift, delta = (partial[0, 0][c0:c1].copy(), partial[1, 0][c0:c1].copy(),
-                           partial[2, 0][c0:c1].copy())  # fmt: skip
-    merged = m2[c0:c1]
-    merged[:] = partial[3, 0][c0:c1]
-    for k in range(1, partial.shape[1]):
+    count, shift, delta, merged = np.zeros(size), partial[1, 0][c0:c1], np.zeros(size), m2[c0:c1]
+    merged[:] = 0
+    for k in range(partial.shape[1]):
         chunk = (partial[0, k][c0:c1], partial[1, k][c0:c1],
                  partial[2, k][c0:c1], partial[3, k][c0:c1])  # fmt: skip
         each(size, merge_chunk, (*chunk, count, shift, delta, merged))

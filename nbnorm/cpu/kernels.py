@@ -13,7 +13,7 @@ from numba import prange
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
 from nbnorm.cpu.channel import finish, finish_sums
-from nbnorm.cpu.jit import kernel, named, ordered
+from nbnorm.cpu.jit import entry, kernel, named, ordered
 
 
 @ordered
@@ -130,3 +130,15 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
 
 rows = _build(_rows)
 columns = _build(_columns)
+
+
+@entry("finish_all")
+def finish_all(partial, eps, mean, m2, rstd):
+    """Mean, M2 and rstd of every channel, after `stats`."""
+    finish(partial, 0, mean.size, eps, mean, m2, rstd)
+
+
+@entry("finish_all_sums")
+def finish_all_sums(partial, norm, x, sums):
+    """The sums of every channel, after `reduce`."""
+    finish_sums(partial, norm, 0, sums.shape[1], x, sums)
