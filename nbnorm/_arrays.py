@@ -88,20 +88,19 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
             "pass it detached, or use nbnorm.integrations.torch where that is installed"
         )
     dtype = str(getattr(obj, "dtype", "unknown dtype"))
-    device = getattr(obj, "__dlpack_device__", None)
-    if device is None:
+    if not hasattr(obj, "__dlpack_device__"):
         raise TypeError(f"{name} has __dlpack__ but no __dlpack_device__")
-    kind = int(device()[0])
-    if kind != 1:  # kDLCPU
-        # x says which device the call is for; another array can only be on the wrong one.
-        refusal = TypeError if name == "x" else ValueError
-        raise refusal(f"{name} is not in CPU memory (DLPack device type {kind})")
     try:
-        if dtype.endswith("bfloat16"):
-            return np.from_dlpack(_bits(obj)).view(_bfloat16(name))
-        return np.from_dlpack(obj)
+        kind = int(obj.__dlpack_device__()[0])
+        if kind == 1:  # kDLCPU
+            if dtype.endswith("bfloat16"):
+                return np.from_dlpack(_bits(obj)).view(_bfloat16(name))
+            return np.from_dlpack(obj)
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(f"{name} ({dtype}) cannot be viewed as a NumPy array: {error}") from error
+    # x says which device the call is for; another array can only be on the wrong one.
+    refusal = TypeError if name == "x" else ValueError
+    raise refusal(f"{name} is not in CPU memory (DLPack device type {kind})")
 
 
 def _bits(obj: Array) -> Array:
