@@ -31,14 +31,12 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """Code of a function that only compiled code calls: optimised with the kernel it ends up in.
+    """Code of a function that only compiled code calls: no machine code is made of it by itself.
 
-    Numba optimises every function and makes machine code of it, of callees again within each of
-    their callers. A kernel of fifty functions, five levels deep, took 9 s to compile.
+    Numba makes some of every function, and of its callees again within each of their callers: a
+    kernel of fifty functions, five levels deep, took 9 s to compile. It must be optimised, though:
+    a kernel optimised once, as a whole, had lost its vectors.
     """
-
-    def _optimize_final_module(self) -> None:
-        pass
 
     def _finalize_final_module(self) -> None:
         self._finalized = True
