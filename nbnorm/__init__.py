@@ -1,5 +1,6 @@
 """Batch normalization (Ioffe & Szegedy 2015) as kernels for arrays."""
 
+from nbnorm._warmup import warmup
 from nbnorm.config import show_config
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
 from nbnorm.functional import (
@@ -37,4 +38,5 @@ __all__ = [
     "set_pool_limit",
     "show_config",
     "update_running_stats",
+    "warmup",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 import nbnorm
 from nbnorm import pool
-from nbnorm.cpu.jit import cache_folder
+from nbnorm.cpu.kernels import cache_folder
 
 # The features that decide how wide the kernels' vectors are and whether halves are converted
 # in hardware; a host lists a hundred others.

@@ -47,7 +47,7 @@ def test_show_config_prints_one_line_a_subject(capsys):
     assert page["Numba"] == f"{numba.__version__}, llvmlite {llvmlite.__version__}"
     assert page["CPU"].startswith(llvmlite.binding.get_host_cpu_name() + ": ")
     assert page["kernel cache"] == (
-        nbnorm.cpu.jit.cache_folder() or "none: no folder can be written to"
+        nbnorm.cpu.kernels.cache_folder() or "none: no folder can be written to"
     )
 
 

@@ -71,7 +71,7 @@ def test_docstrings_of_functions(name):
         assert has_section(docstring, "Raises")
         documented = docstring.partition("Parameters\n")[2].partition("\nReturns\n")[0]
         for parameter in signature.parameters:
-            assert re.search(rf"^[\w, ]*\b{parameter}\b[\w, ]* : ", documented, re.M), parameter
+            assert re.search(rf"^[\w, *]*\b{parameter}\b[\w, ]* : ", documented, re.M), parameter
     if signature.return_annotation not in (None, "None"):
         assert has_section(docstring, "Returns")
 

@@ -23,7 +23,8 @@ WRITTEN = ("out", "running_mean", "running_var")
 FUNCTIONS = sorted(
     name
     for name in nbnorm.__all__
-    if inspect.isfunction(getattr(nbnorm, name)) and name not in ("show_config", "set_pool_limit")
+    if inspect.isfunction(getattr(nbnorm, name))
+    and name not in ("show_config", "set_pool_limit", "warmup")
 )
 
 

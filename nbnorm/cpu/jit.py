@@ -236,10 +236,3 @@ _VERSIONS = (numba.__version__, llvmlite.__version__, sys.implementation.cache_t
 # Taken now, with the import of what it describes: taken at the first compilation, an edit in
 # between would file the old kernel under the new source (seen: means wrong by 0.2).
 _SOURCES = _digest_of_sources()
-
-
-def cache_folder() -> str | None:
-    """Return the folder that compiled kernels are kept in, None where none can be written to."""
-    from nbnorm.cpu import kernels
-
-    return getattr(kernels.rows.stats.parallel._cache, "cache_path", None)

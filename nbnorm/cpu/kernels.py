@@ -142,3 +142,8 @@ def finish_all(partial, eps, mean, m2, rstd):
 def finish_all_sums(partial, norm, x, sums):
     """The sums of every channel, after `reduce`."""
     finish_sums(partial, norm, 0, sums.shape[1], x, sums)
+
+
+def cache_folder() -> str | None:
+    """Return the folder that compiled kernels are kept in, None where none can be written to."""
+    return getattr(rows.stats.parallel._cache, "cache_path", None)

@@ -1,0 +1,73 @@
+"""Kernels compiled before they are needed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from nbnorm import functional
+
+
+def warmup(
+    *shapes: tuple[int, ...],
+    dtype: DTypeLike = np.float32,
+    axis: int | tuple[int, ...] = 1,
+    activation: str | None = None,
+    residual: bool = False,
+    training: bool = True,
+) -> None:
+    """Compile what calls on arrays of these shapes need, or load it from the cache.
+
+    The first call with another dtype, another kind of shape (small or large, planes or vectors) or
+    another set of options compiles for some seconds. The kernels are kept on disk, so that this
+    happens once on a machine; `nbnorm.show_config` says where. To compile ahead, in the build of a
+    container or before requests are served, call this.
+
+    Parameters
+    ----------
+    *shapes : tuples of int
+        Shapes of x. What is compiled depends on the shape and on the number of threads in use.
+    dtype : dtype, default float32
+        Of x: float32, float64, float16 or bfloat16.
+    axis, activation : optional
+        As in `batch_norm_forward`.
+    residual : bool, default False
+        Whether a residual is added before the activation.
+    training : bool, default True
+        Whether to prepare training forward and backward as well as inference.
+
+    Raises
+    ------
+    TypeError
+        dtype is not one of the four; no shape is given.
+    ValueError
+        Shapes, axis or activation that do not fit.
+
+    Notes
+    -----
+    The functions run once on zeros, which takes the memory of one such call for each shape in turn.
+    With gradients wanted for some results only (``output_mask``), other kernels may be needed.
+
+    Examples
+    --------
+    >>> import nbnorm
+    >>> nbnorm.warmup((8, 3, 5, 5), activation="relu")
+    """
+    if not shapes:
+        raise TypeError("warmup needs at least one shape of x, such as (32, 64, 56, 56)")
+    for shape in shapes:
+        x = np.zeros(shape, dtype)
+        frozen = functional.batch_norm_stats(x, axis=axis)
+        added = x if residual else None
+        functional.batch_norm_inference(
+            x, None, None, frozen.mean, frozen.m2,
+            axis=axis, activation=activation, residual=added,
+        )  # fmt: skip
+        if not training:
+            continue
+        y, mean, rstd = functional.batch_norm_forward(
+            x, axis=axis, activation=activation, residual=added, correction=0
+        )
+        functional.batch_norm_backward(
+            x, x, None, mean, rstd, axis=axis, activation=activation, y=y if residual else None
+        )
