@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu import threads as threads_
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
+from nbnorm.cpu.threads import count as thread_count
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -215,7 +215,7 @@ def backward(
 def _cut(x: NDArray) -> tuple[Plan, Any]:
     """Plan of a pass over x and the kernels of its traversal."""
     # Not for what is done serially anyway: asking for the threads starts them.
-    threads = 1 if x.size < SERIAL_BELOW else threads_.count()
+    threads = 1 if x.size < SERIAL_BELOW else thread_count()
     cut = plan(*x.shape, x.itemsize, threads)
     return cut, getattr(kernels, cut.traversal)
 

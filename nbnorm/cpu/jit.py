@@ -231,7 +231,12 @@ def _digest_of_sources() -> str:
 
 
 # Machine code calls into Numba and the interpreter.
-_VERSIONS = (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag, sys.abiflags)
+_VERSIONS = (
+    numba.__version__,
+    llvmlite.__version__,
+    sys.implementation.cache_tag,
+    getattr(sys, "abiflags", ""),  # not on Windows
+)
 
 # Taken now, with the import of what it describes: taken at the first compilation, an edit in
 # between would file the old kernel under the new source (seen: means wrong by 0.2).
