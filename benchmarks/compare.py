@@ -95,8 +95,8 @@ def measure(op: str, shape: Shape, dtype: str, rounds: int) -> Row:
 def check(name: str, op: str, b: Batch, result: Any) -> None:
     """Raise AssertionError where a peer's result is not batch normalization.
 
-    The first and the last channel are compared with the oracle, to a hundredth: peers lose digits
-    (PyTorch channels-last 4e-3 at 16x3x512x512), which is a matter for the tests of accuracy.
+    The first and the last channel are compared with the oracle, to a thousandth, others' to a
+    hundredth: PyTorch channels-last loses 4e-3 at 16x3x512x512.
     """
     some = [0, -1]
     x, gamma, beta = b.x[:, some], b.gamma[some], b.beta[some]
@@ -116,7 +116,7 @@ def check(name: str, op: str, b: Batch, result: Any) -> None:
         # dgamma and dbeta are sums of m terms of either sign.
         scale = math.sqrt(b.x[:, 0].size) if ref.ndim == 1 else 1.0
         error = np.abs(got - ref).max()
-        if not error < 1e-2 * scale:
+        if not error < (1e-3 if is_ours(name) else 1e-2) * scale:
             raise AssertionError(f"{name} {op} at {b.x.shape} is off by {error}")
 
 

@@ -81,22 +81,33 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
     if 0 in shape:
         return False
     steps = sorted((abs(step), n) for step, n in zip(strides, shape, strict=True) if n > 1)
-    inside, nested = 0, True
+    inside = 0
     for step, n in steps:
-        nested = nested and step > inside
+        if step <= inside:
+            break
         inside += step * (n - 1)
-    if nested or (steps and steps[0][0] == 0):
-        return not nested
-    places = np.zeros(1, np.int64)  # steps that are not nested, as of no array but a made-up one
+    else:  # each step leads past all that is inside it
+        return False
+    unit = math.gcd(*(step for step, _ in steps)) or 1
+    if sum(step * (n - 1) for step, n in steps) // unit + 1 < prod(shape):
+        return True  # fewer places than elements
+    places = np.zeros(1, np.int64)
     for step, n in steps:
         places = np.unique(np.add.outer(places, step * np.arange(n)))
     return len(places) < prod(shape)
 
 
-def apart(first: NDArray, second: NDArray, names: tuple[str, str]) -> None:
-    """Refuse two arrays that are written one after the other and share memory."""
-    if np.may_share_memory(first, second) and _overlap(first, second):
-        raise ValueError(f"{names[0]} and {names[1]} share memory, and both are written")
+def running_to_update(running_mean: NDArray, running_var: NDArray, instead: str) -> None:
+    """Refuse running statistics that cannot be updated in place, one after the other."""
+    writable(running_mean, "running_mean", instead)
+    writable(running_var, "running_var", instead)
+    apart(running_mean, "running_mean", running_var, "running_var")
+
+
+def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
+    """Refuse an array to be written that shares memory with another."""
+    if np.may_share_memory(written, other) and _overlap(written, other):
+        raise ValueError(f"{name} and {other_name} share memory, and {name} is written")
 
 
 def output(

@@ -152,13 +152,10 @@ def batch_norm_forward(
     relu = _checks.relu(activation)
     if training:
         _checks.enough_values(frame.m, taken, frame.x)
-        for array, name in ((mean_, "running_mean"), (var_, "running_var")):
-            if array is not None:
-                _checks.writable(array, name, _UPDATE_BY_HAND)
         if mean_ is not None and var_ is not None:
-            _checks.apart(mean_, var_, ("running_mean", "running_var"))
-            for array, name in ((mean_, "running_mean"), (var_, "running_var")):
-                _checks.apart(array, frame.x, (name, "x"))
+            _checks.running_to_update(mean_, var_, _UPDATE_BY_HAND)
+            _checks.apart(mean_, "running_mean", frame.x, "x")
+            _checks.apart(var_, "running_var", frame.x, "x")
     out_ = frame.out(
         out,
         {

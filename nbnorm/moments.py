@@ -244,10 +244,12 @@ def update_running_stats(
             raise ValueError(
                 f"{name} has shape {array.shape}, expected {mean.shape}, the shape of the moments"
             )
-        if inplace:
-            _checks.writable(
-                array, name, "update_running_stats(..., inplace=False) returns new ones"
-            )
+    if inplace:
+        _checks.running_to_update(
+            running["running_mean"],
+            running["running_var"],
+            "update_running_stats(..., inplace=False) returns new ones",
+        )
     momentum = _checks.number(momentum, "momentum")
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]

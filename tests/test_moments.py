@@ -376,3 +376,12 @@ def test_running_statistics_of_the_array_api():
     for array, was, expected in zip(comp, own, ref, strict=True):
         assert array is was
         assert_array_equal(np.from_dlpack(array), expected)
+
+
+def test_running_statistics_of_one_memory_cannot_be_updated_in_place():
+    moments = Moments(3, np.full(4, 2.0), np.ones(4))
+    both = np.ones(4, np.float32)
+    with pytest.raises(ValueError, match="share memory"):
+        update_running_stats(both, both, moments)
+    assert (both == 1).all()
+    update_running_stats(both, both, moments, inplace=False)
