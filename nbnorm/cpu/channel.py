@@ -111,12 +111,6 @@ def part(values, begin, end):
     return values[begin:end]
 
 
-@none_without("values")
-def value_of(values, c):
-    """values[c]; None of no values."""
-    return values[c]
-
-
 @ordered
 def power_of_two(rstd, like):
     """Power of two next to rstd, in the range of normal numbers of the dtype of `like`."""
@@ -140,10 +134,9 @@ def scales(norm, c0, c1, like):
 
 
 @ordered
-def add_chunk(c, chunk_dy, chunk_scaled, sum_dy, sum_scaled):
-    """Add the sums of one chunk to those before it."""
-    sum_dy[c] += chunk_dy[c]
-    sum_scaled[c] += chunk_scaled[c]
+def add_other(j, values, others):
+    """values += others."""
+    values[j] += others[j]
 
 
 @ordered
@@ -162,7 +155,8 @@ def finish_sums(partial, norm, c0, c1, x, sums):
     sum_dy[:] = 0
     sum_dy_xhat[:] = 0
     for k in range(partial.shape[1]):
-        each(size, add_chunk, (partial[0, k][c0:c1], partial[1, k][c0:c1], sum_dy, sum_dy_xhat))
+        each(size, add_other, (sum_dy, partial[0, k][c0:c1]))
+        each(size, add_other, (sum_dy_xhat, partial[1, k][c0:c1]))
     mean, rstd = norm[0][c0:c1], norm[1][c0:c1]
     each(size, finish_sums_channel, (mean, rstd, computed(x), sum_dy, sum_dy_xhat))
 
@@ -210,9 +204,3 @@ def add_up(runs, width):
         upper = piece((runs, 0, 0), 0, 0, half * width, (n - half) * width)
         each(upper.size, add_other, (runs, upper))
         n = half
-
-
-@ordered
-def add_other(j, values, others):
-    """values += others."""
-    values[j] += others[j]

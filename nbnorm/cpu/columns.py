@@ -76,15 +76,6 @@ def whole_fours(grid, r0, r1):
 
 
 @ordered
-def widen(j, s, q, s64, q64):
-    """Move sums to float64."""
-    s64[j] += s[j]
-    q64[j] += q[j]
-    s[j] = 0
-    q[j] = 0
-
-
-@ordered
 def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
     """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
     fold, size = grid.fold, K.size
@@ -100,7 +91,8 @@ def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
         for r in range(whole, end):
             short = width(grid, r, c0, c1)
             each(short, element.add_row, (piece(x, r * fold, c0, 0, short), K, s, q))
-        each(size, widen, (s, q, s64, q64))
+        each(size, element.drain, (s, s64))
+        each(size, element.drain, (q, q64))
 
 
 @ordered
@@ -277,7 +269,8 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             dy_, x_ = piece(dy, n, c0, 0, size), piece(x, n, c0, 0, size)
             y_ = piece(y, n, c0, 0, size)
             each(size, element.add_gradient_row, (dy_, x_, y_, hi, a, b, unit, zero, s, t))
-        each(hi.size, widen, (s, t, s64, t64))
+        each(hi.size, element.drain, (s, s64))
+        each(hi.size, element.drain, (t, t64))
     gather(s64, S, partial[0, k][c0:c1])
     gather(t64, S, partial[1, k][c0:c1])
 

@@ -82,7 +82,7 @@ def add_rows(j, x, K, s, q):
 @ordered
 def drain(j, sums, wide):
     """Move sums in x's dtype to float64."""
-    wide[j] = sums[j]
+    wide[j] += sums[j]
     sums[j] = 0
 
 

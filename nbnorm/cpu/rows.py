@@ -17,7 +17,6 @@ from nbnorm.cpu.channel import (
     lost,
     merge,
     scales,
-    value_of,
 )
 from nbnorm.cpu.intrinsics import each, fence, flush, four, piece, staged
 from nbnorm.cpu.jit import none_without, ordered
@@ -66,6 +65,7 @@ def add_piece(x, K, s, q):
 @ordered
 def total(lanes, wide):
     """Sum of all lanes, in float64; they are left at 0."""
+    wide[:] = 0
     each(LANES, element.drain, (lanes, wide))
     add_up(wide, 1)
     return wide[0]
@@ -216,7 +216,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             for n in range(n0, n1):
                 add_gradient_piece(
                     piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size),
-                    hi[i], a[i], value_of(b, i), unit[i], zero, s_lanes, t_lanes,
+                    hi[i], a[i], element.at(b, i), unit[i], zero, s_lanes, t_lanes,
                 )  # fmt: skip
             partial[0, k, c] += total(s_lanes, wide)
             partial[1, k, c] += total(t_lanes, wide)
@@ -240,7 +240,7 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
                 dx_, dresidual_ = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
                 dx_out = staged(dx_buffer, dx_, streamed)
                 dresidual_out = staged(dresidual_buffer, dresidual_, streamed)
-                affine_ = hi[i], a[i], value_of(b, i)
+                affine_ = hi[i], a[i], element.at(b, i)
                 each(
                     size, element.differentiate,
                     (dy_, x_, y_, *affine_, coefficients_of(hpq, i), zero, dx_out, dresidual_out),
