@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 
+from nbnorm.cpu.caches import TYPICAL, Caches, caches
 from nbnorm.cpu.plan import ColumnsGrid, plan
 
 SHAPES = [
@@ -23,6 +24,7 @@ SHAPES = [
     (1, 1, 1),
 ]
 ITEMSIZES = (2, 4, 8)
+MACHINES = (TYPICAL, Caches(1 << 15, 1 << 20), Caches(1 << 22, 1 << 30))
 cases = pytest.mark.parametrize(("shape", "itemsize"), list(product(SHAPES, ITEMSIZES)), ids=str)
 
 
@@ -37,10 +39,10 @@ def chunk_ranges(cut):
 
 
 @cases
-def test_threads_change_nothing_that_decides_bits(shape, itemsize):
-    one = plan(*shape, itemsize, 1)
-    for threads in (2, 3, 8, 64):
-        many = plan(*shape, itemsize, threads)
+def test_the_machine_changes_nothing_that_decides_bits(shape, itemsize):
+    one = plan(*shape, itemsize, 1, TYPICAL)
+    for threads, caches_ in product((2, 3, 8, 64), MACHINES):
+        many = plan(*shape, itemsize, threads, caches_)
         assert many.grid == one.grid
         assert many.chunks == one.chunks
         assert many.traversal == one.traversal
@@ -48,8 +50,9 @@ def test_threads_change_nothing_that_decides_bits(shape, itemsize):
 
 @cases
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
-def test_every_item_and_channel_is_done_once(shape, itemsize, threads):
-    cut = plan(*shape, itemsize, threads)
+@pytest.mark.parametrize("caches_", MACHINES, ids=str)
+def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
+    cut = plan(*shape, itemsize, threads, caches_)
     ranges, items = chunk_ranges(cut)
     assert [i for chunk in ranges for i in chunk] == list(range(items))
     assert all(ranges)
@@ -62,7 +65,7 @@ def test_every_item_and_channel_is_done_once(shape, itemsize, threads):
 
 @cases
 def test_chunks_are_of_equal_size(shape, itemsize):
-    ranges, _ = chunk_ranges(plan(*shape, itemsize, 2))
+    ranges, _ = chunk_ranges(plan(*shape, itemsize, 2, TYPICAL))
     sizes = [len(chunk) for chunk in ranges]
     assert max(sizes) - min(sizes) < max(2, len(sizes))
 
@@ -70,7 +73,7 @@ def test_chunks_are_of_equal_size(shape, itemsize):
 @pytest.mark.parametrize("threads", [2, 8, 64])
 @pytest.mark.parametrize("shape", SHAPES[:5] + SHAPES[7:10], ids=str)
 def test_large_inputs_keep_all_threads_busy(shape, threads):
-    cut = plan(*shape, 4, threads)
+    cut = plan(*shape, 4, threads, TYPICAL)
     N, C, S = shape
     assert cut.parallel
     shares = cut.blocks if cut.fused else cut.blocks * cut.chunks
@@ -78,5 +81,47 @@ def test_large_inputs_keep_all_threads_busy(shape, threads):
 
 
 def test_small_inputs_are_serial_and_one_thread_is():
-    assert not plan(60, 100, 1, 4, 64).parallel
-    assert not plan(4096, 512, 1, 4, 1).parallel
+    assert not plan(60, 100, 1, 4, 64, TYPICAL).parallel
+    assert not plan(4096, 512, 1, 4, 1, TYPICAL).parallel
+
+
+def test_results_are_streamed_that_the_last_cache_does_not_hold_with_x():
+    half = TYPICAL.last // 2
+    assert not plan(half >> 12, 1024, 1, 4, 2, TYPICAL).streamed
+    assert plan((half >> 12) + 1, 1024, 1, 4, 2, TYPICAL).streamed
+
+
+def lay_caches(folder, processors):
+    """Write what Linux tells of caches: {processor: [(level, type, size, shared with)]}."""
+    for cpu, found in processors.items():
+        for i, described in enumerate(found):
+            index = folder / f"cpu{cpu}" / "cache" / f"index{i}"
+            index.mkdir(parents=True)
+            names = ("level", "type", "size", "shared_cpu_list")
+            for name, value in zip(names, described, strict=True):
+                (index / name).write_text(f"{value}\n")
+
+
+def test_caches_are_those_of_the_processors_that_may_be_used(tmp_path, monkeypatch):
+    inner = [(1, "Instruction", "64K", "0-1"), (1, "Data", "48K", "0-1")]
+    lay_caches(
+        tmp_path,
+        {
+            0: [*inner, (2, "Unified", "2048K", "0-1"), (3, "Unified", "32M", "0-3,8")],
+            1: [*inner, (2, "Unified", "2048K", "0-1"), (3, "Unified", "32M", "0-3,8")],
+            9: [(2, "Unified", "2048K", "9"), (3, "Unified", "16384K", "9-12")],
+            20: [(2, "Unified", "64K", "20"), (3, "Unified", "1024M", "20")],
+        },
+    )
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 9}, raising=False)
+    # Two threads share the first second-level cache; the two last-level caches count together.
+    assert caches(tmp_path) == Caches(own=1 << 20, last=48 << 20)
+
+
+def test_a_system_that_does_not_tell_has_typical_caches(tmp_path, monkeypatch):
+    assert caches(tmp_path) == TYPICAL
+    lay_caches(tmp_path, {0: [(2, "Unified", "unknown", "0")]})
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    assert caches(tmp_path) == TYPICAL
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert caches() == TYPICAL

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from nbnorm.cpu import kernels
+from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
+
+_CACHES = caches()
 
 
 def stats(x: NDArray) -> tuple[NDArray, NDArray]:
@@ -216,7 +219,7 @@ def _cut(x: NDArray) -> tuple[Plan, Any]:
     """Plan of a pass over x and the kernels of its traversal."""
     # Not for what is done serially anyway: asking for the threads starts them.
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
-    cut = plan(*x.shape, x.itemsize, threads)
+    cut = plan(*x.shape, x.itemsize, threads, _CACHES)
     return cut, getattr(kernels, cut.traversal)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from nbnorm.cpu import element
 from nbnorm.cpu.channel import FIRST, add_up, affine, coefficients, lost, merge, scales
-from nbnorm.cpu.intrinsics import each, four, piece
+from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
@@ -225,10 +225,7 @@ def affine_columns(norm, grid, c0, c1, like):
 
 @ordered
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """y = act(gamma (x - mean) rstd + beta [+ residual]).
-
-    Never streamed: through a buffer of one short row that took 1.6 times as long.
-    """
+    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     fold = grid.fold
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     low = hi.dtype.type(floor)
@@ -236,8 +233,9 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     for r in range(begin, end):
         size = width(grid, r, c0, c1)
         x_, residual_ = piece(x, r * fold, c0, 0, size), piece(residual, r * fold, c0, 0, size)
-        y_ = piece(y, r * fold, c0, 0, size)
-        each(size, element.normalise, (x_, residual_, hi, a, b, low, y_))
+        args, outs = (x_, residual_, hi, a, b, low), (piece(y, r * fold, c0, 0, size),)
+        each_to(size, element.normalise, args, outs, streamed)
+    fence(streamed)
 
 
 @ordered
@@ -294,5 +292,7 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
         n = r * fold
         size = width(grid, r, c0, c1)
         dy_, x_, y_ = piece(dy, n, c0, 0, size), piece(x, n, c0, 0, size), piece(y, n, c0, 0, size)
-        dx_, dresidual_ = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
-        each(size, element.differentiate, (dy_, x_, y_, hi, a, b, hpq, zero, dx_, dresidual_))
+        outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
+        args = dy_, x_, y_, hi, a, b, hpq, zero
+        each_to(size, element.differentiate, args, outs, streamed)
+    fence(streamed)

@@ -5,6 +5,7 @@ with a number for each column in the column traversal; `at` reads either. Four r
 one load and one store of the sums for all four.
 """
 
+import numpy as np
 from numba import types
 
 from nbnorm.cpu.jit import by_types, none_without, ordered
@@ -83,6 +84,18 @@ def add_rows(j, x, K, s, q):
 def drain(j, sums, wide):
     """Move sums in x's dtype to float64."""
     wide[j] += sums[j]
+    sums[j] = 0
+
+
+@ordered
+def add_half(j, sums, wide, half):
+    """Half as many sums, in float64."""
+    wide[j] = np.float64(sums[j]) + np.float64(sums[j + half])
+
+
+@ordered
+def clear(j, sums):
+    """Begin again at 0."""
     sums[j] = 0
 
 

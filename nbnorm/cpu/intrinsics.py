@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nbnorm.cpu.jit import none_without, ordered
+from nbnorm.cpu.jit import ordered
 
 LINE = 64  # bytes of a cache line, and of a vector here; LLVM splits it for narrower registers
 
@@ -87,48 +87,130 @@ def each(typing_context, size, body, args):
     def codegen(context, builder, signature, values):
         call = context.get_function(body, body_signature)
         size, _, packed = values
-        args_ = [
-            _uncounted(context, builder, kind, builder.extract_value(packed, i))
-            for i, kind in enumerate(args.types)
-        ]
-        group = _Distinct(builder.module, ())
-        before, zero, one = builder.block, size.type(0), size.type(1)
-        loop, done = builder.append_basic_block("each"), builder.append_basic_block("each.done")
-        builder.cbranch(builder.icmp_signed(">", size, zero), loop, done)
-        builder.position_at_end(loop)
-        j = builder.phi(size.type)
-        j.add_incoming(zero, before)
-        call(builder, [j, *args_])
-        blocks = builder.function.blocks
-        for block in blocks[blocks.index(loop) :]:
-            for instruction in block.instructions:
-                if instruction.opname == "call":
-                    instruction.set_metadata("llvm.access.group", group)
-        following = builder.add(j, one, flags=("nsw", "nuw"))
-        j.add_incoming(following, builder.block)
-        again = builder.cbranch(builder.icmp_signed("<", following, size), loop, done)
-        name = ir.MetaDataString(builder.module, "llvm.loop.parallel_accesses")
-        parallel = builder.module.add_metadata([name, group])
-        again.set_metadata("llvm.loop", _Distinct(builder.module, (parallel,), names_itself=True))
-        builder.position_at_end(done)
+        arrays = _rebased(context, builder, args, packed, lambda data: data)
+        _loop(builder, size.type(0), size, lambda j: call(builder, [j, *arrays]))
         return context.get_dummy_value()
 
     return types.void(size, body, args), codegen
 
 
-def _uncounted(context, builder, kind, value):
-    """The arrays in a value with no owner to count references for."""
-    if isinstance(kind, types.BaseTuple):
-        items = [
-            _uncounted(context, builder, item, builder.extract_value(value, i))
-            for i, item in enumerate(kind.types)
-        ]
-        return context.make_tuple(builder, kind, items)
-    if not isinstance(kind, types.Array):
-        return value
-    array = context.make_array(kind)(context, builder, value)
-    array.meminfo = cgutils.get_null_value(array.meminfo.type)
-    return array._getvalue()
+@intrinsic
+def each_to(typing_context, size, body, args, outs, streamed):
+    """`each` of a body that writes to its last arguments, `outs`; past the cache if `streamed`.
+
+    What is streamed are the whole lines of memory, if the outs agree where these begin. The body
+    writes such a line to the stack, which LLVM turns into a register.
+
+    One intrinsic, as a function would count references to args: an atomic operation waits for all
+    streaming stores (channels-last inference took 9.0 ms rather than 3.3).
+    """
+    kinds = (*args.types, *outs.types)
+    body_signature = typing_context.resolve_function_type(body, (types.intp, *kinds), {})
+    dtypes = [out.dtype for out in outs.types if isinstance(out, types.Array)]
+    itemsize = dtypes[0].bitwidth // 8
+    width = LINE // itemsize
+
+    def codegen(context, builder, signature, values):
+        call = context.get_function(body, body_signature)
+        size, _, args_, outs_, streamed = values
+        targets = []
+        _rebased(context, builder, outs, outs_, lambda data: targets.append(data) or data)
+        item = targets[0].type.pointee
+        vector = ir.VectorType(item, width)
+        stack = [cgutils.alloca_once(builder, vector) for _ in targets]
+
+        def body_at(first, outputs):
+            """The body for inputs from value `first` on."""
+            outputs = iter(outputs)
+            inputs = _rebased(context, builder, args, args_, lambda data: builder.gep(data, [first]))
+            written = _rebased(context, builder, outs, outs_, lambda data: next(outputs))
+            return lambda j: call(builder, [j, *inputs, *written])
+
+        zero, values_of_line = size.type(0), size.type(width)
+        before = _before_line(builder, targets, itemsize)
+        before = builder.select(builder.icmp_unsigned("<", before, size), before, size)
+        before = builder.select(streamed, before, size)
+        lines = builder.sdiv(builder.sub(size, before), values_of_line)
+        with cgutils.for_range(builder, lines) as loop:
+            first = builder.add(before, builder.mul(loop.index, values_of_line))
+            line = [builder.bitcast(memory, item.as_pointer()) for memory in stack]
+            _loop(builder, zero, values_of_line, body_at(first, line))
+            for memory, target in zip(stack, targets, strict=True):
+                target = builder.bitcast(builder.gep(target, [first]), vector.as_pointer())
+                store = builder.store(builder.load(memory), target, align=LINE)
+                hint = builder.module.add_metadata([ir.IntType(32)(1)])
+                store.set_metadata("nontemporal", hint)
+        after = builder.add(before, builder.mul(lines, values_of_line))
+        with cgutils.for_range(builder, size.type(2)) as loop:
+            first_part = builder.icmp_signed("==", loop.index, zero)
+            begin = builder.select(first_part, zero, after)
+            end = builder.select(first_part, before, size)
+            _loop(builder, begin, end, body_at(zero, targets))
+        return context.get_dummy_value()
+
+    return types.void(size, body, args, outs, streamed), codegen
+
+
+def _before_line(builder, pointers, itemsize):
+    """Values before the first line of memory; -1 where the pointers do not agree."""
+    counts = []
+    for pointer in pointers:
+        address = builder.ptrtoint(pointer, ir.IntType(64))
+        past = builder.and_(builder.neg(address), address.type(LINE - 1))
+        counts.append(builder.udiv(past, address.type(itemsize)))
+    count = counts[0]
+    for other in counts[1:]:
+        count = builder.select(builder.icmp_unsigned("==", count, other), count, count.type(-1))
+    return count
+
+
+def _loop(builder, begin, end, body):
+    """body(j) for begin <= j < end, whose iterations do not depend on one another."""
+    group = _Distinct(builder.module, ())
+    before = builder.block
+    loop, done = builder.append_basic_block("each"), builder.append_basic_block("each.done")
+    builder.cbranch(builder.icmp_signed("<", begin, end), loop, done)
+    builder.position_at_end(loop)
+    j = builder.phi(begin.type)
+    j.add_incoming(begin, before)
+    body(j)
+    blocks = builder.function.blocks
+    for block in blocks[blocks.index(loop) :]:
+        for instruction in block.instructions:
+            if instruction.opname == "call":
+                instruction.set_metadata("llvm.access.group", group)
+    following = builder.add(j, begin.type(1), flags=("nsw", "nuw"))
+    j.add_incoming(following, builder.block)
+    again = builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
+
+    def property_(name, *operands):
+        name = ir.MetaDataString(builder.module, name)
+        return builder.module.add_metadata([name, *operands])
+
+    # A loop unrolled before it is vectorised never is: 64 lanes added up took 54 ns, not 20.
+    properties = (
+        property_("llvm.loop.parallel_accesses", group),
+        property_("llvm.loop.unroll.disable"),
+    )
+    again.set_metadata("llvm.loop", _Distinct(builder.module, properties, names_itself=True))
+    builder.position_at_end(done)
+
+
+def _rebased(context, builder, kind, packed, rebase):
+    """Values of a tuple, its arrays not counted and their memory at rebase(memory)."""
+    values = []
+    for i, item in enumerate(kind.types):
+        value = builder.extract_value(packed, i)
+        if isinstance(item, types.BaseTuple):
+            parts = _rebased(context, builder, item, value, rebase)
+            value = context.make_tuple(builder, item, parts)
+        elif isinstance(item, types.Array):
+            array = context.make_array(item)(context, builder, value)
+            array.meminfo = cgutils.get_null_value(array.meminfo.type)
+            array.data = rebase(array.data)
+            value = array._getvalue()
+        values.append(value)
+    return values
 
 
 class _Distinct(ir.values.MDValue):  # type: ignore[misc]
@@ -168,42 +250,6 @@ def half_from_float(typing_context, value):
 
 
 @intrinsic
-def _store_lines(typing_context, source, target, begin, lines):
-    """Copy whole lines to target[begin:], which starts at a line, past the cache."""
-    signature = types.void(source, target, types.intp, types.intp)
-
-    def codegen(context, builder, signature, args):
-        i64 = ir.IntType(64)
-        item = context.get_data_type(source.dtype)
-        vector = ir.VectorType(item, LINE * 8 // source.dtype.bitwidth)
-        arrays = [
-            context.make_array(kind)(context, builder, value)
-            for kind, value in zip(signature.args[:2], args[:2], strict=True)
-        ]
-        source_, target_ = (
-            builder.bitcast(builder.gep(array.data, [args[2]]), vector.as_pointer())
-            for array in arrays
-        )
-        before = builder.block
-        loop = builder.append_basic_block("stream")
-        done = builder.append_basic_block("streamed")
-        builder.cbranch(builder.icmp_signed(">", args[3], i64(0)), loop, done)
-        builder.position_at_end(loop)
-        i = builder.phi(i64)
-        i.add_incoming(i64(0), before)
-        value = builder.load(builder.gep(source_, [i]), align=source.dtype.bitwidth // 8)
-        store = builder.store(value, builder.gep(target_, [i]), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        following = builder.add(i, i64(1))
-        i.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, args[3]), loop, done)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic
 def _fence(typing_context):
     """Wait until all stores are seen, those past the cache too, which a lock's store would not."""
 
@@ -219,32 +265,3 @@ def fence(streamed):
     """`_fence`, once a chunk, where anything was streamed."""
     if streamed:
         _fence()
-
-
-@none_without("target")
-def staged(buffer, target, streamed):
-    """Where to compute the target: a part of the buffer if it is to be streamed, else itself."""
-    return buffer[: target.size] if streamed else target
-
-
-@none_without("target")
-def flush(source, target, streamed):
-    """Bring what was computed where `staged` said to the target."""
-    if streamed:
-        stream(source, target)
-
-
-@ordered
-def stream(source, target):
-    """target = source past the cache, but for the values before its first line and after its last.
-
-    `fence` orders these stores before what tells another thread of them.
-    """
-    size = target.size
-    head = min(size, (-target.ctypes.data % LINE) // target.itemsize)
-    lines = (size - head) // (LINE // target.itemsize)
-    for i in range(head):
-        target[i] = source[i]
-    _store_lines(source, target, head, lines)
-    for i in range(head + lines * (LINE // target.itemsize), size):
-        target[i] = source[i]

@@ -8,14 +8,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from nbnorm._layout import PLANE, SAMPLE
+from nbnorm.cpu.caches import Caches
 
 TILE_BYTES = 16 << 10  # bytes, as computed, of a row that is summed at once: a third of L1
 CHUNK = 1 << 18  # values a chunk: the share of work that threads split a channel into
 CHUNK_ROWS = 512  # rows not split into chunks: what is done once a channel is a tenth of the rest
 
 SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
-SLAB = 1 << 20  # bytes of x that a thread's block of channels should stay within: its L2 cache
-STREAM_FROM = 64 << 20  # bytes of x: at 49 MiB ordinary stores are as fast, at 98 a fifth slower
 RUN_BYTES = 16 << 10  # bytes read in sequence that keep the memory busy
 # Bytes of a short-plane row: with coefficients for every column, more do not stay in L1 (7 x 7
 # planes took 1.4 times as long with 16 KiB).
@@ -71,8 +70,12 @@ def fold_of(C: int, S: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
-    """Cut a pass over N samples of C channels of S values, none of them 0."""
+def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) -> Plan:
+    """Cut a pass over N samples of C channels of S values, none of them 0.
+
+    A thread's block of channels should stay in its own cache between the halves of the pass. A
+    result is streamed where the last cache does not hold it together with x.
+    """
     parallel = threads > 1 and N * C * S >= SERIAL_BELOW
     if by_rows(S):
         most = TILE_BYTES // max(itemsize, 4)
@@ -82,7 +85,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
         tiles = _ceil(N, together) * _ceil(S, tile)
         chunks, per = _shares(tiles, max(1, CHUNK // (tile * together)))
         grid: RowsGrid | ColumnsGrid = RowsGrid(N, C, S, tile, together, per)
-        block = min(RUN_BYTES // (S * itemsize), SLAB // (N * S * itemsize))
+        block = min(RUN_BYTES // (S * itemsize), caches.own // (N * S * itemsize))
         if parallel:
             block = min(block, C // (4 * threads))
     else:
@@ -93,13 +96,13 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
         if fold == 1:
             block = (RUN_BYTES if S == 1 else COLUMNS) // (S * itemsize)
             if parallel:
-                slab = SLAB // (N * S * itemsize)
+                slab = caches.own // (N * S * itemsize)
                 if slab * S * itemsize >= RUN_BYTES // 4:
                     block = min(block, slab)
                 block = min(block, _ceil(C, _ceil(threads, chunks)))
     block = max(1, min(block, C))
     blocks = _ceil(C, block)
-    resident = by_rows(S) or block * N * S * itemsize <= SLAB
+    resident = by_rows(S) or block * N * S * itemsize <= caches.own
     fused = not parallel or (resident and blocks >= threads and _balanced(blocks, threads))
     return Plan(
         "rows" if by_rows(S) else "columns",
@@ -109,7 +112,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int) -> Plan:
         blocks,
         fused,
         parallel,
-        by_rows(S) and N * C * S * itemsize >= STREAM_FROM,
+        2 * N * C * S * itemsize > caches.last,
     )
 
 

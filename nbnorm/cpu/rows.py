@@ -18,7 +18,7 @@ from nbnorm.cpu.channel import (
     merge,
     scales,
 )
-from nbnorm.cpu.intrinsics import each, fence, flush, four, piece, staged
+from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
@@ -64,11 +64,12 @@ def add_piece(x, K, s, q):
 
 @ordered
 def total(lanes, wide):
-    """Sum of all lanes, in float64; they are left at 0."""
-    wide[:] = 0
-    each(LANES, element.drain, (lanes, wide))
-    add_up(wide, 1)
-    return wide[0]
+    """Sum of all lanes in pairs, in float64; they are left at 0."""
+    each(32, element.add_half, (lanes, wide, 32))
+    each(16, element.add_half, (wide, wide, 16))
+    each(8, element.add_half, (wide, wide, 8))
+    each(LANES, element.clear, (lanes,))
+    return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]))
 
 
 @ordered
@@ -166,7 +167,6 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     hi, a, b = affine(norm, c0, c1, computed(x))
     low = hi.dtype.type(floor)
-    buffer = np.empty(grid.tile, y[0].dtype)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -174,10 +174,8 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
             for c in range(c0, c1):
                 i = c - c0
                 x_, residual_ = piece(x, n, c, s, size), piece(residual, n, c, s, size)
-                y_ = piece(y, n, c, s, size)
-                out = staged(buffer, y_, streamed)
-                each(size, element.normalise, (x_, residual_, hi[i], a[i], b[i], low, out))
-                flush(out, y_, streamed)
+                args, outs = (x_, residual_, hi[i], a[i], b[i], low), (piece(y, n, c, s, size),)
+                each_to(size, element.normalise, args, outs, streamed)
     fence(streamed)
 
 
@@ -228,7 +226,6 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
     hi, a, b = affine(norm, c0, c1, computed(x))
     hpq = coefficients(norm, sums, count, c0, c1, hi)
     zero = hi.dtype.type(0)
-    dx_buffer, dresidual_buffer = np.empty(grid.tile, x[0].dtype), np.empty(grid.tile, x[0].dtype)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -237,14 +234,7 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
                 i = c - c0
                 dy_, x_ = piece(dy, n, c, s, size), piece(x, n, c, s, size)
                 y_ = piece(y, n, c, s, size)
-                dx_, dresidual_ = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
-                dx_out = staged(dx_buffer, dx_, streamed)
-                dresidual_out = staged(dresidual_buffer, dresidual_, streamed)
-                affine_ = hi[i], a[i], element.at(b, i)
-                each(
-                    size, element.differentiate,
-                    (dy_, x_, y_, *affine_, coefficients_of(hpq, i), zero, dx_out, dresidual_out),
-                )  # fmt: skip
-                flush(dx_out, dx_, streamed)
-                flush(dresidual_out, dresidual_, streamed)
+                outs = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
+                args = dy_, x_, y_, hi[i], a[i], element.at(b, i), coefficients_of(hpq, i), zero
+                each_to(size, element.differentiate, args, outs, streamed)
     fence(streamed)

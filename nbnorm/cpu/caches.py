@@ -1,0 +1,57 @@
+"""Sizes of the caches that this process may use, as the system tells them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+_CPUS = Path("/sys/devices/system/cpu")  # Linux
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Caches(NamedTuple):
+    """Bytes of cache.
+
+    Attributes
+    ----------
+    own : int
+        Second-level cache of one thread, where every processor runs one.
+    last : int
+        Last-level caches of all processors together.
+    """
+
+    own: int
+    last: int
+
+
+# Where the system does not tell. Wrong sizes cost time, never a value.
+TYPICAL = Caches(own=1 << 20, last=32 << 20)
+
+
+def caches(cpus: Path = _CPUS) -> Caches:
+    """Read the caches of the processors that this process is allowed to run on."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    # Bytes of each cache, by its level and the processors that share it, as the system lists them.
+    found: dict[tuple[int, str], int] = {}
+    for cpu in allowed:
+        for folder in cpus.glob(f"cpu{cpu}/cache/index*"):
+            with suppress(OSError, ValueError, KeyError):
+                if (folder / "type").read_text().strip() == "Instruction":
+                    continue
+                level = int((folder / "level").read_text())
+                shared = (folder / "shared_cpu_list").read_text().strip()
+                size = (folder / "size").read_text().strip()
+                found[level, shared] = int(size[:-1]) * _UNITS[size[-1]]
+    own = [size // _count(shared) for (level, shared), size in found.items() if level == 2]
+    if not own:
+        return TYPICAL
+    highest = max(level for level, _ in found)
+    return Caches(min(own), sum(size for (level, _), size in found.items() if level == highest))
+
+
+def _count(processors: str) -> int:
+    """How many processors a list such as 0-3,8 names."""
+    spans = (span.partition("-") for span in processors.split(","))
+    return sum(int(last or first) - int(first) + 1 for first, _, last in spans)

@@ -1,0 +1,134 @@
+"""Results stored past the cache: the bits of ordinary stores, and nothing beside them.
+
+Real caches would take tensors of tens of megabytes; here the library takes them for tiny.
+"""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from strategies import BFLOAT16
+from tolerances import assert_same_bits
+
+import nbnorm
+from nbnorm import cpu
+from nbnorm.cpu.caches import Caches
+
+DTYPES = ("float32", "float64", "float16", BFLOAT16)
+# Rows shorter, longer and much longer than a line; rows of whole lines and not; several samples
+# in a row of columns; parallel and serial; per-sample blocks of channels.
+SHAPES = ((3, 4, 20, 20), (2, 3, 48, 100), (40, 64), (70, 5, 7, 7), (300, 3), (2, 2600), (9, 1))
+SENTINEL = 77
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """Return a function that says how calls store from then on."""
+
+    def stream(wanted):
+        last = 0 if wanted else 1 << 40
+        monkeypatch.setattr(cpu, "_CACHES", Caches(own=1 << 20, last=last))
+
+    return stream
+
+
+def drawn(shape, dtype, seed):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+class Guarded:
+    """Memory for a result that begins `offset` values after a line, sentinels on both sides."""
+
+    def __init__(self, shape, dtype, offset):
+        size, itemsize = int(np.prod(shape)), np.dtype(dtype).itemsize
+        self._all = np.full(size + 3 * 64, SENTINEL, dtype)
+        self._first = (-self._all.ctypes.data % 64) // itemsize + 64 + offset
+        self._last = self._first + size
+        self.array = self._all[self._first : self._last].reshape(shape)
+
+    def assert_kept(self):
+        outside = np.concatenate([self._all[: self._first], self._all[self._last :]])
+        np.testing.assert_array_equal(outside.astype(float), SENTINEL)
+
+
+@shapes
+@dtypes
+def test_forward_streams_the_same_bits_to_any_address(shape, dtype, streaming):
+    x, residual = drawn(shape, dtype, 0), drawn(shape, dtype, 1)
+    gamma, beta = drawn(shape[1], "float32", 2), drawn(shape[1], "float32", 3)
+    for options in ({}, {"residual": residual, "activation": "relu"}):
+        streaming(False)
+        expected = nbnorm.batch_norm_forward(x, gamma, beta, **options)
+        streaming(True)
+        fresh = nbnorm.batch_norm_forward(x, gamma, beta, **options)
+        assert_same_bits(fresh.y, expected.y, "fresh y")
+        for offset in (0, 1, 7, 8, 31):
+            out = Guarded(shape, dtype, offset)
+            nbnorm.batch_norm_forward(x, gamma, beta, out=out.array, **options)
+            assert_same_bits(out.array, expected.y, f"y at offset {offset}")
+            out.assert_kept()
+
+
+@shapes
+@dtypes
+def test_backward_streams_the_same_bits_to_any_address(shape, dtype, streaming):
+    x, dy, y = (drawn(shape, dtype, seed) for seed in range(3))
+    gamma = drawn(shape[1], "float32", 3)
+    mean, rstd = drawn(shape[1], "float64", 4), np.ones(shape[1])
+    for training, with_y in product((True, False), repeat=2):
+        options = {"y": y, "activation": "relu"} if with_y else {}
+        streaming(False)
+        expected = nbnorm.batch_norm_backward(
+            dy, x, gamma, mean, rstd, training=training, **options
+        )
+        streaming(True)
+        # With an odd offset dx and dresidual do not agree where lines begin.
+        for offset in (0, 1, 8):
+            out = Guarded(shape, dtype, offset)
+            got = nbnorm.batch_norm_backward(
+                dy, x, gamma, mean, rstd, training=training, out=out.array, **options
+            )
+            assert_same_bits(got.dx, expected.dx, f"dx at offset {offset}")
+            if with_y:
+                assert_same_bits(got.dresidual, expected.dresidual, "dresidual")
+            out.assert_kept()
+
+
+@shapes
+def test_streaming_works_in_place(shape, streaming):
+    x, dy = drawn(shape, "float32", 0), drawn(shape, "float32", 1)
+    streaming(False)
+    y, mean, rstd = nbnorm.batch_norm_forward(x)
+    dx = nbnorm.batch_norm_backward(dy, x, None, mean, rstd).dx
+    streaming(True)
+    nbnorm.batch_norm_backward(dy, x, None, mean, rstd, out=dy)
+    assert_same_bits(dy, dx, "dx")
+    nbnorm.batch_norm_forward(x, out=x)
+    assert_same_bits(x, y, "y")
+
+
+def test_shared_passes_and_threads_stream_too(streaming):
+    x = drawn((2, 3, 300, 400), "float32", 0)
+    last = np.moveaxis(drawn((2, 300, 400, 3), "float32", 0), -1, 1)
+    for array in (x, last):
+        streaming(False)
+        expected = nbnorm.batch_norm_forward(array)
+        streaming(True)
+        assert_same_bits(nbnorm.batch_norm_forward(array).y, expected.y, "y")
+
+
+def test_kernels_hold_streaming_stores_of_whole_vectors():
+    """Where LLVM knows the instruction; a store value by value would be ten times as slow."""
+    nbnorm.batch_norm_forward(drawn((3, 4, 20, 20), "float32", 0))
+    nbnorm.batch_norm_forward(drawn((40, 64), "float32", 0))
+    for traversal in (cpu.kernels.rows, cpu.kernels.columns):
+        for code in traversal.forward.serial.inspect_asm().values():
+            if "vfmadd" not in code:
+                pytest.skip("the processor is not an x86 with fused multiply-add")
+            stores = [line.split() for line in code.splitlines() if "movnt" in line]
+            assert stores
+            assert all(name in ("vmovntps", "vmovntdq", "vmovntpd") for name, *_ in stores)
+            assert all("%xmm" not in operands for _, operands, *_ in stores)
