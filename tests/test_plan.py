@@ -56,11 +56,12 @@ def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
     ranges, items = chunk_ranges(cut)
     assert [i for chunk in ranges for i in chunk] == list(range(items))
     assert all(ranges)
-    blocks = [range(u * cut.block, min((u + 1) * cut.block, shape[1])) for u in range(cut.blocks)]
-    assert sum(map(len, blocks)) == shape[1]
-    assert all(blocks)
-    if isinstance(cut.grid, ColumnsGrid) and cut.grid.fold > 1:
-        assert cut.blocks == 1  # several samples make a row only with all their channels
+    for size, count in ((cut.block, cut.blocks), (cut.span, cut.spans)):
+        units = [range(u * size, min((u + 1) * size, shape[1])) for u in range(count)]
+        assert sum(map(len, units)) == shape[1]
+        assert all(units)
+        if isinstance(cut.grid, ColumnsGrid) and cut.grid.fold > 1:
+            assert count == 1  # several samples make a row only with all their channels
 
 
 @cases
@@ -76,8 +77,8 @@ def test_large_inputs_keep_all_threads_busy(shape, threads):
     cut = plan(*shape, 4, threads, TYPICAL)
     N, C, S = shape
     assert cut.parallel
-    shares = cut.blocks if cut.fused else cut.blocks * cut.chunks
-    assert shares >= min(threads, N * C * S >> 18)
+    for units in (cut.blocks if cut.fused else threads, cut.spans * cut.chunks):
+        assert units >= min(threads, N * C * S >> 18)
 
 
 def test_small_inputs_are_serial_and_one_thread_is():

@@ -32,7 +32,7 @@ def stats(x: NDArray) -> tuple[NDArray, NDArray]:
 def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, NDArray]:
     partial = np.empty((4, cut.chunks, cut.grid.C))
     mean, m2, rstd = np.empty((3, cut.grid.C))
-    run.stats(cut.parallel, x, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, partial)
+    run.stats(cut.parallel, x, cut.grid, cut.span, cut.chunks, cut.spans * cut.chunks, partial)
     kernels.finish_all(partial, eps, mean, m2, rstd)
     return mean, m2, rstd
 
@@ -58,9 +58,9 @@ def _apply(x: Any, residual: Any, cut: Plan, run: Any, norm: Any, relu: bool, y:
         x,
         residual,
         cut.grid,
-        cut.block,
+        cut.span,
         cut.chunks,
-        cut.blocks * cut.chunks,
+        cut.spans * cut.chunks,
         norm,
         _floor(relu),
         cut.streamed,
@@ -116,9 +116,9 @@ def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
         x,
         y,
         cut.grid,
-        cut.block,
+        cut.span,
         cut.chunks,
-        cut.blocks * cut.chunks,
+        cut.spans * cut.chunks,
         norm,
         partial,
     )
@@ -169,7 +169,7 @@ def _differentiate(
     dresidual: Any,
 ) -> None:
     run.differentiate(
-        cut.parallel, dy, x, y, cut.grid, cut.block, cut.chunks, cut.blocks * cut.chunks, norm,
+        cut.parallel, dy, x, y, cut.grid, cut.span, cut.chunks, cut.spans * cut.chunks, norm,
         sums, count, cut.streamed, dx, dresidual,
     )  # fmt: skip
 

@@ -45,8 +45,9 @@ class ColumnsGrid(NamedTuple):
 class Plan(NamedTuple):
     """Cut of a pass.
 
-    `fused`: a thread takes whole channels through both halves. `streamed`: the output is too large
-    to be found in cache by whoever reads it next, and is stored past it.
+    `fused`: a thread takes whole channels through both halves, `block` of them at a time. A half by
+    itself takes `span` of them at a time, as long a way through memory as there is. `streamed`: the
+    output is too large to be found in cache by whoever reads it next, and is stored past it.
     """
 
     traversal: str
@@ -54,6 +55,8 @@ class Plan(NamedTuple):
     chunks: int
     block: int
     blocks: int
+    span: int
+    spans: int
     fused: bool
     parallel: bool
     streamed: bool
@@ -86,21 +89,25 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) ->
         chunks, per = _shares(tiles, max(1, CHUNK // (tile * together)))
         grid: RowsGrid | ColumnsGrid = RowsGrid(N, C, S, tile, together, per)
         block = min(RUN_BYTES // (S * itemsize), caches.own // (N * S * itemsize))
+        span = C
         if parallel:
             block = min(block, C // (4 * threads))
+            span = _ceil(C, _ceil(4 * threads, chunks))
     else:
         fold = fold_of(C, S)
         chunks, per = _shares(_ceil(N, fold), max(CHUNK_ROWS, CHUNK // (fold * C * S)))
         grid = ColumnsGrid(N, C, S, fold, per)
-        block = C
+        block = span = C
         if fold == 1:
             block = (RUN_BYTES if S == 1 else COLUMNS) // (S * itemsize)
+            span = block
             if parallel:
                 slab = caches.own // (N * S * itemsize)
                 if slab * S * itemsize >= RUN_BYTES // 4:
                     block = min(block, slab)
                 block = min(block, _ceil(C, _ceil(threads, chunks)))
-    block = max(1, min(block, C))
+                span = min(span, _ceil(C, _ceil(threads, chunks)))
+    block, span = max(1, min(block, C)), max(1, min(span, C))
     blocks = _ceil(C, block)
     resident = by_rows(S) or block * N * S * itemsize <= caches.own
     fused = not parallel or (resident and blocks >= threads and _balanced(blocks, threads))
@@ -110,6 +117,8 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) ->
         chunks,
         block,
         blocks,
+        span,
+        _ceil(C, span),
         fused,
         parallel,
         2 * N * C * S * itemsize > caches.last,
