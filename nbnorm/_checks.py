@@ -16,17 +16,16 @@ from nbnorm._arrays import NDArray
 Shape = tuple[int, ...]
 
 
-def channel_axes(shape: Shape, axis: int | Shape) -> tuple[Shape, Shape, int]:
-    """Return the channel axes, ascending and not negative, their shape, and values per channel."""
+def axes(axis: Any) -> Shape:
+    """Return the channel axes as given, as a tuple of ints."""
     try:
-        axes = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
+        return tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
     except TypeError:
         raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}") from None
-    return _channel_axes(shape, axes)
 
 
-@lru_cache(maxsize=1024)
-def _channel_axes(shape: Shape, given: Shape) -> tuple[Shape, Shape, int]:
+def channel_axes(shape: Shape, given: Shape) -> tuple[Shape, Shape, int]:
+    """Return the channel axes, ascending and not negative, their shape, and values per channel."""
     ndim = len(shape)
     axis = given[0] if len(given) == 1 else given
     if ndim < 2:
@@ -159,8 +158,10 @@ def epsilon(eps: float) -> float:
 
 def number(value: Any, name: str) -> float:
     """Return a real number as a float."""
+    if type(value) is float:
+        return value
     try:
-        if isinstance(value, str | bytes):
+        if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks, cpu, pool
 from nbnorm._arrays import Array, NDArray, home_of, take, take_floating
-from nbnorm._layout import fits, layout_of
+from nbnorm._layout import Layout, fits, layout_of
 
 
 class Target(NamedTuple):
@@ -18,6 +19,32 @@ class Target(NamedTuple):
 
     array: NDArray
     written: NDArray
+
+
+class Geometry(NamedTuple):
+    """What follows from x's shape, strides and channel axes.
+
+    `channels` is the shape of the channel axes, `size` their product, `m` the number of values per
+    channel. `fitting` are x's strides where x itself has the view that kernels need.
+    """
+
+    channels: tuple[int, ...]
+    size: int
+    m: int
+    empty: bool
+    layout: Layout
+    fitting: tuple[int, ...] | None
+
+
+@lru_cache(maxsize=1024)
+def geometry_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, given: tuple[int, ...]
+) -> Geometry:
+    """Check the channel axes and find x's layout."""
+    axes, channels, m = _checks.channel_axes(shape, given)
+    layout = layout_of(shape, strides, itemsize, axes)
+    fitting = strides if fits(layout, shape, strides, itemsize) else None
+    return Geometry(channels, prod(channels), m, prod(shape) == 0, layout, fitting)
 
 
 class Frame:
@@ -35,17 +62,16 @@ class Frame:
         The functions that compute on (N, C, S) arrays of x's device.
     """
 
+    backend: ModuleType = cpu
+
     def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
-        self.x = take_floating(x, "x")
-        self.backend: ModuleType = cpu
+        self.x = taken = take_floating(x, "x")
         self.home = home_of(x)
         self._axis = axis
-        shape, strides, itemsize = self.x.shape, self.x.strides, self.x.itemsize
-        axes, self._channels, self.m = _checks.channel_axes(shape, axis)
-        self.channels = prod(self._channels)
-        self.empty = self.x.size == 0
-        self._layout = layout_of(shape, strides, itemsize, axes)
-        self._fitting = strides if fits(self._layout, shape, strides, itemsize) else None
+        given = (axis,) if type(axis) is int else _checks.axes(axis)
+        self._channels, self.channels, self.m, self.empty, self._layout, self._fitting = (
+            geometry_of(taken.shape, taken.strides, taken.itemsize, given)
+        )
 
     def required_like_x(self, array: Array, name: str) -> NDArray:
         """Check dy, residual or y: x's shape and dtype."""
@@ -88,14 +114,18 @@ class Frame:
 
     def target(self, out: NDArray | None) -> Target:
         """Memory for a result: out, or a fresh array of x's shape, dtype and order in memory."""
+        layout = self._layout
+        if out is None and layout.natural and layout.dense == layout.order:
+            array = pool.empty(self.x.shape, self.x.dtype)
+            return Target(array, array.reshape(layout.shape))
         array = self._new() if out is None else out
         if self.empty or self._fits(array):
-            return Target(array, self._turned(array).reshape(self._layout.shape))
-        return Target(array, pool.empty(self._layout.shape, self.x.dtype))
+            return Target(array, self._turned(array).reshape(layout.shape))
+        return Target(array, pool.empty(layout.shape, self.x.dtype))
 
     def settle(self, target: Target, out: Array | None = None) -> Array:
         """Hand a result back: as the out that was passed, else as an array of x's library."""
-        if not (self.empty or self._fits(target.array)):
+        if not (target.written.base is target.array or self.empty or self._fits(target.array)):
             turned = self._turned(target.array)
             turned[...] = target.written.reshape(turned.shape)
         return self.home(target.array) if out is None else out
@@ -107,24 +137,39 @@ class Frame:
         array = pool.empty(tuple(self.x.shape[i] for i in dense), self.x.dtype)
         return array.transpose(np.argsort(dense))
 
-    def flat(self, array: NDArray | None, default: float) -> NDArray:
-        """Parameter or statistic as contiguous float64 of shape (C,)."""
-        if array is None:
-            return np.full(self.channels, default, np.float64)
-        # A copy: a read-only array is another type to Numba, and would have kernels compiled anew.
-        return array.astype(np.float64, "C").reshape(self.channels)
+    def statistic(self, array: NDArray) -> NDArray:
+        """Return a statistic as contiguous float64 of shape (C,), itself where it is that."""
+        return _flat(array, _FLOAT64)
+
+    def scale_and_shift(
+        self, gamma: NDArray | None, beta: NDArray | None
+    ) -> tuple[NDArray, NDArray]:
+        """Return gamma and beta with shape (C,), in one dtype that kernels are compiled for.
+
+        float32 as long as that loses nothing, and float64 for x in float64.
+        """
+        wide = _FLOAT64 in (
+            self.x.dtype,
+            None if gamma is None else gamma.dtype,
+            None if beta is None else beta.dtype,
+        )
+        dtype = _FLOAT64 if wide else _FLOAT32
+        return (
+            _constant(self.channels, 1.0, dtype) if gamma is None else _flat(gamma, dtype),
+            _constant(self.channels, 0.0, dtype) if beta is None else _flat(beta, dtype),
+        )
 
     def unflat(self, array: NDArray) -> NDArray:
         """The channel axes' shape, from (C,)."""
-        return array.reshape(self._channels)
+        return array if len(self._channels) == 1 else array.reshape(self._channels)
 
-    def mask(
-        self, relu: bool, beta: NDArray | None, y: NDArray | None
-    ) -> tuple[NDArray | None, NDArray | None]:
-        """(beta, y) as the backend's backward takes them: what the ReLU mask comes from."""
-        if not relu:
-            return None, None
-        return (self.flat(beta, 0), None) if y is None else (None, self.view(y))
+    def scale_and_mask(
+        self, relu: bool, gamma: NDArray | None, beta: NDArray | None, y: NDArray | None
+    ) -> tuple[NDArray, NDArray | None, NDArray | None]:
+        """(gamma, beta, y) as the backend's backward takes them: the last two for ReLU's mask."""
+        if not relu or y is not None:
+            return self.scale_and_shift(gamma, None)[0], None, self.view(y) if relu else None
+        return *self.scale_and_shift(gamma, beta), None
 
     def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
         """Sum of shape (C,) rounded once to gamma's dtype, x's where there is no gamma."""
@@ -142,3 +187,22 @@ class Frame:
             array.strides == self._fitting
             or fits(self._layout, array.shape, array.strides, array.itemsize)
         )
+
+
+_FLOAT32, _FLOAT64 = np.dtype("float32"), np.dtype("float64")
+
+
+def _flat(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    """Return an array as (C,), contiguous and of this dtype: itself where it is all that.
+
+    Read-only arrays are another type to Numba, which would compile every kernel anew for them.
+    """
+    if array.dtype != dtype or not array.flags.carray:
+        array = array.astype(dtype, "C")
+    return array if array.ndim == 1 else array.reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def _constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
+    """Return an array of one value, which nobody writes to."""
+    return np.full(size, value, dtype)

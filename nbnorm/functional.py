@@ -12,7 +12,7 @@ import numpy as np
 from nbnorm import _checks
 from nbnorm._arrays import Array, NDArray
 from nbnorm._frame import Frame, Target
-from nbnorm.moments import Moments, move, rstd_of
+from nbnorm.moments import Moments, rstd_of
 
 Axis = int | tuple[int, ...]
 Mask = tuple[bool, bool, bool, bool]
@@ -156,39 +156,30 @@ def batch_norm_forward(
             _checks.running_to_update(mean_, var_, _UPDATE_BY_HAND)
             _checks.apart(mean_, "running_mean", frame.x, "x")
             _checks.apart(var_, "running_var", frame.x, "x")
-    out_ = frame.out(
-        out,
-        {
-            "x": frame.x,
-            "gamma": gamma_,
-            "beta": beta_,
-            "running_mean": mean_,
-            "running_var": var_,
-            "residual": residual_,
-        },
-        inplace="x",
-    )
+    inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "residual": residual_}
+    inputs |= {"running_mean": mean_, "running_var": var_}
+    out_ = frame.out(out, inputs, inplace="x")
     if not training:
-        mean = frame.flat(mean_, 0)
-        rstd = rstd_of(frame.flat(var_, 0), eps)
+        assert mean_ is not None
+        assert var_ is not None
+        mean = mean_.astype(np.float64).reshape(-1)
+        rstd = rstd_of(frame.statistic(var_), eps)
         y = _apply(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
     elif frame.empty:
-        mean, rstd = frame.flat(None, 0), frame.flat(None, 0)
+        mean, rstd = np.zeros(frame.channels), np.zeros(frame.channels)
         y = frame.target(out_)
     else:
         y = frame.target(out_)
         mean, m2, rstd = frame.backend.forward(
             frame.view(frame.x),
-            frame.flat(gamma_, 1),
-            frame.flat(beta_, 0),
+            *frame.scale_and_shift(gamma_, beta_),
             eps,
             frame.view(residual_),
             relu,
             y.written,
         )
         if mean_ is not None and var_ is not None:
-            batch = frame.unflat(mean), frame.unflat(m2) / (frame.m - taken)
-            move((mean_, var_), batch, momentum)
+            frame.backend.move(mean_, var_, mean, m2, momentum, frame.m - taken)
     return BatchNormForward(
         frame.settle(y, out),
         frame.home(frame.unflat(mean)),
@@ -268,8 +259,8 @@ def batch_norm_inference(
     eps, relu = _checks.epsilon(eps), _checks.relu(activation)
     inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "var": var_}
     out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
-    rstd = rstd_of(frame.flat(var_, 0), eps)
-    y = _apply(frame, gamma_, beta_, frame.flat(mean_, 0), rstd, residual_, relu, out_)
+    rstd = rstd_of(frame.statistic(var_), eps)
+    y = _apply(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
     return frame.settle(y, out)
 
 
@@ -336,9 +327,8 @@ def batch_norm_apply(
     relu = _checks.relu(activation)
     inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "rstd": rstd_}
     out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
-    y = _apply(
-        frame, gamma_, beta_, frame.flat(mean_, 0), frame.flat(rstd_, 0), residual_, relu, out_
-    )
+    statistics = frame.statistic(mean_), frame.statistic(rstd_)
+    y = _apply(frame, gamma_, beta_, *statistics, residual_, relu, out_)
     return frame.settle(y, out)
 
 
@@ -357,8 +347,7 @@ def _apply(
     if not frame.empty:
         frame.backend.apply(
             frame.view(frame.x),
-            frame.flat(gamma, 1),
-            frame.flat(beta, 0),
+            *frame.scale_and_shift(gamma, beta),
             mean,
             rstd,
             frame.view(residual),
@@ -403,7 +392,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     """
     frame = Frame(x, axis)
     if frame.empty:
-        mean, m2 = frame.flat(None, 0), frame.flat(None, 0)
+        mean, m2 = np.zeros(frame.channels), np.zeros(frame.channels)
     else:
         mean, m2 = frame.backend.stats(frame.view(frame.x))
     return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
@@ -504,8 +493,8 @@ def batch_norm_backward(
     sums = np.zeros((2, frame.channels))
     if not frame.empty:
         arrays = frame.view(dy_), frame.view(frame.x)
-        scale, mean64, rstd64 = frame.flat(gamma_, 1), frame.flat(mean_, 0), frame.flat(rstd_, 0)
-        mask = frame.mask(relu, beta_, y_)
+        mean64, rstd64 = frame.statistic(mean_), frame.statistic(rstd_)
+        scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
         written = dx and dx.written, dresidual and dresidual.written
         if want_dx and training:
             sums = frame.backend.backward(*arrays, scale, mean64, rstd64, *mask, *written)
@@ -585,13 +574,14 @@ def batch_norm_backward_reduce(
     if frame.empty:
         sums = np.zeros((2, frame.channels))
     else:
+        scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
         sums = frame.backend.backward_reduce(
             frame.view(dy_),
             frame.view(frame.x),
-            frame.flat(gamma_, 1),
-            frame.flat(mean_, 0),
-            frame.flat(rstd_, 0),
-            *frame.mask(relu, beta_, y_),
+            scale,
+            frame.statistic(mean_),
+            frame.statistic(rstd_),
+            *mask,
         )
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
@@ -688,15 +678,16 @@ def batch_norm_backward_apply(
     out_ = frame.out(out, inputs, inplace="dy")
     dx = frame.target(out_)
     if not frame.empty:
+        scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
         frame.backend.backward_apply(
             frame.view(dy_),
             frame.view(frame.x),
-            frame.flat(gamma_, 1),
-            frame.flat(mean_, 0),
-            frame.flat(rstd_, 0),
-            np.stack([frame.flat(sum_dy_, 0), frame.flat(sum_dy_xhat_, 0)]),
+            scale,
+            frame.statistic(mean_),
+            frame.statistic(rstd_),
+            np.stack([frame.statistic(sum_dy_), frame.statistic(sum_dy_xhat_)]),
             m,
-            *frame.mask(relu, beta_, y_),
+            *mask,
             dx.written,
             None,
         )

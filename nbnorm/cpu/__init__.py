@@ -1,9 +1,10 @@
-"""The CPU backend: six functions over (N, C, S) arrays.
+"""The CPU backend: functions over (N, C, S) arrays.
 
 x, dy, y, residual, dx and dresidual are NumPy arrays of shape (N, C, S), none of it 0, of one dtype
-(float32, float64, float16, bfloat16), in the layout that `_layout` promises; everything of shape
-(C,) is float64 and contiguous. Nothing is checked here. beta in the backward functions is given
-where the ReLU mask is to be recomputed from x, y where it is to be read.
+(float32, float64, float16, bfloat16), in the layout that `_layout` promises. Everything of shape
+(C,) is contiguous and float64; gamma and beta may both be float32. Nothing is checked here. beta in
+the backward functions is given where the ReLU mask is to be recomputed from x, y where it is to be
+read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nbnorm.cpu.threads import count as thread_count
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 _CACHES = caches()
+_COMPILED = (np.dtype("float32"), np.dtype("float64"))
 
 
 def stats(x: NDArray) -> tuple[NDArray, NDArray]:
@@ -30,9 +32,12 @@ def stats(x: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, NDArray]:
-    partial = np.empty((4, cut.chunks, cut.grid.C))
-    mean, m2, rstd = np.empty((3, cut.grid.C))
-    run.stats(cut.parallel, x, cut.grid, cut.span, cut.chunks, cut.spans * cut.chunks, partial)
+    C = cut.grid.C
+    partial = np.empty((4, cut.chunks, C))
+    mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
+    run.stats(
+        cut.parallel, x, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, partial
+    )
     kernels.finish_all(partial, eps, mean, m2, rstd)
     return mean, m2, rstd
 
@@ -57,7 +62,7 @@ def _apply(x: Any, residual: Any, cut: Plan, run: Any, norm: Any, relu: bool, y:
         cut.parallel,
         x,
         residual,
-        cut.grid,
+        tuple(cut.grid),
         cut.span,
         cut.chunks,
         cut.spans * cut.chunks,
@@ -84,13 +89,37 @@ def forward(
         mean, m2, rstd = _stats(x_, eps, cut, run)
         _apply(x_, residual_, cut, run, (mean, rstd, gamma, beta), relu, y_)
         return mean, m2, rstd
-    partial = np.empty((4, cut.chunks, cut.grid.C))
-    mean, m2, rstd = np.empty((3, cut.grid.C))
+    C = cut.grid.C
+    partial = np.empty((4, cut.chunks, C))
+    mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
     run.forward(
-        cut.parallel, x_, residual_, cut.grid, cut.block, cut.blocks, (mean, rstd, gamma, beta),
-        eps, _floor(relu), cut.streamed, partial, m2, y_,
+        cut.parallel, x_, residual_, tuple(cut.grid), cut.block, cut.blocks,
+        (mean, rstd, gamma, beta), eps, _floor(relu), cut.streamed, partial, m2, y_,
     )  # fmt: skip
     return mean, m2, rstd
+
+
+def move(
+    running_mean: NDArray,
+    running_var: NDArray,
+    mean: NDArray,
+    m2: NDArray,
+    momentum: float,
+    divisor: float,
+) -> None:
+    """Move running statistics, of any strides, towards a batch's; its variance is M2 / divisor.
+
+    running = (1 - momentum) running + momentum batch, rounded once to running's dtype.
+    """
+    compiled = running_mean.dtype in _COMPILED and running_var.dtype in _COMPILED
+    if compiled and running_mean.flags.carray and running_var.flags.carray:
+        if running_mean.ndim > 1:
+            running_mean, running_var = running_mean.reshape(-1), running_var.reshape(-1)
+        kernels.move(running_mean, running_var, mean, m2, momentum, divisor)
+        return
+    with np.errstate(all="ignore"):
+        for old, new in ((running_mean, mean), (running_var, m2 / divisor)):
+            old[...] = (1.0 - momentum) * old.astype(np.float64) + momentum * new.reshape(old.shape)
 
 
 def backward_reduce(
@@ -115,7 +144,7 @@ def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
         dy,
         x,
         y,
-        cut.grid,
+        tuple(cut.grid),
         cut.span,
         cut.chunks,
         cut.spans * cut.chunks,
@@ -169,7 +198,7 @@ def _differentiate(
     dresidual: Any,
 ) -> None:
     run.differentiate(
-        cut.parallel, dy, x, y, cut.grid, cut.span, cut.chunks, cut.spans * cut.chunks, norm,
+        cut.parallel, dy, x, y, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, norm,
         sums, count, cut.streamed, dx, dresidual,
     )  # fmt: skip
 
@@ -201,7 +230,7 @@ def backward(
         dy_,
         x_,
         y_,
-        cut.grid,
+        tuple(cut.grid),
         cut.block,
         cut.blocks,
         norm,
@@ -239,7 +268,7 @@ def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
     if array.itemsize == 2:
         array = array.view(np.uint16 if array.dtype == np.float16 else np.int16)
     N, C, S = array.shape
-    if array.flags.c_contiguous and array.flags.writeable:
+    if array.flags.carray:
         return array.reshape(-1), C * S, S
     n, c = (stride // array.itemsize for stride in array.strides[:2])
     extent = (N - 1) * n + (C - 1) * c + S

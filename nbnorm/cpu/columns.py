@@ -1,7 +1,7 @@
 """Columns: S is small. A tile is a few rows x[n, c0:c1, :] and is summed down the rows.
 
-`grid.fold` samples in sequence make one row, so that a row fills vector registers even where C S
-is 3; column j of a row belongs to channel c0 + (j // S) % (c1 - c0). A chunk is `grid.per` rows in
+`fold` samples in sequence make one row, so that a row fills vector registers even where C S
+is 3; column j of a row belongs to channel c0 + (j // S) % (c1 - c0). A chunk is `per` rows in
 sequence. `stats`, `apply`, `reduce` and `differentiate` do chunk k of the channels c0 <= c < c1 (of
 all channels where fold > 1); x[n, c0:c1, :] is contiguous. Arrays come as in rows.py.
 
@@ -53,6 +53,9 @@ def by_columns(values, grid):
 def expand(values, S, out):
     """Give every column of `out` its channel's value."""
     for begin in range(0, out.size, values.size * S):
+        if S == 1:
+            each(values.size, element.copy, (values, piece((out, 0, 0), 0, 0, begin, values.size)))
+            continue
         for c in range(values.size):
             for j in range(begin + c * S, begin + (c + 1) * S):
                 out[j] = values[c]
@@ -78,7 +81,8 @@ def whole_fours(grid, r0, r1):
 @ordered
 def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
     """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
-    fold, size = grid.fold, K.size
+    _, _, _, fold, _ = grid
+    size = K.size
     s[:] = 0
     q[:] = 0
     s64[:] = 0
@@ -106,8 +110,9 @@ def sums64(x, grid, n0, n1, c, K):
     s_rest = 0.0
     q_rest = 0.0
     same = True
+    _, _, S, _, _ = grid
     for n in range(n0, n1):
-        values = piece(x, n, c, 0, grid.S)
+        values = piece(x, n, c, 0, S)
         for i in range(values.size):
             d = np.float64(load(values, i)) - K
             s, s_rest = add_exactly(s, d - s_rest)
@@ -126,7 +131,8 @@ def add_exactly(so_far, value):
 @ordered
 def moments64(x, grid, n0, n1, c, K):
     """Mean from K and M2 of x[n0:n1, c, :] in two passes, for sums lost in x's dtype."""
-    m = (n1 - n0) * grid.S
+    _, _, S, _, _ = grid
+    m = (n1 - n0) * S
     s, _, same = sums64(x, grid, n0, n1, c, K)
     if same:
         return 0.0, 0.0
@@ -226,7 +232,7 @@ def affine_columns(norm, grid, c0, c1, like):
 @ordered
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    fold = grid.fold
+    _, _, _, fold, _ = grid
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = rows(grid, k)
@@ -283,7 +289,7 @@ def gradient_columns(norm, sums, count, grid, c0, c1, like):
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
-    fold = grid.fold
+    _, _, _, fold, _ = grid
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     hpq = gradient_columns(norm, sums, count, grid, c0, c1, hi)
     zero = hi.dtype.type(0)

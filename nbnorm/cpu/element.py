@@ -94,6 +94,12 @@ def add_half(j, sums, wide, half):
 
 
 @ordered
+def copy(j, values, out):
+    """out = values."""
+    out[j] = values[j]
+
+
+@ordered
 def clear(j, sums):
     """Begin again at 0."""
     sums[j] = 0

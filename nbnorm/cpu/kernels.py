@@ -31,7 +31,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
     @ordered
     @named(f"{name}_stats_unit")
     def stats_unit(x, grid, block, chunks, partial, u):
-        c0, c1 = channels(block, u // chunks, grid.C)
+        c0, c1 = channels(block, u // chunks, grid[1])
         stats_chunk(x, grid, c0, c1, u % chunks, partial)
 
     @kernel(f"{name}_stats")
@@ -42,7 +42,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
     @ordered
     @named(f"{name}_apply_unit")
     def apply_unit(x, residual, grid, block, chunks, norm, floor, streamed, y, u):
-        c0, c1 = channels(block, u // chunks, grid.C)
+        c0, c1 = channels(block, u // chunks, grid[1])
         apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, u % chunks, y)
 
     @kernel(f"{name}_apply")
@@ -54,7 +54,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
     @named(f"{name}_forward_block")
     def forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u):
         """Statistics, then normalisation: norm's mean and rstd are written, then used."""
-        c0, c1 = channels(block, u, grid.C)
+        c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
             stats_chunk(x, grid, c0, c1, k, partial)
         finish(partial, c0, c1, eps, norm[0], m2, norm[1])
@@ -69,7 +69,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
     @ordered
     @named(f"{name}_reduce_unit")
     def reduce_unit(dy, x, y, grid, block, chunks, norm, partial, u):
-        c0, c1 = channels(block, u // chunks, grid.C)
+        c0, c1 = channels(block, u // chunks, grid[1])
         reduce_chunk(dy, x, y, grid, norm, c0, c1, u % chunks, partial)
 
     @kernel(f"{name}_reduce")
@@ -82,7 +82,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
     def differentiate_unit(
         dy, x, y, grid, block, chunks, norm, sums, count, streamed, dx, dresidual, u
     ):
-        c0, c1 = channels(block, u // chunks, grid.C)
+        c0, c1 = channels(block, u // chunks, grid[1])
         differentiate_chunk(
             dy, x, y, grid, norm, sums, count, streamed, c0, c1, u % chunks, dx, dresidual
         )
@@ -102,7 +102,7 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
         dy, x, y, grid, block, norm, count, streamed, partial, sums, dx, dresidual, u
     ):
         """The two sums, then dx."""
-        c0, c1 = channels(block, u, grid.C)
+        c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
             reduce_chunk(dy, x, y, grid, norm, c0, c1, k, partial)
         finish_sums(partial, norm, c0, c1, x, sums)
@@ -136,6 +136,15 @@ columns = _build(_columns)
 def finish_all(partial, eps, mean, m2, rstd):
     """Mean, M2 and rstd of every channel, after `stats`."""
     finish(partial, 0, mean.size, eps, mean, m2, rstd)
+
+
+@entry("move")
+def move(running_mean, running_var, mean, m2, momentum, divisor):
+    """Running statistics towards those of a batch, whose variance is M2 / divisor."""
+    old = 1.0 - momentum
+    for c in range(mean.size):
+        running_mean[c] = old * running_mean[c] + momentum * mean[c]
+        running_var[c] = old * running_var[c] + momentum * (m2[c] / divisor)
 
 
 @entry("finish_all_sums")

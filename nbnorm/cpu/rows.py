@@ -1,6 +1,6 @@
 """Rows: S is large. A tile is a piece of a row x[n, c, :], or several short rows, summed along S.
 
-The tiles of a channel, row after row, are numbered; a chunk is `grid.per` of them in sequence.
+The tiles of a channel, row after row, are numbered; a chunk is `per` of them in sequence.
 `stats`, `apply`, `reduce` and `differentiate` do chunk k of the channels c0 <= c < c1. x, dy, y,
 residual, dx and dresidual come as views (memory, stride of n, stride of c), as None where absent.
 """
