@@ -14,8 +14,10 @@ if not __package__:  # run as a program: make this folder's package and nbnorm i
 
 import numpy as np
 
-from benchmarks.compare import conditions, markdown
-from benchmarks.peers import EPS, PEERS, Batch
+from benchmarks.checking import as_array
+from benchmarks.peers import EPS, PEERS, Batch, installed
+from benchmarks.runs import command_of, conditions, describe
+from benchmarks.tables import markdown
 from nbnorm import reference
 
 SHAPE = (32, 16, 56, 56)
@@ -30,7 +32,7 @@ def error(name: str, offset: float) -> float:
     batch = Batch(SHAPE, last=peer.last)
     batch.x += np.float32(offset)
     expected = reference.batch_norm_forward(batch.x, batch.gamma, batch.beta, eps=EPS).y
-    return float(np.abs(np.asarray(peer.forward(batch)()) - expected).max())
+    return float(np.abs(as_array(peer.ops["forward"](batch)()) - expected).max())
 
 
 def main() -> None:
@@ -38,11 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", type=Path, help="write the table to this file too")
     args = parser.parse_args()
-    names = [name for name in NAMES if name in PEERS]
+    names = [name for name in NAMES if name in installed()]
     lines = [["mean / std", *names]]
     for offset in OFFSETS:
         lines.append([f"{offset:g}", *(f"{error(name, offset):.1e}" for name in names)])
-    text = f"{conditions('accuracy.py', sys.argv[1:])}\n{markdown(lines)}"
+    command = command_of("accuracy.py", sys.argv[1:])
+    text = f"{describe(conditions())}\n\n    {command}\n\n{markdown(lines)}"
     print(text)
     if args.markdown:
         args.markdown.write_text(text)

@@ -1,53 +1,74 @@
-"""asv: one pass over one tensor, for every shape, channels first and last, results in place.
+"""asv: one pass or one step over one tensor, by shape, layout and dtype.
 
-Data is drawn and kernels are compiled in `setup`, outside the timing.
+Data is drawn and kernels are compiled in `setup`, outside the timing. Passes write into memory at
+hand; steps are calls as users make them, with new results.
 """
 
-from benchmarks.peers import PEERS, Batch
+from benchmarks.peers import OPS, PEERS, Batch
 from benchmarks.shapes import SHAPES, name_of, shape_of
 
-LAYOUTS = {"channels-first": "nbnorm", "channels-last": "nbnorm channels-last"}
+LAYOUTS = ["channels-first", "channels-last"]
 
 
-class _Pass:
-    """A pass of float32; the subclass says which."""
+def call_of(op, shape, layout, dtype="float32"):
+    """Return nbnorm's call, having called it once."""
+    last = layout == "channels-last"
+    if last and len(shape) == 2:
+        raise NotImplementedError("(N, C) has one layout")
+    name = "nbnorm channels-last" if last else "nbnorm"
+    peer = PEERS[name] if op in PEERS[name].ops else PEERS[f"{name}, new output"]
+    call = peer.ops[op](Batch(shape, dtype, last=last))
+    call()
+    return call
 
-    params = (list(map(name_of, SHAPES)), list(LAYOUTS))
+
+class _Op:
+    """An op in float32 at every shape; the subclass says which."""
+
+    params = (list(map(name_of, SHAPES)), LAYOUTS)
     param_names = ("shape", "layout")
     op: str
 
     def setup(self, name, layout):
-        shape = shape_of(name)
-        if layout == "channels-last" and len(shape) == 2:
-            raise NotImplementedError("(N, C) has one layout")
-        peer = PEERS[LAYOUTS[layout]]
-        self.call = getattr(peer, self.op)(Batch(shape, last=peer.last))
-        self.call()
+        self.call = call_of(self.op, shape_of(name), layout)
 
-    def time_pass(self, name, layout):
+    def time_op(self, name, layout):
         self.call()
 
 
-class Forward(_Pass):
+class Forward(_Op):
     op = "forward"
 
 
-class Backward(_Pass):
+class Backward(_Op):
     op = "backward"
 
 
-class Inference(_Pass):
+class Inference(_Op):
     op = "inference"
 
 
-class Memory:
-    """Most memory the process ever had: a hidden copy of the largest tensor, 103 MB, would show."""
+class StepWithRelu(_Op):
+    op = "relu"
 
-    params = (["32x256x56x56", "16x3x512x512"], ["forward", "backward", "inference"])
-    param_names = ("shape", "op")
 
-    def setup(self, name, op):
-        self.call = getattr(PEERS["nbnorm"], op)(Batch(shape_of(name)))
+class StepWithAddRelu(_Op):
+    op = "add+relu"
 
-    def peakmem_pass(self, name, op):
+
+class Dtypes:
+    """The other dtypes: a shape out of cache and one that fits, large planes and small."""
+
+    params = (
+        list(OPS),
+        ["32x256x56x56", "32x512x7x7"],
+        LAYOUTS,
+        ["float64", "float16", "bfloat16"],
+    )
+    param_names = ("op", "shape", "layout", "dtype")
+
+    def setup(self, op, name, layout, dtype):
+        self.call = call_of(op, shape_of(name), layout, dtype)
+
+    def time_op(self, op, name, layout, dtype):
         self.call()

@@ -1,10 +1,18 @@
 """The floor: the fastest sweep over a tensor that reads every x and writes every y once.
 
-Training forward and inference can cost no less than one floor where x does not fit into a cache,
-backward no less than one and a half (dy and x read, dx written). Which sweep is fastest depends on
-size and machine: threads cost more than a tiny sweep, and non-temporal stores, which skip reading
-the memory that they are about to overwrite, win only where y is larger than the last cache. A
-virtual machine often reports a cache that it does not have, so all are run and the fastest counts.
+What an op reads and writes, at least, in sweeps of two tensors each:
+
+- training forward and inference: x read, y written, 1 (x a second time out of a cache, if it fits);
+- backward: dy and x read, dx written, 1.5;
+- a step of BN + ReLU: the two together, 2.5, as the mask of ReLU can be had from x;
+- a step of BN + residual + ReLU: forward reads x and the residual and writes y, 1.5; backward
+  reads dy, x and y, which holds the mask, and writes dx and the residual's gradient, 2.5; so 4.
+
+No op can cost less where x does not fit into a cache; below that the floor is but a unit. Which
+sweep is fastest depends on size and machine: threads cost more than a tiny sweep, and non-temporal
+stores, which skip reading the memory that they are about to overwrite, win only where y is larger
+than the last cache. A virtual machine often reports a cache that it does not have, so all are run
+and the fastest counts.
 """
 
 from collections.abc import Callable
@@ -16,12 +24,18 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+FLOORS = {"forward": 1.0, "backward": 1.5, "inference": 1.0, "relu": 2.5, "add+relu": 4.0}
 LINE = 64  # bytes of a cache line and of the widest vector: non-temporal stores fill whole lines
 
 
 def sweeps(x: np.ndarray, y: np.ndarray) -> dict[str, Callable[[], None]]:
-    """Return the sweeps from x to y, both dense in the same order of axes."""
+    """Return the sweeps from x to y, both dense in the same order of axes.
+
+    Halves are swept as integers: the processor has no arithmetic for them, and bits are bits.
+    """
     x, y = x.ravel(order="K"), y.ravel(order="K")
+    if x.itemsize == 2:
+        x, y = x.view(np.uint16), y.view(np.uint16)
     # Values that the compiler does not know: y = 1 x + 0 must not become a memcpy.
     a, b = x.dtype.type(1), x.dtype.type(0)
     slices = numba.get_num_threads()
@@ -75,12 +89,14 @@ def _stream(typingctx, x, y, a, b):
         itemsize = context.get_abi_sizeof(x.data.type.pointee)
         vector = ir.VectorType(x.data.type.pointee, LINE // itemsize)
         a, b = (_splat(builder, vector, scalar) for scalar in arguments[2:])
+        halves = isinstance(vector.element, ir.IntType)
+        mul, add = (builder.mul, builder.add) if halves else (builder.fmul, builder.fadd)
         source = builder.bitcast(x.data, vector.as_pointer())
         target = builder.bitcast(y.data, vector.as_pointer())
         lines = builder.udiv(y.nitems, y.nitems.type(vector.count))
         with cgutils.for_range(builder, lines) as loop:
             value = builder.load(builder.gep(source, [loop.index]), align=itemsize)
-            value = builder.fadd(builder.fmul(a, value), b)
+            value = add(mul(a, value), b)
             store = builder.store(value, builder.gep(target, [loop.index]), align=LINE)
             hint = builder.module.add_metadata([ir.IntType(32)(1)])
             store.set_metadata("nontemporal", hint)

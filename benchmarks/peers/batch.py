@@ -1,0 +1,87 @@
+"""What every peer is given, and what it says about itself."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+class Batch:
+    """Random arrays for one shape, in memory as the shape says or with the channels last.
+
+    Attributes
+    ----------
+    x, dy, residual, out : ndarray of `shape`, channel axis 1
+        Input, gradient of the output, what is added before ReLU, and memory for results.
+    gamma, beta, running_mean, running_var : ndarray (C,)
+        Of x's dtype; float32 where x is a half, as mixed precision has it everywhere.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: str = "float32", *, last: bool = False):
+        if dtype == "bfloat16":
+            import ml_dtypes  # noqa: F401 - NumPy knows the name from here on
+        self._shape, self._dtype, self._last = shape, np.dtype(dtype), last
+        self._wide = np.promote_types(self._dtype, np.float32)
+        self._rng = np.random.default_rng(0)
+        C = shape[1]
+        self.gamma = self._rng.uniform(0.5, 1.5, C).astype(self._wide)
+        self.beta = self._rng.uniform(-0.5, 0.5, C).astype(self._wide)
+        self.running_mean = self._rng.uniform(-0.5, 0.5, C).astype(self._wide)
+        self.running_var = self._rng.uniform(0.5, 1.5, C).astype(self._wide)
+        self.x = self._draw()
+
+    @cached_property
+    def dy(self) -> np.ndarray:
+        return self._draw()
+
+    @cached_property
+    def residual(self) -> np.ndarray:
+        return self._draw()
+
+    @cached_property
+    def out(self) -> np.ndarray:
+        return self._draw()
+
+    @property
+    def values(self) -> int:
+        """Number of values in a channel."""
+        return self.x[:, 0].size
+
+    def _draw(self) -> np.ndarray:
+        N, C, *space = self._shape
+        shape = (N, *space, C) if self._last else self._shape
+        array = self._rng.standard_normal(shape, self._wide).astype(self._dtype, copy=False)
+        return np.moveaxis(array, -1, 1) if self._last else array
+
+
+Call = Callable[[], Any]
+Setup = Callable[[Batch], Call]
+
+
+class Peer(NamedTuple):
+    """How somebody computes it.
+
+    Attributes
+    ----------
+    ops : mapping of str to callable
+        What it can do, of the names in `OPS`. Each takes a `Batch`, does what can be done
+        beforehand and returns a call without arguments, which is what is timed.
+    last : bool
+        Channels last in memory.
+    reuse : bool
+        Results go into memory at hand; otherwise they are new.
+    library : str
+        What has to be installed.
+    """
+
+    ops: Mapping[str, Setup]
+    last: bool = False
+    reuse: bool = False
+    library: str = "numpy"
+
+
+class LeftOut(Exception):  # noqa: N818 - no error
+    """Raised by a setup: why this peer cannot do this batch here."""

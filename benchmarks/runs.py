@@ -1,0 +1,104 @@
+"""What was measured: rows, and a run of them with where, when and by which command; as JSON."""
+
+import json
+import os
+import platform
+import shlex
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+import numba
+
+import nbnorm
+from benchmarks.peers import PEERS
+from benchmarks.shapes import Shape
+from benchmarks.timing import Times
+
+
+class Row(NamedTuple):
+    """What was measured of one op at one shape; the floor in seconds."""
+
+    op: str
+    dtype: str
+    shape: Shape
+    floor: float
+    times: dict[str, Times]
+
+    def ratio(self, name: str, to: str) -> float:
+        """How many times as long as `to` the peer took."""
+        return self.times[name].least / self.times[to].least
+
+
+class Run(NamedTuple):
+    """Rows measured under the same conditions; `left_out`: why a peer has no rows, or not all."""
+
+    conditions: dict[str, Any]
+    commands: list[str]
+    left_out: dict[str, str]
+    rows: list[Row]
+
+    def write(self, path: Path) -> None:
+        """Write JSON, one row a line."""
+        rows = ",\n".join(json.dumps(row._asdict()) for row in self.rows)
+        head = json.dumps(self._replace(rows=[])._asdict(), indent=1)
+        path.write_text(head.removesuffix("[]\n}") + f"[\n{rows}\n]\n}}\n")
+
+    @classmethod
+    def read(cls, *paths: Path) -> "Run":
+        """Read what `write` wrote; several files, if of one machine, day and set of versions."""
+        first, *others = (cls(**json.loads(path.read_text())) for path in paths)
+        commands, left_out, rows = list(first.commands), dict(first.left_out), list(first.rows)
+        for other in others:
+            if other.conditions != first.conditions:
+                raise ValueError("the files were measured under different conditions")
+            commands += other.commands
+            left_out |= other.left_out
+            rows += other.rows
+        return cls(first.conditions, commands, left_out, [_row(**row) for row in rows])
+
+
+def _row(*, shape: list[int], times: dict[str, list[float]], **rest: Any) -> Row:
+    return Row(
+        shape=tuple(shape), times={name: Times(*pair) for name, pair in times.items()}, **rest
+    )
+
+
+def conditions() -> dict[str, Any]:
+    """Return where, when and with which versions this process runs."""
+    libraries = dict.fromkeys(["numba", *(peer.library for peer in PEERS.values())])
+    return {
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "threads": numba.get_num_threads(),
+        "system": platform.system(),
+        "versions": {"Python": platform.python_version(), "nbnorm": nbnorm.__version__}
+        | {name: version(name) for name in libraries if find_spec(name)},
+        "date": date.today().isoformat(),
+    }
+
+
+def command_of(program: str, arguments: list[str]) -> str:
+    return shlex.join(["python", f"benchmarks/{program}", *arguments])
+
+
+def describe(conditions: dict[str, Any]) -> str:
+    """Say the conditions in a sentence."""
+    versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
+    return (
+        f"{conditions['cpu']}, {conditions['cpus']} CPUs, threads used: {conditions['threads']}; "
+        f"{conditions['system']}, {versions}; {conditions['date']}."
+    )
+
+
+def _cpu() -> str:
+    """Return the processor's name and what the compiler takes it for."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
+    except OSError:
+        name = platform.processor()
+    return f"{name or platform.machine()} ({llvmlite.binding.get_host_cpu_name()})"

@@ -1,0 +1,224 @@
+"""A run as text: every figure in Markdown, and a selection for README.md."""
+
+import statistics
+from collections.abc import Callable, Iterable
+
+from benchmarks.peers import OPS, PEERS, is_ours, ours_for
+from benchmarks.runs import Row, Run, describe
+from benchmarks.shapes import RESNET50, SHOWN, name_of
+
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+
+LEGEND = """\
+A cell: milliseconds, least and median; then, for nbnorm, how many floors that is, and for a peer
+how many times nbnorm's time it took, nbnorm on the same layout and like it writing into memory at
+hand or into a new output. Floor: the fastest sweep that reads x and writes y, times the tensors
+that an op reads and writes (floor.py).
+"""
+
+
+def report(run: Run) -> str:
+    """All figures of a run: a table and a summary for each dtype and op."""
+    parts = [f"{describe(run.conditions)}\n\n{_commands(run)}\n{LEGEND}", *_left_out(run)]
+    for dtype in dict.fromkeys(row.dtype for row in run.rows):
+        for op, rows in _by_op(run, dtype).items():
+            parts.append(f"## {op}, {dtype}\n\n{_table(rows)}\n{_summary(rows)}")
+    return "\n".join(parts)
+
+
+def section(run: Run) -> str:
+    """README.md's account of a run: sums, means and some shapes; float32 first."""
+    dtypes = dict.fromkeys(row.dtype for row in run.rows)
+    parts = [
+        "<!-- Written by benchmarks/compare.py --readme. -->\n",
+        "![Time of the batch norms of ResNet-50, by library](docs/speed.svg)\n",
+    ]
+    sums = _sums(_by_op(run, "float32"))
+    if sums:
+        parts.append(f"All 53 batch norms of ResNet-50 at N = 32, float32, ms:\n\n{sums}")
+    for dtype in dtypes:
+        by_op = _by_op(run, dtype)
+        shapes = len({row.shape for rows in by_op.values() for row in rows})
+        parts.append(
+            f"Peers' times in {dtype} as multiples of nbnorm's, like with like: geometric mean\n"
+            f"over {shapes} shapes, and in brackets the least, with its shape:\n\n{_means(by_op)}"
+        )
+    for op, rows in _by_op(run, "float32").items():
+        shown = [row for row in rows if row.shape in SHOWN]
+        if op in ("forward", "backward") and shown:
+            parts.append(f"{op.capitalize()}, float32, ms, and the peers' multiples:\n\n")
+            parts[-1] += _shapes(shown)
+    parts += [*_left_out(run), f"{describe(run.conditions)}\n\n{_commands(run)}"]
+    return "\n".join(parts)
+
+
+def with_section(readme: str, text: str) -> str:
+    """Return README.md with this text between its two marks."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md lacks {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+def resnet_sums(rows: list[Row]) -> dict[str, float]:
+    """Return seconds for all batch norms of ResNet-50, by name and for the floor.
+
+    Empty where shapes are missing; names that are not in every row are left out.
+    """
+    layers = [row for row in rows if row.shape in RESNET50]
+    if len(layers) < len(RESNET50):
+        return {}
+
+    def total(value: Callable[[Row], float]) -> float:
+        return sum(RESNET50[row.shape].count * value(row) for row in layers)
+
+    sums = {
+        name: total(lambda row, name=name: row.times[name].least)
+        for name in _names(layers)
+        if all(name in row.times for row in layers)
+    }
+    return sums | {"floor": total(lambda row: row.floor)}
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return a table, its columns aligned for reading as it is."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "".join(
+        "| " + " | ".join(map(str.ljust, line, widths)) + " |\n"
+        for line in [lines[0], rule, *lines[1:]]
+    )
+
+
+def _by_op(run: Run, dtype: str) -> dict[str, list[Row]]:
+    rows = [row for row in run.rows if row.dtype == dtype]
+    return {op: some for op in OPS if (some := [row for row in rows if row.op == op])}
+
+
+def _names(rows: Iterable[Row]) -> list[str]:
+    """Return who was measured, in the order of `PEERS`."""
+    measured = {name for row in rows for name in row.times}
+    return [name for name in PEERS if name in measured]
+
+
+def _others(rows: Iterable[Row]) -> list[str]:
+    return [name for name in _names(rows) if not is_ours(name)]
+
+
+def _best(row: Row) -> float:
+    """Return the least time of all peers, whatever their layout and use of memory."""
+    return min(row.times[name].least for name in _others([row]))
+
+
+def _mean_and_least(
+    rows: list[Row], value: Callable[[Row], float], worst: Callable[..., Row] = min
+) -> tuple[str, str, str]:
+    row = worst(rows, key=value)
+    mean = statistics.geometric_mean(map(value, rows))
+    return f"{mean:.2f}", f"{value(row):.2f}", name_of(row.shape)
+
+
+def _table(rows: list[Row]) -> str:
+    """One row a shape, one column a peer; `LEGEND` says what a cell holds."""
+    names = _names(rows)
+    lines = [["shape", "floor", *names]]
+    for row in rows:
+        cells = dict.fromkeys(names, "-")
+        for name, (least, median) in row.times.items():
+            cells[name] = f"{1e3 * least:.3f} {1e3 * median:.3f} " + (
+                f"{least / row.floor:.2f} fl"
+                if is_ours(name)
+                else f"{row.ratio(name, ours_for(name, row.op)):.2f}x"
+            )
+        lines.append([name_of(row.shape), f"{1e3 * row.floor:.4f}", *cells.values()])
+    return markdown(lines)
+
+
+def _summary(rows: list[Row]) -> str:
+    """Geometric means and worst cases over the shapes; all batch norms of ResNet-50 added up."""
+    lines = [["", "geometric mean", "worst", "at"]]
+
+    def add(label: str, name: str, value: Callable[[Row], float], worst: Callable = min) -> None:
+        measured = [row for row in rows if name in row.times and _others([row])]
+        if measured:
+            lines.append([label, *_mean_and_least(measured, value, worst)])
+
+    ours = [name for name in _names(rows) if is_ours(name)]
+    for name in ours:
+        add(f"{name}, floors", name, lambda row, n=name: row.times[n].least / row.floor, max)
+    for name in _others(rows):
+        us = ours_for(name, rows[0].op)
+        add(f"{name} / {us}", name, lambda row, n=name, us=us: row.ratio(n, us))
+    for name in ours:
+        add(
+            f"best of all peers / {name}",
+            name,
+            lambda row, n=name: _best(row) / row.times[n].least,
+        )
+    text = markdown(lines)
+    sums = resnet_sums(rows)
+    if sums:
+        listed = "; ".join(f"{name} {1e3 * total:.0f}" for name, total in sums.items())
+        text += f"\nThe 53 batch norms of ResNet-50 at N = 32, ms: {listed}.\n"
+    return text
+
+
+def _sums(by_op: dict[str, list[Row]]) -> str:
+    """One row a peer, one column an op: milliseconds for ResNet-50."""
+    sums = {op: total for op, rows in by_op.items() if (total := resnet_sums(rows))}
+    if not sums:
+        return ""
+    names = [name for name in [*PEERS, "floor"] if any(name in total for total in sums.values())]
+    lines = [["", *sums]]
+    for name in names:
+        cells = (f"{1e3 * sums[op][name]:.0f}" if name in sums[op] else "-" for op in sums)
+        lines.append([name, *cells])
+    return markdown(lines)
+
+
+def _means(by_op: dict[str, list[Row]]) -> str:
+    """One row a peer, one column an op: geometric mean of the ratios, and the least."""
+    lines = [["", *by_op]]
+    for name in _others(row for rows in by_op.values() for row in rows):
+        cells = ["-"] * len(by_op)
+        for i, (op, rows) in enumerate(by_op.items()):
+            measured = [row for row in rows if name in row.times]
+            if measured:
+                us = ours_for(name, op)
+                value = _mean_and_least(measured, lambda row, n=name, us=us: row.ratio(n, us))
+                cells[i] = "{}x ({}x, {})".format(*value)
+        lines.append([name, *cells])
+    best = ["the best of all, its better layout, against nbnorm in NCHW"]
+    for rows in by_op.values():
+        us = "nbnorm" if "nbnorm" in _names(rows) else "nbnorm, new output"
+        against = [row for row in rows if _others([row])]
+        if against:
+            value = _mean_and_least(against, lambda row, us=us: _best(row) / row.times[us].least)
+            best.append("{}x ({}x, {})".format(*value))
+        else:
+            best.append("-")
+    return markdown([*lines, best])
+
+
+def _shapes(rows: list[Row]) -> str:
+    """One row a shape: nbnorm's times and floors, the peers' multiples of nbnorm's."""
+    ours = [name for name in ("nbnorm", "nbnorm channels-last") if name in _names(rows)]
+    others = _others(rows)
+    lines = [["shape", "floor", *ours, *others]]
+    for row in rows:
+        cells = [f"{1e3 * row.times[n].least:.3f}" if n in row.times else "-" for n in ours]
+        for name in others:
+            us = ours_for(name, row.op)
+            cells.append(f"{row.ratio(name, us):.2f}x" if name in row.times else "-")
+        lines.append([name_of(row.shape), f"{1e3 * row.floor:.3f}", *cells])
+    return markdown(lines)
+
+
+def _left_out(run: Run) -> list[str]:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in run.left_out.items())
+    return [f"Left out: {reasons}.\n"] if reasons else []
+
+
+def _commands(run: Run) -> str:
+    return "".join(f"    {command}\n" for command in run.commands)
