@@ -110,7 +110,8 @@ def main() -> None:
 
         draw(run, arguments.chart)
     if arguments.readme:
-        README.write_text(tables.with_section(README.read_text(), tables.section(run)))
+        text = tables.with_section(README.read_text(encoding="utf-8"), tables.section(run))
+        README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

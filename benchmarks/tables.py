@@ -44,7 +44,7 @@ def section(run: Run) -> str:
             f"over {shapes} shapes, and in brackets the least, with its shape:\n\n{_means(by_op)}"
         )
     for op, rows in _by_op(run, "float32").items():
-        shown = [row for row in rows if row.shape in SHOWN]
+        shown = [row for shape in SHOWN for row in rows if row.shape == shape]
         if op in ("forward", "backward") and shown:
             parts.append(f"{op.capitalize()}, float32, ms, and the peers' multiples:\n\n")
             parts[-1] += _shapes(shown)
@@ -106,6 +106,10 @@ def _others(rows: Iterable[Row]) -> list[str]:
     return [name for name in _names(rows) if not is_ours(name)]
 
 
+def _with(name: str, rows: list[Row]) -> list[Row]:
+    return [row for row in rows if name in row.times]
+
+
 def _best(row: Row) -> float:
     """Return the least time of all peers, whatever their layout and use of memory."""
     return min(row.times[name].least for name in _others([row]))
@@ -139,22 +143,22 @@ def _summary(rows: list[Row]) -> str:
     """Geometric means and worst cases over the shapes; all batch norms of ResNet-50 added up."""
     lines = [["", "geometric mean", "worst", "at"]]
 
-    def add(label: str, name: str, value: Callable[[Row], float], worst: Callable = min) -> None:
-        measured = [row for row in rows if name in row.times and _others([row])]
-        if measured:
-            lines.append([label, *_mean_and_least(measured, value, worst)])
+    def add(label: str, rows: list[Row], value: Callable[[Row], float], worst=min) -> None:
+        if rows:
+            lines.append([label, *_mean_and_least(rows, value, worst)])
 
     ours = [name for name in _names(rows) if is_ours(name)]
     for name in ours:
-        add(f"{name}, floors", name, lambda row, n=name: row.times[n].least / row.floor, max)
+        add(f"{name}, floors", _with(name, rows), lambda r, n=name: r.times[n].least / r.floor, max)
     for name in _others(rows):
         us = ours_for(name, rows[0].op)
-        add(f"{name} / {us}", name, lambda row, n=name, us=us: row.ratio(n, us))
+        add(f"{name} / {us}", _with(name, rows), lambda r, n=name, us=us: r.ratio(n, us))
+    against = [row for row in rows if _others([row])]
     for name in ours:
         add(
             f"best of all peers / {name}",
-            name,
-            lambda row, n=name: _best(row) / row.times[n].least,
+            _with(name, against),
+            lambda r, n=name: _best(r) / r.times[n].least,
         )
     text = markdown(lines)
     sums = resnet_sums(rows)
@@ -183,13 +187,13 @@ def _means(by_op: dict[str, list[Row]]) -> str:
     for name in _others(row for rows in by_op.values() for row in rows):
         cells = ["-"] * len(by_op)
         for i, (op, rows) in enumerate(by_op.items()):
-            measured = [row for row in rows if name in row.times]
+            measured = _with(name, rows)
             if measured:
                 us = ours_for(name, op)
                 value = _mean_and_least(measured, lambda row, n=name, us=us: row.ratio(n, us))
                 cells[i] = "{}x ({}x, {})".format(*value)
         lines.append([name, *cells])
-    best = ["the best of all, its better layout, against nbnorm in NCHW"]
+    best = ["best of all, any layout, to nbnorm"]
     for rows in by_op.values():
         us = "nbnorm" if "nbnorm" in _names(rows) else "nbnorm, new output"
         against = [row for row in rows if _others([row])]
@@ -207,11 +211,11 @@ def _shapes(rows: list[Row]) -> str:
     others = _others(rows)
     lines = [["shape", "floor", *ours, *others]]
     for row in rows:
-        cells = [f"{1e3 * row.times[n].least:.3f}" if n in row.times else "-" for n in ours]
+        cells = [f"{1e3 * row.times[n].least:.3g}" if n in row.times else "-" for n in ours]
         for name in others:
             us = ours_for(name, row.op)
             cells.append(f"{row.ratio(name, us):.2f}x" if name in row.times else "-")
-        lines.append([name_of(row.shape), f"{1e3 * row.floor:.3f}", *cells])
+        lines.append([name_of(row.shape), f"{1e3 * row.floor:.3g}", *cells])
     return markdown(lines)
 
 

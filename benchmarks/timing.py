@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from benchmarks.peers import Call
 
-# Seconds that one turn of one peer lasts at least. The first calls after a pause may stall for 4 or
-# 8 ms, the scheduler's slices, until the threads have a core each. In turns of 1 ms such a stall was
+# Seconds that one turn of one peer lasts at least. The first calls after a pause may stall for 4
+# or 8 ms, the scheduler's slices, until each thread has a core. In turns of 1 ms such a stall was
 # all that was seen of a call of 0.006 ms, in each of nine rounds.
 TURN = 1e-2
 SAMPLE = 1e-4  # seconds that a sample of it lasts at least
