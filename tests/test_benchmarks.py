@@ -1,0 +1,184 @@
+"""Benchmarks: peers compute what they are compared for; what is published follows from the data.
+
+Peers whose library is not installed are left out, and torch.compile, which takes seconds for each
+function: compare.py checks it, as every peer, before it times it.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of what is installed
+
+from benchmarks import compare, floor, runs, tables, timing  # noqa: E402
+from benchmarks.checking import as_array, check  # noqa: E402
+from benchmarks.peers import OPS, PEERS, Batch, LeftOut, installed, is_ours, ours_for  # noqa: E402
+from benchmarks.shapes import RESNET50  # noqa: E402
+
+PEERS_HERE = [name for name in installed() if not name.startswith("torch.compile")]
+CASES = [
+    *(((60, 7), "float32", op) for op in OPS),
+    *(((3, 5, 4, 6), dtype, op) for dtype in compare.DTYPES for op in OPS),
+    *(((2, 3, 2, 3, 4), "float32", op) for op in OPS),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "op"), CASES)
+def test_every_peer_is_batch_normalization(shape, dtype, op):
+    for name in PEERS_HERE:
+        peer = PEERS[name]
+        if op not in peer.ops or (peer.last and len(shape) == 2):
+            continue
+        batch = Batch(shape, dtype, last=peer.last)
+        try:
+            result = peer.ops[op](batch)()
+        except LeftOut:
+            continue  # onnxruntime in bfloat16
+        check(name, op, batch, result)
+        first = as_array(result if op in ("forward", "inference") else result[0])
+        assert first.shape == shape
+        assert first.dtype == dtype
+        assert first.strides == batch.x.strides or not peer.reuse
+
+
+@pytest.mark.parametrize("dtype", compare.DTYPES)
+def test_a_peer_that_is_wrong_is_found_out(dtype):
+    batch = Batch((8, 3, 4, 4), dtype)
+    right = PEERS["nbnorm"].ops["forward"](batch)()
+    check("somebody", "forward", batch, right)
+    wrong = right + np.asarray(0.1).astype(dtype)
+    with pytest.raises(AssertionError, match="somebody forward in"):
+        check("somebody", "forward", batch, wrong)
+
+
+def test_a_step_without_its_mask_is_found_out():
+    batch = Batch((8, 3, 4, 4))
+    y, *_ = PEERS["nbnorm, new output"].ops["relu"](batch)()
+    gradients = PEERS["nbnorm"].ops["backward"](batch)()
+    with pytest.raises(AssertionError, match="somebody relu in"):
+        check("somebody", "relu", batch, (y, *gradients))
+
+
+def test_like_is_compared_with_like():
+    for name, peer in PEERS.items():
+        for op in peer.ops:
+            us = ours_for(name, op)
+            assert is_ours(us)
+            assert (PEERS[us].last, PEERS[us].reuse) == (peer.last, peer.reuse)
+    assert ours_for("PyTorch channels-last", "forward") == "nbnorm channels-last"
+    assert ours_for("F.batch_norm", "relu") == "nbnorm, new output"
+
+
+@pytest.mark.parametrize("dtype", compare.DTYPES)
+def test_the_floor_reads_and_writes_everything_once(dtype):
+    for start in (0, 1, 3):  # y begins at and off a cache line
+        for size in (1, 17, 5001):
+            x = Batch((size, 1), dtype).x.ravel()
+            for name in floor.sweeps(x, x):
+                memory = np.full(size + 8, 7, dtype)
+                y = memory[start : start + size]
+                floor.sweeps(x, y)[name]()
+                assert_array_equal(y, x, err_msg=name)
+                assert (memory[:start] == 7).all(), name
+                assert (memory[start + size :] == 7).all(), name
+
+
+def test_an_op_has_a_floor():
+    assert tuple(floor.FLOORS) == OPS
+
+
+def row(op, shape, **milliseconds):
+    """A row by hand, whose floor is 1 ms."""
+    times = {name: timing.Times(value, 2 * value) for name, value in milliseconds.items()}
+    return runs.Row(op, "float32", shape, 1.0, times)
+
+
+@pytest.fixture
+def run():
+    """A run by hand: PyTorch takes 3 times as long as nbnorm, channels-last twice as long."""
+    times = {"nbnorm": 2.0, "nbnorm channels-last": 4.0, "PyTorch": 6.0}
+    rows = [row("forward", shape, **times, **{"PyTorch channels-last": 8.0}) for shape in RESNET50]
+    rows.append(row("forward", (60, 100), nbnorm=2.0, PyTorch=1.0))
+    where = {"cpu": "CPU", "cpus": 2, "threads": 2, "system": "Linux", "date": "2026-01-01"}
+    return runs.Run(where | {"versions": {"numpy": "2"}}, ["a command"], {"JAX": "why"}, rows)
+
+
+def test_a_run_is_read_as_it_was_written(run, tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    run.write(one)
+    assert runs.Run.read(one) == run
+    run._replace(commands=["another"]).write(two)
+    assert runs.Run.read(one, two).commands == ["a command", "another"]
+    assert runs.Run.read(one, two).rows == run.rows * 2
+    run._replace(conditions=run.conditions | {"cpu": "other"}).write(two)
+    with pytest.raises(ValueError, match="different conditions"):
+        runs.Run.read(one, two)
+
+
+def test_sums_count_every_layer(run):
+    sums = tables.resnet_sums(run.rows)
+    assert sums["nbnorm"] == 53 * 2.0
+    assert sums["floor"] == 53
+    assert tables.resnet_sums(run.rows[1:]) == {}
+
+
+def test_tables_say_what_was_measured(run):
+    report = tables.report(run)
+    for text in ["CPU, 2 CPUs", "    a command", "JAX: why", "PyTorch channels-last / nbnorm ch"]:
+        assert text in report
+    line = re.search(r"^\| 32x64x112x112 +\| (.*)$", report, re.M)[1]
+    cells = ["1000.0000", "2000.000 4000.000 2.00 fl", "4000.000 8000.000 4.00 fl"]
+    assert re.split(r" +\| ?", line)[:3] == cells
+    assert "6000.000 12000.000 3.00x" in line
+    assert "8000.000 16000.000 2.00x" in line
+    means = re.search(r"^\| PyTorch channels-last +\| (.*x\)) +\|$", tables.section(run), re.M)[1]
+    assert means == "2.00x (2.00x, 32x64x112x112)"
+    assert "0.50x, 60x100" in tables.section(run)
+
+
+def test_a_section_replaces_what_is_between_the_marks(run):
+    readme = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
+    new = tables.with_section(readme, "new\n")
+    assert new == f"before\n{tables.BEGIN}\nnew\n{tables.END}\nafter\n"
+    with pytest.raises(ValueError, match="lacks <!-- speed"):
+        tables.with_section("nothing", "new")
+
+
+def test_the_readme_is_what_its_data_give():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    published = runs.Run.read(ROOT / "docs" / "speed.json")
+    assert tables.with_section(readme, tables.section(published)) == readme
+
+
+def test_the_chart_draws_a_bar_for_everyone(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    chart = importlib.import_module("benchmarks.chart")
+    chart.draw(run, tmp_path / "one.svg")
+    chart.draw(run, tmp_path / "two.svg")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    with pytest.raises(ValueError, match="shapes were not measured"):
+        chart.draw(run._replace(rows=run.rows[-1:]), tmp_path / "none.svg")
+
+
+def test_comparison_prints_and_writes(tmp_path):
+    child = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "compare.py"), "--op", "forward",
+         "--shapes", "60x100", "2x8x4x4", "--peers", "NumPy", "--markdown", "table.md",
+         "--json", "speed.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    text = (tmp_path / "table.md").read_text()
+    cells = re.search(r"^\| 60x100 +\| (.*) \|$", text, re.M)[1].split(" | ")
+    assert float(cells[0]) > 0
+    assert re.fullmatch(r"\d+\.\d{3} \d+\.\d{3} \d+\.\d\d fl *", cells[1])
+    assert "best of all peers / nbnorm" in text
+    assert "python benchmarks/compare.py --op forward" in text
+    assert tables.report(runs.Run.read(tmp_path / "speed.json")) == text
