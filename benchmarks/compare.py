@@ -31,7 +31,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 LAST = " channels-last"
 OTHERS = [name for name in PEERS if not is_ours(name) and not name.endswith(LAST)]
-# It takes a second or two for each of its functions, five minutes for all: by name only.
+# It takes a second or two to compile each of its functions: by name only.
 USUAL = [name for name in OTHERS if name != "torch.compile"]
 
 
