@@ -138,7 +138,7 @@ def test_tables_say_what_was_measured(run):
     assert re.split(r" +\| ?", line)[:3] == cells
     assert "6000.000 12000.000 3.00x" in line
     assert "8000.000 16000.000 2.00x" in line
-    means = re.search(r"^\| PyTorch channels-last +\| (.*x\)) +\|$", tables.section(run), re.M)[1]
+    means = re.search(r"^\| PyTorch channels-last +\| (.*\)) +\|$", tables.section(run), re.M)[1]
     assert means == "2.00x (2.00x, 32x64x112x112)"
     assert "0.50x, 60x100" in tables.section(run)
 
