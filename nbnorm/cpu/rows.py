@@ -10,7 +10,6 @@ import numpy as np
 from nbnorm.cpu import element
 from nbnorm.cpu.channel import (
     FIRST,
-    add_up,
     affine,
     coefficients,
     coefficients_of,
