@@ -52,13 +52,13 @@ def by_columns(values, grid):
 @ordered
 def expand(values, S, out):
     """Give every column of `out` its channel's value."""
+    whole = (out, 0, 0)
     for begin in range(0, out.size, values.size * S):
         if S == 1:
-            each(values.size, element.copy, (values, piece((out, 0, 0), 0, 0, begin, values.size)))
+            each(values.size, element.copy, (values, piece(whole, 0, 0, begin, values.size)))
             continue
         for c in range(values.size):
-            for j in range(begin + c * S, begin + (c + 1) * S):
-                out[j] = values[c]
+            each(S, element.fill, (values[c], piece(whole, 0, 0, begin + c * S, S)))
 
 
 @ordered

@@ -100,6 +100,12 @@ def copy(j, values, out):
 
 
 @ordered
+def fill(j, value, out):
+    """out = value."""
+    out[j] = value
+
+
+@ordered
 def clear(j, sums):
     """Begin again at 0."""
     sums[j] = 0
