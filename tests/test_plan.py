@@ -40,9 +40,9 @@ def chunk_ranges(cut):
 
 @cases
 def test_the_machine_changes_nothing_that_decides_bits(shape, itemsize):
-    one = plan(*shape, itemsize, 1, TYPICAL)
+    one = plan(*shape, itemsize, 1, TYPICAL, 2)
     for threads, caches_ in product((2, 3, 8, 64), MACHINES):
-        many = plan(*shape, itemsize, threads, caches_)
+        many = plan(*shape, itemsize, threads, caches_, 3)
         assert many.grid == one.grid
         assert many.chunks == one.chunks
         assert many.traversal == one.traversal
@@ -52,7 +52,7 @@ def test_the_machine_changes_nothing_that_decides_bits(shape, itemsize):
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
 @pytest.mark.parametrize("caches_", MACHINES, ids=str)
 def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
-    cut = plan(*shape, itemsize, threads, caches_)
+    cut = plan(*shape, itemsize, threads, caches_, 2)
     ranges, items = chunk_ranges(cut)
     assert [i for chunk in ranges for i in chunk] == list(range(items))
     assert all(ranges)
@@ -66,7 +66,7 @@ def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
 
 @cases
 def test_chunks_are_of_equal_size(shape, itemsize):
-    ranges, _ = chunk_ranges(plan(*shape, itemsize, 2, TYPICAL))
+    ranges, _ = chunk_ranges(plan(*shape, itemsize, 2, TYPICAL, 2))
     sizes = [len(chunk) for chunk in ranges]
     assert max(sizes) - min(sizes) < max(2, len(sizes))
 
@@ -74,7 +74,7 @@ def test_chunks_are_of_equal_size(shape, itemsize):
 @pytest.mark.parametrize("threads", [2, 8, 64])
 @pytest.mark.parametrize("shape", SHAPES[:5] + SHAPES[7:10], ids=str)
 def test_large_inputs_keep_all_threads_busy(shape, threads):
-    cut = plan(*shape, 4, threads, TYPICAL)
+    cut = plan(*shape, 4, threads, TYPICAL, 2)
     N, C, S = shape
     assert cut.parallel
     for units in (cut.blocks if cut.fused else threads, cut.spans * cut.chunks):
@@ -82,14 +82,15 @@ def test_large_inputs_keep_all_threads_busy(shape, threads):
 
 
 def test_small_inputs_are_serial_and_one_thread_is():
-    assert not plan(60, 100, 1, 4, 64, TYPICAL).parallel
-    assert not plan(4096, 512, 1, 4, 1, TYPICAL).parallel
+    assert not plan(60, 100, 1, 4, 64, TYPICAL, 2).parallel
+    assert not plan(4096, 512, 1, 4, 1, TYPICAL, 2).parallel
 
 
-def test_results_are_streamed_that_the_last_cache_does_not_hold_with_x():
+def test_results_are_streamed_where_the_last_cache_does_not_hold_all_tensors():
     half = TYPICAL.last // 2
-    assert not plan(half >> 12, 1024, 1, 4, 2, TYPICAL).streamed
-    assert plan((half >> 12) + 1, 1024, 1, 4, 2, TYPICAL).streamed
+    assert not plan(half >> 12, 1024, 1, 4, 2, TYPICAL, 2).streamed
+    assert plan((half >> 12) + 1, 1024, 1, 4, 2, TYPICAL, 2).streamed
+    assert plan(half >> 12, 1024, 1, 4, 2, TYPICAL, 3).streamed
 
 
 def lay_caches(folder, processors):

@@ -26,7 +26,7 @@ _COMPILED = (np.dtype("float32"), np.dtype("float64"))
 
 def stats(x: NDArray) -> tuple[NDArray, NDArray]:
     """Mean and M2 of every channel."""
-    cut, run = _cut(x)
+    cut, run = _cut(x, 1)
     mean, m2, _ = _stats(_view(x), 0.0, cut, run)
     return mean, m2
 
@@ -53,7 +53,7 @@ def apply(
     y: NDArray,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    cut, run = _cut(x)
+    cut, run = _cut(x, 2 + (residual is not None))
     _apply(_view(x), _view(residual), cut, run, (mean, rstd, gamma, beta), relu, _view(y))
 
 
@@ -83,7 +83,7 @@ def forward(
     y: NDArray,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Normalise x with its own statistics into y; return mean, M2 and rstd."""
-    cut, run = _cut(x)
+    cut, run = _cut(x, 2 + (residual is not None))
     x_, residual_, y_ = _view(x), _view(residual), _view(y)
     if not cut.fused:
         mean, m2, rstd = _stats(x_, eps, cut, run)
@@ -132,7 +132,7 @@ def backward_reduce(
     y: NDArray | None,
 ) -> NDArray:
     """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
-    cut, run = _cut(x)
+    cut, run = _cut(x, 2 + (y is not None))
     return _reduce(_view(dy), _view(x), _view(y), cut, run, (mean, rstd, gamma, beta))
 
 
@@ -169,7 +169,7 @@ def backward_apply(
     dresidual: NDArray | None,
 ) -> None:
     """Write dx and dresidual, each where given; sums None: mean and rstd are constants."""
-    cut, run = _cut(x)
+    cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
     norm = (mean, rstd, gamma, beta)
     _differentiate(
         _view(dy),
@@ -215,7 +215,7 @@ def backward(
     dresidual: NDArray | None,
 ) -> NDArray:
     """`backward_reduce`, then `backward_apply` with its sums, which are returned."""
-    cut, run = _cut(x)
+    cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
     norm = (mean, rstd, gamma, beta)
     dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
     count = float(x.shape[0] * x.shape[2])
@@ -244,11 +244,11 @@ def backward(
     return sums
 
 
-def _cut(x: NDArray) -> tuple[Plan, Any]:
-    """Plan of a pass over x and the kernels of its traversal."""
+def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
+    """Plan of a pass over x and others of its size, and the kernels of its traversal."""
     # Not for what is done serially anyway: asking for the threads starts them.
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
-    cut = plan(*x.shape, x.itemsize, threads, _CACHES)
+    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
     return cut, getattr(kernels, cut.traversal)
 
 

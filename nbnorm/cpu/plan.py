@@ -14,8 +14,11 @@ TILE_BYTES = 16 << 10  # bytes, as computed, of a row that is summed at once: a 
 CHUNK = 1 << 18  # values a chunk: the share of work that threads split a channel into
 CHUNK_ROWS = 512  # rows not split into chunks: what is done once a channel is a tenth of the rest
 
+SHARES = 4  # units of work for every thread, so that none waits long for the last one
 SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
 RUN_BYTES = 16 << 10  # bytes read in sequence that keep the memory busy
+# Values of a plane that is normalised by itself, although summed by columns with others.
+PLANE_ALONE = 128
 # Bytes of a short-plane row: with coefficients for every column, more do not stay in L1 (7 x 7
 # planes took 1.4 times as long with 16 KiB).
 COLUMNS = 8 << 10
@@ -73,13 +76,15 @@ def fold_of(C: int, S: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) -> Plan:
+def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, tensors: int) -> Plan:
     """Cut a pass over N samples of C channels of S values, none of them 0.
 
-    A thread's block of channels should stay in its own cache between the halves of the pass. A
-    result is streamed where the last cache does not hold it together with x.
+    A thread's block of channels should stay in its own cache between the halves of the pass.
+    Results are streamed where the last cache does not hold all tensors of the pass: ordinary stores
+    would first drive out what is to be read, then fetch what they overwrite.
     """
     parallel = threads > 1 and N * C * S >= SERIAL_BELOW
+    streamed = tensors * N * C * S * itemsize > caches.last
     if by_rows(S):
         most = TILE_BYTES // max(itemsize, 4)
         across = _ceil(S, most)
@@ -91,8 +96,8 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) ->
         block = min(RUN_BYTES // (S * itemsize), caches.own // (N * S * itemsize))
         span = C
         if parallel:
-            block = min(block, C // (4 * threads))
-            span = _ceil(C, _ceil(4 * threads, chunks))
+            block = min(block, C // (SHARES * threads))
+            span = _ceil(C, _ceil(SHARES * threads, chunks))
     else:
         fold = fold_of(C, S)
         chunks, per = _shares(_ceil(N, fold), max(CHUNK_ROWS, CHUNK // (fold * C * S)))
@@ -107,6 +112,8 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) ->
                     block = min(block, slab)
                 block = min(block, _ceil(C, _ceil(threads, chunks)))
                 span = min(span, _ceil(C, _ceil(threads, chunks)))
+            if S >= PLANE_ALONE and not streamed:
+                span = _ceil(C, _ceil(SHARES * threads, chunks)) if parallel else C
     block, span = max(1, min(block, C)), max(1, min(span, C))
     blocks = _ceil(C, block)
     resident = by_rows(S) or block * N * S * itemsize <= caches.own
@@ -121,7 +128,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches) ->
         _ceil(C, span),
         fused,
         parallel,
-        2 * N * C * S * itemsize > caches.last,
+        streamed,
     )
 
 
