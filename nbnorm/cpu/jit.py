@@ -30,13 +30,24 @@ from nbnorm.cpu.threads import turn
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
+# Modules whose functions work on one value or channel, inside a loop of others.
+_INNERMOST = ("nbnorm.cpu.channel", "nbnorm.cpu.element", "nbnorm.cpu.storage")
+
+
 class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
     """Code of a function that only compiled code calls: no machine code is made of it by itself.
 
-    Numba makes some of every function, and of its callees again within each of their callers: a
-    kernel of fifty functions, five levels deep, took 9 s to compile. It must be optimised, though:
-    a kernel optimised once, as a whole, had lost its vectors.
+    Numba makes some of every function, and of its callees again within each of their callers, and
+    optimises all of it each time: a kernel of fifty functions, five levels deep, took 9 s to
+    compile. What runs inside a loop must be optimised before it gets there, or the loop is not
+    vectorised (some kernels took 20 times as long); the rest is optimised in the kernel alone.
     """
+
+    innermost = False
+
+    def _optimize_final_module(self) -> None:
+        if self.innermost:
+            super()._optimize_final_module()
 
     def _finalize_final_module(self) -> None:
         self._finalized = True
@@ -59,6 +70,7 @@ class _UseInnerLibrary(FunctionPass):  # type: ignore[misc]
 
     def run_pass(self, state: Any) -> bool:
         state.library = _InnerLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.innermost = state.func_id.func.__module__ in _INNERMOST
         return False
 
 
