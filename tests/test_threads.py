@@ -7,6 +7,8 @@ last tests.
 import hashlib
 import os
 import threading
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import numba
@@ -175,19 +177,18 @@ def in_this_folder(code):
 def test_concurrent_calls_on_every_threading_layer(layer):
     if not has_layer(layer):
         pytest.skip(f"Numba has no {layer} layer here")
-    printed = run_child("-c", in_this_folder(CONCURRENT), NUMBA_THREADING_LAYER=layer)
+    printed = run_child("-c", in_this_folder(CONCURRENT), **environment_of(layer))
     assert printed.split() == [layer]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("before", ["small", "large"])
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
 def test_a_forked_child_can_call(layer, before):
     if not has_layer(layer):
         pytest.skip(f"Numba has no {layer} layer here")
-    environment = {"NUMBA_THREADING_LAYER": layer}
-    printed = run_child("-c", in_this_folder(FORKED), before, **environment)
+    printed = run_child("-c", in_this_folder(FORKED), before, **environment_of(layer))
     assert printed.split() == ["0"]
 
 
@@ -195,9 +196,23 @@ def has_layer(layer):
     """Whether Numba can start this threading layer, asked in a process of its own."""
     code = "import numba; numba.get_num_threads(); print(numba.threading_layer())"
     try:
-        return run_child("-c", code, NUMBA_THREADING_LAYER=layer).strip() == layer
+        return run_child("-c", code, **environment_of(layer)).strip() == layer
     except AssertionError:
         return False
+
+
+def environment_of(layer):
+    """Environment of a process that uses this threading layer.
+
+    The tbb package keeps its library where the system does not look for it.
+    """
+    environment = {"NUMBA_THREADING_LAYER": layer}
+    if layer == "tbb":
+        with suppress(PackageNotFoundError):
+            found = [path.locate() for path in files("tbb") or [] if path.name == "libtbb.so.12"]
+            folders = [str(Path(path).resolve().parent) for path in found]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
+    return environment
 
 
 def test_more_threads_than_cores_give_the_same_bits():
