@@ -42,6 +42,8 @@ def take(obj: Array, name: str) -> NDArray:
 
 def take_floating(obj: Array, name: str) -> NDArray:
     """`take` for data, parameters and statistics: any of the four floating dtypes."""
+    if type(obj) is np.ndarray and obj.dtype in _KNOWN:  # most are: one step for all
+        return obj
     array = take(obj, name)
     if array.dtype not in _KNOWN and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {array.dtype}, expected one of {_or(DTYPES)}")

@@ -148,11 +148,8 @@ class Frame:
 
         float32 as long as that loses nothing, and float64 for x in float64.
         """
-        wide = _FLOAT64 in (
-            self.x.dtype,
-            None if gamma is None else gamma.dtype,
-            None if beta is None else beta.dtype,
-        )
+        given = [array.dtype for array in (self.x, gamma, beta) if array is not None]
+        wide = _FLOAT64 in given  # given alone: NumPy takes None for float64
         dtype = _FLOAT64 if wide else _FLOAT32
         return (
             _constant(self.channels, 1.0, dtype) if gamma is None else _flat(gamma, dtype),
@@ -202,7 +199,13 @@ def _flat(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
     return array if array.ndim == 1 else array.reshape(-1)
 
 
-@lru_cache(maxsize=64)
 def _constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
-    """Return an array of one value, which nobody writes to."""
+    """Return an array of one value, which nobody writes to: a small one is made once."""
+    if size > 1 << 12:
+        return np.full(size, value, dtype)
+    return _small_constant(size, value, dtype)
+
+
+@lru_cache(maxsize=64)
+def _small_constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
     return np.full(size, value, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -46,7 +48,8 @@ def warmup(
     Notes
     -----
     The functions run once on zeros, which takes the memory of one such call for each shape in turn.
-    With gradients wanted for some results only (``output_mask``), other kernels may be needed.
+    With gradients wanted for some results only (``output_mask``), other kernels may be needed, and
+    with float64 parameters for x of another dtype.
 
     Examples
     --------
@@ -65,9 +68,16 @@ def warmup(
         )  # fmt: skip
         if not training:
             continue
+        running = [np.zeros(frozen.mean.shape, _parameters_of(x.dtype)) for _ in range(2)]
         y, mean, rstd = functional.batch_norm_forward(
-            x, axis=axis, activation=activation, residual=added, correction=0
-        )
+            x, None, None, *running,
+            axis=axis, activation=activation, residual=added, correction=0,
+        )  # fmt: skip
         functional.batch_norm_backward(
             x, x, None, mean, rstd, axis=axis, activation=activation, y=y if residual else None
         )
+
+
+def _parameters_of(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    """Return the dtype in which users have parameters for x of this dtype."""
+    return np.float64 if dtype == np.float64 else np.float32

@@ -12,7 +12,7 @@ import numpy as np
 from nbnorm import _checks
 from nbnorm._arrays import Array, NDArray
 from nbnorm._frame import Frame, Target
-from nbnorm.moments import Moments, rstd_of
+from nbnorm.moments import Moments
 
 Axis = int | tuple[int, ...]
 Mask = tuple[bool, bool, bool, bool]
@@ -163,7 +163,7 @@ def batch_norm_forward(
         assert mean_ is not None
         assert var_ is not None
         mean = mean_.astype(np.float64).reshape(-1)
-        rstd = rstd_of(frame.statistic(var_), eps)
+        rstd = frame.backend.rstd(frame.statistic(var_), eps)
         y = _apply(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
     elif frame.empty:
         mean, rstd = np.zeros(frame.channels), np.zeros(frame.channels)
@@ -259,7 +259,7 @@ def batch_norm_inference(
     eps, relu = _checks.epsilon(eps), _checks.relu(activation)
     inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "var": var_}
     out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
-    rstd = rstd_of(frame.statistic(var_), eps)
+    rstd = frame.backend.rstd(frame.statistic(var_), eps)
     y = _apply(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
     return frame.settle(y, out)
 

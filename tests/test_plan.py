@@ -122,8 +122,10 @@ def test_caches_are_those_of_the_processors_that_may_be_used(tmp_path, monkeypat
 
 def test_a_system_that_does_not_tell_has_typical_caches(tmp_path, monkeypatch):
     assert caches(tmp_path) == TYPICAL
-    lay_caches(tmp_path, {0: [(2, "Unified", "unknown", "0")]})
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
-    assert caches(tmp_path) == TYPICAL
+    odd = [("unknown", "0"), ("", "0"), ("2M", ""), ("2M", "0,"), ("2M", "0x0"), ("2T", "0")]
+    for i, (size, shared) in enumerate(odd):
+        lay_caches(tmp_path / str(i), {0: [(2, "Unified", size, shared)]})
+        assert caches(tmp_path / str(i)) == TYPICAL
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     assert caches() == TYPICAL

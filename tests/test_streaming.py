@@ -14,11 +14,15 @@ from tolerances import assert_same_bits
 import nbnorm
 from nbnorm import cpu
 from nbnorm.cpu.caches import Caches
+from nbnorm.cpu.plan import plan
 
 DTYPES = ("float32", "float64", "float16", BFLOAT16)
 # Rows shorter, longer and much longer than a line; rows of whole lines and not; several samples
-# in a row of columns; parallel and serial; per-sample blocks of channels.
-SHAPES = ((3, 4, 20, 20), (2, 3, 48, 100), (40, 64), (70, 5, 7, 7), (300, 3), (2, 2600), (9, 1))
+# in a row of columns; planes that are normalised one by one if not streamed; parallel and serial.
+SHAPES = (
+    *((3, 4, 20, 20), (2, 3, 48, 100), (20, 6, 14, 14), (70, 5, 7, 7)),
+    *((40, 64), (300, 3), (2, 2600), (9, 1)),
+)
 SENTINEL = 77
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -112,9 +116,12 @@ def test_streaming_works_in_place(shape, streaming):
 
 
 def test_shared_passes_and_threads_stream_too(streaming):
-    x = drawn((2, 3, 300, 400), "float32", 0)
+    few = drawn((3, 1, 300, 400), "float32", 0)
     last = np.moveaxis(drawn((2, 300, 400, 3), "float32", 0), -1, 1)
-    for array in (x, last):
+    for array in (few, last):
+        cut = plan(array.shape[0], array.shape[1], 120_000, 4, 2, Caches(1 << 20, 0), 2)
+        assert cut.parallel
+        assert not cut.fused or array is last
         streaming(False)
         expected = nbnorm.batch_norm_forward(array)
         streaming(True)
@@ -125,10 +132,14 @@ STORES = """
 import numpy as np, nbnorm
 from nbnorm.cpu import kernels
 for shape in ((3, 4, 20, 20), (40, 64)):
-    nbnorm.batch_norm_forward(np.ones(shape, "float32"))
+    x = np.ones(shape, "float32")
+    y, mean, rstd = nbnorm.batch_norm_forward(x)
+    nbnorm.batch_norm_backward(x, x, None, mean, rstd, y=y, activation="relu")
 for traversal in (kernels.rows, kernels.columns):
-    (code,) = traversal.forward.serial.inspect_asm().values()
-    print("vfmadd" in code, *{line.split()[0] for line in code.splitlines() if "movnt" in line})
+    for kernel in (traversal.forward, traversal.backward):
+        (code,) = kernel.serial.inspect_asm().values()
+        lines = code.splitlines()
+        print("vfmadd" in code, *{line.split()[0] for line in lines if "movnt" in line})
 """
 
 

@@ -10,12 +10,15 @@ from nbnorm.cpu import kernels
 
 def compiled():
     """Return how many signatures each kernel has been compiled for."""
-    return {
-        (traversal, name, twin): len(getattr(kernel, twin).signatures)
+    twins = {
+        (traversal, name, twin): getattr(kernel, twin)
         for traversal in ("rows", "columns")
         for name, kernel in vars(getattr(kernels, traversal)).items()
         for twin in ("serial", "parallel")
     }
+    names = ("move", "rstd_all", "finish_all", "finish_all_sums")
+    entries = {name: getattr(kernels, name) for name in names}
+    return {name: len(function.signatures) for name, function in (twins | entries).items()}
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -35,7 +38,8 @@ def test_calls_after_it_compile_nothing(shape, axis, dtype, activation, residual
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(size=shape).astype(dtype_of(dtype)) for _ in range(2))
     C = shape[axis]
-    gamma, beta, running = np.ones(C, "f4"), np.zeros(C, "f4"), (np.zeros(C), np.ones(C))
+    wide = "f8" if dtype == "float64" else "f4"
+    gamma, beta, *running = (np.ones(C, wide) for _ in range(4))
     options = {"axis": axis, "activation": activation}
     added = dy if residual else None
     y, mean, rstd = nbnorm.batch_norm_forward(x, gamma, beta, *running, residual=added, **options)

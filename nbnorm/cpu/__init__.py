@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nbnorm import moments
 from nbnorm.cpu import kernels
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
@@ -99,6 +100,13 @@ def forward(
     return mean, m2, rstd
 
 
+def rstd(var: NDArray, eps: float) -> NDArray:
+    """1 / sqrt(var + eps), 0 where that is 1/0, as `forward` has it."""
+    result = np.empty(var.size)
+    kernels.rstd_all(var, eps, result)
+    return result
+
+
 def move(
     running_mean: NDArray,
     running_var: NDArray,
@@ -117,9 +125,8 @@ def move(
             running_mean, running_var = running_mean.reshape(-1), running_var.reshape(-1)
         kernels.move(running_mean, running_var, mean, m2, momentum, divisor)
         return
-    with np.errstate(all="ignore"):
-        for old, new in ((running_mean, mean), (running_var, m2 / divisor)):
-            old[...] = (1.0 - momentum) * old.astype(np.float64) + momentum * new.reshape(old.shape)
+    batch = (values.reshape(running_mean.shape) for values in (mean, m2 / divisor))
+    moments.move((running_mean, running_var), tuple(batch), momentum)
 
 
 def backward_reduce(

@@ -33,22 +33,24 @@ TYPICAL = Caches(own=1 << 20, last=32 << 20)
 def caches(cpus: Path = _CPUS) -> Caches:
     """Read the caches of the processors that this process is allowed to run on."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    # Bytes of each cache, by its level and the processors that share it, as the system lists them.
-    found: dict[tuple[int, str], int] = {}
+    # Bytes and number of processors of each cache, by level and who shares it.
+    found: dict[tuple[int, str], tuple[int, int]] = {}
     for cpu in allowed:
         for folder in cpus.glob(f"cpu{cpu}/cache/index*"):
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(OSError, ValueError, KeyError, IndexError):
                 if (folder / "type").read_text().strip() == "Instruction":
                     continue
                 level = int((folder / "level").read_text())
                 shared = (folder / "shared_cpu_list").read_text().strip()
                 size = (folder / "size").read_text().strip()
-                found[level, shared] = int(size[:-1]) * _UNITS[size[-1]]
-    own = [size // _count(shared) for (level, shared), size in found.items() if level == 2]
+                found[level, shared] = int(size[:-1]) * _UNITS[size[-1]], _count(shared)
+    own = [size // sharing for (level, _), (size, sharing) in found.items() if level == 2]
     if not own:
         return TYPICAL
     highest = max(level for level, _ in found)
-    return Caches(min(own), sum(size for (level, _), size in found.items() if level == highest))
+    return Caches(
+        min(own), sum(size for (level, _), (size, _) in found.items() if level == highest)
+    )
 
 
 def _count(processors: str) -> int:

@@ -12,7 +12,7 @@ from numba import prange
 
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
-from nbnorm.cpu.channel import finish, finish_sums
+from nbnorm.cpu.channel import finish, finish_sums, rstd_of
 from nbnorm.cpu.jit import entry, kernel, named, ordered
 
 
@@ -136,6 +136,13 @@ columns = _build(_columns)
 def finish_all(partial, eps, mean, m2, rstd):
     """Mean, M2 and rstd of every channel, after `stats`."""
     finish(partial, 0, mean.size, eps, mean, m2, rstd)
+
+
+@entry("rstd_all")
+def rstd_all(var, eps, rstd):
+    """rstd of every channel's variance."""
+    for c in range(var.size):
+        rstd[c] = rstd_of(var[c], eps)
 
 
 @entry("move")

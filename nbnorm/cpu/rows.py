@@ -22,7 +22,7 @@ from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
 # Chains that a tile is summed in, side by side: eight vectors of eight, enough to hide the time
-# that an addition takes. Few values a chain also means little rounding.
+# that an addition takes. Few values a chain also means little rounding. `total` is written for 64.
 LANES = 64
 
 
@@ -64,9 +64,9 @@ def add_piece(x, K, s, q):
 @ordered
 def total(lanes, wide):
     """Sum of all lanes in pairs, in float64; they are left at 0."""
-    each(32, element.add_half, (lanes, wide, 32))
-    each(16, element.add_half, (wide, wide, 16))
-    each(8, element.add_half, (wide, wide, 8))
+    each(LANES // 2, element.add_half, (lanes, wide, LANES // 2))
+    each(LANES // 4, element.add_half, (wide, wide, LANES // 4))
+    each(LANES // 8, element.add_half, (wide, wide, LANES // 8))
     each(LANES, element.clear, (lanes,))
     return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]))
 
