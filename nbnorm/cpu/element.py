@@ -8,6 +8,7 @@ one load and one store of the sums for all four.
 import numpy as np
 from numba import types
 
+from nbnorm.cpu.intrinsics import at_once
 from nbnorm.cpu.jit import by_types, none_without, ordered
 from nbnorm.cpu.storage import load, store
 
@@ -49,7 +50,7 @@ def masked(dy, y, v, zero):
 def gradient(j, dy, x, y, hi, a, b, zero):
     """dy[j] as it arrives at the normalisation."""
     v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))
-    return masked(load(dy, j), load(y, j), v, zero)
+    return masked(at_once(load(dy, j)), load(y, j), v, zero)
 
 
 @ordered

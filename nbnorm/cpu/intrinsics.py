@@ -236,6 +236,22 @@ class _Distinct(ir.values.MDValue):  # type: ignore[misc]
 
 
 @intrinsic
+def at_once(typing_context, value):
+    """The value, loaded without waiting for a condition that it is selected by.
+
+    LLVM makes one masked load of the two. The processor then begins to read dy only when x is there
+    and compared.
+    """
+
+    def codegen(context, builder, signature, args):
+        freeze = ir.instructions.Instruction(builder.block, args[0].type, "freeze", args)
+        builder._insert(freeze)
+        return freeze
+
+    return value(value), codegen
+
+
+@intrinsic
 def half_to_float(typing_context, bits):
     """float32 of the bits of a float16."""
 
