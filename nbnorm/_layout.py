@@ -34,7 +34,6 @@ class Layout(NamedTuple):
     dense: Axes | None
 
 
-@lru_cache(maxsize=4096)
 def layout_of(shape: Axes, strides: Axes, itemsize: int, channel_axes: Axes) -> Layout:
     """Return how x is seen. Where x itself `fits` no view, it is how x's copy will be seen."""
     natural = tuple(range(len(shape)))

@@ -176,13 +176,6 @@ def merge_tile(c, count, shift, delta, merged, m, k, d, q, new_delta, new_merged
 
 
 @ordered
-def keep(c, new_delta, new_m2, delta, m2):
-    """Array assignments would bring in the text of an error message: half a second to compile."""
-    delta[c] = new_delta[c]
-    m2[c] = new_m2[c]
-
-
-@ordered
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     N, _, S, fold, _ = grid
@@ -220,7 +213,9 @@ def stats(x, grid, c0, c1, k, partial):
                     count, delta[c], m2[c], m, K64 - shift[c] + mean, m2_tile
                 )
         count += m
-        each(channels, keep, (new_delta, new_m2, delta, m2))
+        # Array assignments would bring in the text of an error message: half a second to compile.
+        each(channels, element.copy, (new_delta, delta))
+        each(channels, element.copy, (new_m2, m2))
     partial[0, k, c0:c1] = count
 
 

@@ -107,12 +107,6 @@ def fill(j, value, out):
 
 
 @ordered
-def clear(j, sums):
-    """Begin again at 0."""
-    sums[j] = 0
-
-
-@ordered
 def normalise(j, x, residual, hi, a, b, floor, y):
     """y = max((x - hi) a + b [+ residual], floor)."""
     v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))

@@ -97,7 +97,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         span = C
         if parallel:
             block = min(block, C // (SHARES * threads))
-            span = _ceil(C, _ceil(SHARES * threads, chunks))
+            span = _channels_of(SHARES * threads, C, chunks)
     else:
         fold = fold_of(C, S)
         chunks, per = _shares(_ceil(N, fold), max(CHUNK_ROWS, CHUNK // (fold * C * S)))
@@ -110,10 +110,10 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
                 slab = caches.own // (N * S * itemsize)
                 if slab * S * itemsize >= RUN_BYTES // 4:
                     block = min(block, slab)
-                block = min(block, _ceil(C, _ceil(threads, chunks)))
-                span = min(span, _ceil(C, _ceil(threads, chunks)))
+                block = min(block, _channels_of(threads, C, chunks))
+                span = min(span, _channels_of(threads, C, chunks))
             if S >= PLANE_ALONE and not streamed:
-                span = _ceil(C, _ceil(SHARES * threads, chunks)) if parallel else C
+                span = _channels_of(SHARES * threads, C, chunks) if parallel else C
     block, span = max(1, min(block, C)), max(1, min(span, C))
     blocks = _ceil(C, block)
     resident = by_rows(S) or block * N * S * itemsize <= caches.own
@@ -137,6 +137,11 @@ def _shares(items: int, most: int) -> tuple[int, int]:
     chunks = _ceil(items, most)
     per = _ceil(items, chunks)
     return _ceil(items, per), per
+
+
+def _channels_of(units: int, C: int, chunks: int) -> int:
+    """How many channels to take at once for so many units of work, each channel being in chunks."""
+    return _ceil(C, _ceil(units, chunks))
 
 
 def _balanced(blocks: int, threads: int) -> bool:

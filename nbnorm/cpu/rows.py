@@ -67,7 +67,7 @@ def total(lanes, wide):
     each(LANES // 2, element.add_half, (lanes, wide, LANES // 2))
     each(LANES // 4, element.add_half, (wide, wide, LANES // 4))
     each(LANES // 8, element.add_half, (wide, wide, LANES // 8))
-    each(LANES, element.clear, (lanes,))
+    each(LANES, element.fill, (0, lanes))
     return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]))
 
 
