@@ -15,7 +15,7 @@ import numpy as np
 from nbnorm.cpu import element
 from nbnorm.cpu import rows as by_rows
 from nbnorm.cpu.channel import FIRST, add_up, affine, coefficients, lost, merge, scales
-from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece
+from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece, sum_of
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.plan import PLANE_ALONE
 from nbnorm.cpu.storage import computed, load
@@ -68,9 +68,7 @@ def gather(sums, S, out):
     """Add up each channel's columns; `sums` is used up."""
     add_up(sums, out.size * S)
     for c in range(out.size):
-        if S > 1:
-            add_up(piece((sums, 0, 0), 0, 0, c * S, S), 1)
-        out[c] = sums[c * S]
+        out[c] = sum_of(piece((sums, 0, S), 0, c, 0, S))
 
 
 @ordered
