@@ -68,6 +68,8 @@ def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
 
 def writable(array: NDArray, name: str, instead: str) -> None:
     """Refuse an array that cannot be written to, or whose elements share their memory."""
+    if array.flags.carray:  # most are: one step for all
+        return
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only; {instead}")
     if not array.flags.forc and _shares_with_itself(array.shape, array.strides):
@@ -105,13 +107,13 @@ def running_to_update(running_mean: NDArray, running_var: NDArray, instead: str)
 
 def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
     """Refuse an array to be written that shares memory with another."""
+    if written is not other and written.flags.owndata and other.flags.owndata:
+        return
     if np.may_share_memory(written, other) and _overlap(written, other):
         raise ValueError(f"{name} and {other_name} share memory, and {name} is written")
 
 
-def output(
-    out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray | None]], inplace: str
-) -> None:
+def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inplace: str) -> None:
     """Refuse an out of another shape or dtype than x, or one that overlaps an input.
 
     The input called `inplace` may be out itself: the same memory with the same strides.
@@ -121,7 +123,7 @@ def output(
         raise ValueError(f"out has dtype {out.dtype}, expected {x.dtype}, the dtype of x")
     writable(out, "out", "pass one that can be written to, or none")
     for name, array in inputs:
-        if array is None or not np.may_share_memory(out, array):
+        if not np.may_share_memory(out, array):
             continue
         if name == inplace and _same_view(out, array):
             continue

@@ -66,6 +66,7 @@ class Frame:
 
     def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
         self.x = taken = take_floating(x, "x")
+        self._inputs = {"x": taken}
         self.home = home_of(x)
         self._axis = axis
         given = (axis,) if type(axis) is int else _checks.axes(axis)
@@ -78,6 +79,7 @@ class Frame:
         taken = take(array, name)
         _checks.same_dtype(taken, name, self.x)
         _checks.same_shape(taken, name, self.x)
+        self._inputs[name] = taken
         return taken
 
     def like_x(self, array: Array | None, name: str) -> NDArray | None:
@@ -92,16 +94,15 @@ class Frame:
         """Check a parameter or statistic: floating, the channel axes' shape."""
         taken = take_floating(array, name)
         _checks.channel_shape(taken, name, self._channels, self.x, self._axis)
+        self._inputs[name] = taken
         return taken
 
-    def out(
-        self, out: Array | None, inputs: dict[str, NDArray | None], inplace: str
-    ) -> NDArray | None:
-        """Check an output; `inplace` names the one input that it may be."""
+    def out(self, out: Array | None, inplace: str) -> NDArray | None:
+        """Check an output against all inputs so far; `inplace` names the one that it may be."""
         if out is None:
             return None
         taken = take(out, "out")
-        _checks.output(taken, self.x, inputs.items(), inplace)
+        _checks.output(taken, self.x, self._inputs.items(), inplace)
         return taken
 
     def view(self, array: NDArray | None) -> NDArray | None:
@@ -148,8 +149,9 @@ class Frame:
 
         float32 as long as that loses nothing, and float64 for x in float64.
         """
-        given = [array.dtype for array in (self.x, gamma, beta) if array is not None]
-        wide = _FLOAT64 in given  # given alone: NumPy takes None for float64
+        wide = self.x.dtype == _FLOAT64
+        for array in (gamma, beta):
+            wide = wide or (array is not None and array.dtype == _FLOAT64)
         dtype = _FLOAT64 if wide else _FLOAT32
         return (
             _constant(self.channels, 1.0, dtype) if gamma is None else _flat(gamma, dtype),

@@ -156,9 +156,7 @@ def batch_norm_forward(
             _checks.running_to_update(mean_, var_, _UPDATE_BY_HAND)
             _checks.apart(mean_, "running_mean", frame.x, "x")
             _checks.apart(var_, "running_var", frame.x, "x")
-    inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "residual": residual_}
-    inputs |= {"running_mean": mean_, "running_var": var_}
-    out_ = frame.out(out, inputs, inplace="x")
+    out_ = frame.out(out, inplace="x")
     if not training:
         assert mean_ is not None
         assert var_ is not None
@@ -257,8 +255,7 @@ def batch_norm_inference(
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
     eps, relu = _checks.epsilon(eps), _checks.relu(activation)
-    inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "var": var_}
-    out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
+    out_ = frame.out(out, inplace="x")
     rstd = frame.backend.rstd(frame.statistic(var_), eps)
     y = _apply(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
     return frame.settle(y, out)
@@ -325,8 +322,7 @@ def batch_norm_apply(
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     residual_ = frame.like_x(residual, "residual")
     relu = _checks.relu(activation)
-    inputs = {"x": frame.x, "gamma": gamma_, "beta": beta_, "mean": mean_, "rstd": rstd_}
-    out_ = frame.out(out, inputs | {"residual": residual_}, inplace="x")
+    out_ = frame.out(out, inplace="x")
     statistics = frame.statistic(mean_), frame.statistic(rstd_)
     y = _apply(frame, gamma_, beta_, *statistics, residual_, relu, out_)
     return frame.settle(y, out)
@@ -485,8 +481,7 @@ def batch_norm_backward(
     relu = _checks.relu(activation)
     want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
     want_dresidual = want_dresidual and y is not None
-    inputs = {"dy": dy_, "x": frame.x, "gamma": gamma_, "mean": mean_, "rstd": rstd_}
-    out_ = frame.out(out, inputs | {"beta": beta_, "y": y_}, inplace="dy")
+    out_ = frame.out(out, inplace="dy")
 
     dx = frame.target(out_) if want_dx else None
     dresidual = frame.target(None) if want_dresidual else None
@@ -664,18 +659,7 @@ def batch_norm_backward_apply(
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
     m = _checks.count(count, frame.x)
     relu = _checks.relu(activation)
-    inputs = {
-        "dy": dy_,
-        "x": frame.x,
-        "gamma": gamma_,
-        "mean": mean_,
-        "rstd": rstd_,
-        "sum_dy": sum_dy_,
-        "sum_dy_xhat": sum_dy_xhat_,
-        "beta": beta_,
-        "y": y_,
-    }
-    out_ = frame.out(out, inputs, inplace="dy")
+    out_ = frame.out(out, inplace="dy")
     dx = frame.target(out_)
     if not frame.empty:
         scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)

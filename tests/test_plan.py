@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from nbnorm.cpu.caches import TYPICAL, Caches, caches
-from nbnorm.cpu.plan import ColumnsGrid, plan
+from nbnorm.cpu.plan import plan
 
 SHAPES = [
     (32, 64, 112 * 112),
@@ -31,10 +31,10 @@ cases = pytest.mark.parametrize(("shape", "itemsize"), list(product(SHAPES, ITEM
 def chunk_ranges(cut):
     """Return the items (tiles, or rows of columns) of each chunk, and how many there are."""
     grid = cut.grid
-    if isinstance(grid, ColumnsGrid):
+    if cut.traversal == "columns":
         items = -(-grid.N // grid.fold)
     else:
-        items = -(-grid.N // grid.together) * -(-grid.S // grid.tile)
+        items = -(-grid.N // grid.fold) * -(-grid.S // grid.tile)
     return [range(k * grid.per, min((k + 1) * grid.per, items)) for k in range(cut.chunks)], items
 
 
@@ -60,7 +60,7 @@ def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
         units = [range(u * size, min((u + 1) * size, shape[1])) for u in range(count)]
         assert sum(map(len, units)) == shape[1]
         assert all(units)
-        if isinstance(cut.grid, ColumnsGrid) and cut.grid.fold > 1:
+        if cut.traversal == "columns" and cut.grid.fold > 1:
             assert count == 1  # several samples make a row only with all their channels
 
 

@@ -36,8 +36,8 @@ def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, N
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
-    run.stats(
-        cut.parallel, x, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, partial
+    run.stats.twin(cut.parallel)(
+        x, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, partial
     )
     kernels.finish_all(partial, eps, mean, m2, rstd)
     return mean, m2, rstd
@@ -59,8 +59,7 @@ def apply(
 
 
 def _apply(x: Any, residual: Any, cut: Plan, run: Any, norm: Any, relu: bool, y: Any) -> None:
-    run.apply(
-        cut.parallel,
+    run.apply.twin(cut.parallel)(
         x,
         residual,
         tuple(cut.grid),
@@ -93,8 +92,8 @@ def forward(
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
-    run.forward(
-        cut.parallel, x_, residual_, tuple(cut.grid), cut.block, cut.blocks,
+    run.forward.twin(cut.parallel)(
+        x_, residual_, tuple(cut.grid), cut.block, cut.blocks,
         (mean, rstd, gamma, beta), eps, _floor(relu), cut.streamed, partial, m2, y_,
     )  # fmt: skip
     return mean, m2, rstd
@@ -146,8 +145,7 @@ def backward_reduce(
 def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
     partial = np.empty((2, cut.chunks, cut.grid.C))
     sums = np.empty((2, cut.grid.C))
-    run.reduce(
-        cut.parallel,
+    run.reduce.twin(cut.parallel)(
         dy,
         x,
         y,
@@ -204,8 +202,8 @@ def _differentiate(
     dx: Any,
     dresidual: Any,
 ) -> None:
-    run.differentiate(
-        cut.parallel, dy, x, y, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, norm,
+    run.differentiate.twin(cut.parallel)(
+        dy, x, y, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, norm,
         sums, count, cut.streamed, dx, dresidual,
     )  # fmt: skip
 
@@ -232,8 +230,7 @@ def backward(
         return sums
     partial = np.empty((2, cut.chunks, cut.grid.C))
     sums = np.empty((2, cut.grid.C))
-    run.backward(
-        cut.parallel,
+    run.backward.twin(cut.parallel)(
         dy_,
         x_,
         y_,
@@ -256,7 +253,7 @@ def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
     # Not for what is done serially anyway: asking for the threads starts them.
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
     cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
-    return cut, getattr(kernels, cut.traversal)
+    return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
 
 
 def _floor(relu: bool) -> float:

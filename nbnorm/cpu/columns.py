@@ -29,21 +29,21 @@ RUN_ROWS = 32
 @ordered
 def rows(grid, k):
     """First row of chunk k and the one after its last."""
-    N, _, _, fold, per = grid
+    N, _, _, _, fold, per = grid
     return k * per, min((k + 1) * per, (N + fold - 1) // fold)
 
 
 @ordered
 def width(grid, r, c0, c1):
     """Columns of row r; the last one may hold less than fold samples."""
-    N, _, S, fold, _ = grid
+    N, _, S, _, fold, _ = grid
     return min(fold, N - r * fold) * (c1 - c0) * S
 
 
 @none_without("values")
 def by_columns(values, grid):
     """A number for every column of those for every channel; as they are where that is the same."""
-    _, _, S, fold, _ = grid
+    _, _, S, _, fold, _ = grid
     if S * fold == 1:
         return values
     out = np.empty(fold * values.size * S, values.dtype)
@@ -74,14 +74,14 @@ def gather(sums, S, out):
 @ordered
 def whole_fours(grid, r0, r1):
     """End of the rows from r0 on that can be taken four at a time: full ones."""
-    N, _, _, fold, _ = grid
+    N, _, _, _, fold, _ = grid
     return r0 + (min(r1, N // fold) - r0) // 4 * 4
 
 
 @ordered
 def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
     """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
-    _, _, _, fold, _ = grid
+    fold = grid[4]
     size = K.size
     s[:] = 0
     q[:] = 0
@@ -110,7 +110,7 @@ def sums64(x, grid, n0, n1, c, K):
     s_rest = 0.0
     q_rest = 0.0
     same = True
-    _, _, S, _, _ = grid
+    S = grid[2]
     for n in range(n0, n1):
         values = piece(x, n, c, 0, S)
         for i in range(values.size):
@@ -131,7 +131,7 @@ def add_exactly(so_far, value):
 @ordered
 def moments64(x, grid, n0, n1, c, K):
     """Mean from K and M2 of x[n0:n1, c, :] in two passes, for sums lost in x's dtype."""
-    _, _, S, _, _ = grid
+    S = grid[2]
     m = (n1 - n0) * S
     s, _, same = sums64(x, grid, n0, n1, c, K)
     if same:
@@ -144,7 +144,7 @@ def moments64(x, grid, n0, n1, c, K):
 @ordered
 def first_means(x, grid, c0, c1, begin, end, k, K, s, q, s64, q64, shift):
     """Means of the chunk's first values, exact where they are all the same."""
-    N, _, S, fold, _ = grid
+    N, _, S, _, fold, _ = grid
     for c in range(c0, c1):
         k[c - c0] = load(piece(x, begin * fold, c, 0, 1), 0)
     expand(k, S, K)
@@ -176,7 +176,7 @@ def merge_tile(c, count, shift, delta, merged, m, k, d, q, new_delta, new_merged
 @ordered
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
-    N, _, S, fold, _ = grid
+    N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed(x).dtype
     center, K = np.empty(channels, dtype), np.empty(fold * channels * S, dtype)
     s, q = np.empty_like(K), np.empty_like(K)
@@ -218,14 +218,14 @@ def stats(x, grid, c0, c1, k, partial):
 
 
 @ordered
-def planes(grid, streamed):
-    """Whether a chunk is normalised plane by plane, as rows are, and the grid for that.
+def by_planes(grid, streamed):
+    """Whether a chunk is normalised plane by plane, as rows are.
 
     A channel's coefficients are then numbers, not a column each: 14 x 14 planes in cache took 0.6
     times as long. But planes that do not begin at a line cannot be streamed as well as long rows.
     """
-    N, C, S, fold, per = grid
-    return (S >= PLANE_ALONE and fold == 1 and not streamed), (N, C, S, S, 1, per)
+    _, _, S, _, fold, _ = grid
+    return S >= PLANE_ALONE and fold == 1 and not streamed
 
 
 @ordered
@@ -238,11 +238,10 @@ def affine_columns(norm, grid, c0, c1, like):
 @ordered
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    wanted, grid_of_planes = planes(grid, streamed)
-    if wanted:
-        by_rows.apply(x, residual, grid_of_planes, norm, floor, streamed, c0, c1, k, y)
+    if by_planes(grid, streamed):
+        by_rows.apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return
-    _, _, _, fold, _ = grid
+    fold = grid[4]
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = rows(grid, k)
@@ -260,7 +259,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 
     The mask is recomputed where norm holds beta, read where y is given.
     """
-    _, _, S, fold, _ = grid
+    _, _, S, _, fold, _ = grid
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     unit = by_columns(scales(norm, c0, c1, hi), grid)
     s, t = np.zeros_like(hi), np.zeros_like(hi)
@@ -299,13 +298,10 @@ def gradient_columns(norm, sums, count, grid, c0, c1, like):
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
-    wanted, grid_of_planes = planes(grid, streamed)
-    if wanted:
-        by_rows.differentiate(
-            dy, x, y, grid_of_planes, norm, sums, count, streamed, c0, c1, k, dx, dresidual
-        )
+    if by_planes(grid, streamed):
+        by_rows.differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
         return
-    _, _, _, fold, _ = grid
+    fold = grid[4]
     hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     hpq = gradient_columns(norm, sums, count, grid, c0, c1, hi)
     zero = hi.dtype.type(0)

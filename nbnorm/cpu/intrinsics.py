@@ -273,7 +273,9 @@ def sum_of(typing_context, values):
         while lanes > 1:
             lanes //= 2
             lower, upper = (
-                builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_INT32, lanes), half))
+                builder.shuffle_vector(
+                    total, total, ir.Constant(ir.VectorType(_INT32, lanes), half)
+                )
                 for half in (list(range(lanes)), list(range(lanes, 2 * lanes)))
             )
             total = builder.fadd(lower, upper)

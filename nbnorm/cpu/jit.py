@@ -140,11 +140,11 @@ class Kernel(NamedTuple):
     serial: Any
     parallel: Any
 
-    def __call__(self, parallel: bool, *args: Any) -> None:
-        """Run one of the twins."""
-        if not parallel:
-            self.serial(*args)
-            return
+    def twin(self, parallel: bool) -> Callable[..., None]:
+        """One of the twins, to be called: handing the arguments of a small call on took 0.2 us."""
+        return self._in_turn if parallel else self.serial
+
+    def _in_turn(self, *args: Any) -> None:
         with turn():
             self.parallel(*args)
 

@@ -24,25 +24,19 @@ PLANE_ALONE = 128
 COLUMNS = 8 << 10
 
 
-class RowsGrid(NamedTuple):
-    """A tile is `tile` values of a row or, where `together` > 1, so many whole rows."""
+class Grid(NamedTuple):
+    """How values are grouped for the innermost loops.
+
+    By rows, a tile is `tile` values of a row or, where `fold` > 1, so many whole rows. By columns,
+    a row of columns is `fold` samples, and `tile` a plane.
+    """
 
     N: int
     C: int
     S: int
     tile: int
-    together: int
-    per: int  # tiles a chunk
-
-
-class ColumnsGrid(NamedTuple):
-    """A row is `fold` samples."""
-
-    N: int
-    C: int
-    S: int
     fold: int
-    per: int  # rows a chunk
+    per: int  # tiles, or rows of columns, a chunk
 
 
 class Plan(NamedTuple):
@@ -54,7 +48,7 @@ class Plan(NamedTuple):
     """
 
     traversal: str
-    grid: RowsGrid | ColumnsGrid
+    grid: Grid
     chunks: int
     block: int
     blocks: int
@@ -89,10 +83,10 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         most = TILE_BYTES // max(itemsize, 4)
         across = _ceil(S, most)
         tile = _ceil(_ceil(S, across), 16) * 16
-        together = max(1, most // S)
-        tiles = _ceil(N, together) * _ceil(S, tile)
-        chunks, per = _shares(tiles, max(1, CHUNK // (tile * together)))
-        grid: RowsGrid | ColumnsGrid = RowsGrid(N, C, S, tile, together, per)
+        fold = max(1, most // S)
+        tiles = _ceil(N, fold) * _ceil(S, tile)
+        chunks, per = _shares(tiles, max(1, CHUNK // (tile * fold)))
+        grid = Grid(N, C, S, tile, fold, per)
         block = min(RUN_BYTES // (S * itemsize), caches.own // (N * S * itemsize))
         span = C
         if parallel:
@@ -101,7 +95,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
     else:
         fold = fold_of(C, S)
         chunks, per = _shares(_ceil(N, fold), max(CHUNK_ROWS, CHUNK // (fold * C * S)))
-        grid = ColumnsGrid(N, C, S, fold, per)
+        grid = Grid(N, C, S, S, fold, per)
         block = span = C
         if fold == 1:
             block = (RUN_BYTES if S == 1 else COLUMNS) // (S * itemsize)

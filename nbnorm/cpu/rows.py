@@ -29,19 +29,19 @@ LANES = 64
 @ordered
 def tiles(grid, k):
     """Numbers of the first tile of chunk k and of the one after its last."""
-    N, _, S, tile, together, per = grid
-    count = ((N + together - 1) // together) * ((S + tile - 1) // tile)
+    N, _, S, tile, fold, per = grid
+    count = ((N + fold - 1) // fold) * ((S + tile - 1) // tile)
     return k * per, min((k + 1) * per, count)
 
 
 @ordered
 def locate(grid, t):
     """Tile t is x[n0:n1, :, s : s + size]."""
-    N, _, S, tile, together, _ = grid
+    N, _, S, tile, fold, _ = grid
     across = (S + tile - 1) // tile
     n = t // across
     s = (t - n * across) * tile
-    return n * together, min((n + 1) * together, N), s, min(tile, S - s)
+    return n * fold, min((n + 1) * fold, N), s, min(tile, S - s)
 
 
 @none_without("values")
