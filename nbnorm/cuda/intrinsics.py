@@ -1,0 +1,158 @@
+"""What numba.cuda cannot say: vectors of 16 bytes past the first cache, halves, 32-bit division.
+
+The only file with LLVM and PTX in it. `memory_of` gives the load and the store of a storage dtype
+and a width, between memory (a raw pointer) and a thread's own array of the dtype it computes in.
+"""
+
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+
+VECTOR = 16  # bytes of the widest access
+
+
+class Storage(NamedTuple):
+    """A dtype in memory: pointer type, type it is computed in, bytes, and PTX's name of it."""
+
+    pointer: Any
+    computed: Any
+    itemsize: int
+    ptx: str
+
+
+STORAGE = {
+    "float32": Storage(types.CPointer(types.float32), types.float32, 4, "f32"),
+    "float64": Storage(types.CPointer(types.float64), types.float64, 8, "f64"),
+    "float16": Storage(types.CPointer(types.uint16), types.float32, 2, "f16"),
+    "bfloat16": Storage(types.CPointer(types.int16), types.float32, 2, "bf16"),
+}
+
+
+class _Word(NamedTuple):
+    """What moves values between memory and registers: PTX type, constraint, LLVM type, values."""
+
+    ptx: str
+    constraint: str
+    type: Any
+    values: int
+
+
+def _word(storage: Storage, width: int) -> _Word:
+    if storage.itemsize == 8:
+        return _Word("f64", "d", _F64, 1)
+    if storage.itemsize == 4:
+        return _Word("f32", "f", _F32, 1)
+    return _Word("b16", "h", _I16, 1) if width == 1 else _Word("b32", "r", _I32, 2)
+
+
+def memory_of(dtype: str, width: int) -> tuple[Any, Any]:
+    """(load, store) of `width` values, whose address is a multiple of their size.
+
+    load(pointer, index, values, start): values[start : start + width] = pointer[index : ...].
+    store(pointer, index, values, start): the other way round, rounded to nearest even.
+    """
+    storage = STORAGE[dtype]
+    word = _word(storage, width)
+    words = width // word.values
+    suffix = (f".v{words}" if words > 1 else "") + f".{word.ptx}"
+
+    # Side effects: LLVM must not read again what a store may have overwritten (y may be x).
+    @intrinsic
+    def load(typing_context, pointer, index, values, start):
+        def codegen(context, builder, signature, args):
+            registers = [f"${i}" for i in range(words)]
+            text = f"ld.global.L1::no_allocate{suffix} {_braced(registers)}, [${words}];"
+            outputs = ir.LiteralStructType([word.type] * words) if words > 1 else word.type
+            constraints = ",".join([f"={word.constraint}"] * words + ["l"])
+            address = _address(builder, args[0], args[1])
+            asm = ir.InlineAsm(ir.FunctionType(outputs, [_I64]), text, constraints, True)
+            loaded = builder.call(asm, [address])
+            if words > 1:
+                loaded = [builder.extract_value(loaded, i) for i in range(words)]
+            else:
+                loaded = [loaded]
+            wide = [value for item in loaded for value in _widened(builder, item, storage)]
+            target = context.make_array(signature.args[2])(context, builder, args[2]).data
+            for i, value in enumerate(wide):
+                place = builder.add(args[3], args[3].type(i))
+                builder.store(value, builder.gep(target, [place]))
+            return context.get_dummy_value()
+
+        return types.void(pointer, types.int64, values, types.int64), codegen
+
+    @intrinsic
+    def store(typing_context, pointer, index, values, start):
+        def codegen(context, builder, signature, args):
+            source = context.make_array(signature.args[2])(context, builder, args[2]).data
+            wide = [
+                builder.load(builder.gep(source, [builder.add(args[3], args[3].type(i))]))
+                for i in range(width)
+            ]
+            narrow = [
+                _narrowed(builder, wide[i : i + word.values], storage)
+                for i in range(0, width, word.values)
+            ]
+            registers = [f"${i + 1}" for i in range(words)]
+            text = f"st.global.cs{suffix} [$0], {_braced(registers)};"
+            kind = ir.FunctionType(ir.VoidType(), [_I64] + [word.type] * words)
+            constraints = ",".join(["l"] + [word.constraint] * words + ["~{memory}"])
+            asm = ir.InlineAsm(kind, text, constraints, True)
+            builder.call(asm, [_address(builder, args[0], args[1]), *narrow])
+            return context.get_dummy_value()
+
+        return types.void(pointer, types.int64, values, types.int64), codegen
+
+    return load, store
+
+
+@intrinsic
+def quotient(typing_context, a, b):
+    """a // b of numbers from 0 to 2^31: a 64-bit division is a call, Python's checks for 0 more."""
+
+    def codegen(context, builder, signature, args):
+        a, b = (builder.trunc(value, _I32) for value in args)
+        return builder.zext(builder.udiv(a, b), _I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+def _braced(registers: list[str]) -> str:
+    return "{" + ", ".join(registers) + "}" if len(registers) > 1 else registers[0]
+
+
+def _address(builder: Any, pointer: Any, index: Any) -> Any:
+    return builder.ptrtoint(builder.gep(pointer, [index]), _I64)
+
+
+def _widened(builder: Any, word: Any, storage: Storage) -> list[Any]:
+    """Values of the computed type from a register."""
+    if storage.itemsize >= 4:
+        return [word]
+    if storage.ptx == "bf16":
+        if word.type == _I16:
+            word = builder.shl(builder.zext(word, _I32), _I32(16))
+            return [builder.bitcast(word, _F32)]
+        halves = builder.shl(word, _I32(16)), builder.and_(word, _I32(0xFFFF0000))
+        return [builder.bitcast(half, _F32) for half in halves]
+    halves = [word]
+    if word.type != _I16:
+        halves = [builder.trunc(word, _I16), builder.trunc(builder.lshr(word, _I32(16)), _I16)]
+    convert = ir.InlineAsm(ir.FunctionType(_F32, [_I16]), "cvt.f32.f16 $0, $1;", "=f,h")
+    return [builder.call(convert, [half]) for half in halves]
+
+
+def _narrowed(builder: Any, values: list[Any], storage: Storage) -> Any:
+    """A register from values of the computed type."""
+    if storage.itemsize >= 4:
+        return values[0]
+    if len(values) == 1:
+        kind, text, constraints = _I16, f"cvt.rn.{storage.ptx}.f32 $0, $1;", "=h,f"
+    else:  # the first operand becomes the upper half
+        kind, text, constraints = _I32, f"cvt.rn.{storage.ptx}x2.f32 $0, $2, $1;", "=r,f,f"
+    asm = ir.InlineAsm(ir.FunctionType(kind, [_F32] * len(values)), text, constraints)
+    return builder.call(asm, values)

@@ -1,0 +1,23 @@
+"""How device code is compiled: the only file that says forceinline, launch bounds or fastmath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda
+
+from nbnorm.cuda.plan import THREADS
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Compile a function of one thread, inlined where it is called: its arrays are registers."""
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+def kernel(resident: int = 4) -> Any:
+    """Compile a kernel of which a multiprocessor can hold so many blocks of `THREADS` threads.
+
+    Its 65,536 registers are 64 a thread with four blocks, 80 with three, 128 with two.
+    """
+    return cuda.jit(launch_bounds=(THREADS, resident))

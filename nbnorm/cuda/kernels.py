@@ -1,0 +1,49 @@
+"""All kernels and their argument types, which follow from the arguments' names."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+from numba.cuda import types
+
+from nbnorm.cuda import channel, columns, rows
+from nbnorm.cuda.intrinsics import STORAGE
+
+_TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual"))
+_STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial"))
+_FLOATS = frozenset(("m", "eps", "count", "floor", "momentum", "divisor"))
+# gamma and beta, running statistics: float32 or float64.
+_PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var"))
+
+
+@lru_cache(maxsize=64)
+def build(traversal: str, dtype: str, width: int) -> Any:
+    """Kernels of a traversal."""
+    source = rows if traversal == "rows" else columns
+    return source.build(dtype, width)
+
+
+@lru_cache(maxsize=4)
+def finish_sums(dtype: str) -> Any:
+    """The kernel that ends `reduce`."""
+    return channel.finish_sums(STORAGE[dtype].computed)
+
+
+finish, rstd_all, move = channel.finish, channel.rstd_all, channel.move
+
+
+def signature(kernel: Any, dtype: str, parameters: str) -> tuple[Any, ...]:
+    """Argument types of a kernel for tensors and parameters of these dtypes."""
+
+    def kind(name: str) -> Any:
+        if name in _TENSORS:
+            return STORAGE[dtype].pointer
+        if name in _STATISTICS:
+            return types.CPointer(types.float64)
+        if name in _PARAMETERS:
+            return STORAGE[parameters].pointer
+        return types.float64 if name in _FLOATS else types.int64
+
+    return tuple(kind(name) for name in inspect.signature(kernel.py_func).parameters)

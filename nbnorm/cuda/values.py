@@ -1,0 +1,131 @@
+"""What a thread does with a batch of values, and a block with the sums of its threads.
+
+A batch is `number` values of one channel, every `step`-th of a thread's own array from `start` on,
+of which the first `count` are there. It is summed in the compute dtype around its own mean; what is
+added up over batches, threads and blocks is float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from nbnorm.cuda.jit import device
+
+WARP = 32
+ALL_LANES = 0xFFFFFFFF
+
+
+@device
+def warp_sum(value):
+    """Sum over a warp, in pairs, the same in every lane."""
+    value += cuda.shfl_xor_sync(ALL_LANES, value, 16)
+    value += cuda.shfl_xor_sync(ALL_LANES, value, 8)
+    value += cuda.shfl_xor_sync(ALL_LANES, value, 4)
+    value += cuda.shfl_xor_sync(ALL_LANES, value, 2)
+    return value + cuda.shfl_xor_sync(ALL_LANES, value, 1)
+
+
+@device
+def block_sum(value, shared):
+    """Sum over a block, warp after warp, the same in every thread."""
+    thread = cuda.threadIdx.x
+    value = warp_sum(value)
+    cuda.syncthreads()
+    if thread % WARP == 0:
+        shared[thread // WARP] = value
+    cuda.syncthreads()
+    total = 0.0
+    for warp in range(cuda.blockDim.x // WARP):
+        total += shared[warp]
+    return total
+
+
+@device
+def rectified(value, floor):
+    """max(value, floor) that lets NaN pass; floor is 0 for ReLU, -inf for no activation."""
+    return floor if value <= floor else value
+
+
+@device
+def normalised(x, hi, a, b):
+    """y before residual and activation; backward recomputes the ReLU mask by this expression."""
+    return (x - hi) * a + b
+
+
+@device
+def passed(g, x, y, hi, a, b, masked, zero):
+    """dy where ReLU let the value pass: recomputed from x (masked 1) or read from y (2)."""
+    value = normalised(x, hi, a, b) if masked == 1 else y
+    return g if value > 0 else zero
+
+
+def moments_of(computed: Any, number: int, step: int) -> Any:
+    """Return `moments` for batches of `number` values, `step` apart, in the dtype `computed`."""
+    limits = np.finfo(np.float32 if computed == types.float32 else np.float64)
+    # Between these no square of a deviation that counts has over- or underflowed.
+    least, most = float(limits.tiny) * 2.0**26, float(limits.max)
+    narrow = computed == types.float32
+    zero = computed(0)
+
+    @device
+    def moments64(values, start, count, shift):
+        """`moments` in float64, for squares that float32 does not hold."""
+        s = 0.0
+        q = 0.0
+        for i in range(number):
+            if i < count:
+                d = types.float64(values[start + i * step]) - shift
+                s += d
+                q += d * d
+        return s, q
+
+    @device
+    def moments(values, start, count, shift):
+        """Sums of d and of d^2, d = x - shift, of a batch.
+
+        With e = x - c from the batch's own mean c, and c' = c - shift: sum d = n c' + sum e, and
+        sum d^2 = sum e^2 + c' (n c' + 2 sum e) (Chan, Golub & LeVeque 1983, from one shift).
+        """
+        if count <= 0:
+            return 0.0, 0.0
+        total = zero
+        for i in range(number):
+            if i < count:
+                total += values[start + i * step]
+        center = total / computed(count)
+        s = zero
+        q = zero
+        for i in range(number):
+            if i < count:
+                e = values[start + i * step] - center
+                s += e
+                q += e * e
+        if narrow and not (least <= q <= most):
+            return moments64(values, start, count, shift)
+        c = types.float64(center) - shift
+        nc = count * c
+        return nc + s, q + c * (nc + 2.0 * s)
+
+    return moments
+
+
+def gradients_of(computed: Any, number: int, step: int) -> Any:
+    """Return `gradients` for batches of `number` values, `step` apart."""
+    zero = computed(0)
+
+    @device
+    def gradients(g, x, start, count, hi, unit):
+        """Sums of g and of g (x - hi) unit of a batch."""
+        s = zero
+        t = zero
+        for i in range(number):
+            if i < count:
+                s += g[start + i * step]
+                t += g[start + i * step] * ((x[start + i * step] - hi) * unit)
+        return types.float64(s), types.float64(t)
+
+    return gradients
