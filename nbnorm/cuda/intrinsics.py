@@ -137,8 +137,8 @@ def _widened(builder: Any, word: Any, storage: Storage) -> list[Any]:
         if word.type == _I16:
             word = builder.shl(builder.zext(word, _I32), _I32(16))
             return [builder.bitcast(word, _F32)]
-        halves = builder.shl(word, _I32(16)), builder.and_(word, _I32(0xFFFF0000))
-        return [builder.bitcast(half, _F32) for half in halves]
+        lower, upper = builder.shl(word, _I32(16)), builder.and_(word, _I32(0xFFFF0000))
+        return [builder.bitcast(lower, _F32), builder.bitcast(upper, _F32)]
     halves = [word]
     if word.type != _I16:
         halves = [builder.trunc(word, _I16), builder.trunc(builder.lshr(word, _I32(16)), _I16)]
