@@ -1,19 +1,25 @@
-"""Arrays in and out: what is accepted, how it is viewed as NumPy, how results go back.
+"""Arrays in and out: what is accepted, where it lies, how results go back.
 
-`take` turns any accepted array into a plain `numpy.ndarray` on the same memory; `home_of` says how
-results are handed back, so that a torch tensor in means torch tensors out. Neither imports the
-other library: an array brings its own.
+`take` turns any accepted array into a plain `numpy.ndarray` on the same memory, or a CuPy array if
+that is a GPU's; `home_of` says how results are handed back, so that a torch tensor in means torch
+tensors out. Neither imports the other library: an array brings its own. Only the first array on a
+GPU imports the CUDA backend.
 """
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 Array = Any  # numpy.ndarray, or anything with __dlpack__
 NDArray = np.ndarray[Any, np.dtype[Any]]
+
+_CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLPack's device types
+_PLACES = (_CPU, _CUDA, _CUDA_MANAGED)
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # By the dtype itself where it can be: its name is put together at every look, which takes 1.7 us.
@@ -28,11 +34,13 @@ def take(obj: Array, name: str) -> NDArray:
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; fill it first")
     elif isinstance(obj, np.ndarray):
         array = obj.view(np.ndarray)
+    elif is_cupy(type(obj)):
+        array = obj
     elif hasattr(obj, "__dlpack__"):
         array = _from_dlpack(obj, name)
     else:
         raise TypeError(
-            f"{name} must be a NumPy array or an object with __dlpack__, "
+            f"{name} must be a NumPy array, a CuPy array or an object with __dlpack__, "
             f"got {type(obj).__module__}.{type(obj).__qualname__}"
         )
     if not array.dtype.isnative:
@@ -50,6 +58,60 @@ def take_floating(obj: Array, name: str) -> NDArray:
     return array
 
 
+def is_cupy(cls: type) -> bool:
+    """Whether a class is CuPy's array."""
+    return cls.__module__.partition(".")[0] == "cupy" and cls.__name__ == "ndarray"
+
+
+def mirror(array: NDArray) -> NDArray:
+    """Return a NumPy array that lies where `array` does, never to be read: to ask about memory."""
+    return array if isinstance(array, np.ndarray) else np.asarray(_Mirror(array))
+
+
+class _Mirror:
+    """Address, shape and strides of an array on a GPU."""
+
+    def __init__(self, array: NDArray) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.data.ptr, False),  # type: ignore[attr-defined]
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+        }
+
+
+def place_of(array: Array) -> str:
+    """Where an array that was taken lies, in words."""
+    if isinstance(array, np.ndarray):
+        return "CPU memory"
+    return f"the memory of CUDA device {array.device.id}"
+
+
+def on_gpu(obj: Array) -> bool:
+    """Whether an object is an array in the memory of a CUDA device."""
+    if is_cupy(type(obj)):
+        return True
+    if isinstance(obj, np.ndarray) or not hasattr(obj, "__dlpack_device__"):
+        return False
+    with suppress(Exception):  # taking it as an array will say what is wrong
+        return int(obj.__dlpack_device__()[0]) in _PLACES[1:]
+    return False
+
+
+def cuda_backend(name: str) -> ModuleType:
+    """`nbnorm.cuda`, imported for the first array on a GPU; `name` is the argument's."""
+    try:
+        from nbnorm import cuda
+    except ImportError as error:
+        message = (
+            f"{name} is not in CPU memory, and arrays on a GPU need {error.name}: "
+            'pip install "nbnorm-kernels[cuda]"'
+        )
+        raise (ImportError if name == "x" else ValueError)(message) from error
+    return cuda
+
+
 def home_of(obj: Array) -> Callable[[NDArray], Array]:
     """Return the function that hands a result back as an array of obj's library."""
     return _home(type(obj))  # type: ignore[arg-type]
@@ -57,7 +119,7 @@ def home_of(obj: Array) -> Callable[[NDArray], Array]:
 
 @lru_cache(maxsize=64)
 def _home(cls: type) -> Callable[[NDArray], Array]:
-    if issubclass(cls, np.ndarray):
+    if issubclass(cls, np.ndarray) or is_cupy(cls):
         return lambda array: array
     library = _library_of(cls)
 
@@ -94,15 +156,19 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
         raise TypeError(f"{name} has __dlpack__ but no __dlpack_device__")
     try:
         kind = int(obj.__dlpack_device__()[0])
-        if kind == 1:  # kDLCPU
-            if dtype.endswith("bfloat16"):
-                return np.from_dlpack(_bits(obj)).view(_bfloat16(name))
-            return np.from_dlpack(obj)
     except (BufferError, RuntimeError, ValueError) as error:
-        raise TypeError(f"{name} ({dtype}) cannot be viewed as a NumPy array: {error}") from error
-    # x says which device the call is for; another array can only be on the wrong one.
-    refusal = TypeError if name == "x" else ValueError
-    raise refusal(f"{name} is not in CPU memory (DLPack device type {kind})")
+        raise TypeError(f"{name} ({dtype}) has no memory: {error}") from error
+    if kind not in _PLACES:
+        # x says which device the call is for; another array can only be on the wrong one.
+        refusal = TypeError if name == "x" else ValueError
+        raise refusal(f"{name} is in no memory that is computed on (DLPack device type {kind})")
+    library: Any = np if kind == _CPU else cuda_backend(name).memory
+    half = dtype.endswith("bfloat16")
+    try:
+        array: NDArray = library.from_dlpack(_bits(obj) if half else obj)
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise TypeError(f"{name} ({dtype}) cannot be viewed as an array: {error}") from error
+    return array.view(_bfloat16(name)) if half else array
 
 
 def _bits(obj: Array) -> Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm._arrays import NDArray
+from nbnorm._arrays import NDArray, mirror, place_of
 
 Shape = tuple[int, ...]
 
@@ -66,8 +66,16 @@ def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
 
 
+def same_place(array: NDArray, name: str, x: NDArray) -> None:
+    """Refuse an array that is not on x's device."""
+    place, expected = place_of(array), place_of(x)
+    if place != expected:
+        raise ValueError(f"{name} is in {place}, expected {expected}, where x is")
+
+
 def writable(array: NDArray, name: str, instead: str) -> None:
     """Refuse an array that cannot be written to, or whose elements share their memory."""
+    array = mirror(array)
     if array.flags.carray:  # most are: one step for all
         return
     if not array.flags.writeable:
@@ -109,6 +117,7 @@ def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
     """Refuse an array to be written that shares memory with another."""
     if written is not other and written.flags.owndata and other.flags.owndata:
         return
+    written, other = mirror(written), mirror(other)
     if np.may_share_memory(written, other) and _overlap(written, other):
         raise ValueError(f"{name} and {other_name} share memory, and {name} is written")
 
@@ -122,12 +131,14 @@ def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inpl
     if out.dtype != x.dtype:
         raise ValueError(f"out has dtype {out.dtype}, expected {x.dtype}, the dtype of x")
     writable(out, "out", "pass one that can be written to, or none")
+    out = mirror(out)
     for name, array in inputs:
-        if not np.may_share_memory(out, array):
+        other = mirror(array)
+        if not np.may_share_memory(out, other):
             continue
-        if name == inplace and _same_view(out, array):
+        if name == inplace and _same_view(out, other):
             continue
-        if _overlap(out, array):
+        if _overlap(out, other):
             raise ValueError(
                 f"out overlaps {name} in memory without being it"
                 if name == inplace

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _checks, cpu, pool
-from nbnorm._arrays import Array, NDArray, home_of, take, take_floating
+from nbnorm import _checks, cpu
+from nbnorm._arrays import Array, NDArray, cuda_backend, home_of, take, take_floating
 from nbnorm._layout import Layout, fits, layout_of
 
 
@@ -60,13 +60,19 @@ class Frame:
         Whether there is nothing to compute: no samples or no channels.
     backend : module
         The functions that compute on (N, C, S) arrays of x's device.
+    memory : module
+        What allocates there.
     """
 
     backend: ModuleType = cpu
+    memory: Any = cpu.memory
 
     def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
         self.x = taken = take_floating(x, "x")
         self._inputs = {"x": taken}
+        if type(taken) is not np.ndarray:
+            self.backend = cuda_backend("x")
+            self.memory = self.backend.memory
         self.home = home_of(x)
         self._axis = axis
         given = (axis,) if type(axis) is int else _checks.axes(axis)
@@ -77,6 +83,8 @@ class Frame:
     def required_like_x(self, array: Array, name: str) -> NDArray:
         """Check dy, residual or y: x's shape and dtype."""
         taken = take(array, name)
+        if type(taken) is not np.ndarray or self.backend is not cpu:
+            _checks.same_place(taken, name, self.x)
         _checks.same_dtype(taken, name, self.x)
         _checks.same_shape(taken, name, self.x)
         self._inputs[name] = taken
@@ -93,6 +101,8 @@ class Frame:
     def required(self, array: Array, name: str) -> NDArray:
         """Check a parameter or statistic: floating, the channel axes' shape."""
         taken = take_floating(array, name)
+        if type(taken) is not np.ndarray or self.backend is not cpu:
+            _checks.same_place(taken, name, self.x)
         _checks.channel_shape(taken, name, self._channels, self.x, self._axis)
         self._inputs[name] = taken
         return taken
@@ -102,6 +112,7 @@ class Frame:
         if out is None:
             return None
         taken = take(out, "out")
+        _checks.same_place(taken, "out", self.x)
         _checks.output(taken, self.x, self._inputs.items(), inplace)
         return taken
 
@@ -111,18 +122,19 @@ class Frame:
             return None
         if self._fits(array):
             return self._turned(array).reshape(self._layout.shape)
-        return np.require(self._turned(array), requirements=["C", "A"]).reshape(self._layout.shape)
+        copy: NDArray = self.memory.contiguous(self._turned(array))
+        return copy.reshape(self._layout.shape)
 
     def target(self, out: NDArray | None) -> Target:
         """Memory for a result: out, or a fresh array of x's shape, dtype and order in memory."""
         layout = self._layout
         if out is None and layout.natural and layout.dense == layout.order:
-            array = pool.empty(self.x.shape, self.x.dtype)
+            array: NDArray = self.memory.empty(self.x.shape, self.x.dtype)
             return Target(array, array.reshape(layout.shape))
         array = self._new() if out is None else out
         if self.empty or self._fits(array):
             return Target(array, self._turned(array).reshape(layout.shape))
-        return Target(array, pool.empty(layout.shape, self.x.dtype))
+        return Target(array, self.memory.empty(layout.shape, self.x.dtype))
 
     def settle(self, target: Target, out: Array | None = None) -> Array:
         """Hand a result back: as the out that was passed, else as an array of x's library."""
@@ -132,15 +144,13 @@ class Frame:
         return self.home(target.array) if out is None else out
 
     def _new(self) -> NDArray:
-        dense = self._layout.dense
-        if dense is None or dense == tuple(range(len(dense))):
-            return pool.empty(self.x.shape, self.x.dtype)
-        array = pool.empty(tuple(self.x.shape[i] for i in dense), self.x.dtype)
-        return array.transpose(np.argsort(dense))
+        dense = self._layout.dense or tuple(range(self.x.ndim))
+        array: NDArray = self.memory.empty(tuple(self.x.shape[i] for i in dense), self.x.dtype)
+        return array.transpose(tuple(map(dense.index, range(len(dense)))))
 
     def statistic(self, array: NDArray) -> NDArray:
         """Return a statistic as contiguous float64 of shape (C,), itself where it is that."""
-        return _flat(array, _FLOAT64)
+        return self._flat(array, _FLOAT64)
 
     def scale_and_shift(
         self, gamma: NDArray | None, beta: NDArray | None
@@ -153,9 +163,10 @@ class Frame:
         for array in (gamma, beta):
             wide = wide or (array is not None and array.dtype == _FLOAT64)
         dtype = _FLOAT64 if wide else _FLOAT32
+        constant = self.memory.constant
         return (
-            _constant(self.channels, 1.0, dtype) if gamma is None else _flat(gamma, dtype),
-            _constant(self.channels, 0.0, dtype) if beta is None else _flat(beta, dtype),
+            self._flat(gamma, dtype) if gamma is not None else constant(self.channels, 1.0, dtype),
+            self._flat(beta, dtype) if beta is not None else constant(self.channels, 0.0, dtype),
         )
 
     def unflat(self, array: NDArray) -> NDArray:
@@ -176,38 +187,22 @@ class Frame:
         with np.errstate(over="ignore", invalid="ignore"):  # Inf is what IEEE makes of it
             return self.home(self.unflat(total.astype(dtype)))
 
+    def _flat(self, array: NDArray, dtype: np.dtype[Any]) -> NDArray:
+        """Return an array as (C,), plain and of this dtype: itself where it is all that."""
+        if array.dtype != dtype or not self.memory.plain(array):
+            array = array.astype(dtype, "C")
+        return array if array.ndim == 1 else array.reshape(-1)
+
     def _turned(self, array: NDArray) -> NDArray:
         """Transpose x's axes to the layout's order."""
         return array if self._layout.natural else array.transpose(self._layout.order)
 
     def _fits(self, array: NDArray) -> bool:
         """Whether an array of x's shape has the (N, C, S) view that kernels need."""
-        return array.flags.aligned and (
+        return self.memory.aligned(array) and (
             array.strides == self._fitting
             or fits(self._layout, array.shape, array.strides, array.itemsize)
         )
 
 
 _FLOAT32, _FLOAT64 = np.dtype("float32"), np.dtype("float64")
-
-
-def _flat(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
-    """Return an array as (C,), contiguous and of this dtype: itself where it is all that.
-
-    Read-only arrays are another type to Numba, which would compile every kernel anew for them.
-    """
-    if array.dtype != dtype or not array.flags.carray:
-        array = array.astype(dtype, "C")
-    return array if array.ndim == 1 else array.reshape(-1)
-
-
-def _constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
-    """Return an array of one value, which nobody writes to: a small one is made once."""
-    if size > 1 << 12:
-        return np.full(size, value, dtype)
-    return _small_constant(size, value, dtype)
-
-
-@lru_cache(maxsize=64)
-def _small_constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
-    return np.full(size, value, dtype)

@@ -5,17 +5,40 @@ Every check comes before the first kernel: an error leaves every array as it was
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, NDArray
+from nbnorm._arrays import Array, NDArray, cuda_backend, on_gpu
 from nbnorm._frame import Frame, Target
 from nbnorm.moments import Moments
 
 Axis = int | tuple[int, ...]
 Mask = tuple[bool, bool, bool, bool]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run a function on the device of x, and there on the stream that x's library works on.
+
+    What is in CPU memory has neither.
+    """
+    position = list(signature(function).parameters).index("x")
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        x = args[position] if len(args) > position else kwargs.get("x")
+        if type(x) is np.ndarray or not on_gpu(x):
+            return function(*args, **kwargs)
+        with cuda_backend("x").memory.current_for(x):
+            return function(*args, **kwargs)
+
+    return call
 
 
 class BatchNormForward(NamedTuple):
@@ -54,6 +77,7 @@ class BatchNormBackward(NamedTuple):
     dresidual: Array | None
 
 
+@_on_its_device
 def batch_norm_forward(
     x: Array,
     gamma: Array | None = None,
@@ -164,7 +188,7 @@ def batch_norm_forward(
         rstd = frame.backend.rstd(frame.statistic(var_), eps)
         y = _apply(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
     elif frame.empty:
-        mean, rstd = np.zeros(frame.channels), np.zeros(frame.channels)
+        mean, rstd = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
         y = frame.target(out_)
     else:
         y = frame.target(out_)
@@ -190,6 +214,7 @@ _UPDATE_BY_HAND = (
 )
 
 
+@_on_its_device
 def batch_norm_inference(
     x: Array,
     gamma: Array | None,
@@ -261,6 +286,7 @@ def batch_norm_inference(
     return frame.settle(y, out)
 
 
+@_on_its_device
 def batch_norm_apply(
     x: Array,
     gamma: Array | None,
@@ -353,6 +379,7 @@ def _apply(
     return y
 
 
+@_on_its_device
 def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     """Count, mean and M2 of every channel: the first half of the training forward.
 
@@ -388,12 +415,13 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     """
     frame = Frame(x, axis)
     if frame.empty:
-        mean, m2 = np.zeros(frame.channels), np.zeros(frame.channels)
+        mean, m2 = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
     else:
         mean, m2 = frame.backend.stats(frame.view(frame.x))
     return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
 
 
+@_on_its_device
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -485,7 +513,7 @@ def batch_norm_backward(
 
     dx = frame.target(out_) if want_dx else None
     dresidual = frame.target(None) if want_dresidual else None
-    sums = np.zeros((2, frame.channels))
+    sums: Array = frame.memory.zeros((2, frame.channels)) if frame.empty else None
     if not frame.empty:
         arrays = frame.view(dy_), frame.view(frame.x)
         mean64, rstd64 = frame.statistic(mean_), frame.statistic(rstd_)
@@ -508,6 +536,7 @@ def batch_norm_backward(
     )
 
 
+@_on_its_device
 def batch_norm_backward_reduce(
     dy: Array,
     x: Array,
@@ -567,7 +596,7 @@ def batch_norm_backward_reduce(
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     relu = _checks.relu(activation)
     if frame.empty:
-        sums = np.zeros((2, frame.channels))
+        sums = frame.memory.zeros((2, frame.channels))
     else:
         scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
         sums = frame.backend.backward_reduce(
@@ -581,6 +610,7 @@ def batch_norm_backward_reduce(
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
 
+@_on_its_device
 def batch_norm_backward_apply(
     dy: Array,
     x: Array,

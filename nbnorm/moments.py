@@ -174,11 +174,9 @@ def rstd_of(var: NDArray, eps: float) -> NDArray:
     >>> rstd_of(np.array([4.0, 0.0]), eps=0.0)
     array([0.5, 0. ])
     """
-    total = np.asarray(var + _checks.epsilon(eps))
-    rstd = np.zeros_like(total)
-    with np.errstate(invalid="ignore"):
-        np.divide(1.0, np.sqrt(total), out=rstd, where=total != 0)
-    return rstd
+    total = var + _checks.epsilon(eps)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
 
 
 def update_running_stats(
@@ -277,7 +275,7 @@ def _var(count: int, m2: NDArray, correction: float) -> NDArray:
             f"expected more than {correction:g} value{'s' * (correction != 1)} per channel "
             f"when training, got {count}"
         )
-    return np.asarray(m2 / float(count - correction))
+    return m2 / float(count - correction)
 
 
 def _taken(

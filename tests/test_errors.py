@@ -7,6 +7,7 @@ What is wrong with `out` is in test_results.py.
 
 import inspect
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -340,15 +341,18 @@ def test_a_count_that_is_no_integer():
 
 
 class Elsewhere:
-    """An array in the memory of another device."""
+    """An array in the memory of another device: ROCm's, or one given by its number in DLPack."""
 
     dtype = "float32"
+
+    def __init__(self, device=10):
+        self.device = device
 
     def __dlpack__(self, **_):
         raise AssertionError("asked for memory that cannot be read here")
 
     def __dlpack_device__(self):
-        return 2, 0
+        return self.device, 0
 
 
 class Nowhere:
@@ -361,5 +365,14 @@ class Nowhere:
 @pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL))
 def test_arrays_on_another_device(function, argument):
     kind = TypeError if argument == "x" else ValueError
-    refuses(function, kind, rf"^{argument} is not in CPU memory", **{argument: Elsewhere()})
+    refuses(function, kind, rf"^{argument} is in no memory that", **{argument: Elsewhere()})
     refuses(function, TypeError, rf"^{argument} has __dlpack__ but", **{argument: Nowhere()})
+
+
+@pytest.mark.parametrize("device", [2, 13])
+@pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL))
+def test_arrays_on_a_gpu_without_the_cuda_backend(function, argument, device, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba_cuda", None)
+    kind = ImportError if argument == "x" else ValueError
+    message = rf'^{argument} is not in CPU memory, .* numba_cuda: pip install "nbnorm-kernels\[cuda'
+    refuses(function, kind, message, **{argument: Elsewhere(device)})

@@ -15,6 +15,7 @@ import numpy as np
 
 from nbnorm import moments
 from nbnorm.cpu import kernels
+from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count

@@ -12,9 +12,12 @@ import sys
 from math import inf
 from typing import Any
 
+import numba_cuda  # noqa: F401  # else Numba's own, older `numba.cuda` would be found
+
 from nbnorm import moments
 from nbnorm._layout import PLANE
 from nbnorm.cuda import kernels, launch
+from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, Plan, plan
 from nbnorm.cuda.values import WARP
 

@@ -1,0 +1,73 @@
+"""Memory on a GPU: CuPy's, of its current device and stream.
+
+The functions of `nbnorm.cpu.memory`, and what only arrays on a GPU need.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import cupy
+
+Array = Any
+
+from_dlpack = cupy.from_dlpack
+empty = cupy.empty
+zeros = cupy.zeros
+contiguous = cupy.ascontiguousarray
+
+
+def aligned(array: Array) -> bool:
+    """Whether every value lies at a multiple of its size."""
+    return bool(array.data.ptr % array.itemsize == 0)
+
+
+def plain(array: Array) -> bool:
+    """Whether an array is contiguous, aligned and can be written to."""
+    return bool(array.flags.c_contiguous) and aligned(array)
+
+
+def constant(size: int, value: float, dtype: Any) -> Array:
+    """Return an array of one value, which nobody writes to: a small one is made once a device."""
+    if size > 1 << 12:
+        return cupy.full(size, value, dtype)
+    return _small_constant(size, value, dtype, cupy.cuda.runtime.getDevice())
+
+
+@lru_cache(maxsize=256)
+def _small_constant(size: int, value: float, dtype: Any, device: int) -> Array:
+    array = cupy.full(size, value, dtype)
+    cupy.cuda.get_current_stream().synchronize()  # other streams will read it
+    return array
+
+
+def current_for(array: Array) -> AbstractContextManager[None]:
+    """Make the device of an array CuPy's current one, and the stream that its library works on."""
+    library = type(array).__module__.partition(".")[0]
+    device = array.device.id if library == "cupy" else array.__dlpack_device__()[1]
+    if library == "cupy" and device == cupy.cuda.runtime.getDevice():
+        return _AS_IT_IS
+    return _made_current(library, device)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _made_current(library: str, device: int) -> Iterator[None]:
+    with cupy.cuda.Device(device):
+        pointer = _stream_of(library, device)
+        with nullcontext() if pointer is None else cupy.cuda.ExternalStream(pointer, device):
+            yield
+
+
+def _stream_of(library: str, device: int) -> int | None:
+    """Return torch's current stream; other libraries wait for CuPy's when they hand arrays over."""
+    if library != "torch":
+        return None
+    stream: int = sys.modules["torch"].cuda.current_stream(device).cuda_stream
+    return stream
