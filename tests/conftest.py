@@ -1,5 +1,6 @@
-"""Settings shared by all tests."""
+"""Settings shared by all tests, and the backend that they run on."""
 
+import backends
 import pytest
 from hypothesis import settings
 
@@ -9,7 +10,15 @@ settings.register_profile("nbnorm", deadline=None, derandomize=True, max_example
 settings.load_profile("nbnorm")
 
 
+# What is about NumPy's memory, the CPU's threads or no backend at all.
+CPU_ONLY = (
+    *("benchmarks", "config", "docs", "examples", "interop", "layer", "plan", "pool", "reference"),
+    *("streaming", "threads", "warmup"),
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=["numpy", *backends.EXCHANGES], default="numpy")
     parser.addoption(
         "--no-skips", action="store_true", help="a skipped test fails the run (everything is there)"
     )
@@ -19,3 +28,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if session.config.getoption("--no-skips") and reporter and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--backend")
+    if name != "numpy":
+        backends.install(backends.EXCHANGES[name])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    name = config.getoption("--backend")
+    if name == "cupy":
+        for item in items:
+            if item.path.stem.removeprefix("test_") in CPU_ONLY:
+                item.add_marker(pytest.mark.skip(reason=f"not about the backend {name}"))

@@ -1,0 +1,120 @@
+"""The same tests on another backend: `pytest --backend read-only` or `--backend cupy`.
+
+Tests hand NumPy arrays to the functions of `nbnorm`. Here each function is wrapped: arguments
+become arrays of the backend, results NumPy arrays again. Memory keeps its structure: what were
+views of one array are views of one array there, with the same strides, and what was written comes
+back.
+"""
+
+import functools
+import inspect
+
+import numpy as np
+
+import nbnorm
+from nbnorm import Moments
+
+WRITTEN = ("out", "running_mean", "running_var")
+
+
+def wrap(function, exchange):
+    """Return a function of NumPy arrays that calls `function` with those of a backend."""
+
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        taken = exchange()
+        args = [taken.give(arg, name) for name, arg in zip(names, args, strict=False)]
+        kwargs = {name: taken.give(arg, name) for name, arg in kwargs.items()}
+        try:
+            return taken.back(function(*args, **kwargs))
+        finally:
+            taken.settle()
+
+    return call
+
+
+def install(exchange):
+    """Wrap all of nbnorm's functions of arrays."""
+    for name in nbnorm.__all__:
+        function = getattr(nbnorm, name)
+        if inspect.isfunction(function) and name.startswith(("batch_norm", "update_", "fold_")):
+            setattr(nbnorm, name, wrap(function, exchange))
+
+
+class ReadOnly:
+    """NumPy arrays that are not to be written come as views that cannot be."""
+
+    def give(self, value, name):
+        if type(value) is np.ndarray and name not in WRITTEN:
+            value = value.view()
+            value.flags.writeable = False
+        return value
+
+    def back(self, result):
+        return result
+
+    def settle(self):
+        pass
+
+
+class OnDevice:
+    """CuPy arrays: the memory that NumPy's are views of is copied there, and back if written to."""
+
+    def __init__(self):
+        import cupy
+
+        self._cupy = cupy
+        self._memory = {}  # by the address of what an array is a view of
+        self._given = {}  # by id of the device array
+
+    def give(self, value, name):
+        if isinstance(value, Moments):
+            return Moments(value.count, self.give(value.mean, None), self.give(value.m2, None))
+        if type(value) is not np.ndarray:
+            return value
+        root = value
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        flat = _as_bytes(root)
+        if flat is None or not value.dtype.isnative or value.dtype == object:
+            return value  # refused before any memory is looked at
+        start = flat.__array_interface__["data"][0]
+        if start not in self._memory:
+            self._memory[start] = flat, self._cupy.asarray(flat)
+        offset = value.__array_interface__["data"][0] - start
+        memory = self._memory[start][1]
+        given = self._cupy.ndarray(
+            value.shape, value.dtype, memory.data + offset, strides=value.strides
+        )
+        self._given[id(given)] = given, value
+        return given
+
+    def back(self, result):
+        if id(result) in self._given:
+            self.settle()
+            return self._given[id(result)][1]
+        if isinstance(result, tuple):
+            values = [self.back(value) for value in result]
+            return type(result)(*values) if hasattr(result, "_fields") else tuple(values)
+        if isinstance(result, self._cupy.ndarray):
+            order = sorted(range(result.ndim), key=lambda i: -result.strides[i])
+            return result.transpose(order).get().transpose(np.argsort(order))
+        return result
+
+    def settle(self):
+        for host, device in self._memory.values():
+            if host.flags.writeable:
+                host[...] = device.get()
+
+
+def _as_bytes(root):
+    """All memory of an array as bytes, without a copy; None where it is not contiguous."""
+    for view in (root, root.T):
+        if view.flags.c_contiguous:
+            return view.reshape(-1).view(np.uint8)
+    return None
+
+
+EXCHANGES = {"read-only": ReadOnly, "cupy": OnDevice}

@@ -1,0 +1,214 @@
+"""CuPy as far as nbnorm uses it, over NumPy's memory; `install` puts it in CuPy's place.
+
+An array is no NumPy array and refuses to become one, so that a function of NumPy's which would not
+take CuPy's arrays does not take these. Devices and streams are numbers that remember where they
+were current.
+"""
+
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+_current = threading.local()
+
+
+class ndarray:  # noqa: N801  # CuPy's name
+    """A CuPy array: what `numpy` holds, on `device`."""
+
+    def __init__(self, shape, dtype=float, memptr=None, strides=None):
+        memory = np.empty(0, np.uint8) if memptr is None else memptr.memory
+        self.numpy = np.ndarray(shape, dtype, memory, memptr.offset if memptr else 0, strides)
+        self.device = Device()
+
+    @classmethod
+    def of(cls, numpy, device):
+        """An array on a NumPy array's memory."""
+        array = cls.__new__(cls)
+        array.numpy, array.device = numpy, device
+        return array
+
+    shape = property(lambda self: self.numpy.shape)
+    strides = property(lambda self: self.numpy.strides)
+    dtype = property(lambda self: self.numpy.dtype)
+    itemsize = property(lambda self: self.numpy.itemsize)
+    nbytes = property(lambda self: self.numpy.nbytes)
+    ndim = property(lambda self: self.numpy.ndim)
+    size = property(lambda self: self.numpy.size)
+    data = property(lambda self: _Pointer(self.numpy, 0))
+    base = property(lambda self: None if self.numpy.base is None else self._like(self.numpy.base))
+
+    @property
+    def flags(self):
+        flags = self.numpy.flags
+        return SimpleNamespace(
+            c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous, owndata=flags.owndata
+        )
+
+    def _like(self, numpy):
+        return ndarray.of(numpy, self.device)
+
+    def get(self):
+        """Copy to the host."""
+        return self.numpy.copy()
+
+    def copy(self):
+        return self._like(self.numpy.copy())
+
+    def reshape(self, *shape):
+        return self._like(self.numpy.reshape(*shape))
+
+    def transpose(self, *axes):
+        return self._like(self.numpy.transpose(*axes))
+
+    def view(self, dtype):
+        return self._like(self.numpy.view(dtype))
+
+    def astype(self, dtype, order="K"):
+        return self._like(self.numpy.astype(dtype, order))
+
+    def __getitem__(self, index):
+        return self._like(np.asarray(self.numpy[index]))
+
+    def __setitem__(self, index, value):
+        self.numpy[index] = _host(value)
+
+    def __array__(self, *_, **__):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        assert method == "__call__"
+        assert out is None
+        return self._like(np.asarray(ufunc(*map(_host, inputs), **options)))
+
+    def __array_function__(self, function, types, args, kwargs):
+        assert function in (np.zeros_like, np.where, np.sqrt), function
+        return self._like(function(*map(_host, args), **kwargs))
+
+    def __dlpack__(self, **_):
+        raise AssertionError("not needed")
+
+    def __dlpack_device__(self):
+        return 2, self.device.id
+
+    def _binary(name):  # noqa: N805
+        def operate(self, other):
+            return self._like(np.asarray(getattr(self.numpy, name)(_host(other))))
+
+        return operate
+
+    for _name in ("add", "sub", "mul", "truediv"):
+        locals()[f"__{_name}__"] = _binary(f"__{_name}__")
+        locals()[f"__r{_name}__"] = _binary(f"__r{_name}__")
+    __eq__ = _binary("__eq__")
+    __hash__ = None
+
+    def __neg__(self):
+        return self._like(-self.numpy)
+
+
+ndarray.__module__ = "cupy"
+
+
+class _Pointer:
+    """A place in the memory of a NumPy array."""
+
+    def __init__(self, memory, offset):
+        self.memory, self.offset = memory, offset
+        self.ptr = memory.ctypes.data + offset
+
+    def __add__(self, nbytes):
+        return _Pointer(self.memory, self.offset + nbytes)
+
+
+def _host(value):
+    """The NumPy array behind one of these; numbers as they are, NumPy arrays not at all."""
+    if isinstance(value, ndarray):
+        return value.numpy
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    return value
+
+
+class _Current:
+    """Base of what is made current by `with`."""
+
+    def __enter__(self):
+        stack = _stack(type(self).kind)
+        stack.append(self)
+        return self
+
+    def __exit__(self, *_):
+        _stack(type(self).kind).pop()
+
+
+def _stack(kind):
+    if not hasattr(_current, kind):
+        setattr(_current, kind, [])
+    return getattr(_current, kind)
+
+
+class Device(_Current):
+    kind = "devices"
+
+    def __init__(self, number=None):
+        current = _stack("devices")
+        self.id = number if number is not None else (current[-1].id if current else 0)
+
+
+class ExternalStream(_Current):
+    kind = "streams"
+
+    def __init__(self, ptr, device_id=-1):
+        self.ptr, self.device_id = ptr, device_id
+
+    def synchronize(self):
+        synchronised.append(self.ptr)
+
+
+synchronised = []  # streams, in order
+_null = ExternalStream(0)
+
+
+def get_current_stream():
+    stack = _stack("streams")
+    return stack[-1] if stack else _null
+
+
+def asarray(array):
+    """Copy a NumPy array to the current device."""
+    return ndarray.of(np.array(array), Device())
+
+
+def _made(function):
+    return lambda *args, **options: ndarray.of(function(*args, **options), Device())
+
+
+def empty(shape, dtype=float):
+    """Memory full of what no kernel leaves there."""
+    array = np.empty(shape, dtype)
+    array.reshape(-1).view(np.uint8)[...] = 0xAB
+    return ndarray.of(array, Device())
+
+
+def ascontiguousarray(array):
+    return ndarray.of(np.ascontiguousarray(array.numpy), array.device)
+
+
+def from_dlpack(obj):
+    return obj.to_cupy()
+
+
+def install():
+    """Put this module in CuPy's place."""
+    module = ModuleType("cupy")
+    vars(module).update(
+        ndarray=ndarray, asarray=asarray, empty=empty, zeros=_made(np.zeros), full=_made(np.full),
+        ascontiguousarray=ascontiguousarray, from_dlpack=from_dlpack,
+        cuda=SimpleNamespace(
+            Device=Device, ExternalStream=ExternalStream, get_current_stream=get_current_stream,
+            runtime=SimpleNamespace(getDevice=lambda: Device().id),
+        ),
+    )  # fmt: skip
+    sys.modules["cupy"] = module
