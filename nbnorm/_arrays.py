@@ -35,7 +35,7 @@ def take(obj: Array, name: str) -> NDArray:
     elif isinstance(obj, np.ndarray):
         array = obj.view(np.ndarray)
     elif is_cupy(type(obj)):
-        array = obj
+        array = _aligned(obj, name)
     elif hasattr(obj, "__dlpack__"):
         array = _from_dlpack(obj, name)
     else:
@@ -168,7 +168,16 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
         array: NDArray = library.from_dlpack(_bits(obj) if half else obj)
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(f"{name} ({dtype}) cannot be viewed as an array: {error}") from error
+    if kind != _CPU:
+        _aligned(array, name)
     return array.view(_bfloat16(name)) if half else array
+
+
+def _aligned(array: Array, name: str) -> Array:
+    """Refuse an array on a GPU whose values lie across words: no access there works."""
+    if array.data.ptr % array.itemsize:
+        raise ValueError(f"{name} does not begin at a multiple of its {array.itemsize} bytes")
+    return array
 
 
 def _bits(obj: Array) -> Array:

@@ -220,7 +220,7 @@ def _folded_bias(
     if bias is None:
         return shift
     with np.errstate(all="ignore"):
-        return np.asarray(_float64(bias, "bias", expected, of) * scale + shift)
+        return _float64(bias, "bias", expected, of) * scale + shift
 
 
 def _float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArray:

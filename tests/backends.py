@@ -1,4 +1,4 @@
-"""The same tests on another backend: `pytest --backend read-only` or `--backend cupy`.
+"""The same tests on another backend: `pytest --backend read-only`, `simulator` or `cupy`.
 
 Tests hand NumPy arrays to the functions of `nbnorm`. Here each function is wrapped: arguments
 become arrays of the backend, results NumPy arrays again. Memory keeps its structure: what were
@@ -7,7 +7,10 @@ back.
 """
 
 import functools
+import importlib
 import inspect
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -72,14 +75,12 @@ class OnDevice:
     def give(self, value, name):
         if isinstance(value, Moments):
             return Moments(value.count, self.give(value.mean, None), self.give(value.m2, None))
-        if type(value) is not np.ndarray:
-            return value
+        if type(value) is not np.ndarray or value.dtype == object or not value.dtype.isnative:
+            return value  # the last two are refused before any memory is looked at
         root = value
         while isinstance(root.base, np.ndarray):
             root = root.base
         flat = _as_bytes(root)
-        if flat is None or not value.dtype.isnative or value.dtype == object:
-            return value  # refused before any memory is looked at
         start = flat.__array_interface__["data"][0]
         if start not in self._memory:
             self._memory[start] = flat, self._cupy.asarray(flat)
@@ -110,11 +111,35 @@ class OnDevice:
 
 
 def _as_bytes(root):
-    """All memory of an array as bytes, without a copy; None where it is not contiguous."""
-    for view in (root, root.T):
-        if view.flags.c_contiguous:
-            return view.reshape(-1).view(np.uint8)
-    return None
+    """All memory of an array as bytes, gaps included, without a copy."""
+    low, high = np.lib.array_utils.byte_bounds(root)
+    return np.asarray(_Span(root, low, high - low))
 
 
-EXCHANGES = {"read-only": ReadOnly, "cupy": OnDevice}
+class _Span:
+    def __init__(self, owner, start, nbytes):
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (start, not owner.flags.writeable),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
+
+
+def simulated():
+    """`OnDevice`, after a stand-in for CuPy and the simulator have taken the place of a GPU."""
+    sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+    import fake_cupy
+    import simulator
+
+    fake_cupy.install()
+    cuda = simulator.load(THREADS=32, CHUNK=1 << 9)
+    del sys.modules["nbnorm.cuda.memory"]  # the simulator's; with the stand-in, our own works
+    cuda.memory = importlib.import_module("nbnorm.cuda.memory")
+    cuda.launch.address = lambda array: array.data.ptr
+    cuda.launch.run = lambda *args: simulator.run(*(getattr(arg, "numpy", arg) for arg in args))
+    return OnDevice
+
+
+EXCHANGES = {"read-only": lambda: ReadOnly, "cupy": lambda: OnDevice, "simulator": simulated}

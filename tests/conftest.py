@@ -32,13 +32,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--backend")
+    if name == "simulator":
+        settings.register_profile("simulator", settings.get_profile("nbnorm"), max_examples=12)
+        settings.load_profile("simulator")
     if name != "numpy":
-        backends.install(backends.EXCHANGES[name])
+        backends.install(backends.EXCHANGES[name]())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name = config.getoption("--backend")
-    if name == "cupy":
+    if name in ("cupy", "simulator"):
         for item in items:
-            if item.path.stem.removeprefix("test_") in CPU_ONLY:
+            file = item.path.stem.removeprefix("test_")
+            if file in CPU_ONLY or item.get_closest_marker("cpu_only"):
                 item.add_marker(pytest.mark.skip(reason=f"not about the backend {name}"))

@@ -237,6 +237,7 @@ def test_no_running_statistics_when_not_training():
     refuses("batch_norm_forward", ValueError, r"running_mean.*running_var", **spoiled)
 
 
+@pytest.mark.cpu_only  # CuPy's arrays are never read-only
 @pytest.mark.parametrize("function", ["batch_norm_forward", "update_running_stats"])
 @pytest.mark.parametrize("argument", ["running_mean", "running_var"])
 def test_read_only_running_statistics(function, argument):
@@ -369,6 +370,7 @@ def test_arrays_on_another_device(function, argument):
     refuses(function, TypeError, rf"^{argument} has __dlpack__ but", **{argument: Nowhere()})
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("device", [2, 13])
 @pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL))
 def test_arrays_on_a_gpu_without_the_cuda_backend(function, argument, device, monkeypatch):

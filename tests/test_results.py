@@ -179,6 +179,7 @@ def test_zero_variance_and_zero_eps_gives_rstd_zero_and_beta(dtype, shape):
     assert not np.any(grads.dgamma)
 
 
+@pytest.mark.cpu_only  # CuPy's arrays are never read-only
 @pytest.mark.parametrize(("function", "argument"), takers("out"))
 def test_read_only_out(function, argument):
     refuses(function, ValueError, r"^out\b.*read-only", out=lay_out(target(), "read-only"))
@@ -312,6 +313,7 @@ def test_correction_of_a_narrow_type_is_not_computed_in_it(correction):
     assert_same_bits(narrow[1], wide[1])
 
 
+@pytest.mark.cpu_only  # a GPU cannot read them
 def test_unaligned_arrays_of_every_kind():
     def unaligned(array):
         return lay_out(array, "unaligned")

@@ -9,16 +9,17 @@ CuPy's, of its current stream.
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba_cuda  # noqa: F401  # else Numba's own, older `numba.cuda` would be found
 
 from nbnorm import moments
-from nbnorm._layout import PLANE
+from nbnorm._layout import PLANE, Axes
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
-from nbnorm.cuda.plan import THREADS, VECTOR, Plan, plan
+from nbnorm.cuda.plan import THREADS, VECTOR, plan
 from nbnorm.cuda.values import WARP
 
 Array = Any
@@ -34,12 +35,13 @@ def _stats(x: Array, eps: float) -> tuple[Array, Array, Array]:
     N, C, S = x.shape
     empty = _library(x).empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
-    cut = _cut(x)
-    partial = empty((2, C, cut.chunks))
-    _run(x, cut, "stats", [x], partial, mean)
-    dtype = x.dtype.name
-    args = partial, C, cut.chunks, float(N * S), eps, mean, m2, rstd
-    launch.run(kernels.finish, dtype, dtype, _warps(C), THREADS, *args)
+    ready = _pass("stats", x, mean, x)
+    partial = empty((2, C, ready.chunks))
+    args = partial, C, ready.chunks, float(N * S), eps, mean, m2, rstd
+    # float64 has no digits to lose to a first value far from the mean: once more, around the mean.
+    for again in (False, True) if ready.dtype == "float64" else (False,):
+        _run(ready, x, (x,), partial, mean, again)
+        launch.run(kernels.finish, "float64", "float64", _warps(C), THREADS, *args)
     return mean, m2, rstd
 
 
@@ -54,13 +56,10 @@ def apply(
     y: Array,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    cut = _cut(x, residual, y)
-    added = residual is not None
+    tensors = x, residual, y
+    ready = _pass("apply", x, gamma, *tensors)
     floor = 0.0 if relu else -inf
-    _run(
-        x, cut, "apply", [x, residual, y], mean, rstd, gamma, beta, floor, added,
-        parameters=gamma.dtype.name,
-    )  # fmt: skip
+    _run(ready, x, tensors, mean, rstd, gamma, beta, floor, residual is not None)
 
 
 def forward(
@@ -99,11 +98,11 @@ def move(
     running = (1 - momentum) running + momentum batch, rounded once to running's dtype.
     """
     dtype = running_mean.dtype
-    compiled = dtype.name in ("float32", "float64") and dtype == running_var.dtype
+    compiled = _name(dtype) in ("float32", "float64") and dtype == running_var.dtype
     if compiled and running_mean.flags.c_contiguous and running_var.flags.c_contiguous:
         args = running_mean, running_var, mean, m2, momentum, divisor, mean.size
         blocks = _ceil(mean.size, THREADS)
-        launch.run(kernels.move, dtype.name, dtype.name, blocks, THREADS, *args)
+        launch.run(kernels.move, _name(dtype), _name(dtype), blocks, THREADS, *args)
         return
     batch = (values.reshape(running_mean.shape) for values in (mean, m2 / divisor))
     moments.move((running_mean, running_var), tuple(batch), momentum)
@@ -121,15 +120,13 @@ def backward_reduce(
     """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
     C = x.shape[1]
     empty = _library(x).empty
-    cut = _cut(x, dy, y)
-    partial, sums = empty((2, C, cut.chunks)), empty((2, C))
+    tensors = dy, x, y
+    ready = _pass("reduce", x, gamma, *tensors)
+    partial, sums = empty((2, C, ready.chunks)), empty((2, C))
     masked, shift = _mask(gamma, beta, y)
-    _run(
-        x, cut, "reduce", [dy, x, y], mean, rstd, gamma, shift, masked, partial,
-        parameters=gamma.dtype.name,
-    )  # fmt: skip
-    dtype = x.dtype.name
-    args = partial, C, cut.chunks, mean, rstd, sums
+    _run(ready, x, tensors, mean, rstd, gamma, shift, masked, partial)
+    dtype = ready.dtype
+    args = partial, C, ready.chunks, mean, rstd, sums
     launch.run(kernels.finish_sums(dtype), dtype, dtype, _warps(C), THREADS, *args)
     return sums
 
@@ -148,14 +145,14 @@ def backward_apply(
     dresidual: Array | None,
 ) -> None:
     """Write dx and dresidual, each where given; sums None: mean and rstd are constants."""
-    cut = _cut(x, dy, y, dx, dresidual)
+    tensors = dy, x, y, dx, dresidual
+    ready = _pass("differentiate", x, gamma, *tensors)
     masked, shift = _mask(gamma, beta, y)
     outs = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
     _run(
-        x, cut, "differentiate", [dy, x, y, dx, dresidual], mean, rstd, gamma, shift,
+        ready, x, tensors, mean, rstd, gamma, shift,
         sums if training else mean, float(count), masked, training, outs,
-        parameters=gamma.dtype.name,
     )  # fmt: skip
 
 
@@ -184,44 +181,78 @@ def _mask(gamma: Array, beta: Array | None, y: Array | None) -> tuple[int, Array
     return (0, gamma) if beta is None else (1, beta)
 
 
-def _cut(x: Array, *others: Array | None) -> Plan:
-    """Plan of a pass over x and others of its shape."""
-    divisible = VECTOR
-    planes = x.shape[2] >= PLANE
-    for array in (x, *others):
-        if array is not None:
-            divisible |= launch.address(array)
-            if array.shape[0] > 1:
-                divisible |= array.strides[0]
-            if planes and array.shape[1] > 1:
-                divisible |= array.strides[1]
-    return plan(*x.shape, x.itemsize, divisible & -divisible)
+class _Pass(NamedTuple):
+    """A kernel of the traversal, ready for tensors of one shape, dtype, strides and alignment."""
+
+    kernel: Any
+    dtype: str
+    parameters: str
+    blocks: int
+    chunks: int
+    views: tuple[int, ...]  # what stands for the tensors: their strides, a gap for each address
+    step: int  # from gap to gap
+    geometry: tuple[int, ...]
 
 
-def _run(
-    x: Array, cut: Plan, name: str, tensors: list[Array | None], *args: Any, parameters: str = ""
-) -> None:
-    """Launch a kernel of the traversal; an absent tensor, which it will not touch, is x."""
-    N, C, S = x.shape
-    dtype, itemsize = x.dtype.name, x.itemsize
-    views: list[Any] = []
+def _pass(name: str, x: Array, parameters: Array, *tensors: Array | None) -> _Pass:
+    """Prepare a kernel for these tensors, which are in the order of its arguments."""
+    address, addresses = launch.address, 0
+    strides: list[Axes | None] = []
     for tensor in tensors:
-        array = x if tensor is None else tensor
-        views += array, array.strides[0] // itemsize
-        if cut.traversal == "rows":
-            views.append(array.strides[1] // itemsize)
+        if tensor is None:
+            strides.append(None)
+        else:
+            addresses |= address(tensor)
+            strides.append(tensor.strides)
+    aligned = addresses % VECTOR == 0
+    return _prepared(name, x.shape, x.dtype, parameters.dtype, aligned, *strides)
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    name: str, shape: Axes, dtype: Any, parameters: Any, aligned: bool, *strides: Axes | None
+) -> _Pass:
+    """Prepare a kernel; the strides of an absent tensor, which it will not touch, are 0."""
+    N, C, S = shape
+    itemsize = dtype.itemsize
+    divisible = VECTOR if aligned else 1
+    for n_stride, c_stride, _ in filter(None, strides):
+        if N > 1:
+            divisible |= n_stride
+        if S >= PLANE and C > 1:
+            divisible |= c_stride
+    cut = plan(N, C, S, itemsize, divisible & -divisible)
+    kernel = getattr(kernels.build(cut.traversal, dtype.name, cut.width), name)
+    views: list[int] = []
     if cut.traversal == "rows":
-        vectors = S // cut.width
+        step, vectors = 3, S // cut.width
         geometry: tuple[int, ...] = (C, vectors, N * vectors, cut.per, cut.chunks)
     else:
+        step = 2
         geometry = (C, S, N, cut.group, cut.lanes, cut.per, cut.chunks)
-    kernel = getattr(kernels.build(cut.traversal, dtype, cut.width), name)
-    launch.run(kernel, dtype, parameters or dtype, cut.blocks, THREADS, *views, *geometry, *args)
+    for stride in strides:
+        views += 0, *(s // itemsize for s in (stride or (0, 0))[: step - 1])
+    return _Pass(
+        kernel, dtype.name, parameters.name, cut.blocks, cut.chunks, tuple(views), step, geometry
+    )
+
+
+def _run(ready: _Pass, x: Array, tensors: tuple[Array | None, ...], *args: Any) -> None:
+    """Launch; in place of an absent tensor, which the kernel will not touch, stands x."""
+    kernel, dtype, parameters, blocks, _, strides, step, geometry = ready
+    views: list[Any] = list(strides)
+    views[::step] = [x if tensor is None else tensor for tensor in tensors]
+    launch.run(kernel, dtype, parameters, blocks, THREADS, *views, *geometry, *args)
 
 
 def _warps(C: int) -> int:
     """Blocks for one warp a channel."""
     return _ceil(C, THREADS // WARP)
+
+
+@lru_cache(maxsize=16)
+def _name(dtype: Any) -> str:
+    return str(dtype.name)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -36,8 +36,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     load_one, _ = memory_of(dtype, 1)
     # Vectors under way where two or three tensors are read at once.
     few = UNROLL if width <= 4 else UNROLL // 2
-    size, pair_size = UNROLL * width, few * width
-    moments, gradients = moments_of(computed, UNROLL, width), gradients_of(computed, few, width)
+    fewer = UNROLL if width <= 4 else 1
+    size, pair_size, fewer_size = UNROLL * width, few * width, fewer * width
+    moments, gradients = moments_of(computed, UNROLL, width), gradients_of(computed, fewer, width)
     affine, unit_of, gradient = coefficients(computed)
     zero = computed(0)
     cells = THREADS * width
@@ -77,31 +78,37 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             for w in range(width):
                 shared[row * columns + column + w] = sums[w]
         cuda.syncthreads()
-        for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+        j = cuda.threadIdx.x
+        while j < columns:
             total = 0.0
             for i in range(at_once):
                 total += shared[i * columns + j]
             shared[j] = total
+            j += cuda.blockDim.x
         cuda.syncthreads()
         channels = quotient(columns, S)
         if S <= SHORT:
-            for c in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
+            c = cuda.threadIdx.x
+            while c < channels:
                 total = 0.0
                 for i in range(S):
                     total += shared[c * S + i]
                 partial[c * chunks + k] = total
+                c += cuda.blockDim.x
         else:
-            for c in range(cuda.threadIdx.x // WARP, channels, cuda.blockDim.x // WARP):
+            c = cuda.threadIdx.x // WARP
+            while c < channels:
                 total = 0.0
                 for i in range(cuda.threadIdx.x % WARP, S, WARP):
                     total += shared[c * S + i]
                 total = warp_sum(total)
                 if cuda.threadIdx.x % WARP == 0:
                     partial[c * chunks + k] = total
+                c += cuda.blockDim.x // WARP
 
     @kernel(2)
-    def stats(x, xn, C, S, N, group, lanes, per, chunks, partial, mean):
-        """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K."""
+    def stats(x, xn, C, S, N, group, lanes, per, chunks, partial, mean, again):
+        """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K, or K = mean[c]."""
         c0, k, columns, row, column, begin, end, at_once = located(
             C, S, N, group, lanes, per, chunks, cuda.blockIdx.x
         )
@@ -116,15 +123,17 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             if begin < end:
                 c = c0 + quotient(column + w, S)
                 load_one(x, c * S, values, 0)
-                shift[w] = types.float64(values[0])
-                if begin == 0:
+                shift[w] = mean[c] if again else types.float64(values[0])
+                if begin == 0 and not again:
                     mean[c] = shift[w]
-        for n in range(begin, end, UNROLL * at_once):
+        n = begin
+        while n < end:
             count = fetch(x, UNROLL, n, end, at_once, xn, c0 * S + column, values)
             for w in range(width):
                 s_more, q_more = moments(values, w, count, shift[w])
                 s[w] += s_more
                 q[w] += q_more
+            n += UNROLL * at_once
         by_channel(s, shared, S, columns, row, column, at_once, chunks, c0 * chunks + k, partial)
         by_channel(
             q, shared, S, columns, row, column, at_once, chunks, (C + c0) * chunks + k, partial
@@ -150,7 +159,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c)
         low = computed(floor)
         offset = c0 * S + column
-        for n in range(begin, end, few * at_once):
+        n = begin
+        while n < end:
             fetch(x, few, n, end, at_once, xn, offset, values)
             if added:
                 fetch(residual, few, n, end, at_once, rn, offset, more)
@@ -163,6 +173,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                             value += more[u * width + w]
                         values[u * width + w] = rectified(value, low)
                     store(y, i * yn + offset, values, u * width)
+            n += few * at_once
 
     @kernel(2)
     def reduce(
@@ -174,9 +185,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             C, S, N, group, lanes, per, chunks, cuda.blockIdx.x
         )
         shared = cuda.shared.array(cells, types.float64)
-        g = cuda.local.array(pair_size, computed)
-        values = cuda.local.array(pair_size, computed)
-        outputs = cuda.local.array(pair_size, computed)
+        g = cuda.local.array(fewer_size, computed)
+        values = cuda.local.array(fewer_size, computed)
+        outputs = cuda.local.array(fewer_size, computed)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
@@ -191,13 +202,14 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c)
                 unit[w] = unit_of(rstd, c)
         offset = c0 * S + column
-        for n in range(begin, end, few * at_once):
-            count = fetch(dy, few, n, end, at_once, dyn, offset, g)
-            fetch(x, few, n, end, at_once, xn, offset, values)
+        n = begin
+        while n < end:
+            count = fetch(dy, fewer, n, end, at_once, dyn, offset, g)
+            fetch(x, fewer, n, end, at_once, xn, offset, values)
             if masked == 2:
-                fetch(y, few, n, end, at_once, yn, offset, outputs)
+                fetch(y, fewer, n, end, at_once, yn, offset, outputs)
             if masked:
-                for u in range(few):
+                for u in range(fewer):
                     for w in range(width):
                         j = u * width + w
                         g[j] = passed(g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, zero)
@@ -205,6 +217,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 s_more, t_more = gradients(g, values, w, count, hi[w], unit[w])
                 s[w] += s_more
                 t[w] += t_more
+            n += fewer * at_once
         by_channel(s, shared, S, columns, row, column, at_once, chunks, c0 * chunks + k, partial)
         by_channel(
             t, shared, S, columns, row, column, at_once, chunks, (C + c0) * chunks + k, partial
@@ -235,7 +248,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 if training:
                     h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, c)
         offset = c0 * S + column
-        for n in range(begin, end, few * at_once):
+        n = begin
+        while n < end:
             fetch(dy, few, n, end, at_once, dyn, offset, g)
             fetch(x, few, n, end, at_once, xn, offset, values)
             if masked == 2:
@@ -259,6 +273,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                                 d = (d - h[w]) - normalised(values[j], hi[w], p[w], q[w])
                             values[j] = a[w] * d
                         store(dx, i * dxn + offset, values, u * width)
+            n += few * at_once
 
     return SimpleNamespace(
         stats=stats, apply=apply, reduce=reduce, differentiate=differentiate

@@ -21,14 +21,14 @@ zeros = cupy.zeros
 contiguous = cupy.ascontiguousarray
 
 
-def aligned(array: Array) -> bool:
-    """Whether every value lies at a multiple of its size."""
-    return bool(array.data.ptr % array.itemsize == 0)
+def aligned(_: Array) -> bool:
+    """Whether every value lies at a multiple of its size: others were refused."""
+    return True
 
 
 def plain(array: Array) -> bool:
     """Whether an array is contiguous, aligned and can be written to."""
-    return bool(array.flags.c_contiguous) and aligned(array)
+    return bool(array.flags.c_contiguous)
 
 
 def constant(size: int, value: float, dtype: Any) -> Array:

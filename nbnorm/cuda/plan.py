@@ -46,6 +46,11 @@ def plan(N: int, C: int, S: int, itemsize: int, aligned: int, threads: int = THR
         if aligned % VECTOR or S % width:
             width = 1
         vectors = N * (S // width)
+        if vectors >= 1 << 31:  # vectors are numbered with 32 bits
+            raise ValueError(
+                f"x has {N * S} values a channel, read {width} at a time: expected fewer than "
+                f"{width << 31}"
+            )
         most = max(CHUNK // width, threads * UNROLL)
         chunks = min(_ceil(vectors, most), CHUNKS)
         per = _ceil(vectors, chunks)

@@ -49,29 +49,31 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         return count
 
     @kernel(3)
-    def stats(x, xn, xc, C, vectors, total, per, chunks, partial, mean):
-        """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K."""
+    def stats(x, xn, xc, C, vectors, total, per, chunks, partial, mean, again):
+        """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K, or K = mean[c]."""
         c = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - c * chunks
         shared = cuda.shared.array(32, types.float64)
         values = cuda.local.array(size, computed)
         load_one(x, c * xc, values, 0)
-        shift = types.float64(values[0])
+        shift = mean[c] if again else types.float64(values[0])
         first = k * per
         end = min(first + per, total)
         s = 0.0
         q = 0.0
-        for v in range(first + cuda.threadIdx.x, end, UNROLL * cuda.blockDim.x):
+        v = first + cuda.threadIdx.x
+        while v < end:
             count = fetch(x, UNROLL, v, end, vectors, xn, c * xc, values)
             s_more, q_more = moments(values, 0, count, shift)
             s += s_more
             q += q_more
+            v += UNROLL * cuda.blockDim.x
         s = block_sum(s, shared)
         q = block_sum(q, shared)
         if cuda.threadIdx.x == 0:
             partial[c * chunks + k] = s
             partial[(C + c) * chunks + k] = q
-            if k == 0:
+            if k == 0 and not again:
                 mean[c] = shift
 
     @kernel()
@@ -91,7 +93,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         more = cuda.local.array(pair_size, computed)
         hi, a, b = affine(mean, rstd, gamma, beta, c)
         low = computed(floor)
-        for v in range(first + cuda.threadIdx.x, end, few * cuda.blockDim.x):
+        v = first + cuda.threadIdx.x
+        while v < end:
             fetch(x, few, v, end, vectors, xn, c * xc, values)
             if added:
                 fetch(residual, few, v, end, vectors, rn, c * rc, more)
@@ -104,6 +107,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                             value += more[u * width + w]
                         values[u * width + w] = rectified(value, low)
                     store(y, place(j, vectors, yn, c * yc), values, u * width)
+            v += few * cuda.blockDim.x
 
     @kernel(2)
     def reduce(
@@ -123,7 +127,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         unit = unit_of(rstd, c)
         s = 0.0
         t = 0.0
-        for v in range(first + cuda.threadIdx.x, end, few * cuda.blockDim.x):
+        v = first + cuda.threadIdx.x
+        while v < end:
             count = fetch(dy, few, v, end, vectors, dyn, c * dyc, g)
             fetch(x, few, v, end, vectors, xn, c * xc, values)
             if masked == 2:
@@ -134,6 +139,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             s_more, t_more = gradients(g, values, 0, count, hi, unit)
             s += s_more
             t += t_more
+            v += few * cuda.blockDim.x
         s = block_sum(s, shared)
         t = block_sum(t, shared)
         if cuda.threadIdx.x == 0:
@@ -158,7 +164,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         h, p, q = zero, zero, zero
         if training:
             h, p, q = gradient(mean, rstd, sums, C, count, c)
-        for v in range(first + cuda.threadIdx.x, end, few * cuda.blockDim.x):
+        v = first + cuda.threadIdx.x
+        while v < end:
             fetch(dy, few, v, end, vectors, dyn, c * dyc, g)
             fetch(x, few, v, end, vectors, xn, c * xc, values)
             if masked == 2:
@@ -178,6 +185,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                                 d = (d - h) - normalised(values[w], hi, p, q)
                             values[w] = a * d
                         store(dx, place(j, vectors, dxn, c * dxc), values, u * width)
+            v += few * cuda.blockDim.x
 
     return SimpleNamespace(
         stats=stats, apply=apply, reduce=reduce, differentiate=differentiate

@@ -1,208 +1,192 @@
-"""Kernels run on the CPU, thread by thread, over NumPy arrays: imported before `nbnorm.cuda`.
+"""The CUDA backend on the CPU, over NumPy arrays, with nothing that CUDA needs: `load` gives it.
 
-Numba's simulator gives threads their indices and their own memory. It has no warp shuffles, no
-bodies for intrinsics, copies every array in and out, and waits in busy loops; those parts are here:
-a block's threads meet at barriers, shared and local memory begins as NaN, and an access outside an
-array, or a vector that does not begin at a multiple of its size, is an error.
+Kernels run as the Python they are written in. A stand-in for `numba.cuda` gives them their indices,
+barriers, shuffles and memory; stand-ins for `intrinsics` and `launch` move the values. Functions
+that wait for other threads are turned into generators, so that a block's threads can take turns:
+each runs until it waits or ends, in an order that `backwards` turns round.
+
+What would go unnoticed on a GPU, or hang it, is an error here: an access outside an array, a vector
+that does not begin at a multiple of its size, a value that is stored twice, threads that touch the
+same shared memory with no barrier in between, a barrier that some threads never reach, a shuffle
+without the whole warp, an argument of another type than the kernel is compiled for. Shared and
+local memory begin as NaN. Numbers are those of a GPU but for fused multiply-adds.
 """
 
-import os
+import ast
+import importlib
+import importlib.util
+import inspect
 import sys
-import threading
-from types import ModuleType
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
-
+import ml_dtypes
 import numpy as np
-from numba import cuda
-from numba.cuda import types
-from numba.cuda.simulator import kernelapi
 
 WARP = 32
+TRANSFORMED = ("plan", "values", "channel", "rows", "columns")
+STORAGE = {
+    dtype.name: SimpleNamespace(
+        pointer=dtype, computed=np.float64 if dtype == np.float64 else np.float32
+    )
+    for dtype in map(np.dtype, (np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
+}
+
+launches: list[str] = []  # names of the kernels that ran
+loads: Counter[int] = Counter()  # widths of the loads from tensors
+backwards = False  # the last block and the last thread first
+_stored: set[tuple[int, int]] = set()  # memory and index of what this launch has stored
 
 
-class _Barrier:
-    """A barrier that threads leave for good when they end, as on a GPU."""
+class _Thread:
+    """One of a block's threads: what it waits for, and what it hands to the others of its warp."""
 
-    def __init__(self, parties):
-        self._parties, self._waiting, self._round = parties, 0, 0
-        self._condition = threading.Condition()
-        self.broken = False
+    def __init__(self, index, function, arguments):
+        self.index, self.waits_for, self.passes = index, None, None
+        self._steps = function(*arguments)
+        if not inspect.isgenerator(self._steps):  # it met no other thread, and has ended
+            self._steps = iter(())
 
-    def _open(self):
-        self._waiting, self._round = 0, self._round + 1
-        self._condition.notify_all()
-
-    def wait(self):
-        with self._condition:
-            mine = self._round
-            self._waiting += 1
-            if self._waiting >= self._parties:
-                self._open()
-            while mine == self._round and not self.broken:
-                self._condition.wait()
-            if self.broken:
-                raise threading.BrokenBarrierError
-
-    def leave(self):
-        with self._condition:
-            self._parties -= 1
-            if self._parties and self._waiting >= self._parties:
-                self._open()
-
-    def abort(self):
-        with self._condition:
-            self.broken = True
-            self._condition.notify_all()
+    def step(self):
+        """Run until the thread waits or ends."""
+        self.waits_for = next(self._steps, "end")
 
 
 class _Block:
-    """What the threads of a block share."""
+    """Threads that share memory and barriers."""
 
-    def __init__(self, threads):
-        self.all = _Barrier(threads)
-        self.warps = [_Barrier(min(WARP, threads - w)) for w in range(0, threads, WARP)]
-        self.lanes = [None] * threads
-        self.shared = {}
-        self.lock = threading.Lock()
-        self.error = None
+    def __init__(self):
+        self.thread, self.threads, self.shared, self.barriers = None, [], {}, 0
 
+    def run(self, function, arguments, threads):
+        for t in range(threads):
+            cuda.threadIdx.x = t
+            self.threads.append(_Thread(t, function, arguments))
+        ready = self.threads
+        while ready:
+            for thread in reversed(ready) if backwards else ready:
+                cuda.threadIdx.x, self.thread = thread.index, thread
+                thread.step()
+            ready = self._released()
 
-class _Thread(threading.Thread):
-    def __init__(self, function, args, block, index, block_index):
-        super().__init__(daemon=True)
-        self._function, self._args, self.block, self.index = function, args, block, index
-        self.threadIdx = kernelapi.Dim3(index, 0, 0)
-        self.blockIdx = kernelapi.Dim3(block_index, 0, 0)
-
-    def run(self):
-        barriers = (self.block.all, self.block.warps[self.index // WARP])
-        try:
-            with np.errstate(all="ignore"):
-                self._function(*self._args)
-        except threading.BrokenBarrierError:
-            pass
-        except BaseException as error:  # handed to whoever launched the kernel
-            self.block.error = self.block.error or error
-            for barrier in (self.block.all, *self.block.warps):
-                barrier.abort()
-        for barrier in barriers:
-            barrier.leave()
-
-    def syncthreads(self):
-        self.block.all.wait()
-
-    def exchange(self, value, mask):
-        warp = self.block.warps[self.index // WARP]
-        self.block.lanes[self.index] = value
-        warp.wait()
-        other = self.block.lanes[self.index ^ mask]
-        warp.wait()
-        return other
-
-
-class _Local:
-    @staticmethod
-    def array(shape, dtype):
-        return np.full(shape, np.nan, np.dtype(str(dtype)))
+    def _released(self):
+        """Return the threads that need wait no longer."""
+        warps = [self.threads[w : w + WARP] for w in range(0, len(self.threads), WARP)]
+        ready = [t for warp in warps if all(t.waits_for == "warp" for t in warp) for t in warp]
+        if ready:
+            return ready
+        self.barriers += 1
+        alive = [thread for thread in self.threads if thread.waits_for != "end"]
+        assert all(t.waits_for == "block" for t in alive), "a shuffle without the whole warp"
+        return alive
 
 
 class _Shared:
-    @staticmethod
-    def array(shape, dtype):
-        block = threading.current_thread().block
-        caller = sys._getframe(1)
-        with block.lock:
-            key = caller.f_code, caller.f_lineno
-            if key not in block.shared:
-                block.shared[key] = np.full(shape, np.nan, np.dtype(str(dtype)))
-            return block.shared[key]
+    """Shared memory, which tells when two threads touch a value with no barrier in between."""
+
+    def __init__(self, block, size, dtype):
+        self._block, self._dtype = block, dtype
+        self._values = [dtype(np.nan)] * size
+        self._touched = {}  # index: (barriers passed, thread, whether it was written)
+
+    def _touch(self, i, writes):
+        assert 0 <= i < len(self._values), f"shared[{i}] of {len(self._values)}"
+        now, thread = self._block.barriers, self._block.thread.index
+        then, other, written = self._touched.get(i, (-1, thread, False))
+        if then != now:
+            written = False
+        elif other != thread:
+            written = written or writes
+            assert not written, f"threads {other} and {thread} race for shared[{i}]"
+        self._touched[i] = now, thread, writes or written
+
+    def __getitem__(self, i):
+        self._touch(i, False)
+        return self._values[i]
+
+    def __setitem__(self, i, value):
+        self._touch(i, True)
+        self._values[i] = self._dtype(value)
 
 
-class SimulatedModule(kernelapi.FakeCUDAModule):
-    """`numba.cuda` as kernels see it while they run."""
-
-    def __init__(self, blocks, threads):
-        super().__init__((blocks, 1, 1), (threads, 1, 1), 0)
-        self._local, self._shared = _Local, _Shared
-
-    @property
-    def local(self):
-        return _Local
-
-    @property
-    def shared(self):
-        return _Shared
-
-    def shfl_xor_sync(self, lanes, value, mask):
-        assert lanes == 0xFFFFFFFF
-        return threading.current_thread().exchange(value, mask)
-
-
-class _Kernel:
-    def __init__(self, function):
-        self.py_func = function
+# -- numba.cuda ----------------------------------------------------------------------------------
 
 
 def _jit(device=False, forceinline=False, launch_bounds=None):
-    return lambda function: function if device else _Kernel(function)
+    return lambda function: function if device else SimpleNamespace(py_func=function)
 
 
-def launch(kernel, blocks, threads, args):
-    """Run a kernel, block after block."""
-    assert 0 < blocks < 2**31
-    module = SimulatedModule(blocks, threads)
-    files = [
-        sys.modules[f"nbnorm.cuda.{name}"] for name in ("values", "channel", "rows", "columns")
-    ]
-    for file in files:
-        file.cuda = module
-    for b in range(blocks):
-        block = _Block(threads)
-        team = [_Thread(kernel.py_func, args, block, t, b) for t in range(threads)]
-        for thread in team:
-            thread.start()
-        for thread in team:
-            thread.join()
-        if block.error is not None:
-            raise block.error
+def _shared_array(shape, dtype):
+    block = cuda.block
+    return block.shared.setdefault(sys._getframe(1).f_code, _Shared(block, shape, dtype))
+
+
+def _syncthreads():
+    yield "block"
+
+
+def _shfl_xor_sync(lanes, value, mask):
+    assert lanes == 0xFFFFFFFF
+    assert 0 < mask < WARP
+    thread = cuda.block.thread
+    thread.passes = value
+    yield "warp"
+    other = cuda.block.threads[thread.index ^ mask].passes
+    yield "warp"
+    return other
+
+
+cuda = ModuleType("numba.cuda")
+vars(cuda).update(
+    jit=_jit,
+    types=SimpleNamespace(float32=np.float32, float64=np.float64, int64=int, CPointer=np.dtype),
+    local=SimpleNamespace(array=lambda shape, dtype: np.full(shape, np.nan, dtype)),
+    shared=SimpleNamespace(array=_shared_array),
+    syncthreads=_syncthreads,
+    shfl_xor_sync=_shfl_xor_sync,
+    **{name: SimpleNamespace(x=0) for name in ("threadIdx", "blockIdx", "blockDim", "gridDim")},
+)
 
 
 # -- nbnorm.cuda.intrinsics ----------------------------------------------------------------------
 
 
-class _Storage:
-    def __init__(self, computed):
-        self.computed = computed
-
-
 def memory_of(dtype, width):
     """Load and store of `width` values between an array of memory and a thread's own."""
-    computed = np.float64 if dtype == "float64" else np.float32
+
+    size = width * STORAGE[dtype].pointer.itemsize
+
+    def checked(memory, index):
+        assert 0 <= index <= len(memory) - width, f"{index} in memory of {len(memory)} values"
+        assert (memory.address + index * size // width) % size == 0, "a vector that is not aligned"
+        return slice(index, index + width)
 
     def load(memory, index, values, start):
-        assert 0 <= index <= memory.size - width, (index, memory.size)
-        assert (memory.ctypes.data + index * memory.itemsize) % (width * memory.itemsize) == 0
-        values[start : start + width] = memory[index : index + width].astype(computed)
+        loads[width] += 1
+        values[start : start + width] = memory[checked(memory, index)]
 
     def store(memory, index, values, start):
-        assert 0 <= index <= memory.size - width, (index, memory.size)
-        assert (memory.ctypes.data + index * memory.itemsize) % (width * memory.itemsize) == 0
-        memory[index : index + width] = values[start : start + width].astype(memory.dtype)
+        place = id(memory), index
+        assert place not in _stored, f"{index} is stored twice"
+        _stored.add(place)
+        memory[checked(memory, index)] = values[start : start + width]
 
     return load, store
 
 
 def quotient(a, b):
-    """a // b of numbers that 32 bits hold."""
-    assert 0 <= a < 2**32, a
-    assert 0 < b < 2**32, b
+    """a // b of numbers that 31 bits hold."""
+    assert 0 <= a < 2**31, a
+    assert 0 < b < 2**31, b
     return a // b
 
 
 # -- nbnorm.cuda.launch --------------------------------------------------------------------------
 
-launches = []
+
+class _Memory(np.ndarray):
+    """All memory of an array as one row, which knows where it begins."""
 
 
 def address(array):
@@ -211,46 +195,101 @@ def address(array):
 
 
 def run(kernel, dtype, parameters, blocks, threads, *args):
-    """Launch a kernel over the memory of NumPy arrays."""
-    names = list(_parameters(kernel))
-    assert len(names) == len(args), (names, args)
+    """Run a kernel over the memory of NumPy arrays, block after block."""
+    kinds = sys.modules["nbnorm.cuda.kernels"].signature(kernel, dtype, parameters)
+    arguments = [_passed(kind, arg) for kind, arg in zip(kinds, args, strict=True)]
+    assert 0 < blocks < 2**31
     launches.append(kernel.py_func.__name__)
-    launch(kernel, blocks, threads, [_memory(arg) for arg in args])
+    _stored.clear()
+    cuda.blockDim.x, cuda.gridDim.x = threads, blocks
+    with np.errstate(all="ignore"):
+        for b in reversed(range(blocks)) if backwards else range(blocks):
+            cuda.blockIdx.x = b
+            cuda.block = _Block()
+            cuda.block.run(kernel.py_func, arguments, threads)
 
 
-def _parameters(kernel):
-    code = kernel.py_func.__code__
-    return code.co_varnames[: code.co_argcount]
-
-
-def _memory(arg):
-    """The values from an array's first to its last, gaps included, as one dimension."""
-    if not isinstance(arg, np.ndarray):
-        return int(arg) if isinstance(arg, bool) else arg
+def _passed(kind, arg):
+    """Turn an argument into what a kernel gets: a number, or memory."""
+    if not isinstance(kind, np.dtype):
+        assert isinstance(arg, int | float if kind is np.float64 else int), arg
+        return kind(arg)
+    assert arg.dtype == kind, f"{arg.dtype} for a kernel that takes {kind}"
     last = sum((n - 1) * stride for n, stride in zip(arg.shape, arg.strides, strict=True))
-    size = last // arg.itemsize + 1
-    return np.lib.stride_tricks.as_strided(
-        arg.reshape(-1)[:0] if 0 in arg.shape else arg, (size,), (arg.itemsize,)
-    )
+    row = np.lib.stride_tricks.as_strided(arg, (last // arg.itemsize + 1,), (arg.itemsize,))
+    memory = row.view(_Memory)
+    memory.address = address(arg)
+    return memory
 
 
-def install():
-    """Put the simulator in place of what needs a GPU."""
-    cuda.jit = _jit
-    for name, contents in {
-        "intrinsics": {
-            "STORAGE": {
-                name: _Storage(types.float64 if name == "float64" else types.float32)
-                for name in ("float32", "float64", "float16", "bfloat16")
-            },
-            "memory_of": memory_of,
-            "quotient": quotient,
-        },
-        "launch": {"address": address, "run": run},
-    }.items():
-        module = ModuleType(f"nbnorm.cuda.{name}")
+# -- import --------------------------------------------------------------------------------------
+
+
+class _Waiting(ast.NodeTransformer):
+    """Calls of functions that wait for other threads become `yield from`."""
+
+    def __init__(self, trees):
+        self.names = {"syncthreads", "shfl_xor_sync"}
+        functions = [
+            node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+        ]
+        before = 0
+        while before < len(self.names):
+            before = len(self.names)
+            self.names |= {f.name for f in functions if any(map(self._waits, _own_nodes(f)))}
+
+    def _waits(self, node):
+        called = getattr(node, "func", None)
+        return getattr(called, "attr", getattr(called, "id", None)) in self.names
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        return ast.YieldFrom(node) if self._waits(node) else node
+
+
+def _own_nodes(node):
+    """Walk through a function, not through those within."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef):
+            yield child
+            yield from _own_nodes(child)
+
+
+class _Importer:
+    """Finds and loads the modules that are TRANSFORMED, with other numbers in plan.py."""
+
+    def __init__(self, **numbers):
+        folder = Path(importlib.util.find_spec("nbnorm").origin).parent / "cuda"
+        self._files = {f"nbnorm.cuda.{name}": folder / f"{name}.py" for name in TRANSFORMED}
+        self._trees = {name: ast.parse(file.read_text()) for name, file in self._files.items()}
+        for node in self._trees["nbnorm.cuda.plan"].body:
+            if isinstance(node, ast.Assign) and node.targets[0].id in numbers:
+                node.value = ast.Constant(numbers[node.targets[0].id])
+        waiting = _Waiting(self._trees.values())
+        self._trees = {
+            name: ast.fix_missing_locations(waiting.visit(tree))
+            for name, tree in self._trees.items()
+        }
+
+    def find_spec(self, name, path, target=None):
+        if name in self._files:
+            return importlib.util.spec_from_file_location(name, self._files[name], loader=self)
+        return None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self._trees[module.__name__], module.__file__, "exec"), vars(module))
+
+
+def load(**numbers):
+    """Import `nbnorm.cuda` with this in place of a GPU, and other THREADS or CHUNK in plan.py."""
+    intrinsics = {"STORAGE": STORAGE, "memory_of": memory_of, "quotient": quotient}
+    stand_ins = {"intrinsics": intrinsics, "launch": {"address": address, "run": run}, "memory": {}}
+    sys.modules.update({"numba.cuda": cuda, "numba_cuda": ModuleType("numba_cuda")})
+    for name, contents in stand_ins.items():
+        module = sys.modules[f"nbnorm.cuda.{name}"] = ModuleType(f"nbnorm.cuda.{name}")
         vars(module).update(contents)
-        sys.modules[module.__name__] = module
-
-
-install()
+    sys.meta_path.insert(0, _Importer(**numbers))
+    return importlib.import_module("nbnorm.cuda")

@@ -1,0 +1,102 @@
+"""Kernels as machine code for GPUs that are not there, and what that code has in it."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+from cuda.pathfinder import find_nvidia_binary_utility
+from numba.cuda import dispatcher
+from numba.cuda.cudadrv import devices
+
+from nbnorm.cuda.kernels import signature
+
+ARCHITECTURES = {"sm_80": (8, 0, ""), "sm_90a": (9, 0, "a")}
+REGISTERS = 1 << 16  # of a multiprocessor, on both
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_RESOURCE = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
+
+
+class Code(NamedTuple):
+    """What a kernel was compiled to: registers, bytes of memory, instructions and how many."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    instructions: Counter[str]
+    calls: list[str]
+
+    def count(self, name, *modifiers):
+        """How many instructions have this name and all of these modifiers."""
+        return sum(
+            number
+            for instruction, number in self.instructions.items()
+            if instruction.split(".")[0] == name and set(modifiers) <= set(instruction.split("."))
+        )
+
+
+def compiled(kernel, dtype, parameters):
+    """Compile a kernel of the backend; its code by architecture."""
+    return code_of(kernel, signature(kernel, dtype, parameters))
+
+
+def code_of(kernel, kinds):
+    """Compile a kernel with the options it was declared with; its code by architecture.
+
+    Typed once: nothing in Numba's LLVM IR for these kernels depends on the architecture.
+    """
+    newest = max(ARCHITECTURES.values())
+    device = SimpleNamespace(id=0, compute_capability=newest[:2])
+    context = SimpleNamespace(device=device)
+    with (
+        mock.patch.object(dispatcher, "get_current_device", return_value=device),
+        mock.patch.object(devices, "get_context", return_value=context),
+    ):
+        library = dispatcher._Kernel(kernel.py_func, kinds, **kernel.targetoptions)._codelibrary
+    cubins = [library.get_cubin(cc=cc) for cc in ARCHITECTURES.values()]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(ARCHITECTURES, pool.map(disassembled, cubins), strict=True))
+
+
+def disassembled(cubin):
+    """Ask NVIDIA's tools what is in a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(bytes(getattr(cubin, "code", cubin)))
+        resources = dict(_RESOURCE.findall(_said("cuobjdump", "--dump-resource-usage", file)))
+        found = _INSTRUCTION.findall(_said("nvdisasm", "-c", file))
+    return Code(
+        *(int(resources[name]) for name in ("REG", "STACK", "SHARED", "LOCAL")),
+        Counter(name for name, _ in found),
+        [operands for name, operands in found if name.startswith("CALL")],
+    )
+
+
+def _said(tool, *arguments):
+    program = find_nvidia_binary_utility(tool)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def problems(code, kernel, *, width, loads=0, stores=0):
+    """What is wrong with a kernel's code; `loads` and `stores` are of tensors, at least."""
+    threads, resident = kernel.targetoptions["launch_bounds"]
+    most = REGISTERS // (threads * resident)
+    wide = ("128",) if width > 1 else ()
+    spilled = code.count("LDL") + code.count("STL")
+    found = {
+        f"{code.stack} bytes of stack": code.stack,
+        f"{code.local} bytes of local memory": code.local,
+        f"{spilled} accesses to local memory": spilled,
+        f"{code.registers} registers, not {most}": code.registers > most,
+        "64-bit division": any("div_s64" in called for called in code.calls),
+        f"fewer than {loads} loads {wide}": code.count("LDG", "NA", *wide) < loads,
+        f"fewer than {stores} streaming stores {wide}": code.count("STG", "EF", *wide) < stores,
+    }
+    return [problem for problem, there in found.items() if there]

@@ -1,0 +1,545 @@
+"""The CUDA backend against the oracle, on the simulator; run by test_simulator.py in a child.
+
+Blocks have two warps and chunks few values, so that small shapes have many of both.
+"""
+
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import simulator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import BFLOAT16, DTYPES, HALVES, KINDS, OFFSETS, SCALES, Recipe, dtype_of
+from tolerances import (
+    assert_same_bits,
+    assert_within,
+    dx_tolerance,
+    m2_tolerance,
+    mean_tolerance,
+    relative_unit,
+    rstd_tolerance,
+    running_tolerance,
+    sums_tolerance,
+    y_tolerance,
+)
+
+from nbnorm import reference
+
+THREADS, CHUNK, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
+backend = simulator.load(THREADS=THREADS, CHUNK=CHUNK)
+
+ROWS = [(3, 5, 256), (2, 3, 300), (2, 2, 289), (11, 2, 256), (1, 1, 2500), (1, 3, 257)]
+COLUMNS = [
+    *[(5, 7, 16), (3, 4, 49), (30, 3, 1), (9, 5, 2), (100, 6, 10)],  # S that divides a vector or no
+    *[(6, 40, 1), (3, 33, 4), (5, 70, 8), (2, 9, 64)],  # several groups of channels, the last less
+    *[(2, 200, 1), (1, 4, 16), (2, 1, 1), (1, 1, 31), (13, 1, 3), (3, 3, 63)],
+]
+ROW, COLUMN = (11, 2, 256), (21, 5, 24)  # both of several chunks
+MODES = ("plain", "relu", "residual and relu")
+REACHED = {  # kernels that each function launches
+    "stats": ["stats", "finish"],
+    "forward": ["stats", "finish", "apply"],
+    "apply": ["apply"],
+    "rstd": ["rstd_all"],
+    "backward_reduce": ["reduce", "finish_sums"],
+    "backward_apply": ["differentiate"],
+    "backward": ["reduce", "finish_sums", "differentiate"],
+}
+shapes = pytest.mark.parametrize("shape", ROWS + COLUMNS, ids=str)
+both = pytest.mark.parametrize("shape", [ROW, COLUMN], ids=["rows", "columns"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+class Arena:
+    """Memory around every array, which must stay as it is."""
+
+    def __init__(self):
+        self._placed = []
+
+    def place(self, values, *, first=0, plane_gap=0, sample_gap=0):
+        """Copy values into memory of their own, `first` values after an aligned address."""
+        N, C, S = values.shape
+        plane, size = S + plane_gap, values.itemsize
+        sample = C * plane + sample_gap
+        memory = np.full(N * sample * size + 3 * ALIGNMENT, UNTOUCHED, np.uint8)
+        start = ALIGNMENT - memory.ctypes.data % ALIGNMENT + first * size
+        spec = values.shape, values.dtype, start, (sample * size, plane * size, size)
+        self._placed.append((memory, spec))
+        array = self._array(memory, spec)
+        array[...] = values
+        return array
+
+    def given(self, values, **layout):
+        """Place an input, which nobody may write to."""
+        array = self.place(values, **layout)
+        array.flags.writeable = False
+        return array
+
+    def wanted(self, like, **layout):
+        """Place an output full of NaN."""
+        return self.place(np.full(like.shape, np.nan, like.dtype), **layout)
+
+    def check(self):
+        for memory, spec in self._placed:
+            outside = memory.copy()
+            array = self._array(outside, spec)
+            array.view(np.dtype(f"V{array.itemsize}"))[...] = bytes([UNTOUCHED] * array.itemsize)
+            assert (outside == UNTOUCHED).all(), "values beside an array were overwritten"
+
+    @staticmethod
+    def _array(memory, spec):
+        shape, dtype, start, strides = spec
+        return np.ndarray(shape, dtype, memory, start, strides)
+
+
+@pytest.fixture
+def arena():
+    arena = Arena()
+    yield arena
+    arena.check()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """New memory is full of NaN."""
+    empty = np.empty
+
+    def poison(*args, **options):
+        memory = empty(*args, **options)
+        if memory.dtype.kind == "f":
+            memory.fill(np.nan)
+        return memory
+
+    monkeypatch.setattr(np, "empty", poison)
+
+
+def call(name, *args):
+    """Call a function of the backend, which launches just the kernels it is known to."""
+    del simulator.launches[:]
+    result = getattr(backend, name)(*args)
+    found = simulator.launches[:]
+    if args[0].dtype == np.float64 and found[:4] == 2 * ["stats", "finish"]:
+        del found[:2]  # float64 may be summed once more, around the mean
+    assert found == REACHED[name], name
+    return result
+
+
+@contextmanager
+def last_thread_first():
+    simulator.backwards = True
+    try:
+        yield
+    finally:
+        simulator.backwards = False
+
+
+class Run:
+    """All functions of the backend over one set of arrays; what they return and write."""
+
+    def __init__(self, arena, recipe, mode="plain", *, x=None, dy=None, layouts=None):
+        self._arena, self._layouts = arena, layouts or {}
+        self.eps, self.relu = recipe.eps, mode != "plain"
+        self.gamma, self.beta = recipe.gamma(), recipe.beta()
+        self.x = self._given("x", recipe.x() if x is None else x)
+        self.dy = self._given("dy", recipe.like_x(5) if dy is None else dy)
+        self.residual = None
+        if mode == "residual and relu":
+            self.residual = self._given("residual", recipe.like_x(4))
+        self._forward()
+        if self.residual is not None:
+            self._backward(None, self._given("y", self.y))
+        else:
+            self._backward(self.beta if self.relu else None, None)
+
+    def _given(self, name, values):
+        return self._arena.given(values, **self._layouts.get(name, {}))
+
+    def _wanted(self, *names):
+        return [self._arena.wanted(self.x, **self._layouts.get(name, {})) for name in names]
+
+    def _forward(self):
+        x, gamma, beta = self.x, self.gamma, self.beta
+        self.y, y = self._wanted("y", "y")
+        rest = gamma, beta, self.eps, self.residual, self.relu, self.y
+        self.mean, self.m2, self.rstd = call("forward", x, *rest)
+        for alone, fused in zip(call("stats", x), (self.mean, self.m2), strict=True):
+            assert_same_bits(alone, fused, "statistics alone and of the forward")
+        call("apply", x, gamma, beta, self.mean, self.rstd, self.residual, self.relu, y)
+        assert_same_bits(y, self.y, "y of apply and of the forward")
+
+    def _backward(self, *mask):
+        rest = self.dy, self.x, self.gamma, self.mean, self.rstd
+        count = self.x.shape[0] * self.x.shape[2]
+        self.dx, self.dresidual = self._wanted("dx", "dresidual")
+        self.sums = call("backward", *rest, *mask, self.dx, self.dresidual)
+        sums = call("backward_reduce", *rest, *mask)
+        assert_same_bits(sums, self.sums, "sums alone and of the backward")
+        dx, dresidual = self._wanted("dx", "dresidual")
+        call("backward_apply", *rest, sums, count, *mask, dx, None)
+        assert_same_bits(dx, self.dx, "dx alone and of the backward")
+        call("backward_apply", *rest, None, count, *mask, None, dresidual)
+        assert_same_bits(dresidual, self.dresidual, "dresidual alone and of the backward")
+        (self.frozen_dx,) = self._wanted("dx")
+        call("backward_apply", *rest, None, count, *mask, self.frozen_dx, None)
+
+    def results(self):
+        names = ("mean", "m2", "rstd", "y", "sums", "dx", "dresidual", "frozen_dx")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self):
+        """Compare with the oracle."""
+        x, dtype, gamma, beta = self.x, self.x.dtype, self.gamma, self.beta
+        moments = reference.batch_norm_stats(x)
+        ref = reference.batch_norm_forward(
+            x, gamma, beta, eps=self.eps, residual=self.residual,
+            activation="relu" if self.relu else None,
+        )  # fmt: skip
+        assert_within(self.mean, moments.mean, mean_tolerance(moments, dtype), "mean")
+        assert_within(self.m2, moments.m2, m2_tolerance(moments, dtype), "M2")
+        assert_within(self.rstd, ref.rstd, rstd_tolerance(moments, ref.rstd, dtype), "rstd")
+        scales = x, gamma, beta, ref.mean, ref.rstd
+        y_error = y_tolerance(*scales, axis=1, residual=self.residual)
+        assert_within(self.y, ref.y, y_error, "y")
+        # The oracle starts from the masked dy: near 0 its own mask may differ by a rounding.
+        dy = np.where(self.y > 0, self.dy, 0).astype(dtype) if self.relu else self.dy
+        assert_same_bits(self.dresidual, dy, "dresidual")
+        rest = x, gamma, self.mean, self.rstd
+        ref = reference.batch_norm_backward(dy, *rest)
+        dbeta_error, dgamma_error = sums_tolerance(dy, x, self.mean, self.rstd, axis=1)
+        assert_within(self.sums[0], ref.dbeta, dbeta_error, "sum dy")
+        assert_within(self.sums[1], ref.dgamma, dgamma_error, "sum dy x_hat")
+        assert_within(self.dx, ref.dx, dx_tolerance(dy, *rest, axis=1), "dx")
+        ref = reference.batch_norm_backward(dy, *rest, training=False)
+        error = dx_tolerance(dy, *rest, axis=1, training=False)
+        assert_within(self.frozen_dx, ref.dx, error, "dx with frozen statistics")
+        return self
+
+
+def assert_same_results(one, other):
+    for (name, a), b in zip(one.results().items(), other.results().values(), strict=True):
+        assert_same_bits(a, b, name)
+
+
+@pytest.fixture
+def forgetful():
+    """Nothing is remembered of plans and kernels, which a test makes other ones of."""
+    modules = [sys.modules[f"nbnorm.cuda{name}"] for name in ("", ".kernels", ".plan")]
+    caches = [f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")]
+
+    def forget():
+        for function in caches:
+            function.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+def chunks(shape, dtype):
+    return backend.plan(*shape, dtype_of(dtype).itemsize, ALIGNMENT).chunks
+
+
+# -- every function, dtype and class of shapes -----------------------------------------------------
+
+
+@modes
+@dtypes
+@shapes
+def test_results_are_the_oracles(arena, shape, dtype, mode):
+    if shape in (ROW, COLUMN):
+        assert chunks(shape, dtype) > 1
+    Run(arena, Recipe(shape, 1, dtype), mode).check()
+
+
+@modes
+@both
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gamma_and_beta_may_be_float64(arena, shape, dtype, mode):
+    recipe = Recipe(shape, 1, dtype, gamma_dtype="float64", beta_dtype="float64")
+    Run(arena, recipe, mode).check()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 255), (9, 3, 144), (40, 260, 1), (3, 2, 256)], ids=str)
+def test_blocks_of_the_size_they_have_on_a_gpu(arena, monkeypatch, forgetful, shape):
+    plan = backend.plan
+    for module in (backend, backend.kernels.columns):
+        monkeypatch.setattr(module, "THREADS", 256)
+    monkeypatch.setattr(backend, "plan", lambda *args: plan(*args, 256))
+    for dtype in ("float32", "float16"):
+        Run(arena, Recipe(shape, 1, dtype), "relu").check()
+
+
+def test_the_greatest_number_of_chunks_holds_the_rest(arena, monkeypatch, forgetful):
+    monkeypatch.setattr(sys.modules["nbnorm.cuda.plan"], "CHUNKS", 2)
+    for shape in ((40, 1, 256), (90, 2, 24)):
+        assert chunks(shape, "float32") == 2
+        Run(arena, Recipe(shape, 1), "relu").check()
+
+
+layouts = st.fixed_dictionaries(
+    {"first": st.integers(0, 8), "plane_gap": st.just(0), "sample_gap": st.integers(0, 8)}
+)
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_drawn_shapes_and_layouts(data):
+    draw, arena = data.draw, Arena()
+    large = draw(st.booleans())
+    S = draw(st.integers(256, 700) if large else st.integers(1, THREADS))
+    C = draw(st.integers(1, max(1, min(300, 2000 // S))))
+    N = draw(st.integers(1 if S > 1 else 2, max(2, min(300, 3000 // (C * S)))))
+    dtype = draw(st.sampled_from(DTYPES))
+    kind = draw(st.sampled_from(KINDS))
+    recipe = Recipe(
+        (N, C, S),
+        1,
+        dtype,
+        kind=kind,
+        offset=draw(st.sampled_from(OFFSETS[:3] if dtype in HALVES else OFFSETS)),
+        scale=draw(st.sampled_from(SCALES[:1] if dtype == "float16" else SCALES)),
+        eps=1e-5 if kind == "constant channels" else draw(st.sampled_from((1e-5, 0.0))),
+        seed=draw(st.integers(0, 999)),
+    )
+    found = {}
+    for name in ("x", "dy", "residual", "y", "dx", "dresidual"):
+        if draw(st.booleans()):
+            found[name] = draw(layouts)
+            if S >= 256:  # _layout: planes apart only where they are large
+                found[name]["plane_gap"] = draw(st.integers(0, 8))
+            if C * S < 256:  # and samples only where they are
+                found[name]["sample_gap"] = 0
+    Run(arena, recipe, draw(st.sampled_from(MODES)), layouts=found).check()
+    arena.check()
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@dtypes
+@both
+def test_aligned_memory_is_read_in_vectors_of_16_bytes(arena, shape, dtype):
+    width = 16 // dtype_of(dtype).itemsize
+    simulator.loads.clear()
+    Run(arena, Recipe(shape, 1, dtype), "residual and relu")
+    scalars = simulator.loads.pop(1, 0)  # each channel's first value
+    assert set(simulator.loads) == {width}
+    assert simulator.loads[width] * width > 3 * scalars
+
+
+ELSEWHERE = [(shape, gap) for shape in (ROW, COLUMN) for gap in ({"first": 1}, {"sample_gap": 3})]
+
+
+@pytest.mark.parametrize("name", ["x", "dy", "residual", "y", "dx", "dresidual"])
+@pytest.mark.parametrize(("shape", "gap"), [*ELSEWHERE, (ROW, {"plane_gap": 1})], ids=str)
+def test_any_tensor_may_lie_anywhere(arena, shape, name, gap):
+    simulator.loads.clear()
+    Run(arena, Recipe(shape, 1), "residual and relu", layouts={name: gap}).check()
+    # What reads or writes this tensor does so value by value, all else in vectors.
+    assert simulator.loads[1] > 0
+    assert set(simulator.loads) <= {1, 4}
+
+
+@dtypes
+@both
+def test_gaps_of_whole_vectors_change_no_bit(arena, shape, dtype):
+    gap = 16 // dtype_of(dtype).itemsize
+    layout = {"first": gap, "sample_gap": 3 * gap, "plane_gap": gap if shape == ROW else 0}
+    names = ("x", "dy", "residual", "y", "dx", "dresidual")
+    recipe = Recipe(shape, 1, dtype)
+    gaps = Run(arena, recipe, "residual and relu", layouts=dict.fromkeys(names, layout))
+    assert_same_results(gaps.check(), Run(arena, recipe, "residual and relu"))
+
+
+@dtypes
+@both
+def test_in_place_changes_no_bit(arena, shape, dtype):
+    run = Run(arena, Recipe(shape, 1, dtype), "residual and relu")
+    for name in ("x", "residual"):
+        tensors = {"x": run.x, "residual": run.residual}
+        tensors[name] = y = arena.place(tensors[name])
+        rest = run.mean, run.rstd, tensors["residual"], True, y
+        call("apply", tensors["x"], run.gamma, run.beta, *rest)
+        assert_same_bits(y, run.y, f"y written over {name}")
+    rest = run.gamma, run.mean, run.rstd, None
+    for name in ("dx", "dresidual"):
+        found = {"dx": arena.wanted(run.x), "dresidual": arena.wanted(run.x)}
+        found[name] = dy = arena.place(run.dy)
+        call("backward", dy, run.x, *rest, run.y, found["dx"], found["dresidual"])
+        for result, expected in (("dx", run.dx), ("dresidual", run.dresidual)):
+            assert_same_bits(found[result], expected, f"{result}, {name} written over dy")
+    x, y = arena.place(run.x), arena.place(run.y)
+    call("backward", run.dy, x, *rest, run.y, x, None)
+    assert_same_bits(x, run.dx, "dx written over x")
+    call("backward", run.dy, run.x, *rest, y, y, None)
+    assert_same_bits(y, run.dx, "dx written over y")
+
+
+@dtypes
+@both
+def test_the_order_of_threads_and_blocks_changes_no_bit(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype, offset=3.0)
+    for mode in MODES:
+        first = Run(arena, recipe, mode)
+        with last_thread_first():
+            assert_same_results(first, Run(arena, recipe, mode))
+
+
+# -- hard values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+@both
+def test_a_mean_far_from_0_costs_no_digits(arena, shape, dtype, mode, offset):
+    Run(arena, Recipe(shape, 1, dtype, offset=offset, eps=0.0), mode).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("shape", [(6, 7, 256), (50, 7, 24), (50, 7, 1)], ids=str)
+def test_channels_of_all_scales_do_not_disturb_each_other(arena, shape, dtype, eps):
+    scales = np.array([1e-30, 1e30, 1e-20, 1, 1e20, 1e-10, 1e10])[:, None]
+    recipe = Recipe(shape, 1, dtype, eps=eps)
+    x = (recipe.x().astype(np.float64) * scales).astype(recipe.x().dtype)
+    Run(arena, recipe, x=x).check()
+
+
+@dtypes
+@both
+def test_a_first_value_that_is_an_outlier_costs_no_digits(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype)
+    x = recipe.x()
+    x[0, :, 0] = 1e3
+    Run(arena, recipe, x=x).check()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [ROW, COLUMN, (2, 2, 289), (70, 3, 1)], ids=str)
+@pytest.mark.parametrize("value", [0.0, 0.1, -300.7])
+def test_a_constant_channel_has_no_spread_at_all(arena, shape, dtype, value):
+    recipe = Recipe(shape, 1, dtype, eps=0.0)
+    x = recipe.x()
+    x[:, 0] = value
+    run = Run(arena, recipe, x=x)
+    assert run.mean[0] == x[0, 0, 0].astype(np.float64)
+    assert run.m2[0] == 0
+    assert run.rstd[0] == 0
+    assert (run.y[:, 0] == run.beta[0].astype(x.dtype)).all()
+    assert (run.dx[:, 0] == 0).all()
+    assert (run.rstd[1:] > 0).all()
+
+
+@modes
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [(6, 3, 256), (21, 5, 24), (40, 9, 1), (3, 4, 49)], ids=str)
+def test_nan_and_infinity_stay_in_their_channel(arena, shape, dtype, mode):
+    recipe = Recipe(shape, 1, dtype)
+    clean = Run(arena, recipe, mode).results()
+    others = np.arange(shape[1]) != 1
+    for name, bad, place in (("x", np.nan, 0), ("x", np.inf, -1), ("dy", np.nan, -1)):
+        array = recipe.x() if name == "x" else recipe.like_x(5)
+        array[place, 1, place] = bad
+        found = Run(arena, recipe, mode, **{name: array}).results()
+        for result, values in found.items():
+            kept = others if values.ndim == 1 else (slice(None), others)
+            assert_same_bits(values[kept], clean[result][kept], f"{result}: {bad} in {name}")
+        if name == "x":
+            assert not np.isfinite(found["mean"][1])
+            assert np.isnan(found["m2"][1])
+            assert np.isnan(found["rstd"][1])
+            assert np.isnan(found["y"][:, 1]).all()  # through ReLU too
+            assert np.isnan(found["dx"][:, 1]).all()
+    if mode == "plain":
+        assert np.isnan(found["sums"][:, 1]).all()
+
+
+# -- numbers of a channel --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_rstd_of_any_number_of_channels(C, eps):
+    var = np.random.default_rng(C).uniform(0.1, 9, C)
+    var[0] = 0.0
+    expected = np.where(var + eps == 0, 0, 1 / np.sqrt(np.maximum(var + eps, 1e-300)))
+    got = call("rstd", var, eps)
+    assert_within(got, expected, 2 * relative_unit(np.float64) * expected, "rstd")
+
+
+@pytest.mark.parametrize("C", [1, 64, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, -0.5])
+def test_running_statistics_move_towards_the_batch(C, dtype, momentum):
+    recipe = Recipe((9, C, 2), 1)
+    moments = reference.batch_norm_stats(recipe.x())
+    old, running = recipe.running(dtype), recipe.running(dtype)
+    divisor = float(moments.count - 1)
+    del simulator.launches[:]
+    backend.move(*running, moments.mean, moments.m2, momentum, divisor)
+    assert simulator.launches == ([] if dtype in HALVES else ["move"])
+    batch = moments.mean, moments.m2 / divisor
+    errors = running_tolerance(
+        moments, *old, momentum=momentum, correction=1, dtype=np.dtype("float32")
+    )
+    for new, before, towards, error in zip(running, old, batch, errors, strict=True):
+        expected = (1 - momentum) * before.astype(np.float64) + momentum * towards
+        assert_within(new, expected, error, "running statistics")
+        if momentum == 0:
+            assert_same_bits(new, before)
+
+
+def test_running_statistics_with_gaps_between_them():
+    memory = np.full((2, 10), 5.0, np.float32)
+    running = memory[0, ::2], memory[1, ::2]
+    backend.move(*running, np.zeros(5), np.full(5, 18.0), 0.5, 9.0)
+    assert memory[0].tolist() == [2.5, 5] * 5
+    assert memory[1].tolist() == [3.5, 5] * 5
+
+
+# -- the simulator itself --------------------------------------------------------------------------
+
+
+def simulate(function, *args, threads=THREADS):
+    simulator.cuda.block = simulator._Block()
+    simulator.cuda.blockDim.x = threads
+    simulator.cuda.block.run(function, args, threads)
+
+
+def test_a_race_is_found():
+    def racing(barrier):
+        shared = simulator.cuda.shared.array(THREADS, np.float64)
+        thread = simulator.cuda.threadIdx.x
+        shared[thread] = 1.0
+        if barrier:
+            yield "block"
+        shared[(thread + 1) % THREADS]
+
+    simulate(racing, True)
+    with pytest.raises(AssertionError, match="race"):
+        simulate(racing, False)
+
+
+def test_a_shuffle_without_the_whole_warp_is_found():
+    def lonely():
+        if simulator.cuda.threadIdx.x > 0:
+            yield from simulator.cuda.shfl_xor_sync(0xFFFFFFFF, 1.0, 1)
+
+    with pytest.raises(AssertionError, match="whole warp"):
+        simulate(lonely)
+
+
+def test_accesses_outside_and_misaligned_and_twice_are_found(arena):
+    array = arena.place(np.zeros((1, 1, 8), BFLOAT16))
+    memory, values = simulator._passed(array.dtype, array), np.zeros(8, np.float32)
+    load, store = simulator.memory_of("bfloat16", 4)
+    store(memory, 4, values, 0)
+    with pytest.raises(AssertionError, match="twice"):
+        store(memory, 4, values, 4)
+    for index, words in ((-1, "in memory of"), (5, "in memory of"), (2, "not aligned")):
+        with pytest.raises(AssertionError, match=words):
+            load(memory, index, values, 0)

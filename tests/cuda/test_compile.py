@@ -1,0 +1,149 @@
+"""Every kernel is machine code for sm_80 and sm_90a as lean as it was meant to be.
+
+Needs the CUDA toolchain, and neither GPU nor driver.
+"""
+
+from importlib.util import find_spec
+from itertools import product
+
+import pytest
+
+NEEDED = {
+    "numba_cuda": "numba-cuda",
+    "cupy": "CuPy",
+    "cuda.pathfinder": "cuda-pathfinder",
+    "nvidia.cu13": "the CUDA toolkit's packages (nvidia-*)",
+}
+
+
+def _missing():
+    """Return what of the toolchain is not installed."""
+    for module, name in NEEDED.items():
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"{name} is not installed"
+    from cuda.pathfinder import find_nvidia_binary_utility
+
+    for tool in ("cuobjdump", "nvdisasm"):
+        if find_nvidia_binary_utility(tool) is None:
+            return f"{tool} is not installed"
+    return None
+
+
+if reason := _missing():
+    pytest.skip(reason, allow_module_level=True)
+
+from numba import cuda  # noqa: E402
+from numba.cuda import types  # noqa: E402
+from offline import code_of, compiled, problems  # noqa: E402
+
+from nbnorm.cuda import kernels  # noqa: E402
+from nbnorm.cuda.intrinsics import STORAGE  # noqa: E402
+from nbnorm.cuda.jit import kernel  # noqa: E402
+from nbnorm.cuda.plan import THREADS, VECTOR  # noqa: E402
+
+TRAVERSALS = ("rows", "columns")
+READ = {"stats": 1, "apply": 2, "reduce": 3, "differentiate": 3}  # tensors
+WRITTEN = {"stats": 0, "apply": 1, "reduce": 0, "differentiate": 2}
+FLOAT32 = types.CPointer(types.float32)
+
+
+def passes():
+    """Yield traversal, pass, dtype, width and the dtype of gamma and beta."""
+    for dtype, storage in STORAGE.items():
+        for width, traversal, name in product((VECTOR // storage.itemsize, 1), TRAVERSALS, READ):
+            yield traversal, name, dtype, width, "float32"
+            if dtype == "float64" and name != "stats":
+                yield traversal, name, dtype, width, "float64"
+
+
+def assert_lean(codes, of, **expected):
+    found = {name: problems(code, of, **expected) for name, code in codes.items()}
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize(("traversal", "name", "dtype", "width", "parameters"), list(passes()))
+def test_a_pass_stays_in_registers_and_moves_vectors(traversal, name, dtype, width, parameters):
+    of = getattr(kernels.build(traversal, dtype, width), name)
+    codes = compiled(of, dtype, parameters)
+    assert_lean(codes, of, width=width, loads=READ[name], stores=WRITTEN[name])
+
+
+@pytest.mark.parametrize(
+    ("of", "dtype"),
+    [
+        (kernels.finish, "float64"),
+        (kernels.rstd_all, "float64"),
+        (kernels.move, "float32"),
+        (kernels.move, "float64"),
+        *((kernels.finish_sums(dtype), dtype) for dtype in STORAGE),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.py_func.__name__,
+)
+def test_what_is_done_once_a_channel_stays_in_registers(of, dtype):
+    assert_lean(compiled(of, dtype, dtype), of, width=1)
+
+
+# -- what the checks above would find ------------------------------------------------------------
+
+
+def found_in(of):
+    """Return the problems of a kernel over (float32 pointer, int64), the same on each GPU."""
+    codes = code_of(of, (FLOAT32, types.int64))
+    one, other = (
+        " ".join(problems(code, of, width=4, loads=1, stores=1)) for code in codes.values()
+    )
+    return one, other
+
+
+@kernel(8)  # 32 registers
+def spilling(x, n):
+    values = cuda.local.array(64, types.float32)
+    for i in range(64):
+        values[i] = x[cuda.threadIdx.x + i * n]
+    cuda.syncthreads()
+    for i in range(64):
+        x[cuda.threadIdx.x * n + i] = values[i] * values[63 - i]
+
+
+@kernel()
+def indexing(x, n):
+    values = cuda.local.array(64, types.float32)
+    for i in range(64):
+        values[i] = x[i * n] * i
+    for i in range(64):
+        values[i ^ n] += values[i]
+    x[0] = values[n]
+
+
+@kernel()
+def plain(x, n):
+    x[n] += 1
+
+
+def test_registers_that_spill_are_found():
+    for problem in found_in(spilling):
+        assert "accesses to local memory" in problem
+        assert "bytes of stack" in problem
+
+
+def test_an_index_known_only_at_run_time_is_found():
+    for problem in found_in(indexing):
+        assert "accesses to local memory" in problem
+
+
+def test_scalar_loads_and_stores_are_found():
+    for problem in found_in(plain):
+        assert "fewer than 1 loads" in problem
+        assert "fewer than 1 streaming stores" in problem
+        assert "local memory" not in problem
+
+
+def test_a_launch_bound_that_does_not_hold_is_found():
+    codes = code_of(spilling, (FLOAT32, types.int64))
+    narrow = kernel(65536 // (THREADS * 16))(plain.py_func)
+    for code in codes.values():
+        assert "registers, not 16" in " ".join(problems(code, narrow, width=1))

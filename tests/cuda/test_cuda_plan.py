@@ -1,0 +1,154 @@
+"""How a pass is cut up for a GPU: every value is done once, and vectors lie where they may."""
+
+import importlib.util
+import inspect
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import nbnorm
+from nbnorm._layout import PLANE
+
+
+def _loaded():
+    """The module by itself: its package needs CUDA, it does not."""
+    file = Path(nbnorm.__file__).parent / "cuda" / "plan.py"
+    spec = importlib.util.spec_from_file_location("plan_of_cuda", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuts = _loaded()
+plan = cuts.plan
+
+ROWS = [
+    (32, 64, 112 * 112),
+    (32, 256, 28 * 28),
+    (16, 3, 512 * 512),
+    (1, 1, 10**7),
+    (5, 3, 257),
+    (3, 2, 300),
+    (1, 1, 256),
+    (7, 4, 256 + 8),
+]
+COLUMNS = [
+    (32, 1024, 14 * 14),
+    (32, 2048, 7 * 7),
+    (60, 100, 1),
+    (513, 2048, 1),
+    (10**5, 3, 1),
+    (7, 1, 255),
+    (2, 1500, 1),
+    (1, 1, 1),
+    (9, 33, 4),
+    (3, 5, 24),
+    (1000, 7, 10),
+    (4, 3, 254),
+]
+ITEMSIZES = (2, 4, 8)
+ALIGNMENTS = (1, 2, 4, 8, 16)
+
+
+def cases(shapes):
+    found = [
+        (shape, itemsize, aligned)
+        for shape, itemsize, aligned in product(shapes, ITEMSIZES, ALIGNMENTS)
+        if aligned >= itemsize
+    ]
+    return pytest.mark.parametrize(("shape", "itemsize", "aligned"), found, ids=str)
+
+
+def parts(total, per, chunks):
+    """Return the ranges of all chunks."""
+    return [range(k * per, min((k + 1) * per, total)) for k in range(chunks)]
+
+
+def assert_done_once(ranges, total):
+    """Ranges that follow each other, none of them empty, cover 0 to total."""
+    assert [part.start for part in ranges] == [0, *(part.stop for part in ranges[:-1])]
+    assert ranges[-1].stop == total
+    assert all(ranges)
+
+
+@cases(ROWS)
+def test_rows_every_vector_of_a_channel_is_done_once(shape, itemsize, aligned):
+    N, C, S = shape
+    cut = plan(*shape, itemsize, aligned)
+    assert cut.traversal == "rows"
+    assert S % cut.width == 0, "a vector would end in the next plane"
+    assert cut.width in (1, 16 // itemsize)
+    assert cut.width == 1 or aligned >= 16
+    assert_done_once(parts(N * S // cut.width, cut.per, cut.chunks), N * S // cut.width)
+    assert cut.blocks == C * cut.chunks
+
+
+@cases(COLUMNS)
+def test_columns_every_value_is_done_once(shape, itemsize, aligned):
+    N, C, S = shape
+    cut = plan(*shape, itemsize, aligned)
+    assert cut.traversal == "columns"
+    assert cut.width in (1, 16 // itemsize)
+    assert cut.width == 1 or aligned >= 16
+    assert C * S % cut.width == 0, "the next sample would not be aligned"
+    assert_done_once(parts(N, cut.per, cut.chunks), N)
+    groups = -(-C // cut.group)
+    assert cut.blocks == groups * cut.chunks
+    for group in {0, groups - 1}:
+        first, columns = group * cut.group * S, min(cut.group, C - group * cut.group) * S
+        starts = [lane * cut.width for lane in range(cut.lanes) if lane * cut.width < columns]
+        assert first % cut.width == 0, "vectors of a later group would not be aligned"
+        assert columns % cut.width == 0, "a vector would end in the next group"
+        assert [s + w for s in starts for w in range(cut.width)] == list(range(columns))
+
+
+@cases(COLUMNS)
+def test_columns_fit_into_a_block(shape, itemsize, aligned):
+    cut = plan(*shape, itemsize, aligned)
+    at_once = cuts.THREADS // cut.lanes
+    assert at_once >= 1, "a sample of the group has more vectors than a block has threads"
+    # Shared memory holds `width` sums of every thread, at the places of its columns.
+    columns = min(cut.group, shape[1]) * shape[2]
+    assert at_once * columns <= cuts.THREADS * cut.width
+    assert cut.per % (at_once * cuts.UNROLL) == 0, "threads would have samples of several chunks"
+
+
+@pytest.mark.parametrize("S", range(1, PLANE))
+def test_columns_of_any_length_fit_into_a_block(S):
+    for C, itemsize, aligned in product((1, 2, 3, 8, 64, 1000), ITEMSIZES, (2, 16)):
+        cut = plan(3, C, S, itemsize, aligned)
+        assert 1 <= cut.lanes <= cuts.THREADS
+        assert cut.group * S == cut.lanes * cut.width
+
+
+@cases(ROWS + COLUMNS)
+def test_chunks_are_few_and_large_enough(shape, itemsize, aligned):
+    N, C, S = shape
+    cut = plan(*shape, itemsize, aligned)
+    assert 1 <= cut.chunks <= cuts.CHUNKS
+    values = N * S if cut.traversal == "rows" else N * S * min(cut.group, C)
+    # All but the last: so many that what a block does besides is little.
+    if 1 < cut.chunks < cuts.CHUNKS:
+        assert values / cut.chunks >= cuts.CHUNK / 4
+
+
+def test_large_inputs_keep_a_gpu_busy():
+    for shape in (*ROWS[:4], (32, 1024, 196), (32, 2048, 49), (10**5, 64, 1)):
+        for itemsize in ITEMSIZES:
+            N, C, S = shape
+            blocks = plan(*shape, itemsize, 16).blocks
+            assert blocks >= min(132, N * C * S // (4 * cuts.CHUNK)), shape
+
+
+def test_the_cut_knows_no_device():
+    parameters = list(inspect.signature(plan).parameters)
+    assert parameters == ["N", "C", "S", "itemsize", "aligned", "threads"]
+    for shape, itemsize in product(ROWS + COLUMNS, ITEMSIZES):
+        assert plan(*shape, itemsize, 16) == plan(*shape, itemsize, 1 << 40)
+
+
+def test_the_largest_tensors_have_few_enough_blocks():
+    for shape in ((1 << 15, 1 << 16, 1), (1, 1 << 21, 1 << 10), (1 << 10, 1 << 10, 1 << 11)):
+        for aligned in (2, 16):
+            assert plan(*shape, 2, aligned).blocks < 1 << 31

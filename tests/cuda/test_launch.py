@@ -1,0 +1,553 @@
+"""The launcher under a CUDA driver that notes launches and runs nothing (driver.py).
+
+What is marked `under_the_driver` runs in one child process, all in the order written here. The
+program itself, `python tests/cuda/test_launch.py`, prints what a call takes of the host's time.
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import timeit
+import traceback
+from contextlib import redirect_stdout
+from io import StringIO
+from math import inf
+
+import driver as fake
+import numpy as np
+import pytest
+
+_bodies = {}
+
+F32, F64, F16 = np.dtype("float32"), np.dtype("float64"), np.dtype("float16")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    if reason := fake.missing():
+        pytest.skip(reason)
+    return fake.environment(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(environment):
+    from children import run_child
+
+    return json.loads(run_child("-W", "error", __file__, "all", **environment))
+
+
+def under_the_driver(body):
+    _bodies[body.__name__] = body
+
+    def test(outcomes):
+        said, error = outcomes[body.__name__]
+        print(said, end="")
+        assert error is None, error
+
+    test.__doc__ = body.__doc__
+    return test
+
+
+# -- what the driver is to see -------------------------------------------------------------------
+
+
+def tensor(dtype, *, rows, gap=0):
+    """A tensor of rows or of columns; a gap of so many values follows each sample, and row."""
+    N, C, S = (3, 5, 512) if rows else (6, 16, 8)
+    row = S + gap if rows else S
+    return fake.Array((N, C, S), dtype, (C * row + gap, row, 1))
+
+
+def channels(dtype=F64, size=None):
+    return fake.Array(size or 16, dtype)
+
+
+def view(rows, name, short, array, absent=False):
+    """A tensor's arguments; the strides of one that the kernel does not touch may be anything."""
+    strides = [stride // array.itemsize for stride in array.strides]
+    expected = {name: array.data.ptr, f"{short}n": strides[0], f"{short}c": strides[1]}
+    if not rows:
+        del expected[f"{short}c"]
+    return {key: None if absent and key != name else value for key, value in expected.items()}
+
+
+def geometry(rows, x):
+    """Plan of a pass over aligned tensors, and its numbers as the kernels take them."""
+    from nbnorm.cuda.plan import plan
+
+    N, C, S = x.shape
+    cut = plan(N, C, S, x.itemsize, 16)
+    if rows:
+        vectors = S // cut.width
+        numbers = {"C": C, "vectors": vectors, "total": N * vectors}
+    else:
+        numbers = {"C": C, "S": S, "N": N, "group": cut.group, "lanes": cut.lanes}
+    return cut, {**numbers, "per": cut.per, "chunks": cut.chunks}
+
+
+def names_of(launch):
+    """Names of the arguments."""
+    from nbnorm.cuda import kernels
+
+    module, name = launch.kernel.split(".")
+    if name == "finish_sums":
+        kernel = kernels.finish_sums("float32")
+    elif module == "channel":
+        kernel = getattr(kernels, name)
+    else:
+        kernel = getattr(kernels.build(module, "float32", 4), name)
+    return list(inspect.signature(kernel.py_func).parameters)
+
+
+def arguments_of(launch):
+    return dict(zip(names_of(launch), launch.arguments, strict=True))
+
+
+def types_of(launch):
+    return dict(zip(names_of(launch), launch.types, strict=True))
+
+
+def check(launch, kernel, blocks, **expected):
+    """Compare a launch with what its kernel is to be given; arrays stand for their addresses."""
+    assert (launch.kernel, launch.grid) == (kernel, (blocks, 1, 1))
+    assert (launch.block, launch.shared) == ((256, 1, 1), 0)
+    seen = arguments_of(launch)
+    assert set(seen) == set(expected)
+    for name, value in expected.items():
+        if isinstance(value, fake.Array):
+            value = value.data.ptr
+        if value is not None:
+            assert (seen[name], type(seen[name])) == (value, type(value)), (
+                f"{kernel}: {name} = {value!r}, but the driver got {seen[name]!r}"
+            )
+
+
+LAYOUTS = [
+    (rows, dtype, gap)
+    for rows in (True, False)
+    for dtype, gap in ((F32, 0), (F32, 4), (F16, 0), (F16, 8))
+]
+
+
+@under_the_driver
+def test_forward_hands_over_addresses_strides_and_numbers(driver, backend):
+    for rows, dtype, gap in LAYOUTS:
+        x, residual, y = (tensor(dtype, rows=rows, gap=gap * i) for i in (1, 2, 0))
+        N, C, S = x.shape
+        gamma, beta = channels(F32, C), channels(F32, C)
+        cut, numbers = geometry(rows, x)
+        traversal = "rows" if rows else "columns"
+        for added, relu in ((True, False), (False, True)):
+            cupy.allocated.clear()
+            stats, finish, apply = driver.during(
+                backend.forward, x, gamma, beta, 1e-5, residual if added else None, relu, y
+            )
+            mean, m2, rstd = driver.returned
+            (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
+            assert partial.shape == (2, C, cut.chunks)
+            check(
+                stats, f"{traversal}.stats", cut.blocks,
+                **view(rows, "x", "x", x), **numbers, partial=partial, mean=mean, again=0,
+            )  # fmt: skip
+            check(
+                finish, "channel.finish", -(-C // 8), partial=partial, C=C, chunks=cut.chunks,
+                m=float(N * S), eps=1e-5, mean=mean, m2=m2, rstd=rstd,
+            )  # fmt: skip
+            check(
+                apply, f"{traversal}.apply", cut.blocks, **view(rows, "x", "x", x),
+                **view(rows, "residual", "r", residual if added else x, absent=not added),
+                **view(rows, "y", "y", y), **numbers, mean=mean, rstd=rstd, gamma=gamma, beta=beta,
+                floor=0.0 if relu else -inf, added=int(added),
+            )  # fmt: skip
+
+
+@under_the_driver
+def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
+    for rows, dtype, gap in LAYOUTS:
+        x, dy, y, dx, dresidual = (tensor(dtype, rows=rows, gap=gap * i) for i in (1, 0, 2, 3, 4))
+        N, C, S = x.shape
+        gamma, beta = channels(F32, C), channels(F32, C)
+        mean, rstd = channels(F64, C), channels(F64, C)
+        cut, numbers = geometry(rows, x)
+        traversal = "rows" if rows else "columns"
+        for masked, outs in ((0, 1), (1, 2), (2, 3)):
+            cupy.allocated.clear()
+            given = {
+                "beta": beta if masked else None,
+                "y": y if masked == 2 else None,
+                "dx": dx if outs & 1 else None,
+                "dresidual": dresidual if outs & 2 else None,
+            }
+            reduce, finish, differentiate = driver.during(
+                backend.backward, dy, x, gamma, mean, rstd, **given
+            )
+            sums = driver.returned
+            (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
+            assert (partial.shape, sums.shape) == ((2, C, cut.chunks), (2, C))
+            common = {
+                **view(rows, "dy", "dy", dy), **view(rows, "x", "x", x),
+                **view(rows, "y", "y", y if masked == 2 else x, absent=masked != 2), **numbers,
+                "mean": mean, "rstd": rstd, "gamma": gamma, "masked": masked,
+                "beta": beta if masked == 1 else gamma,
+            }  # fmt: skip
+            check(reduce, f"{traversal}.reduce", cut.blocks, **common, partial=partial)
+            check(
+                finish, "channel.finish_sums", -(-C // 8), partial=partial, C=C,
+                chunks=cut.chunks, mean=mean, rstd=rstd, sums=sums,
+            )  # fmt: skip
+            check(
+                differentiate, f"{traversal}.differentiate", cut.blocks, **common,
+                **view(rows, "dx", "dx", dx if outs & 1 else x, absent=not outs & 1),
+                **view(rows, "dresidual", "r", dresidual if outs & 2 else x, absent=not outs & 2),
+                sums=sums, count=float(N * S), training=1, outs=outs,
+            )  # fmt: skip
+        (evaluated,) = driver.during(
+            backend.backward_apply, dy, x, gamma, mean, rstd, None, 7, None, None, dx, None
+        )
+        arguments = arguments_of(evaluated)
+        assert (arguments["training"], arguments["count"]) == (0, 7.0)
+
+
+@under_the_driver
+def test_parameters_and_x_of_float64_are_read_as_such(driver, backend):
+    x, y = tensor(F64, rows=True), tensor(F64, rows=True)
+    gamma, beta, mean, rstd = (channels(F64, 5) for _ in range(4))
+    cut, numbers = geometry(True, x)
+    (apply,) = driver.during(backend.apply, x, gamma, beta, mean, rstd, None, True, y)
+    check(
+        apply, "rows.apply", cut.blocks, **view(True, "x", "x", x),
+        **view(True, "residual", "r", x, absent=True), **view(True, "y", "y", y), **numbers,
+        mean=mean, rstd=rstd, gamma=gamma, beta=beta, floor=0.0, added=0,
+    )  # fmt: skip
+    gamma, beta = channels(F32, 5), channels(F32, 5)
+    (narrow,) = driver.during(backend.apply, x, gamma, beta, mean, rstd, None, True, y)
+    assert (types_of(apply)["x"], types_of(apply)["gamma"]) == ("float64*", "float64*")
+    assert (types_of(narrow)["x"], types_of(narrow)["gamma"]) == ("float64*", "float32*")
+
+
+@under_the_driver
+def test_one_tensor_that_begins_between_vectors_has_all_read_value_by_value(driver, backend):
+    gamma, beta, mean, rstd = channels(F32), channels(F32), channels(), channels()
+    shape = 3, 5, 512
+
+    def vectors(call, *args):
+        return [arguments_of(launch)["vectors"] for launch in driver.during(call, *args)]
+
+    for odd in (None, 0, 1, 2, 3, 4):
+        x, residual, y, dy, dx = (fake.Array(shape, F32, offset=i == odd) for i in range(5))
+        args = x, gamma, beta, mean, rstd, residual, False, y
+        assert vectors(backend.apply, *args) == [512 if odd in (0, 1, 2) else 128], odd
+        for outs in ((dx, None), (None, dx)):
+            args = dy, x, gamma, mean, rstd, None, 1, None, y, *outs
+            assert vectors(backend.backward_apply, *args) == [128 if odd in (None, 1) else 512], odd
+
+
+@under_the_driver
+def test_statistics_are_moved_and_inverted(driver, backend):
+    C = 300
+    mean, m2, var = channels(F64, C), channels(F64, C), channels(F64, C)
+    for dtype in (F32, F64):
+        running_mean, running_var = channels(dtype, C), channels(dtype, C)
+        (move,) = driver.during(backend.move, running_mean, running_var, mean, m2, 0.1, 31.0)
+        check(
+            move, "channel.move", 2, running_mean=running_mean, running_var=running_var,
+            mean=mean, m2=m2, momentum=0.1, divisor=31.0, C=C,
+        )  # fmt: skip
+        assert types_of(move)["running_mean"] == types_of(move)["running_var"] == f"{dtype}*"
+    (rstd,) = driver.during(backend.rstd, var, 1e-3)
+    check(rstd, "channel.rstd_all", 2, var=var, eps=1e-3, rstd=driver.returned, C=C)
+
+
+# -- how often the driver is called --------------------------------------------------------------
+
+
+def calls_of(backend, dtype=F32, *, rows=True):
+    """Every function of the backend, by name, with how many launches it takes."""
+    x, y, dy, dx = (tensor(dtype, rows=rows) for _ in range(4))
+    C = x.shape[1]
+    gamma, beta = channels(F32, C), channels(F32, C)
+    mean, rstd, m2 = channels(F64, C), channels(F64, C), channels(F64, C)
+    sums = fake.Array((2, C))
+    running = channels(F32, C), channels(F32, C)
+    return {
+        "forward": (3, lambda: backend.forward(x, gamma, beta, 1e-5, None, True, y)),
+        "backward": (
+            3, lambda: backend.backward(dy, x, gamma, mean, rstd, beta, None, dx, None),
+        ),
+        "apply": (1, lambda: backend.apply(x, gamma, beta, mean, rstd, None, True, y)),
+        "stats": (2, lambda: backend.stats(x)),
+        "move": (1, lambda: backend.move(*running, mean, m2, 0.1, 2.0)),
+        "rstd": (1, lambda: backend.rstd(m2, 1e-5)),
+        "backward_reduce": (
+            2, lambda: backend.backward_reduce(dy, x, gamma, mean, rstd, beta, None),
+        ),
+        "backward_apply": (
+            1,
+            lambda: backend.backward_apply(
+                dy, x, gamma, mean, rstd, sums, 9, beta, None, dx, None
+            ),
+        ),
+    }  # fmt: skip
+
+
+@under_the_driver
+def test_each_function_takes_as_many_launches_as_it_has_kernels(driver, backend):
+    for rows in (True, False):
+        for name, (launches, call) in calls_of(backend, rows=rows).items():
+            assert len(driver.during(call)) == launches, (name, rows)
+
+
+@under_the_driver
+def test_after_the_first_call_the_driver_is_asked_for_launches_and_nothing_else(driver, backend):
+    """No waiting, no copies, no memory, no contexts, nothing loaded."""
+    for rows in (True, False):
+        for name, (launches, call) in calls_of(backend, F16, rows=rows).items():
+            call()
+            before, before_launches = driver.calls(), driver.calls("cuLaunch")
+            for _ in range(3):
+                call()
+            assert driver.calls("cuLaunch") - before_launches == 3 * launches, name
+            assert driver.calls() - before == 3 * launches, name
+
+
+@under_the_driver
+def test_kernels_are_loaded_without_waiting(driver, backend):
+    waits = ("cuStreamSync", "cuCtxSync", "cuEventSync", "cuMemcpy", "cuMemAlloc")
+    before = [driver.calls(name) for name in waits]
+    loads = driver.calls("cuLibraryLoad")
+    for _, call in calls_of(backend, F64).values():
+        call()
+    assert driver.calls("cuLibraryLoad") > loads
+    assert [driver.calls(name) for name in waits] == before
+
+
+# -- streams, devices, threads -------------------------------------------------------------------
+
+
+@under_the_driver
+def test_launches_go_to_the_stream_that_is_current_in_cupy(driver, backend):
+    _, call = calls_of(backend)["forward"]
+    for stream in (7, fake.DEFAULT, fake.PER_THREAD, 12, 7):
+        cupy.use(stream=stream)
+        assert [launch.stream for launch in driver.during(call)] == [stream] * 3
+
+
+@under_the_driver
+def test_a_kernel_is_loaded_once_for_each_kind_of_device(driver, backend):
+    _, call = calls_of(backend, F16)["forward"]
+    cupy.use(device=0)
+    call()
+    loads = driver.calls("cuLibraryLoad")
+    for device, loaded_on, more in ((1, 1, 3), (0, 0, 3), (2, 0, 3), (1, 1, 3)):
+        for stream in (fake.DEFAULT, fake.stream_of(device)):
+            cupy.use(device, stream)
+            launches = driver.during(call)
+            assert [launch.device for launch in launches] == [device] * 3
+            assert [launch.loaded_on for launch in launches] == [loaded_on] * 3
+            assert driver.calls("cuLibraryLoad") == loads + more
+
+
+@under_the_driver
+def test_loading_leaves_the_devices_of_the_thread_as_they_were(driver, backend):
+    x, y = (fake.Array((3, 3, 3), F32) for _ in range(2))  # kernels that nothing else here loads
+    gamma, beta = channels(F64, 3), channels(F64, 3)
+    loads = driver.calls("cuLibraryLoad")
+    cupy.use(device=2)
+    backend.apply(x, gamma, beta, channels(), channels(), None, True, y)
+    assert driver.calls("cuLibraryLoad") == loads + 1
+    assert (driver.device(), driver.depth()) == (2, 1)
+
+
+@under_the_driver
+def test_a_thread_whose_device_nothing_has_set_yet_can_launch(driver, backend):
+    seen = []
+    _, call = calls_of(backend)["forward"]
+    call()
+
+    def work():
+        assert driver.depth() == 0
+        seen.extend(driver.during(call))
+
+    in_thread(work)
+    assert [launch.device for launch in seen] == [0] * 3
+
+
+@under_the_driver
+def test_threads_that_launch_at_the_same_time_do_not_share_arguments(driver, backend):
+    threads, each = 8, 20
+    gamma, beta, mean, rstd = channels(F32), channels(F32), channels(), channels()
+    pairs = [(tensor(F32, rows=True), tensor(F32, rows=True)) for _ in range(threads)]
+    start = threading.Barrier(threads)
+
+    def work(x, y):
+        driver.set_device(0)
+        start.wait()
+        for _ in range(each):
+            backend.apply(x, gamma, beta, mean, rstd, None, True, y)
+
+    def all_of_them():
+        running = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+
+    driver.delay(200)
+    try:
+        launches = driver.during(all_of_them)
+    finally:
+        driver.delay(0)
+    seen = [arguments_of(launch) for launch in launches]
+    assert sorted((a["x"], a["y"]) for a in seen) == sorted(
+        (x.data.ptr, y.data.ptr) for x, y in pairs for _ in range(each)
+    )
+
+
+def in_thread(work):
+    """Run in a new thread; raise here what was raised there."""
+    errors = []
+
+    def guarded():
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@under_the_driver
+def test_a_launch_that_fails_raises_and_names_cuda_and_the_kernel(driver, backend):
+    _, call = calls_of(backend)["apply"]
+    driver.fail(fake.LAUNCH_FAILED)
+    with pytest.raises(RuntimeError, match=r"CUDA.* apply: CUDA_ERROR_LAUNCH_FAILED"):
+        call()
+    assert len(driver.during(call)) == 1  # the next call is not affected
+
+
+@under_the_driver
+def test_arguments_that_a_kernel_does_not_take_are_refused(driver, backend):
+    from struct import error
+
+    from nbnorm.cuda import kernels, launch
+
+    x = channels()
+    good = x, 1e-5, x, 16
+    for wrong in (good[:3], (*good, 1), (x, 1e-5, x, 16.0)):
+        with pytest.raises(error):
+            launch.run(kernels.rstd_all, "float64", "float64", 1, 256, *wrong)
+    launch.run(kernels.rstd_all, "float64", "float64", 1, 256, *good)
+
+
+@pytest.mark.parametrize("library", ["cupy", "numba_cuda"])
+def test_without_a_library_a_gpu_array_is_refused_with_what_to_install(environment, library):
+    from children import run_child
+
+    said = run_child("-W", "error", __file__, "without", library, **environment)
+    assert library in said
+    assert "nbnorm-kernels[cuda]" in said
+
+
+def without(library):
+    """Print the message of the ImportError that an array on a GPU leads to."""
+    import nbnorm
+
+    class Tensor:
+        def __dlpack_device__(self):
+            return 2, 0
+
+        def __dlpack__(self, **options):
+            raise AssertionError("the backend comes first")
+
+    if library != "cupy":
+        fake.install_cupy(fake.Driver())
+    sys.modules[library] = None
+    with pytest.raises(ImportError) as caught:
+        nbnorm.batch_norm_stats(Tensor())
+    print(caught.value)
+
+
+# -- time ----------------------------------------------------------------------------------------
+
+
+def host_times(backend):
+    """Microseconds of each function, whose results are in memory at hand: {name: time}."""
+    times = {}
+    for rows in (True, False):
+        for name, (_, call) in calls_of(backend, rows=rows).items():
+            cupy.allocated.clear()
+            call()
+            for array in cupy.allocated:
+                cupy.ready[array.shape] = array
+                if len(array.shape) == 1:
+                    cupy.ready[array.size] = array
+            # The processor's time: nothing here waits, except for other processes' turns.
+            rounds = timeit.repeat(call, timer=time.thread_time, number=200, repeat=30)
+            times[f"{name}, {'rows' if rows else 'columns'}"] = min(rounds) / 200 * 1e6
+            cupy.ready.clear()
+    return times
+
+
+@under_the_driver
+def test_a_call_takes_the_host_some_microseconds(driver, backend):
+    """10 is the aim for forward and backward, on a machine that does nothing else."""
+    times = host_times(backend)
+    print(*(f"{name}: {spent:.1f} us" for name, spent in times.items()), sep="\n")
+    assert max(times.values()) < 50, times
+
+
+# -- the child -----------------------------------------------------------------------------------
+
+
+def run_all():
+    """Run everything marked; print what came of it."""
+    outcomes = {}
+    for name, body in _bodies.items():
+        error = None
+        with redirect_stdout(StringIO()) as said:
+            try:
+                cupy.use()
+                body(driver, backend)
+            except BaseException:  # pytest.fail's is no Exception
+                error = traceback.format_exc()
+        outcomes[name] = said.getvalue(), error
+    print(json.dumps(outcomes))
+
+
+def table():
+    """Start this file with the fake driver, which has to be there when Python starts."""
+    if reason := fake.missing():
+        sys.exit(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **fake.environment(folder)}
+        subprocess.run([sys.executable, __file__, "times"], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if not command:
+        table()
+    elif command == "without":
+        without(sys.argv[2])
+    else:
+        driver = fake.Driver()
+        cupy = fake.install_cupy(driver)
+        from nbnorm import cuda as backend
+
+        if command == "all":
+            run_all()
+        else:
+            for key, value in host_times(backend).items():
+                print(f"{key:28}{value:6.1f} us")
