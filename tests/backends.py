@@ -82,9 +82,12 @@ class OnDevice:
             root = root.base
         flat = _as_bytes(root)
         start = flat.__array_interface__["data"][0]
-        if start not in self._memory:
-            self._memory[start] = flat, self._cupy.asarray(flat)
         offset = value.__array_interface__["data"][0] - start
+        if start not in self._memory:
+            # What is not aligned here is so there, where nothing else can be read.
+            padding = -offset % value.itemsize
+            memory = self._cupy.asarray(np.concatenate([np.zeros(padding, np.uint8), flat]))
+            self._memory[start] = flat, memory[padding:]
         memory = self._memory[start][1]
         given = self._cupy.ndarray(
             value.shape, value.dtype, memory.data + offset, strides=value.strides
@@ -134,7 +137,7 @@ def simulated():
     import simulator
 
     fake_cupy.install()
-    cuda = simulator.load(THREADS=32, CHUNK=1 << 9)
+    cuda = simulator.load(CHUNK=1 << 11)
     del sys.modules["nbnorm.cuda.memory"]  # the simulator's; with the stand-in, our own works
     cuda.memory = importlib.import_module("nbnorm.cuda.memory")
     cuda.launch.address = lambda array: array.data.ptr

@@ -2,7 +2,7 @@
 
 import backends
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # The first call of a kernel compiles it, which no deadline survives; examples are derived from
 # the test's name alone, so that a red run is red again on the next machine.
@@ -12,8 +12,8 @@ settings.load_profile("nbnorm")
 
 # What is about NumPy's memory, the CPU's threads or no backend at all.
 CPU_ONLY = (
-    *("benchmarks", "config", "docs", "examples", "interop", "layer", "plan", "pool", "reference"),
-    *("streaming", "threads", "warmup"),
+    *("benchmarks", "config", "distributed", "docs", "examples", "interop", "layer", "plan"),
+    *("pool", "reference", "streaming", "threads", "torch", "warmup"),
 )
 
 
@@ -33,7 +33,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--backend")
     if name == "simulator":
-        settings.register_profile("simulator", settings.get_profile("nbnorm"), max_examples=12)
+        # Thread by thread an example takes a second: few of them, and none made smaller.
+        phases = [phase for phase in Phase if phase is not Phase.shrink]
+        nbnorm = settings.get_profile("nbnorm")
+        settings.register_profile("simulator", nbnorm, max_examples=10, phases=phases)
         settings.load_profile("simulator")
     if name != "numpy":
         backends.install(backends.EXCHANGES[name]())

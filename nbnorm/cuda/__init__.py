@@ -80,8 +80,9 @@ def forward(
 def rstd(var: Array, eps: float) -> Array:
     """1 / sqrt(var + eps), 0 where that is 1/0, as `forward` has it."""
     result = _library(var).empty(var.size)
-    args = var, eps, result, var.size
-    launch.run(kernels.rstd_all, "float64", "float64", _ceil(var.size, THREADS), THREADS, *args)
+    if var.size:  # a grid of no blocks is an error
+        args = var, eps, result, var.size
+        launch.run(kernels.rstd_all, "float64", "float64", _ceil(var.size, THREADS), THREADS, *args)
     return result
 
 

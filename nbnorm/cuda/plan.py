@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nbnorm._layout import PLANE
 
-THREADS = 256  # a block
+THREADS = 256  # a block; no fewer than PLANE, so that there is one for every column of a plane
 VECTOR = 16  # bytes of the widest access
 UNROLL = 4  # vectors of one tensor that a thread has under way
 CHUNK = 1 << 14  # values of a channel, or of a group of channels, that one block takes

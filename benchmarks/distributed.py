@@ -1,0 +1,194 @@
+"""What synchronising costs a layer, what the messages cost alone, and how exact the merge is.
+
+    NUMBA_NUM_THREADS=1 mpiexec -n 2 python benchmarks/distributed.py layers
+    NUMBA_NUM_THREADS=1 mpiexec -n 2 python benchmarks/distributed.py messages
+    python benchmarks/distributed.py merge
+
+`layers`: forward and backward of one layer, a call of each in turn, all ranks starting together;
+the time of a call is that of the slowest rank, and the median over all turns is shown; the last
+column has the difference of the tenth percentiles, which other work on the machine moves less.
+`halves` are the same two passes cut in two, with nothing sent: what is lost by reading x twice.
+`messages`: the gathers of one layer and step, without the layer.
+`merge`: ranks simulated in one process, against long double.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a program: make this folder's package and nbnorm importable
+    # And not this folder itself, whose `distributed` is not nbnorm's.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import llvmlite.binding
+import numba
+import numpy as np
+
+import nbnorm
+from nbnorm import Moments
+from nbnorm.distributed import SelfComm, sync_batch_norm_backward, sync_batch_norm_forward
+
+SHAPES = [
+    (2, 512),
+    (64, 512),
+    (1024, 512),
+    (8, 512, 7, 7),
+    (32, 512, 7, 7),
+    (8, 512, 14, 14),
+    (32, 512, 14, 14),
+]
+CHANNELS = (64, 512, 2048)
+RANKS = (2, 64, 512, 4096)
+LAYERS_OF_RESNET50 = 53
+
+Call = Callable[[], Any]
+
+
+def calls_of(shape: tuple[int, ...], comm: Any) -> dict[str, Call]:
+    """Return a training step of one layer: of this rank alone, cut in two, and synchronised."""
+    rng = np.random.default_rng(comm.Get_rank())
+    x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    gamma, beta, var = (np.ones(shape[1], np.float32) for _ in range(3))
+    mean = np.zeros(shape[1], np.float32)
+    y, dx = np.empty_like(x), np.empty_like(x)
+
+    def local() -> None:
+        saved = nbnorm.batch_norm_forward(x, gamma, beta, mean, var, out=y)
+        nbnorm.batch_norm_backward(dy, x, gamma, saved.mean, saved.rstd, out=dx)
+
+    def sync(ranks: Any) -> Call:
+        def call() -> None:
+            saved = sync_batch_norm_forward(x, gamma, beta, mean, var, out=y, comm=ranks)
+            sync_batch_norm_backward(dy, x, gamma, *saved[1:], out=dx, comm=ranks)
+
+        return call
+
+    return {"local": local, "halves": sync(SelfComm()), "synchronised": sync(comm)}
+
+
+def in_turns(calls: dict[str, Call], comm: Any, turns: int) -> dict[str, np.ndarray]:
+    """The slowest rank's microseconds: tenth percentile and median over the turns."""
+    own = {name: np.empty(turns) for name in calls}
+    for call in calls.values():  # compiles
+        call()
+    for turn in range(turns):
+        for name, call in calls.items():
+            comm.Barrier()
+            begin = time.perf_counter()
+            call()
+            own[name][turn] = (time.perf_counter() - begin) * 1e6
+    slowest = {}
+    for name, times in own.items():
+        table = np.empty((comm.Get_size(), turns))
+        comm.Allgather(times, table)
+        slowest[name] = np.percentile(table.max(axis=0), [10, 50])
+    return slowest
+
+
+def layers(comm: Any, turns: int) -> list[list[str]]:
+    """Time every shape."""
+    names = ["local, µs", "halves", "synchronised", "more than local", "tenth percentile"]
+    lines = [["shape on each rank", *names]]
+    for shape in SHAPES:
+        times = in_turns(calls_of(shape, comm), comm, turns)
+        extra = times["synchronised"] - times["local"]
+        columns = [f"{times[name][1]:.0f}" for name in times]
+        lines.append(["x".join(map(str, shape)), *columns, f"{extra[1]:.0f}", f"{extra[0]:.0f}"])
+    return lines
+
+
+def messages(comm: Any, turns: int) -> list[list[str]]:
+    """Time the four gathers of a layer and step: two headers, two times 2 C values."""
+    lines = [["C", "bytes received", "µs for a layer and step", f"ms for {LAYERS_OF_RESNET50}"]]
+    size = comm.Get_size()
+    for channels in CHANNELS:
+        buffers = [np.zeros((size + 1, length)) for length in (16, 2 * channels)]
+
+        def gathers(buffers: list[np.ndarray] = buffers) -> None:
+            for buffer in (*buffers, *buffers):
+                comm.Allgather(buffer[-1], buffer[:-1])
+
+        spent = in_turns({"gathers": gathers}, comm, turns)["gathers"][1]
+        received = 2 * sum(buffer[1:].nbytes for buffer in buffers)
+        columns = [f"{received}", f"{spent:.1f}", f"{spent * LAYERS_OF_RESNET50 / 1e3:.2f}"]
+        lines.append([f"{channels}", *columns])
+    return lines
+
+
+def merge() -> list[list[str]]:
+    """Merge simulated ranks of 1 to 63 values a channel; the greatest errors, and the time."""
+    names = ["mean, std", "M2, relative", "M2 of sums of x and x²"]
+    lines = [["ranks", "mean / std", *names, "ms to merge"]]
+    for ranks in RANKS:
+        for offset in (0.0, 1e3, 1e6):
+            lines.append([f"{ranks}", f"{offset:g}", *merged(ranks, offset)])
+    return lines
+
+
+def merged(ranks: int, offset: float) -> list[str]:
+    """Errors of one merge of 512 channels."""
+    rng = np.random.default_rng(ranks)
+    parts = [rng.normal(size=(rng.integers(1, 64), 512)) + offset for _ in range(ranks)]
+    count = sum(map(len, parts))
+    exact = sum(part.sum(axis=0, dtype=np.longdouble) for part in parts) / count
+    m2 = sum(((part - exact) ** 2).sum(axis=0) for part in parts)
+    sums = sum(part.sum(axis=0) for part in parts)
+    squares = sum((part * part).sum(axis=0) for part in parts)
+    own = [nbnorm.batch_norm_stats(part) for part in parts]
+    begin = time.perf_counter()
+    moments = Moments.merge(*own)
+    spent = time.perf_counter() - begin
+    errors = (
+        np.abs(moments.mean - exact) / np.sqrt(m2 / count),
+        np.abs(moments.m2 - m2) / m2,
+        np.abs(squares - sums * sums / count - m2) / m2,
+    )
+    return [*(f"{error.max():.1e}" for error in errors), f"{spent * 1e3:.2g}"]
+
+
+def table_of(lines: list[list[str]]) -> str:
+    """Return lines as a Markdown table."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def conditions(libraries: list[str]) -> str:
+    """Say where and with what."""
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    return (
+        f"{platform.machine()} ({llvmlite.binding.get_host_cpu_name()}), "
+        f"{numba.get_num_threads()} threads a process, {versions}"
+    )
+
+
+def main() -> None:
+    """Measure what was asked for; the first rank prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["layers", "messages", "merge"])
+    parser.add_argument("--turns", type=int, default=400, help="turns of each call (400)")
+    args = parser.parse_args()
+    command = f"python benchmarks/distributed.py {' '.join(sys.argv[1:])}"
+    if args.what == "merge":
+        print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{table_of(merge())}")
+        return
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    lines = {"layers": layers, "messages": messages}[args.what](comm, args.turns)
+    if comm.Get_rank() == 0:
+        implementation = MPI.Get_library_version().splitlines()[0].replace("\t", " ")
+        print(f"{conditions(['numpy', 'numba', 'mpi4py'])}, {implementation}\n")
+        threads = f"NUMBA_NUM_THREADS={numba.get_num_threads()}"
+        print(f"    {threads} mpiexec -n {comm.Get_size()} {command}\n")
+        print(table_of(lines))
+
+
+if __name__ == "__main__":
+    main()

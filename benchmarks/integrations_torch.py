@@ -1,0 +1,191 @@
+"""nbnorm.integrations.torch beside PyTorch's own: training steps of ResNet-50, and the function.
+
+    python benchmarks/integrations_torch.py
+    python benchmarks/integrations_torch.py --resnet --batch 8 --side 64
+    python benchmarks/integrations_torch.py --shapes 32x256x56x56
+
+Everything that is compared takes turns in one process, with the same number of threads. Numba and
+PyTorch each have a pool of them, and an idle thread of PyTorch's spins for a while after each
+operator, on a core that Numba's would use. OMP_WAIT_POLICY=passive has it sleep instead, which
+costs every operator the time to wake it up, but is the faster way where other programs run, too.
+The last line says how it was set.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numba
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.shapes import name_of, shape_of
+from benchmarks.timing import alternate
+from nbnorm.integrations.torch import batch_norm, convert
+
+SHAPES = ((32, 256, 56, 56), (32, 64, 112, 112), (32, 512, 7, 7), (4096, 512))
+BLOCKS = (3, 4, 6, 3)
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolution beside a shortcut."""
+
+    def __init__(self, inside: int, width: int, stride: int) -> None:
+        super().__init__()
+        outside = 4 * width
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)),
+            *(nn.ReLU(True), nn.Conv2d(width, outside, 1, bias=False), nn.BatchNorm2d(outside)),
+        )
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inside != outside:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu_(self.body(x).add_(self.shortcut(x)))
+
+
+def resnet50(classes: int = 1000) -> nn.Sequential:
+    """ResNet-50 (He et al. 2015), its strides in the 3 x 3 convolutions, in plain PyTorch."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(True),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inside = 64
+    for i, blocks in enumerate(BLOCKS):
+        width = 64 << i
+        for j in range(blocks):
+            layers.append(Bottleneck(inside, width, 2 if i and not j else 1))
+            inside = 4 * width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes)]
+    return nn.Sequential(*layers)
+
+
+def steps(batch: int, side: int, memory_format: torch.memory_format) -> dict[str, Callable]:
+    """A training step of each model: forward, backward, SGD."""
+    torch.manual_seed(0)
+    model = resnet50().to(memory_format=memory_format)
+    models = {
+        "PyTorch": model,
+        "converted": convert(deepcopy(model)),
+        "converted, fuse_relu": convert(deepcopy(model), fuse_relu=True),
+    }
+    x = torch.randn(batch, 3, side, side).contiguous(memory_format=memory_format)
+    labels = torch.randint(1000, (batch,))
+
+    def step_of(model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+
+        return step
+
+    return {name: step_of(model) for name, model in models.items()}
+
+
+def in_turns(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call; they are long, so each turn is one of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if i:  # the first compiles
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def resnet(batch: int, side: int, rounds: int) -> None:
+    formats = {"": torch.contiguous_format, " channels-last": torch.channels_last}
+    for label, memory_format in formats.items():
+        print(f"\nResNet-50{label}, {batch}x3x{side}x{side}, a training step, ms:")
+        times = in_turns(steps(batch, side, memory_format), rounds)
+        base = times["PyTorch"]
+        for name, own in times.items():
+            print(
+                f"  {name:<21} least {min(own) * 1e3:6.1f}   median"
+                f" {statistics.median(own) * 1e3:6.1f}   {min(base) / min(own):.2f}x"
+                f" ({statistics.median(base) / statistics.median(own):.2f}x)"
+            )
+
+
+def function(shapes: list[tuple[int, ...]], rounds: int) -> None:
+    """Forward and backward through autograd, PyTorch's function and ours."""
+    print("\nbatch_norm, forward + backward through autograd, ms (least):")
+    for shape in shapes:
+        for last in (False, True) if len(shape) == 4 else (False,):
+            x = torch.randn(shape)
+            if last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            dy = torch.randn_like(x)
+            x.requires_grad_()
+            parameters = [torch.rand(shape[1], requires_grad=True) for _ in range(2)]
+            running = torch.zeros(shape[1]), torch.ones(shape[1])
+            inputs = [x, *parameters]
+
+            def step(of: Callable, relu: bool = False) -> list[Tensor]:
+                options = {"relu": True} if relu and of is batch_norm else {}
+                y = of(x, *running, *parameters, training=True, **options)  # noqa: B023
+                if relu and of is not batch_norm:
+                    y = torch.relu_(y)
+                return torch.autograd.grad(y, inputs, dy)  # noqa: B023
+
+            times = alternate(
+                {
+                    "PyTorch": lambda: step(functional.batch_norm),
+                    "nbnorm": lambda: step(batch_norm),
+                    "PyTorch, ReLU": lambda: step(functional.batch_norm, True),
+                    "nbnorm, ReLU": lambda: step(batch_norm, True),
+                },
+                rounds,
+            )
+            least = {name: time.least * 1e3 for name, time in times.items()}
+            print(
+                f"  {name_of(shape) + ' channels-last' * last:<28}"
+                f" PyTorch {least['PyTorch']:8.3f}  nbnorm {least['nbnorm']:8.3f}"
+                f"  {least['PyTorch'] / least['nbnorm']:5.2f}x   with ReLU"
+                f" {least['PyTorch, ReLU']:8.3f} {least['nbnorm, ReLU']:8.3f}"
+                f"  {least['PyTorch, ReLU'] / least['nbnorm, ReLU']:5.2f}x"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--resnet", action="store_true", help="only ResNet-50")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, help="only the function, at these")
+    parser.add_argument("--batch", type=int, default=16, help="default %(default)s")
+    parser.add_argument("--side", type=int, default=96, help="of images, default %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=numba.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    numba.set_num_threads(options.threads)
+    if options.resnet or not options.shapes:
+        resnet(options.batch, options.side, options.rounds)
+    if not options.resnet:
+        function(options.shapes or list(SHAPES), options.rounds)
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
+    print(
+        f"\nPyTorch {torch.__version__}, threads of both: {options.threads}, Numba's layer"
+        f" {numba.threading_layer()}, OMP_WAIT_POLICY {policy}"
+    )
+
+
+if __name__ == "__main__":
+    main()

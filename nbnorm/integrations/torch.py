@@ -1,0 +1,603 @@
+"""PyTorch: `batch_norm` with autograd, modules, and `convert` for models that exist.
+
+Where a program is recorded (torch.compile, torch.export, fake tensors), `batch_norm` is the
+operator ``nbnorm::batch_norm`` and its gradient ``nbnorm::batch_norm_backward``, which stay as they
+are in the graph. They write to none of their arguments, as PyTorch gives a gradient only to such
+operators: new running statistics are a result, which `batch_norm` copies into the old. Where a
+program just runs, the same functions are called without the dispatcher.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nbnorm._arrays import Array, _bfloat16
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, with a residual and ReLU at no further pass over memory.
+
+    y = relu(weight (input - mean) / sqrt(var + eps) + bias + residual), with the statistics of the
+    batch in training, the running ones otherwise.
+
+    Parameters
+    ----------
+    input : Tensor of shape (N, C) or (N, C, ...)
+        float32, float64, float16 or bfloat16 (the last needs ml_dtypes), in CPU memory or, with
+        the extra ``cuda``, on a CUDA device. Channels-last memory stays so.
+    running_mean, running_var : Tensor of shape (C,), or None
+        Population statistics, both or neither. In training they are updated in place, otherwise
+        they normalise. Any floating dtype, as for weight and bias: float32 beside a bfloat16 input.
+    weight, bias : Tensor of shape (C,), optional
+        Scale and shift. None: 1 and 0.
+    training : bool, default False
+        Whether the statistics of this batch normalise it. Without, the gradient takes the
+        statistics for constants.
+    momentum : float, default 0.1
+        Weight of the new statistic.
+    eps : float, default 1e-5
+        Added to the variance.
+    residual : Tensor of input's shape and dtype, optional
+        Added before ReLU.
+    relu : bool, default False
+        Whether ReLU comes last.
+
+    Returns
+    -------
+    Tensor
+        Of input's shape, dtype and memory format.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is not computed in, or a residual of another than input's.
+    ValueError
+        Shapes that do not fit, one running statistic without the other, none where they
+        normalise, a single value per channel in training.
+    RuntimeError
+        In a second derivative, of which there is none.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), Algorithm 1; see `nbnorm.batch_norm_forward`. Statistics are float64
+    inside, whatever the dtypes. For the backward pass input and weight are kept, mean and rstd in
+    float64, with ReLU also bias, and the result where ReLU follows a residual.
+
+    The first call of a kind compiles kernels for some seconds, once on a machine.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from nbnorm.integrations.torch import batch_norm
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]], requires_grad=True)
+    >>> y = batch_norm(x, None, None, training=True, eps=0.0, relu=True)
+    >>> y.detach()
+    tensor([[0., 0.],
+            [1., 1.]])
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> batch_norm(x, torch.zeros(2), torch.ones(2), weight, eps=0.0).sum().backward()
+    >>> weight.grad
+    tensor([ 4., 40.])
+    """
+    if training and input.dim() > 1 and input.shape[0] * input.shape[2:].numel() == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
+    arguments = (
+        *(input, weight, bias, running_mean, running_var, residual),
+        *(training, momentum, eps, relu),
+    )
+    y: Tensor
+    if _eager(*arguments[:6]):
+        y = _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y
+    y, _, _, moved_mean, moved_var = _forward(*arguments)
+    if training and running_mean is not None and running_var is not None:
+        running_mean.copy_(moved_mean)
+        running_var.copy_(moved_var)
+    return y
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd); in training the running statistics are moved in place."""
+    y, mean, rstd = batch_norm_forward(
+        _array(x),
+        _array(weight),
+        _array(bias),
+        _array(running_mean),
+        _array(running_var),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        residual=_array(residual),
+        activation="relu" if relu else None,
+    )
+    return _laid_out(y, x), _tensor(mean), _tensor(rstd)
+
+
+@torch.library.custom_op("nbnorm::batch_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, rstd, moved running_mean, moved running_var), the last two empty if not moved."""
+    moved_mean, moved_var = (
+        running.detach().clone() if training and running is not None else x.new_empty(0)
+        for running in (running_mean, running_var)
+    )
+    if training:
+        running_mean = None if running_mean is None else moved_mean
+        running_var = None if running_var is None else moved_var
+    y, mean, rstd = _compute(
+        x, weight, bias, running_mean, running_var, residual, training, momentum, eps, relu
+    )
+    return y, mean, rstd, moved_mean, moved_var
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    moved = (running_mean, running_var) if training else (None, None)
+    return (
+        torch.empty_like(x),
+        *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)),
+        *(x.new_empty(0) if running is None else torch.empty_like(running) for running in moved),
+    )
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """[dx, dweight, dbias, dresidual], None where output_mask does not ask for one."""
+    dx, dweight, dbias, dresidual = batch_norm_backward(
+        _array(dy),
+        _array(x),
+        _array(weight),
+        _array(mean),
+        _array(rstd),
+        beta=_array(bias),
+        y=_array(y),
+        training=training,
+        activation="relu" if relu else None,
+        output_mask=tuple(output_mask),  # type: ignore[arg-type]  # four of them
+    )
+    return [
+        None if dx is None else _laid_out(dx, x),
+        None if dweight is None else _tensor(dweight),
+        None if dbias is None else _tensor(dbias),
+        None if dresidual is None else _laid_out(dresidual, x),
+    ]
+
+
+@torch.library.custom_op("nbnorm::batch_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_gradients`, empty rather than None."""
+    grads = _gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dweight, dbias, dresidual
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    parameter = x.new_empty(x.shape[1], dtype=(x if weight is None else weight).dtype)
+    return tuple(
+        torch.empty_like(like) if wanted else x.new_empty(0)
+        for like, wanted in zip((x, parameter, parameter, x), output_mask, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    _keep(ctx, inputs, *output[:3])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    """Keep what the gradient needs."""
+    x, weight, bias, _, _, residual, training, _, _, relu = inputs
+    by_y = relu and residual is not None  # the mask cannot be told from x then
+    ctx.save_for_backward(
+        x, weight, bias if relu and not by_y else None, mean, rstd, y if by_y else None
+    )
+    ctx.training, ctx.relu = training, relu
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 1, 2, 5))
+    grads: list[Tensor | None] = [None] * 4
+    if dy is not None:
+        mask = [of_x, of_weight, of_bias, of_residual and ctx.relu]
+        if any(mask):
+            arguments = (dy, *ctx.saved_tensors, ctx.training, ctx.relu, mask)
+            if _eager(*arguments[:7]) and not torch.is_grad_enabled():
+                grads = _gradients(*arguments)
+            else:
+                found = _backward(*arguments)
+                grads = [g if wanted else None for g, wanted in zip(found, mask, strict=True)]
+        if of_residual and not ctx.relu:
+            grads[3] = dy
+    dx, dweight, dbias, dresidual = grads
+    return dx, dweight, dbias, None, None, dresidual, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError(
+        "nbnorm's batch_norm has no second derivative; for one (gradient penalties, Hessians) use "
+        "torch.nn.functional.batch_norm"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_no_second_derivative)
+
+
+class _Eager(torch.autograd.Function):
+    """What the operators do, without the dispatcher, which takes 60 us a layer and step."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, mean, rstd = _compute(*inputs)
+        running, training = inputs[3:5], inputs[6]
+        if training and running[0] is not None and not running[0].is_inference():
+            torch.autograd.graph.increment_version(running)
+        _keep(ctx, inputs, y, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, *grads)
+
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def _eager(*tensors: Tensor | None) -> bool:
+    """Whether tensors hold values and nobody records what is done with them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(
+            type(tensor) not in _PLAIN or (tensor is not None and tensor.is_meta)
+            for tensor in tensors
+        )
+    )
+
+
+def _array(tensor: Tensor | None) -> Array:
+    """View a tensor as nbnorm takes it: as NumPy's where that can be, 1 us rather than DLPack's 5.
+
+    bfloat16 goes by its bits, as neither library can tell the other of it.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        return tensor
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(_bfloat16("input"))
+    return tensor.numpy()
+
+
+def _tensor(array: Array) -> Tensor:
+    """The way back."""
+    if isinstance(array, Tensor):
+        return array
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+
+
+def _laid_out(array: Array, x: Tensor) -> Tensor:
+    """Return a result with the strides of `torch.empty_like(x)`, as the fakes promise."""
+    result = _tensor(array)
+    if result.stride() == x.stride():
+        return result
+    if x.numel() and any(x.is_contiguous(memory_format=known) for known in _FORMATS):
+        # Equal but for axes of length 1, whose strides tell memory formats apart, too.
+        return result.as_strided(x.shape, x.stride())
+    like = torch.empty_like(x)
+    return result if result.stride() == like.stride() else like.copy_(result)
+
+
+class _BatchNormModule(_BatchNorm):
+    """What the three modules add to PyTorch's."""
+
+    relu: bool = False  # of the class, too: for modules that `convert` has made
+
+    def __init__(self, *args: Any, relu: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.relu = relu
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
+        """Normalise input, add residual, apply ReLU where the module has it."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tracked = self.track_running_stats or not self.training
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            residual=residual,
+            relu=self.relu,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the module as PyTorch does, and ReLU where there is one."""
+        described = str(super().extra_repr())  # type: ignore[no-untyped-call]
+        return described + ", relu=True" * self.relu
+
+
+class BatchNorm1d(_BatchNormModule, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` on nbnorm's kernels, with ReLU and a residual if wanted.
+
+    An instance of PyTorch's class, with its arguments, parameters, buffers and ``state_dict``.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As of `torch.nn.BatchNorm1d`: num_features, eps, momentum, affine, track_running_stats, ...
+    relu : bool, default False
+        Whether ReLU comes last.
+
+    Raises
+    ------
+    TypeError, ValueError
+        In the forward pass, as `batch_norm`; for an input that is not 2-d or 3-d.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from nbnorm.integrations.torch import BatchNorm1d
+    >>> layer = BatchNorm1d(2, relu=True)
+    >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach().round(decimals=3)
+    tensor([[0., 0.],
+            [1., 1.]])
+    >>> layer.running_mean
+    tensor([0.2000, 2.0000])
+    """
+
+
+class BatchNorm2d(_BatchNormModule, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on nbnorm's kernels, with ReLU and a residual if wanted.
+
+    An instance of PyTorch's class, with its arguments, parameters, buffers and ``state_dict``.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As of `torch.nn.BatchNorm2d`: num_features, eps, momentum, affine, track_running_stats, ...
+    relu : bool, default False
+        Whether ReLU comes last.
+
+    Raises
+    ------
+    TypeError, ValueError
+        In the forward pass, as `batch_norm`; for an input that is not 4-d.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from nbnorm.integrations.torch import BatchNorm2d
+    >>> layer, x = BatchNorm2d(3, relu=True), torch.randn(2, 3, 4, 4)
+    >>> y = layer(x, residual=x)  # the end of a residual block, in one operator
+    >>> isinstance(layer, torch.nn.BatchNorm2d), y.min() >= 0
+    (True, tensor(True))
+    """
+
+
+class BatchNorm3d(_BatchNormModule, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` on nbnorm's kernels, with ReLU and a residual if wanted.
+
+    An instance of PyTorch's class, with its arguments, parameters, buffers and ``state_dict``.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As of `torch.nn.BatchNorm3d`: num_features, eps, momentum, affine, track_running_stats, ...
+    relu : bool, default False
+        Whether ReLU comes last.
+
+    Raises
+    ------
+    TypeError, ValueError
+        In the forward pass, as `batch_norm`; for an input that is not 5-d.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from nbnorm.integrations.torch import BatchNorm3d
+    >>> BatchNorm3d(3)(torch.ones(2, 3, 4, 4, 4)).abs().max().item()
+    0.0
+    """
+
+
+_OURS: dict[type[nn.Module], type[_BatchNormModule]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+
+
+def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
+    """Have all batch normalization modules of a model computed by nbnorm, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Modules in it that are exactly `torch.nn.BatchNorm1d`, ``2d`` or ``3d`` become those of this
+        file: the same objects with the same parameters, buffers, mode and hooks, so that optimizers
+        and other references to them still hold. Subclasses (SyncBatchNorm, lazy, quantised, your
+        own) are left alone.
+    fuse_relu : bool, default False
+        Whether to fuse each `torch.nn.ReLU` that directly follows a batch normalization in a
+        `torch.nn.Sequential`; `torch.nn.Identity` takes its place. Not for a model that
+        uses parts of a Sequential by themselves: the normalization alone would then show ReLU's
+        result. Modules with hooks and normalizations used in several places are not fused.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        model is no module.
+
+    Notes
+    -----
+    Before `torch.compile`, not after. `state_dict` stays what it was: weights saved of a
+    converted model load into the original, and the other way round.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from nbnorm.integrations.torch import convert
+    >>> convert(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), fuse_relu=True)
+    ... # doctest: +ELLIPSIS
+    Sequential(
+      (0): Conv2d(1, 8, kernel_size=(3, 3), stride=(1, 1))
+      (1): BatchNorm2d(8, ..., relu=True)
+      (2): Identity()
+    )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    for module in model.modules():
+        if type(module) in _OURS:
+            # A change of class: whoever holds the module, holds the converted one.
+            module.__class__ = _OURS[type(module)]
+    if fuse_relu:
+        _fuse_relu(model)
+    return model
+
+
+def _fuse_relu(model: nn.Module) -> None:
+    modules = list(model.modules())
+    uses = Counter(child for module in modules for child in module._modules.values())
+    for module in modules:
+        # A Sequential with a forward of its own has an order of its own.
+        if not isinstance(module, nn.Sequential) or type(module).forward is not _IN_ORDER:
+            continue
+        for (_, norm), (name, relu) in pairwise(list(module._modules.items())):
+            if (
+                isinstance(norm, _BatchNormModule)
+                and type(relu) is nn.ReLU
+                and uses[norm] == 1
+                and not _hooked(norm)
+                and not _hooked(relu)
+            ):
+                norm.relu = True
+                setattr(module, name, nn.Identity().train(relu.training))
+
+
+_IN_ORDER = nn.Sequential.forward
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out."""
+    return any(
+        (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+    )
