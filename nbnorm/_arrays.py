@@ -9,17 +9,20 @@ GPU imports the CUDA backend.
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
-from types import ModuleType
-from typing import Any
+from functools import lru_cache, wraps
+from inspect import signature
+from types import FunctionType, ModuleType
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 Array = Any  # numpy.ndarray, or anything with __dlpack__
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
-_CPU, _CUDA, _CUDA_MANAGED = 1, 2, 13  # DLPack's device types
-_PLACES = (_CPU, _CUDA, _CUDA_MANAGED)
+# DLPack's device types: the CPU and pinned memory, CUDA and its managed memory.
+_HOST, _GPU = (1, 3), (2, 13)
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # By the dtype itself where it can be: its name is put together at every look, which takes 1.7 us.
@@ -95,8 +98,36 @@ def on_gpu(obj: Array) -> bool:
     if isinstance(obj, np.ndarray) or not hasattr(obj, "__dlpack_device__"):
         return False
     with suppress(Exception):  # taking it as an array will say what is wrong
-        return int(obj.__dlpack_device__()[0]) in _PLACES[1:]
+        return int(obj.__dlpack_device__()[0]) in _GPU
     return False
+
+
+def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Run a function on the device of its argument `name`, on the stream that its library works on.
+
+    What is in CPU memory has neither. Of moments, their mean counts.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        position = list(signature(function).parameters).index(name)
+        ndarray, gpu, backend = np.ndarray, on_gpu, cuda_backend
+
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            x = args[position] if len(args) > position else kwargs.get(name)
+            if type(x) is ndarray:
+                return function(*args, **kwargs)
+            x = getattr(x, "mean", x) if name == "self" else x
+            if not gpu(x):
+                return function(*args, **kwargs)
+            with backend(name).memory.current_for(x):
+                return function(*args, **kwargs)
+
+        # With the module's own globals: doctest looks for them to tell what belongs to a module.
+        code, scope, closure = call.__code__, function.__globals__, call.__closure__
+        found: Callable[_P, _R] = wraps(function)(FunctionType(code, scope, closure=closure))
+        return found
+
+    return decorate
 
 
 def cuda_backend(name: str) -> ModuleType:
@@ -104,8 +135,9 @@ def cuda_backend(name: str) -> ModuleType:
     try:
         from nbnorm import cuda
     except ImportError as error:
+        needed = error.name or f"packages that can be loaded ({error})"
         message = (
-            f"{name} is not in CPU memory, and arrays on a GPU need {error.name}: "
+            f"{name} is not in CPU memory, and arrays on a GPU need {needed}: "
             'pip install "nbnorm-kernels[cuda]"'
         )
         raise (ImportError if name == "x" else ValueError)(message) from error
@@ -158,17 +190,17 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
         kind = int(obj.__dlpack_device__()[0])
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(f"{name} ({dtype}) has no memory: {error}") from error
-    if kind not in _PLACES:
+    if kind not in _HOST + _GPU:
         # x says which device the call is for; another array can only be on the wrong one.
         refusal = TypeError if name == "x" else ValueError
         raise refusal(f"{name} is in no memory that is computed on (DLPack device type {kind})")
-    library: Any = np if kind == _CPU else cuda_backend(name).memory
+    library: Any = np if kind in _HOST else cuda_backend(name).memory
     half = dtype.endswith("bfloat16")
     try:
         array: NDArray = library.from_dlpack(_bits(obj) if half else obj)
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(f"{name} ({dtype}) cannot be viewed as an array: {error}") from error
-    if kind != _CPU:
+    if kind in _GPU:
         _aligned(array, name)
     return array.view(_bfloat16(name)) if half else array
 

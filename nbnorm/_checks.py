@@ -106,6 +106,12 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
     return len(places) < prod(shape)
 
 
+def mutable(given: Any, name: str, instead: str) -> None:
+    """Refuse an array of a library that forbids writing to its arrays: CuPy does not say so."""
+    if type(given).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        raise ValueError(f"{name} is read-only; {instead}")
+
+
 def running_to_update(running_mean: NDArray, running_var: NDArray, instead: str) -> None:
     """Refuse running statistics that cannot be updated in place, one after the other."""
     writable(running_mean, "running_mean", instead)
@@ -115,9 +121,11 @@ def running_to_update(running_mean: NDArray, running_var: NDArray, instead: str)
 
 def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
     """Refuse an array to be written that shares memory with another."""
-    if written is not other and written.flags.owndata and other.flags.owndata:
-        return
+    distinct = written is not other
+    # CuPy's arrays say that they own memory which came by DLPack; a mirror never does.
     written, other = mirror(written), mirror(other)
+    if distinct and written.flags.owndata and other.flags.owndata:
+        return
     if np.may_share_memory(written, other) and _overlap(written, other):
         raise ValueError(f"{name} and {other_name} share memory, and {name} is written")
 

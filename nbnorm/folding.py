@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from nbnorm._arrays import Array, NDArray, home_of, take_floating
+from nbnorm._arrays import Array, NDArray, home_of, on_its_device, take_floating
 from nbnorm.moments import rstd_of
 
 
+@on_its_device("var")
 def fold_batch_norm(
     gamma: Array | None, beta: Array | None, mean: Array, var: Array, *, eps: float = 1e-5
 ) -> tuple[Array, Array]:
@@ -51,6 +52,7 @@ def fold_batch_norm(
     return _cast(scale, like), _cast(shift, like)
 
 
+@on_its_device("weight")
 def fold_into_linear(
     weight: Array,
     bias: Array | None,
@@ -112,6 +114,7 @@ def fold_into_linear(
     return _cast(folded, weight), _cast(shift, weight if bias is None else bias)
 
 
+@on_its_device("weight")
 def fold_into_conv(
     weight: Array,
     bias: Array | None,

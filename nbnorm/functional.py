@@ -5,40 +5,17 @@ Every check comes before the first kernel: an error leaves every array as it was
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import signature
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, NDArray, cuda_backend, on_gpu
+from nbnorm._arrays import Array, NDArray, on_its_device
 from nbnorm._frame import Frame, Target
 from nbnorm.moments import Moments
 
 Axis = int | tuple[int, ...]
 Mask = tuple[bool, bool, bool, bool]
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run a function on the device of x, and there on the stream that x's library works on.
-
-    What is in CPU memory has neither.
-    """
-    position = list(signature(function).parameters).index("x")
-
-    @wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        x = args[position] if len(args) > position else kwargs.get("x")
-        if type(x) is np.ndarray or not on_gpu(x):
-            return function(*args, **kwargs)
-        with cuda_backend("x").memory.current_for(x):
-            return function(*args, **kwargs)
-
-    return call
 
 
 class BatchNormForward(NamedTuple):
@@ -77,7 +54,7 @@ class BatchNormBackward(NamedTuple):
     dresidual: Array | None
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_forward(
     x: Array,
     gamma: Array | None = None,
@@ -177,6 +154,8 @@ def batch_norm_forward(
     if training:
         _checks.enough_values(frame.m, taken, frame.x)
         if mean_ is not None and var_ is not None:
+            _checks.mutable(running_mean, "running_mean", _UPDATE_BY_HAND)
+            _checks.mutable(running_var, "running_var", _UPDATE_BY_HAND)
             _checks.running_to_update(mean_, var_, _UPDATE_BY_HAND)
             _checks.apart(mean_, "running_mean", frame.x, "x")
             _checks.apart(var_, "running_var", frame.x, "x")
@@ -214,7 +193,7 @@ _UPDATE_BY_HAND = (
 )
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_inference(
     x: Array,
     gamma: Array | None,
@@ -286,7 +265,7 @@ def batch_norm_inference(
     return frame.settle(y, out)
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_apply(
     x: Array,
     gamma: Array | None,
@@ -379,7 +358,7 @@ def _apply(
     return y
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     """Count, mean and M2 of every channel: the first half of the training forward.
 
@@ -421,7 +400,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -536,7 +515,7 @@ def batch_norm_backward(
     )
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_backward_reduce(
     dy: Array,
     x: Array,
@@ -610,7 +589,7 @@ def batch_norm_backward_reduce(
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
 
-@_on_its_device
+@on_its_device("x")
 def batch_norm_backward_apply(
     dy: Array,
     x: Array,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, NDArray, home_of, take_floating
+from nbnorm._arrays import Array, NDArray, home_of, on_its_device, take_floating
 
 
 class Moments(NamedTuple):
@@ -40,6 +40,7 @@ class Moments(NamedTuple):
     mean: Array
     m2: Array
 
+    @on_its_device("self")
     def merge(self, *others: "Moments") -> "Moments":
         """Return the moments of all values together, merged in the order given.
 
@@ -89,6 +90,7 @@ class Moments(NamedTuple):
         home = home_of(self.mean)
         return Moments(count, home(mean), home(m2))
 
+    @on_its_device("self")
     def var(self, correction: int = 0) -> Array:
         """Return the variance M2 / (count - correction), 0 where there are no values.
 
@@ -117,6 +119,7 @@ class Moments(NamedTuple):
         count, _, m2 = _taken(self)
         return home_of(self.mean)(_var(count, m2, correction))
 
+    @on_its_device("self")
     def rstd(self, eps: float) -> Array:
         """Return 1 / sqrt(biased variance + eps), 0 where that sum or the count is 0.
 
@@ -179,6 +182,7 @@ def rstd_of(var: NDArray, eps: float) -> NDArray:
         return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
 
 
+@on_its_device("running_mean")
 def update_running_stats(
     running_mean: Array,
     running_var: Array,
@@ -243,11 +247,10 @@ def update_running_stats(
                 f"{name} has shape {array.shape}, expected {mean.shape}, the shape of the moments"
             )
     if inplace:
-        _checks.running_to_update(
-            running["running_mean"],
-            running["running_var"],
-            "update_running_stats(..., inplace=False) returns new ones",
-        )
+        instead = "update_running_stats(..., inplace=False) returns new ones"
+        _checks.mutable(running_mean, "running_mean", instead)
+        _checks.mutable(running_var, "running_var", instead)
+        _checks.running_to_update(running["running_mean"], running["running_var"], instead)
     momentum = _checks.number(momentum, "momentum")
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]

@@ -145,4 +145,16 @@ def simulated():
     return OnDevice
 
 
+def missing(name):
+    """What a backend lacks here, in words; None where it can be used."""
+    if name != "cupy":
+        return None
+    try:
+        import cupy
+
+        return None if cupy.cuda.runtime.getDeviceCount() else "no CUDA device"
+    except Exception as error:  # no CuPy, a library that does not load, no driver
+        return f"CuPy cannot be used: {error}"
+
+
 EXCHANGES = {"read-only": lambda: ReadOnly, "cupy": lambda: OnDevice, "simulator": simulated}

@@ -38,12 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
         nbnorm = settings.get_profile("nbnorm")
         settings.register_profile("simulator", nbnorm, max_examples=10, phases=phases)
         settings.load_profile("simulator")
-    if name != "numpy":
+    if name != "numpy" and not backends.missing(name):
         backends.install(backends.EXCHANGES[name]())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name = config.getoption("--backend")
+    missing = backends.missing(name)
+    if missing:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=missing))
     if name in ("cupy", "simulator"):
         for item in items:
             file = item.path.stem.removeprefix("test_")

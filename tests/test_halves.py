@@ -100,3 +100,23 @@ def test_results_are_those_of_float32_rounded_once(dtype):
         grads = nbnorm.batch_norm_backward(wide[1], wide[0], None, ref.mean, ref.rstd, **options)
         for a, b in zip(got_grads, grads, strict=True):
             assert_same_bits(a, b.astype(x.dtype))
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (2, 1, 30, 30)], ids=["columns", "rows"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_relu_stops_what_is_too_small_to_be_stored(dtype, shape):
+    """The mask that backward recomputes is y > 0 of the y that forward stored."""
+    least = {"float16": 2.0**-24, "bfloat16": 2.0**-133}[dtype]
+    x = np.resize(np.array([-1, 1, 2, 3, 4, 5], dtype_of(dtype)), shape)
+    gamma, mean, rstd = np.array([least / 4]), np.zeros(1), np.ones(1)
+    y = nbnorm.batch_norm_apply(x, gamma, None, mean, rstd, activation="relu")
+    stored = np.count_nonzero(y > 0)
+    assert stored == x.size // 2  # half of the least number is a tie, and goes to 0
+    options = {"gamma": gamma, "activation": "relu"}
+    for mask in ({}, {"y": y}):
+        sums = nbnorm.batch_norm_backward_reduce(np.ones_like(x), x, mean, rstd, **options, **mask)
+        assert sums[0] == stored
+    got = nbnorm.batch_norm_backward(
+        np.ones_like(x), x, gamma, mean, rstd, training=False, activation="relu", beta=np.zeros(1)
+    )
+    assert got.dbeta == stored

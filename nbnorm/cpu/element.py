@@ -10,7 +10,7 @@ from numba import types
 
 from nbnorm.cpu.intrinsics import at_once
 from nbnorm.cpu.jit import by_types, none_without, ordered
-from nbnorm.cpu.storage import load, store
+from nbnorm.cpu.storage import load, store, stored_as_zero
 
 
 @by_types
@@ -34,15 +34,15 @@ def rectified(v, floor):
 
 
 @ordered
-def masked(dy, y, v, zero):
-    """dy where ReLU let the value pass: y > 0, with y as stored or, where that is None, v.
+def masked(dy, y, v, least, zero):
+    """dy where ReLU let the value pass: y > 0, with y as stored or, where that is None, v > least.
 
     Where both are None there was no activation.
     """
     if y is not None:
         return dy if y > 0 else zero
     if v is not None:
-        return dy if v > 0 else zero
+        return dy if v > least else zero
     return dy
 
 
@@ -50,7 +50,7 @@ def masked(dy, y, v, zero):
 def gradient(j, dy, x, y, hi, a, b, zero):
     """dy[j] as it arrives at the normalisation."""
     v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))
-    return masked(at_once(load(dy, j)), load(y, j), v, zero)
+    return masked(at_once(load(dy, j)), load(y, j), v, stored_as_zero(x), zero)
 
 
 @ordered

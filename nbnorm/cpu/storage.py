@@ -57,6 +57,18 @@ def store(values, j, value):
 
 
 @by_types
+def stored_as_zero(values):
+    """Greatest value that `store` makes 0 of: half the least number, a tie, goes to even."""
+    if values.dtype == types.uint16:
+        return lambda values: np.float32(2.0**-25)
+    if values.dtype == types.int16:
+        return lambda values: np.float32(2.0**-134)
+    if values.dtype == types.float64:
+        return lambda values: np.float64(0)
+    return lambda values: np.float32(0)
+
+
+@by_types
 def computed(view):
     """Return an empty array of the dtype that a view's values are computed in."""
     if view.types[0].dtype == types.float64:

@@ -15,7 +15,7 @@ from numba.cuda import types
 from nbnorm.cuda.channel import coefficients
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import THREADS, UNROLL
+from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL
 from nbnorm.cuda.values import (
     WARP,
     gradients_of,
@@ -40,7 +40,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     size, pair_size, fewer_size = UNROLL * width, few * width, fewer * width
     moments, gradients = moments_of(computed, UNROLL, width), gradients_of(computed, fewer, width)
     affine, unit_of, gradient = coefficients(computed)
-    zero = computed(0)
+    zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
     cells = THREADS * width
 
     @device
@@ -212,7 +212,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 for u in range(fewer):
                     for w in range(width):
                         j = u * width + w
-                        g[j] = passed(g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, zero)
+                        g[j] = passed(
+                            g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least, zero
+                        )
             for w in range(width):
                 s_more, t_more = gradients(g, values, w, count, hi[w], unit[w])
                 s[w] += s_more
@@ -261,7 +263,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                         j = u * width + w
                         if masked:
                             g[j] = passed(
-                                g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, zero
+                                g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least, zero
                             )
                     if outs & 2:
                         store(dresidual, i * rn + offset, g, u * width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import cupy
@@ -38,7 +38,7 @@ def constant(size: int, value: float, dtype: Any) -> Array:
     return _small_constant(size, value, dtype, cupy.cuda.runtime.getDevice())
 
 
-@lru_cache(maxsize=256)
+@cache  # given back, it could be overwritten while another stream reads it
 def _small_constant(size: int, value: float, dtype: Any, device: int) -> Array:
     array = cupy.full(size, value, dtype)
     cupy.cuda.get_current_stream().synchronize()  # other streams will read it
@@ -61,8 +61,21 @@ _AS_IT_IS = nullcontext()
 def _made_current(library: str, device: int) -> Iterator[None]:
     with cupy.cuda.Device(device):
         pointer = _stream_of(library, device)
-        with nullcontext() if pointer is None else cupy.cuda.ExternalStream(pointer, device):
+        with (
+            nullcontext() if pointer is None else cupy.cuda.Stream.from_external(_Foreign(pointer))
+        ):
             yield
+
+
+class _Foreign:
+    """Another library's stream, in the form that CuPy takes it in."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the protocol's version and the stream."""
+        return 0, self._pointer
 
 
 def _stream_of(library: str, device: int) -> int | None:

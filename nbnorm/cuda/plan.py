@@ -15,6 +15,8 @@ VECTOR = 16  # bytes of the widest access
 UNROLL = 4  # vectors of one tensor that a thread has under way
 CHUNK = 1 << 14  # values of a channel, or of a group of channels, that one block takes
 CHUNKS = 1024  # of a channel at most: one warp adds them up
+# Greatest value that is stored as 0: half the least number, a tie, goes to even.
+STORED_AS_ZERO = {"float16": 2.0**-25, "bfloat16": 2.0**-134}
 LANES = 32  # vectors side by side, at least, where a row of columns has as many
 
 

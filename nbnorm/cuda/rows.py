@@ -15,7 +15,7 @@ from numba.cuda import types
 from nbnorm.cuda.channel import coefficients
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import UNROLL
+from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL
 from nbnorm.cuda.values import block_sum, gradients_of, moments_of, normalised, passed, rectified
 
 
@@ -29,7 +29,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     size, pair_size = UNROLL * width, few * width
     moments, gradients = moments_of(computed, size, 1), gradients_of(computed, pair_size, 1)
     affine, unit_of, gradient = coefficients(computed)
-    zero = computed(0)
+    zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
 
     @device
     def place(v, vectors, n_stride, c_offset):
@@ -135,7 +135,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 fetch(y, few, v, end, vectors, yn, c * yc, outputs)
             if masked:
                 for w in range(pair_size):
-                    g[w] = passed(g[w], values[w], outputs[w], hi, a, b, masked, zero)
+                    g[w] = passed(g[w], values[w], outputs[w], hi, a, b, masked, least, zero)
             s_more, t_more = gradients(g, values, 0, count, hi, unit)
             s += s_more
             t += t_more
@@ -175,7 +175,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 if j < end:
                     if masked:
                         for w in range(u * width, (u + 1) * width):
-                            g[w] = passed(g[w], values[w], outputs[w], hi, a, b, masked, zero)
+                            g[w] = passed(
+                                g[w], values[w], outputs[w], hi, a, b, masked, least, zero
+                            )
                     if outs & 2:
                         store(dresidual, place(j, vectors, rn, c * rc), g, u * width)
                     if outs & 1:

@@ -57,10 +57,14 @@ def normalised(x, hi, a, b):
 
 
 @device
-def passed(g, x, y, hi, a, b, masked, zero):
-    """dy where ReLU let the value pass: recomputed from x (masked 1) or read from y (2)."""
-    value = normalised(x, hi, a, b) if masked == 1 else y
-    return g if value > 0 else zero
+def passed(g, x, y, hi, a, b, masked, least, zero):
+    """dy where ReLU let the value pass: recomputed from x (masked 1), or read from y (2).
+
+    What is not above `least` was stored as 0.
+    """
+    if masked == 1:
+        return g if normalised(x, hi, a, b) > least else zero
+    return g if y > zero else zero
 
 
 def moments_of(computed: Any, number: int, step: int) -> Any:

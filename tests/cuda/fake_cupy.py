@@ -20,13 +20,13 @@ class ndarray:  # noqa: N801  # CuPy's name
     def __init__(self, shape, dtype=float, memptr=None, strides=None):
         memory = np.empty(0, np.uint8) if memptr is None else memptr.memory
         self.numpy = np.ndarray(shape, dtype, memory, memptr.offset if memptr else 0, strides)
-        self.device = Device()
+        self.device, self.base = Device(), None
 
     @classmethod
-    def of(cls, numpy, device):
+    def of(cls, numpy, device, base=None):
         """An array on a NumPy array's memory."""
         array = cls.__new__(cls)
-        array.numpy, array.device = numpy, device
+        array.numpy, array.device, array.base = numpy, device, base
         return array
 
     shape = property(lambda self: self.numpy.shape)
@@ -37,17 +37,21 @@ class ndarray:  # noqa: N801  # CuPy's name
     ndim = property(lambda self: self.numpy.ndim)
     size = property(lambda self: self.numpy.size)
     data = property(lambda self: _Pointer(self.numpy, 0))
-    base = property(lambda self: None if self.numpy.base is None else self._like(self.numpy.base))
 
     @property
     def flags(self):
         flags = self.numpy.flags
         return SimpleNamespace(
-            c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous, owndata=flags.owndata
+            c_contiguous=flags.c_contiguous,
+            f_contiguous=flags.f_contiguous,
+            owndata=self.base is None,  # also where the memory came by DLPack
         )
 
     def _like(self, numpy):
-        return ndarray.of(numpy, self.device)
+        view = np.may_share_memory(numpy, self.numpy)
+        return ndarray.of(
+            numpy, self.device, (self if self.base is None else self.base) if view else None
+        )
 
     def get(self):
         """Copy to the host."""
@@ -159,18 +163,24 @@ class Device(_Current):
         self.id = number if number is not None else (current[-1].id if current else 0)
 
 
-class ExternalStream(_Current):
+class Stream(_Current):
     kind = "streams"
 
-    def __init__(self, ptr, device_id=-1):
-        self.ptr, self.device_id = ptr, device_id
+    def __init__(self, ptr=0):
+        self.ptr = ptr
+
+    @classmethod
+    def from_external(cls, stream):
+        version, ptr = stream.__cuda_stream__()
+        assert version == 0
+        return cls(ptr)
 
     def synchronize(self):
         synchronised.append(self.ptr)
 
 
 synchronised = []  # streams, in order
-_null = ExternalStream(0)
+_null = Stream()
 
 
 def get_current_stream():
@@ -209,7 +219,7 @@ def install():
         ndarray=ndarray, asarray=asarray, empty=empty, zeros=_made(np.zeros), full=_made(np.full),
         ascontiguousarray=ascontiguousarray, from_dlpack=from_dlpack,
         cuda=SimpleNamespace(
-            Device=Device, ExternalStream=ExternalStream, get_current_stream=get_current_stream,
+            Device=Device, Stream=Stream, get_current_stream=get_current_stream,
             runtime=SimpleNamespace(getDevice=lambda: Device().id),
         ),
     )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Arrays of other libraries on a GPU: on their device, on the stream that their library works on.
+
+In a process of its own, with the simulator, a stand-in for CuPy and one for torch.
+"""
+
+from pathlib import Path
+
+from children import run_child
+
+CHILD = '''
+import sys
+from types import ModuleType, SimpleNamespace
+
+sys.path.insert(0, TESTS)
+import backends
+
+backends.EXCHANGES["simulator"]()
+import fake_cupy
+import cupy
+import numpy as np
+
+import nbnorm
+import nbnorm.cuda
+
+STREAM, DEVICE = 777, 1
+
+
+class Tensor:
+    """A torch tensor on the second device."""
+
+    requires_grad = False
+
+    def __init__(self, array):
+        self.array = array
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: f"torch.{self.array.dtype}")
+
+    def __dlpack__(self, **_):
+        raise AssertionError("the stand-in for CuPy takes it as it is")
+
+    def __dlpack_device__(self):
+        return 2, DEVICE
+
+    def to_cupy(self):
+        where.append((cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr))
+        return cupy.ndarray.of(self.array, cupy.cuda.Device())
+
+
+torch = sys.modules["torch"] = ModuleType("torch")
+Tensor.__module__ = "torch"
+torch.from_dlpack = lambda array: Tensor(array.numpy)
+torch.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=STREAM))
+
+where = []
+launched = nbnorm.cuda.launch.run
+
+
+def run(*args):
+    where.append((cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr))
+    launched(*args)
+
+
+nbnorm.cuda.launch.run = run
+rng = np.random.default_rng(0)
+
+
+def tensor(*shape):
+    return Tensor(rng.uniform(1, 2, shape).astype("float32"))
+
+
+def elsewhere(function, *args, **kwargs):
+    """Call; everything must have been on the tensors' device and their library's stream."""
+    where.clear()
+    result = function(*args, **kwargs)
+    assert where, function
+    assert set(where) == {(DEVICE, STREAM)}, (function, where)
+    assert cupy.cuda.runtime.getDevice() == cupy.cuda.get_current_stream().ptr == 0
+    return result
+
+
+x, dy, weight, bias, mean, var = tensor(4, 3), tensor(4, 3), *(tensor(3) for _ in range(4))
+before = mean.array.copy()
+y, m, r = elsewhere(nbnorm.batch_norm_forward, x, weight, bias, mean, var)
+assert type(y) is Tensor and not np.array_equal(mean.array, before)
+expected = nbnorm.batch_norm_forward(x.array, weight.array, bias.array).y
+np.testing.assert_allclose(y.array, expected, 1e-5)
+elsewhere(nbnorm.batch_norm_backward, dy, x, weight, m, r)
+elsewhere(nbnorm.batch_norm_inference, x, weight, bias, mean, var)
+elsewhere(nbnorm.batch_norm_apply, x=x, gamma=weight, beta=bias, mean=m, rstd=r)
+moments = elsewhere(nbnorm.batch_norm_stats, x)
+for function in (moments.merge, moments.var):
+    elsewhere(function)
+elsewhere(moments.rstd, 1e-5)
+elsewhere(nbnorm.update_running_stats, mean, var, moments)
+elsewhere(nbnorm.fold_batch_norm, weight, bias, mean, var)
+elsewhere(nbnorm.fold_into_linear, tensor(3, 2), bias, weight, bias, mean, var)
+elsewhere(nbnorm.fold_into_conv, tensor(3, 2, 1, 1), bias, weight, bias, mean, var)
+for given in ({"gamma": weight.array}, {"gamma": cupy.asarray(weight.array)}):
+    try:
+        nbnorm.batch_norm_forward(x, **given)
+    except ValueError as error:
+        assert "expected the memory of CUDA device 1, where x is" in str(error), error
+    else:
+        raise AssertionError("arrays in two places were accepted")
+print("done")
+'''
+
+
+def test_torch_tensors_are_computed_on_torchs_stream_of_their_device():
+    tests = Path(__file__).parents[1]
+    assert run_child("-W", "error", "-c", f"TESTS = {str(tests)!r}\n{CHILD}") == "done\n"
