@@ -84,6 +84,7 @@ def test_the_identity_gives_every_pattern_back(dtype, shape):
     np.testing.assert_array_equal(y.astype(np.float32)[number], wide[number])
 
 
+@pytest.mark.cpu_only  # a GPU reads more halves at a time than floats: other batches
 @pytest.mark.parametrize("dtype", HALVES)
 def test_results_are_those_of_float32_rounded_once(dtype):
     rng = np.random.default_rng(0)
