@@ -212,12 +212,15 @@ def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:
     return dx, dgamma, dbeta, dresidual
 
 
-def enough_values(m: int, correction: float, x: NDArray) -> None:
-    """Refuse statistics of too few values for the variance that they are to give."""
+def enough_values(m: int, correction: float, got: str, *of_what: object) -> None:
+    """Refuse statistics of too few values for the variance that they are to give.
+
+    `got` says what there was, formatted with `of_what`.
+    """
     if 0 < m <= correction:
         raise ValueError(
             f"expected more than {correction:g} value{'s' * (correction != 1)} per channel "
-            f"when training, got x of shape {x.shape}"
+            f"when training, got {got.format(*of_what)}"
         )
 
 

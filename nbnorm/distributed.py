@@ -12,6 +12,7 @@ mpi4py nor torch is imported here before it is asked for.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,12 +26,17 @@ from nbnorm._arrays import DTYPES, Array, NDArray
 from nbnorm._frame import Frame
 from nbnorm.functional import (
     Axis,
+    BackwardCall,
+    ForwardCall,
     Mask,
-    _apply,
+    apply_to,
     batch_norm_backward,
     batch_norm_forward,
+    check_backward,
+    check_forward,
+    flat_stats,
 )
-from nbnorm.layer import BatchNorm, _Saved
+from nbnorm.layer import BatchNorm, Saved
 from nbnorm.moments import Moments
 
 __all__ = [
@@ -296,21 +302,6 @@ class SyncBatchNormForward(NamedTuple):
     count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
 
 
-class _ForwardCall(NamedTuple):
-    """The arguments of one forward call, checked and as NumPy arrays."""
-
-    frame: Frame
-    gamma: NDArray | None
-    beta: NDArray | None
-    running: tuple[NDArray, NDArray] | None
-    residual: NDArray | None
-    eps: float
-    momentum: float
-    correction: float
-    relu: bool
-    out: NDArray | None
-
-
 def sync_batch_norm_forward(
     x: Array,
     gamma: Array | None = None,
@@ -408,20 +399,18 @@ def sync_batch_norm_forward(
         return SyncBatchNormForward(*alone, Frame(x, axis).m)
     ranks = _Ranks(comm)
     arguments = (
-        x, gamma, beta, running_mean, running_var,
+        x, gamma, beta, running_mean, running_var, True,
         momentum, eps, correction, axis, residual, activation, out,
     )  # fmt: skip
-    call, counts = ranks.checked(lambda: _check_forward(*arguments))
-    _enough_values(sum(counts), call.correction)
-    frame = call.frame
-    moments = _merged(ranks, counts, _moments(frame))
-    rstd = moments.rstd(call.eps)
-    target = _apply(
-        frame, call.gamma, call.beta, moments.mean, rstd, call.residual, call.relu, call.out
-    )
-    if call.running is not None and moments.count > 0:
-        divisor = moments.count - call.correction
-        frame.backend.move(*call.running, moments.mean, moments.m2, call.momentum, divisor)
+    call, counts = ranks.checked(lambda: _forward_call(*arguments))
+    frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_ = call
+    _checks.enough_values(sum(counts), taken, "{} on all ranks together", sum(counts))
+    moments = _merged(ranks, counts, Moments(frame.m, *flat_stats(frame)))
+    rstd = moments.rstd(eps)
+    target = apply_to(frame, gamma_, beta_, moments.mean, rstd, residual_, relu, out_)
+    if mean_ is not None and var_ is not None and moments.count > 0:
+        divisor = moments.count - taken
+        frame.backend.move(mean_, var_, moments.mean, moments.m2, momentum, divisor)
     return SyncBatchNormForward(
         frame.settle(target, out),
         frame.home(frame.unflat(moments.mean)),
@@ -430,66 +419,14 @@ def sync_batch_norm_forward(
     )
 
 
-def _check_forward(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    momentum: float,
-    eps: float,
-    correction: int,
-    axis: Axis,
-    residual: Array | None,
-    activation: str | None,
-    out: Array | None,
-) -> tuple[_ForwardCall, _Header]:
-    """Check what `batch_norm_forward` checks in training, in its order; compute nothing.
-
-    All but the number of values, which is the ranks' together.
-    """
-    frame = Frame(x, axis)
-    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    _checks.running_pair(running_mean, running_var, True)
-    mean_ = frame.per_channel(running_mean, "running_mean")
-    var_ = frame.per_channel(running_var, "running_var")
-    residual_ = frame.like_x(residual, "residual")
-    eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
-    taken = _checks.correction(correction)
-    relu = _checks.relu(activation)
-    running = None
-    if mean_ is not None and var_ is not None:
-        running = mean_, var_
-        _checks.running_to_update(mean_, var_, _UPDATE_BY_HAND)
-        _checks.apart(mean_, "running_mean", frame.x, "x")
-        _checks.apart(var_, "running_var", frame.x, "x")
-    out_ = frame.out(out, inplace="x")
-    call = _ForwardCall(frame, gamma_, beta_, running, residual_, eps, momentum, taken, relu, out_)
+def _forward_call(*arguments: Any) -> tuple[ForwardCall, _Header]:
+    """Check what `batch_norm_forward` checks, and say what the ranks must agree on."""
+    call = check_forward(*arguments, alone=False)
+    frame, *_, eps, momentum, taken, relu, _ = call
     header = _Header(
         step=_FORWARD, eps=eps, momentum=momentum, correction=taken, **_common(frame, relu)
     )
     return call, header
-
-
-_UPDATE_BY_HAND = "it is updated in place; pass one that can be written to"
-
-
-def _enough_values(total: int, correction: float) -> None:
-    """Refuse statistics of too few values, as every rank does then."""
-    if 0 < total <= correction:
-        raise ValueError(
-            f"expected more than {correction:g} value{'s' * (correction != 1)} per channel "
-            f"when training, got {total} on all ranks together"
-        )
-
-
-def _moments(frame: Frame) -> Moments:
-    """Moments of this rank's x, as arrays of shape (C,)."""
-    if frame.empty:
-        mean, m2 = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
-    else:
-        mean, m2 = frame.backend.stats(frame.view(frame.x))
-    return Moments(frame.m, mean, m2)
 
 
 def _merged(ranks: _Ranks, counts: list[int], own: Moments) -> Moments:
@@ -522,22 +459,6 @@ class SyncBatchNormBackward(NamedTuple):
     dgamma: Array | None
     dbeta: Array | None
     dresidual: Array | None
-
-
-class _BackwardCall(NamedTuple):
-    """The arguments of one backward call, checked and as NumPy arrays."""
-
-    frame: Frame
-    dy: NDArray
-    gamma: NDArray | None
-    mean: NDArray
-    rstd: NDArray
-    beta: NDArray | None
-    y: NDArray | None
-    relu: bool
-    wanted: Mask
-    count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
-    out: NDArray | None
 
 
 def sync_batch_norm_backward(
@@ -638,67 +559,47 @@ def sync_batch_norm_backward(
         )  # fmt: skip
         return SyncBatchNormBackward(*alone)
     ranks = _Ranks(comm)
-    call, counts = ranks.checked(
-        lambda: _check_backward(
-            dy, x, gamma, mean, rstd, count, beta, y, axis, activation, output_mask, out
+    (call, m), counts = ranks.checked(
+        lambda: _backward_call(
+            count, dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
         )
     )
-    if sum(counts) != call.count:
-        raise ValueError(
-            f"count is {call.count}, but the ranks' x have {sum(counts)} values per channel"
-        )
-    return _backward(ranks, call, out)
+    if sum(counts) != m:
+        raise ValueError(f"count is {m}, but the ranks' x have {sum(counts)} values per channel")
+    return _backward(ranks, call, m, out)
 
 
-def _check_backward(
-    dy: Array,
-    x: Array,
-    gamma: Array | None,
-    mean: Array,
-    rstd: Array,
-    count: int,
-    beta: Array | None,
-    y: Array | None,
-    axis: Axis,
-    activation: str | None,
-    output_mask: Mask,
-    out: Array | None,
-) -> tuple[_BackwardCall, _Header]:
-    """Check what `batch_norm_backward` checks, in its order, and count; compute nothing."""
-    frame = Frame(x, axis)
-    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
-    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    relu = _checks.relu(activation)
-    want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
-    wanted = want_dx, want_dgamma, want_dbeta, want_dresidual and y is not None
-    out_ = frame.out(out, inplace="dy")
+def _backward_call(count: int, *arguments: Any) -> tuple[tuple[BackwardCall, int], _Header]:
+    """Check what `batch_norm_backward` checks, and count; say what the ranks must agree on."""
+    call = check_backward(*arguments)
+    frame, *_, relu, wanted, _ = call
     m = _checks.count(count, frame.x)
-    call = _BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, m, out_)
-    header = _Header(step=_BACKWARD, total=float(m), dx=float(want_dx), **_common(frame, relu))
-    return call, header
+    header = _Header(step=_BACKWARD, total=float(m), dx=float(wanted[0]), **_common(frame, relu))
+    return (call, m), header
 
 
-def _backward(ranks: _Ranks, call: _BackwardCall, out: Array | None) -> SyncBatchNormBackward:
+def _backward(
+    ranks: _Ranks, call: BackwardCall, m: int, out: Array | None
+) -> SyncBatchNormBackward:
     """Compute what is wanted; the ranks agree on dx, the rest is each rank's own affair."""
-    frame = call.frame
-    want_dx, want_dgamma, want_dbeta, want_dresidual = call.wanted
-    dx = frame.target(call.out) if want_dx else None
+    frame, dy, gamma, mean, rstd, beta, y, relu, wanted, out_ = call
+    want_dx, want_dgamma, want_dbeta, want_dresidual = wanted
+    dx = frame.target(out_) if want_dx else None
     dresidual = frame.target(None) if want_dresidual else None
-    arrays = frame.view(call.dy), frame.view(frame.x)
-    scale, *mask = frame.scale_and_mask(call.relu, call.gamma, call.beta, call.y)
-    norm = scale, frame.statistic(call.mean), frame.statistic(call.rstd)
+    arrays = frame.view(dy), frame.view(frame.x)
+    scale, *mask = frame.scale_and_mask(relu, gamma, beta, y)
+    norm = scale, frame.statistic(mean), frame.statistic(rstd)
     own: NDArray = frame.memory.zeros((2, frame.channels))
     if (want_dx or want_dgamma or want_dbeta) and not frame.empty:
         own = frame.backend.backward_reduce(*arrays, *norm, *mask)
     sums = _added(ranks, own) if want_dx else None
     if (want_dx or want_dresidual) and not frame.empty:
         written = dx and dx.written, dresidual and dresidual.written
-        frame.backend.backward_apply(*arrays, *norm, sums, call.count, *mask, *written)
+        frame.backend.backward_apply(*arrays, *norm, sums, m, *mask, *written)
     return SyncBatchNormBackward(
         dx and frame.settle(dx, out),
-        frame.parameter_gradient(own[1], call.gamma) if want_dgamma else None,
-        frame.parameter_gradient(own[0], call.gamma) if want_dbeta else None,
+        frame.parameter_gradient(own[1], gamma) if want_dgamma else None,
+        frame.parameter_gradient(own[0], gamma) if want_dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 
@@ -773,103 +674,24 @@ class SyncBatchNorm(BatchNorm):
         self.comm = comm
         self._count: int | None = None  # of the last forward, where that was synchronised
 
-    def forward(self, x: Array, residual: Array | None = None) -> Array:
-        """Normalise x: by all ranks' statistics in training, by the running ones in evaluation.
-
-        Parameters
-        ----------
-        x : array
-            This rank's part of the batch, in CPU memory. Kept by reference until the next forward:
-            write neither into it nor into the parameters before `backward`.
-        residual : array shaped like x, optional
-            Added before the activation.
-
-        Returns
-        -------
-        array
-            Of x's shape, dtype and library.
-
-        Raises
-        ------
-        TypeError, ValueError, RuntimeError
-            As `sync_batch_norm_forward`; the running statistics are then as they were.
-        """
+    def _normalise(
+        self, x: Array, training: bool, **options: Any
+    ) -> tuple[Array, Array, Array, int]:
         if not self.training:
-            y = super().forward(x, residual)
+            alone = super()._normalise(x, training, **options)
             self._count = None
-            return y
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / (self.num_batches_tracked + 1)
-        y, mean, rstd, count = sync_batch_norm_forward(
-            x,
-            self.parameters.get("weight"),
-            self.parameters.get("bias"),
-            self.running_mean,
-            self.running_var,
-            comm=self.comm,
-            momentum=momentum,
-            eps=self.eps,
-            correction=self.correction,
-            axis=self.axis,
-            residual=residual,
-            activation=self.activation,
-        )
+            return alone
+        y, mean, rstd, self._count = sync_batch_norm_forward(x, comm=self.comm, **options)
         # A batch that is empty on this rank alone is one nevertheless.
-        if self.running_mean is not None and count > 0 and self.running_mean.size > 0:
-            self.num_batches_tracked += 1
-        keep_y = residual is not None and self.activation is not None
-        self._saved = _Saved(x, mean, rstd, y if keep_y else None, residual is not None, True)
-        self._count = count
-        return y
+        return y, mean, rstd, self._count * math.prod(mean.shape)
 
-    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
-        """Return the gradient of the last forward's input; this rank's sums go to `grads`.
-
-        After a forward in evaluation mode nothing is communicated.
-
-        Parameters
-        ----------
-        dy : array
-            Gradient of the output, of its shape and dtype.
-
-        Returns
-        -------
-        dx : array
-            Gradient of x.
-        dresidual : array
-            Gradient of the residual, if there was one. Without an activation this is `dy` itself,
-            not a copy.
-
-        Raises
-        ------
-        RuntimeError
-            There was no forward.
-        TypeError, ValueError, RuntimeError
-            As `sync_batch_norm_backward`; `grads` is then as it was.
-        """
-        saved, count = self._saved, self._count
-        if saved is None or count is None:
-            return super().backward(dy)
-        dx, dgamma, dbeta, dresidual = sync_batch_norm_backward(
-            dy,
-            saved.x,
-            self.parameters.get("weight"),
-            saved.mean,
-            saved.rstd,
-            count,
-            comm=self.comm,
-            beta=self.parameters.get("bias"),
-            y=saved.y,
-            axis=self.axis,
-            activation=self.activation,
-            output_mask=(True, self.affine, self.affine, saved.y is not None),
-        )
-        if self.affine:
-            self.grads["weight"], self.grads["bias"] = dgamma, dbeta
-        if not saved.residual:
-            return dx
-        return dx, dy if saved.y is None else dresidual
+    def _differentiate(self, dy: Array, saved: Saved, **options: Any) -> tuple[Array | None, ...]:
+        if self._count is None:
+            return super()._differentiate(dy, saved, **options)
+        return sync_batch_norm_backward(
+            dy, saved.x, mean=saved.mean, rstd=saved.rstd, count=self._count, comm=self.comm,
+            **options,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Sync{super().__repr__()}"

@@ -142,30 +142,16 @@ def batch_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    frame = Frame(x, axis)
-    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    _checks.running_pair(running_mean, running_var, training)
-    mean_ = frame.per_channel(running_mean, "running_mean")
-    var_ = frame.per_channel(running_var, "running_var")
-    residual_ = frame.like_x(residual, "residual")
-    eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
-    taken = _checks.correction(correction)
-    relu = _checks.relu(activation)
-    if training:
-        _checks.enough_values(frame.m, taken, frame.x)
-        if mean_ is not None and var_ is not None:
-            _checks.mutable(running_mean, "running_mean", _UPDATE_BY_HAND)
-            _checks.mutable(running_var, "running_var", _UPDATE_BY_HAND)
-            _checks.running_to_update(mean_, var_, _UPDATE_BY_HAND)
-            _checks.apart(mean_, "running_mean", frame.x, "x")
-            _checks.apart(var_, "running_var", frame.x, "x")
-    out_ = frame.out(out, inplace="x")
+    frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_ = check_forward(
+        x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
+        residual, activation, out,
+    )  # fmt: skip
     if not training:
         assert mean_ is not None
         assert var_ is not None
         mean = mean_.astype(np.float64).reshape(-1)
         rstd = frame.backend.rstd(frame.statistic(var_), eps)
-        y = _apply(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
+        y = apply_to(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
     elif frame.empty:
         mean, rstd = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
         y = frame.target(out_)
@@ -188,9 +174,63 @@ def batch_norm_forward(
     )
 
 
+# Everything about one forward call: frame, gamma, beta, running_mean, running_var, residual, eps,
+# momentum, correction, whether there is ReLU, out. A plain tuple, as a small call can do without
+# the third of a microsecond that a named one takes.
+ForwardCall = tuple[
+    Frame, NDArray | None, NDArray | None, NDArray | None, NDArray | None, NDArray | None,
+    float, float, float, bool, NDArray | None,
+]  # fmt: skip
+
+
+def check_forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    correction: int,
+    axis: Axis,
+    residual: Array | None,
+    activation: str | None,
+    out: Array | None,
+    *,
+    alone: bool = True,
+) -> ForwardCall:
+    """Check and take the arguments of a forward call; compute nothing.
+
+    Not `alone`: x is a part of the batch, and how many values there are is for others to check.
+    """
+    frame = Frame(x, axis)
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    _checks.running_pair(running_mean, running_var, training)
+    mean_ = frame.per_channel(running_mean, "running_mean")
+    var_ = frame.per_channel(running_var, "running_var")
+    residual_ = frame.like_x(residual, "residual")
+    eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
+    taken = _checks.correction(correction)
+    relu = _checks.relu(activation)
+    if training:
+        if alone:
+            _checks.enough_values(frame.m, taken, "x of shape {}", frame.x.shape)
+        if mean_ is not None and var_ is not None:
+            instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
+            _checks.mutable(running_mean, "running_mean", instead)
+            _checks.mutable(running_var, "running_var", instead)
+            _checks.running_to_update(mean_, var_, instead)
+            _checks.apart(mean_, "running_mean", frame.x, "x")
+            _checks.apart(var_, "running_var", frame.x, "x")
+    out_ = frame.out(out, inplace="x")
+    return frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_
+
+
 _UPDATE_BY_HAND = (
     "it is updated in place; use batch_norm_stats and update_running_stats(..., inplace=False)"
 )
+_UPDATED_IN_PLACE = "it is updated in place; pass one that can be written to"
 
 
 @on_its_device("x")
@@ -261,7 +301,7 @@ def batch_norm_inference(
     eps, relu = _checks.epsilon(eps), _checks.relu(activation)
     out_ = frame.out(out, inplace="x")
     rstd = frame.backend.rstd(frame.statistic(var_), eps)
-    y = _apply(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
+    y = apply_to(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
     return frame.settle(y, out)
 
 
@@ -329,11 +369,11 @@ def batch_norm_apply(
     relu = _checks.relu(activation)
     out_ = frame.out(out, inplace="x")
     statistics = frame.statistic(mean_), frame.statistic(rstd_)
-    y = _apply(frame, gamma_, beta_, *statistics, residual_, relu, out_)
+    y = apply_to(frame, gamma_, beta_, *statistics, residual_, relu, out_)
     return frame.settle(y, out)
 
 
-def _apply(
+def apply_to(
     frame: Frame,
     gamma: NDArray | None,
     beta: NDArray | None,
@@ -393,11 +433,16 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     Moments(count=2, mean=array([2.]), m2=array([2.]))
     """
     frame = Frame(x, axis)
-    if frame.empty:
-        mean, m2 = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
-    else:
-        mean, m2 = frame.backend.stats(frame.view(frame.x))
+    mean, m2 = flat_stats(frame)
     return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
+
+
+def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
+    """Mean and M2 of frame.x, of shape (C,); 0 of no values."""
+    if frame.empty:
+        return frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
+    mean, m2 = frame.backend.stats(frame.view(frame.x))
+    return mean, m2
 
 
 @on_its_device("x")
@@ -481,15 +526,10 @@ def batch_norm_backward(
     >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
     """
-    frame = Frame(x, axis)
-    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
-    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    relu = _checks.relu(activation)
-    want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
-    want_dresidual = want_dresidual and y is not None
-    out_ = frame.out(out, inplace="dy")
-
+    frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, out_ = check_backward(
+        dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
+    )
+    want_dx, want_dgamma, want_dbeta, want_dresidual = wanted
     dx = frame.target(out_) if want_dx else None
     dresidual = frame.target(None) if want_dresidual else None
     sums: Array = frame.memory.zeros((2, frame.channels)) if frame.empty else None
@@ -513,6 +553,39 @@ def batch_norm_backward(
         frame.parameter_gradient(sums[0], gamma_) if want_dbeta else None,
         dresidual and frame.settle(dresidual),
     )
+
+
+# Everything about one backward call: frame, dy, gamma, mean, rstd, beta, y, whether there is ReLU,
+# what is wanted (dresidual only where there is y), out.
+BackwardCall = tuple[
+    Frame, NDArray, NDArray | None, NDArray, NDArray, NDArray | None, NDArray | None,
+    bool, Mask, NDArray | None,
+]  # fmt: skip
+
+
+def check_backward(
+    dy: Array,
+    x: Array,
+    gamma: Array | None,
+    mean: Array,
+    rstd: Array,
+    beta: Array | None,
+    y: Array | None,
+    axis: Axis,
+    activation: str | None,
+    output_mask: Mask,
+    out: Array | None,
+) -> BackwardCall:
+    """Check and take the arguments of a backward call; compute nothing."""
+    frame = Frame(x, axis)
+    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
+    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    relu = _checks.relu(activation)
+    want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
+    wanted = want_dx, want_dgamma, want_dbeta, want_dresidual and y is not None
+    out_ = frame.out(out, inplace="dy")
+    return frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, out_
 
 
 @on_its_device("x")

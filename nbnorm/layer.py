@@ -13,7 +13,7 @@ from nbnorm.functional import batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, update_running_stats
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """What backward needs of the last forward: references, not copies."""
 
     x: Array
@@ -129,7 +129,7 @@ class BatchNorm:
         self.running_mean = np.zeros(shape, dtype) if track_running_stats else None
         self.running_var = np.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = 0
-        self._saved: _Saved | None = None
+        self._saved: Saved | None = None
 
     def forward(self, x: Array, residual: Array | None = None) -> Array:
         """Normalise x: by its own statistics in training, by the running ones in evaluation.
@@ -157,13 +157,13 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
-        y, mean, rstd = batch_norm_forward(
+        y, mean, rstd, values = self._normalise(
             x,
-            self.parameters.get("weight"),
-            self.parameters.get("bias"),
-            self.running_mean,
-            self.running_var,
-            training=training,
+            training,
+            gamma=self.parameters.get("weight"),
+            beta=self.parameters.get("bias"),
+            running_mean=self.running_mean,
+            running_var=self.running_var,
             momentum=momentum,
             eps=self.eps,
             correction=self.correction,
@@ -171,11 +171,18 @@ class BatchNorm:
             residual=residual,
             activation=self.activation,
         )
-        if training and self.running_mean is not None and math.prod(x.shape) > 0:
+        if training and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
         keep_y = residual is not None and self.activation is not None
-        self._saved = _Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
+        self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
         return y
+
+    def _normalise(
+        self, x: Array, training: bool, **options: Any
+    ) -> tuple[Array, Array, Array, int]:
+        """y, mean, rstd, and the number of values that a batch had."""
+        y, mean, rstd = batch_norm_forward(x, training=training, **options)
+        return y, mean, rstd, math.prod(x.shape)
 
     def backward(self, dy: Array) -> Array | tuple[Array, Array]:
         """Return the gradient of the last forward's input; those of the parameters go to `grads`.
@@ -205,15 +212,12 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("backward called before forward")
         saved = self._saved
-        dx, dgamma, dbeta, dresidual = batch_norm_backward(
+        dx, dgamma, dbeta, dresidual = self._differentiate(
             dy,
-            saved.x,
-            self.parameters.get("weight"),
-            saved.mean,
-            saved.rstd,
+            saved,
+            gamma=self.parameters.get("weight"),
             beta=self.parameters.get("bias"),
             y=saved.y,
-            training=saved.training,
             axis=self.axis,
             activation=self.activation,
             output_mask=(True, self.affine, self.affine, saved.y is not None),
@@ -223,6 +227,12 @@ class BatchNorm:
         if not saved.residual:
             return dx
         return dx, dy if saved.y is None else dresidual
+
+    def _differentiate(self, dy: Array, saved: "Saved", **options: Any) -> tuple[Array | None, ...]:
+        """What `batch_norm_backward` returns."""
+        return batch_norm_backward(
+            dy, saved.x, mean=saved.mean, rstd=saved.rstd, training=saved.training, **options
+        )
 
     def train(self) -> "BatchNorm":
         """Switch to training: batch statistics normalise, running ones are updated."""

@@ -262,10 +262,14 @@ def update_running_stats(
 
 
 def move(running: Sequence[NDArray], batch: Sequence[NDArray], momentum: float) -> None:
-    """running = (1 - momentum) * running + momentum * batch, rounded once to running's dtype."""
+    """running = (1 - momentum) * running + momentum * batch, rounded once to running's dtype.
+
+    The batch's statistics may be of shape (C,).
+    """
     with np.errstate(all="ignore"):
         for old, new in zip(running, batch, strict=True):
-            old[...] = (1.0 - momentum) * old.astype(np.float64) + momentum * new
+            moved = momentum * new.reshape(old.shape)
+            old[...] = (1.0 - momentum) * old.astype(np.float64) + moved
 
 
 def _var(count: int, m2: NDArray, correction: float) -> NDArray:
@@ -273,11 +277,7 @@ def _var(count: int, m2: NDArray, correction: float) -> NDArray:
     correction = _checks.correction(correction)
     if count == 0:
         return np.zeros_like(m2)
-    if count <= correction:
-        raise ValueError(
-            f"expected more than {correction:g} value{'s' * (correction != 1)} per channel "
-            f"when training, got {count}"
-        )
+    _checks.enough_values(count, correction, "{}", count)
     return m2 / float(count - correction)
 
 

@@ -125,8 +125,7 @@ def move(
             running_mean, running_var = running_mean.reshape(-1), running_var.reshape(-1)
         kernels.move(running_mean, running_var, mean, m2, momentum, divisor)
         return
-    batch = (values.reshape(running_mean.shape) for values in (mean, m2 / divisor))
-    moments.move((running_mean, running_var), tuple(batch), momentum)
+    moments.move((running_mean, running_var), (mean, m2 / divisor), momentum)
 
 
 def backward_reduce(

@@ -105,8 +105,7 @@ def move(
         blocks = _ceil(mean.size, THREADS)
         launch.run(kernels.move, _name(dtype), _name(dtype), blocks, THREADS, *args)
         return
-    batch = (values.reshape(running_mean.shape) for values in (mean, m2 / divisor))
-    moments.move((running_mean, running_var), tuple(batch), momentum)
+    moments.move((running_mean, running_var), (mean, m2 / divisor), momentum)
 
 
 def backward_reduce(
