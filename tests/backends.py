@@ -141,7 +141,9 @@ def simulated():
     del sys.modules["nbnorm.cuda.memory"]  # the simulator's; with the stand-in, our own works
     cuda.memory = importlib.import_module("nbnorm.cuda.memory")
     cuda.launch.address = lambda array: array.data.ptr
-    cuda.launch.run = lambda *args: simulator.run(*(getattr(arg, "numpy", arg) for arg in args))
+    cuda.launch.run = lambda *args, **options: simulator.run(
+        *(getattr(arg, "numpy", arg) for arg in args), **options
+    )
     return OnDevice
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import nbnorm
 from benchmarks.gpu.large import EPS, random, seed_with
 from benchmarks.gpu.machine import Array, Machine, Unavailable, bits, same_bits
+from benchmarks.gpu.peers import reading_twice
 from benchmarks.gpu.records import Records, say
 
 REPEATS = 3
@@ -71,6 +72,13 @@ def check_out(step: Step) -> Iterator[tuple[str, list[str]]]:
     yield "out", [] if same_bits(out, fresh.y) else ["y"]
 
 
+def check_reading_twice(step: Step) -> Iterator[tuple[str, list[str]]]:
+    """What is kept in shared memory gives the bits of what is read again."""
+    with reading_twice():
+        twice = step()
+    yield "reading twice", _differing(twice, step())
+
+
 def check_nan(step: Step) -> Iterator[tuple[str, list[str]]]:
     """NaN and Inf in one channel change no bit of another."""
     clean, x = step(), step.machine.copied(step.x)
@@ -91,7 +99,7 @@ def check_nan(step: Step) -> Iterator[tuple[str, list[str]]]:
 
 
 CHECKS: tuple[Callable[[Step], Iterator[tuple[str, list[str]]]], ...] = (
-    check_repeats, check_out, check_nan,
+    check_repeats, check_out, check_reading_twice, check_nan,
 )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def _calls(
     calls: dict[str, Call] = {}
     expected = None
     for name, peer in PEERS.items():
-        if peer.compiled and (budget is None or budget.left <= 0):
+        if op not in peer.ops or (peer.compiled and (budget is None or budget.left <= 0)):
             continue
         try:
             call, result = _first(peer.ops[op], batch, budget if peer.compiled else None)

@@ -19,7 +19,7 @@ from nbnorm import moments
 from nbnorm._layout import PLANE, Axes
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
-from nbnorm.cuda.plan import THREADS, VECTOR, plan
+from nbnorm.cuda.plan import THREADS, VECTOR, plan, residence
 from nbnorm.cuda.values import WARP
 
 Array = Any
@@ -72,8 +72,21 @@ def forward(
     y: Array,
 ) -> tuple[Array, Array, Array]:
     """Normalise x with its own statistics into y; return mean, M2 and rstd."""
-    mean, m2, rstd = _stats(x, eps)
-    apply(x, gamma, beta, mean, rstd, residual, relu, y)
+    tensors = x, residual, y
+    kept = _kept("forward", x, gamma, *tensors, keeps=1)
+    if kept is None:
+        mean, m2, rstd = _stats(x, eps)
+        apply(x, gamma, beta, mean, rstd, residual, relu, y)
+        return mean, m2, rstd
+    N, C, S = x.shape
+    empty = _library(x).empty
+    mean, m2, rstd = empty(C), empty(C), empty(C)
+    partial = empty((2, C, kept.chunks))
+    floor = 0.0 if relu else -inf
+    _run(
+        kept, x, tensors, float(N * S), eps, partial, mean, m2, rstd, gamma, beta, floor,
+        residual is not None,
+    )  # fmt: skip
     return mean, m2, rstd
 
 
@@ -168,9 +181,20 @@ def backward(
     dresidual: Array | None,
 ) -> Array:
     """`backward_reduce`, then `backward_apply` with its sums, which are returned."""
-    sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y)
-    count = x.shape[0] * x.shape[2]
-    backward_apply(dy, x, gamma, mean, rstd, sums, count, beta, y, dx, dresidual)
+    N, C, S = x.shape
+    tensors = dy, x, y, dx, dresidual
+    kept = _kept("backward", x, gamma, *tensors, keeps=2)
+    if kept is None:
+        sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y)
+        backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual)
+        return sums
+    empty = _library(x).empty
+    partial, sums = empty((2, C, kept.chunks)), empty((2, C))
+    masked, shift = _mask(gamma, beta, y)
+    outs = (dx is not None) + 2 * (dresidual is not None)
+    _run(
+        kept, x, tensors, mean, rstd, gamma, shift, partial, sums, float(N * S), masked, outs,
+    )  # fmt: skip
     return sums
 
 
@@ -188,6 +212,8 @@ class _Pass(NamedTuple):
     dtype: str
     parameters: str
     blocks: int
+    cluster: int
+    shared: int
     chunks: int
     views: tuple[int, ...]  # what stands for the tensors: their strides, a gap for each address
     step: int  # from gap to gap
@@ -196,6 +222,28 @@ class _Pass(NamedTuple):
 
 def _pass(name: str, x: Array, parameters: Array, *tensors: Array | None) -> _Pass:
     """Prepare a kernel for these tensors, which are in the order of its arguments."""
+    return _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors))
+
+
+def _kept(
+    name: str, x: Array, parameters: Array, *tensors: Array | None, keeps: int
+) -> _Pass | None:
+    """Prepare a kernel that reads memory once and keeps so many tensors, if they fit.
+
+    Not in float64, whose statistics are taken twice, and only where all tensors are read in
+    vectors: one that is not would change the sums of the others, which are to be those of `stats`.
+    """
+    if x.dtype.itemsize == 8:
+        return None
+    resident = keeps, *launch.limits()
+    ready = _prepared(
+        name, x.shape, x.dtype, parameters.dtype, *_placed(tensors), resident=resident
+    )
+    return ready if ready.blocks else None
+
+
+def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
+    """Whether all tensors begin at a multiple of a vector; their strides, None of one absent."""
     address, addresses = launch.address, 0
     strides: list[Axes | None] = []
     for tensor in tensors:
@@ -204,15 +252,26 @@ def _pass(name: str, x: Array, parameters: Array, *tensors: Array | None) -> _Pa
         else:
             addresses |= address(tensor)
             strides.append(tensor.strides)
-    aligned = addresses % VECTOR == 0
-    return _prepared(name, x.shape, x.dtype, parameters.dtype, aligned, *strides)
+    return addresses % VECTOR == 0, *strides
+
+
+_NOT_RESIDENT = _Pass(None, "", "", 0, 0, 0, 0, (), 0, ())
 
 
 @lru_cache(maxsize=4096)
 def _prepared(
-    name: str, shape: Axes, dtype: Any, parameters: Any, aligned: bool, *strides: Axes | None
+    name: str,
+    shape: Axes,
+    dtype: Any,
+    parameters: Any,
+    aligned: bool,
+    *strides: Axes | None,
+    resident: tuple[int, int, bool] | None = None,
 ) -> _Pass:
-    """Prepare a kernel; the strides of an absent tensor, which it will not touch, are 0."""
+    """Prepare a kernel; the strides of an absent tensor, which it will not touch, are 0.
+
+    `resident`: how many tensors it keeps, and what the device's limits are.
+    """
     N, C, S = shape
     itemsize = dtype.itemsize
     divisible = VECTOR if aligned else 1
@@ -222,7 +281,6 @@ def _prepared(
         if S >= PLANE and C > 1:
             divisible |= c_stride
     cut = plan(N, C, S, itemsize, divisible & -divisible)
-    kernel = getattr(kernels.build(cut.traversal, dtype.name, cut.width), name)
     views: list[int] = []
     if cut.traversal == "rows":
         step, vectors = 3, S // cut.width
@@ -232,17 +290,32 @@ def _prepared(
         geometry = (C, S, N, cut.group, cut.lanes, cut.per, cut.chunks)
     for stride in strides:
         views += 0, *(s // itemsize for s in (stride or (0, 0))[: step - 1])
+    blocks, cluster, shared = cut.blocks, 1, 0
+    of = cut.traversal, dtype.name, cut.width
+    if resident is None:
+        source = kernels.build(*of)
+    else:
+        kept = None if divisible % VECTOR else residence(cut, *resident)
+        if kept is None:
+            return _NOT_RESIDENT
+        cluster, each, blocks, shared = kept
+        source = kernels.resident(*of, cluster > 1)
+        geometry += cluster, each
     return _Pass(
-        kernel, dtype.name, parameters.name, cut.blocks, cut.chunks, tuple(views), step, geometry
-    )
+        getattr(source, name), dtype.name, parameters.name, blocks, cluster, shared, cut.chunks,
+        tuple(views), step, geometry,
+    )  # fmt: skip
 
 
 def _run(ready: _Pass, x: Array, tensors: tuple[Array | None, ...], *args: Any) -> None:
     """Launch; in place of an absent tensor, which the kernel will not touch, stands x."""
-    kernel, dtype, parameters, blocks, _, strides, step, geometry = ready
+    kernel, dtype, parameters, blocks, cluster, shared, _, strides, step, geometry = ready
     views: list[Any] = list(strides)
     views[::step] = [x if tensor is None else tensor for tensor in tensors]
-    launch.run(kernel, dtype, parameters, blocks, THREADS, *views, *geometry, *args)
+    launch.run(
+        kernel, dtype, parameters, blocks, THREADS, *views, *geometry, *args,
+        cluster=cluster, shared=shared,
+    )  # fmt: skip
 
 
 def _warps(C: int) -> int:

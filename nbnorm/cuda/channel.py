@@ -34,20 +34,25 @@ def rstd_of(var, eps):
     return 0.0 if spread == 0.0 else 1.0 / math.sqrt(spread)
 
 
-@kernel()
-def finish(partial, C, chunks, m, eps, mean, m2, rstd):
-    """Mean, M2 and rstd of all channels; mean holds K. One warp a channel."""
-    c = cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
-    if c >= C:
-        return
-    s = chunk_sum(partial, c * types.int64(chunks), chunks)
-    q = chunk_sum(partial, (C + c) * types.int64(chunks), chunks)
+@device
+def finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd):
+    """Mean, M2 and rstd of a channel by one warp; mean holds K."""
+    s = chunk_sum(partial, c * chunks, chunks)
+    q = chunk_sum(partial, (C + c) * chunks, chunks)
     if cuda.threadIdx.x % WARP == 0:
         mean[c] += s / m
         rest = q - s * (s / m)
         rest = 0.0 if rest < 0.0 else rest
         m2[c] = rest
         rstd[c] = rstd_of(rest / m, eps)
+
+
+@kernel()
+def finish(partial, C, chunks, m, eps, mean, m2, rstd):
+    """Mean, M2 and rstd of all channels."""
+    c = types.int64(cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP)
+    if c < C:
+        finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd)
 
 
 @kernel()
@@ -99,21 +104,32 @@ def coefficients(computed: Any) -> tuple[Any, Any, Any]:
     return affine, unit_of, gradient
 
 
-def finish_sums(computed: Any) -> Any:
-    """Return the kernel that ends `reduce`."""
+def finishing(computed: Any) -> Any:
+    """Return `finish_gradients`, which ends `reduce` for one channel."""
     _, unit_of, _ = coefficients(computed)
 
-    @kernel()
-    def finish_sums(partial, C, chunks, mean, rstd, sums):
-        """sum dy and sum dy x_hat of all channels. One warp a channel."""
-        c = cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
-        if c >= C:
-            return
-        s = chunk_sum(partial, c * types.int64(chunks), chunks)
-        t = chunk_sum(partial, (C + c) * types.int64(chunks), chunks)
+    @device
+    def finish_gradients(partial, c, C, chunks, mean, rstd, sums):
+        """sum dy and sum dy x_hat of a channel by one warp."""
+        s = chunk_sum(partial, c * chunks, chunks)
+        t = chunk_sum(partial, (C + c) * chunks, chunks)
         if cuda.threadIdx.x % WARP == 0:
             lo = mean[c] - types.float64(computed(mean[c]))
             sums[c] = s
             sums[C + c] = rstd[c] * (t / types.float64(unit_of(rstd, c)) - lo * s)
+
+    return finish_gradients
+
+
+def finish_sums(computed: Any) -> Any:
+    """Return the kernel that ends `reduce`, of all channels."""
+    finish_gradients = finishing(computed)
+
+    @kernel()
+    def finish_sums(partial, C, chunks, mean, rstd, sums):
+        """sum dy and sum dy x_hat of all channels."""
+        c = types.int64(cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP)
+        if c < C:
+            finish_gradients(partial, c, C, chunks, mean, rstd, sums)
 
     return finish_sums

@@ -1,18 +1,23 @@
 """Columns on the GPU: S is small. A block takes `group` channels, side by side, of `per` samples.
 
 The columns of a group are read by `lanes` threads, `width` columns each, and as many samples at a
-time as the block has threads for. Each column has sums of its own; those of a channel are added up
-in shared memory. x[n] is contiguous; a tensor comes as its memory and the stride of n, in values.
+time as the block has threads for: `at_once`. Each column has sums of its own; those of a channel
+are added up in shared memory. x[n] is contiguous; to a kernel a tensor comes as its memory and the
+stride of n, in values. From there on it is a view of a thread's columns: (memory, stride of n,
+where they begin), or, where a block has put a chunk aside in shared memory, `kept_at`.
+
+What is done with a chunk is written once, as in rows.py.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
-from nbnorm.cuda.channel import coefficients
+from nbnorm.cuda.channel import coefficients, finish_moments, finishing
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL
@@ -40,35 +45,74 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     size, pair_size, fewer_size = UNROLL * width, few * width, fewer * width
     moments, gradients = moments_of(computed, UNROLL, width), gradients_of(computed, fewer, width)
     affine, unit_of, gradient = coefficients(computed)
+    finish_gradients = finishing(computed)
     zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
     cells = THREADS * width
 
     @device
-    def located(C, S, N, group, lanes, per, chunks, block):
-        """First channel, chunk, columns, this thread's row and column, its samples, their step.
-
-        A thread that has no column has no samples.
-        """
-        groups = quotient(block, chunks)
-        k = block - groups * chunks
-        c0 = groups * group
+    def located(C, S, group, lanes, g):
+        """First channel and columns of a group, this thread's row and column, rows at once."""
+        c0 = g * group
         columns = min(group, C - c0) * S
         row = quotient(cuda.threadIdx.x, lanes)
         column = (cuda.threadIdx.x - row * lanes) * width
-        at_once = quotient(cuda.blockDim.x, lanes)
-        end = min((k + 1) * per, N) if row < at_once and column < columns else 0
-        return c0, k, columns, row, column, k * per + row, end, at_once
+        return c0, columns, row, column, quotient(cuda.blockDim.x, lanes)
 
     @device
-    def fetch(memory, unroll, n, end, at_once, n_stride, offset, values):
+    def samples(N, per, k, columns, row, column, at_once):
+        """Sample from which and before which this thread reads chunk k; none without a column."""
+        end = min((k + 1) * per, N) if row < at_once and column < columns else 0
+        return k * per + row, end
+
+    @device
+    def kept_at(slab, per, lanes, column, k, at):
+        """Where a thread keeps its part of chunk k, the `at`-th that the block keeps."""
+        start = at * per * lanes * width + quotient(column, width)
+        return slab, lanes, k * per, start, per * lanes
+
+    @device
+    def fetch(view, unroll, n, end, at_once, values):
         """Load `unroll` samples from n on, `at_once` apart; how many there are before end."""
+        memory, n_stride, start = view
         count = 0
         for u in range(unroll):
             i = n + u * at_once
             if i < end:
-                load(memory, i * n_stride + offset, values, u * width)
+                load(memory, i * n_stride + start, values, u * width)
                 count += 1
         return count
+
+    @device
+    def keep(kept, unroll, n, end, at_once, values):
+        """Put aside what was fetched, neighbours side by side."""
+        slab, lanes, first, start, apart = kept
+        for u in range(unroll):
+            i = n + u * at_once
+            if i < end:
+                for w in range(width):
+                    slab[start + w * apart + (i - first) * lanes] = values[u * width + w]
+
+    @device
+    def recall(kept, unroll, n, end, at_once, values):
+        """Load what was kept, as `fetch` loads what was not."""
+        slab, lanes, first, start, apart = kept
+        for u in range(unroll):
+            i = n + u * at_once
+            if i < end:
+                for w in range(width):
+                    values[u * width + w] = slab[start + w * apart + (i - first) * lanes]
+
+    @device
+    def drop(kept, unroll, n, end, at_once, values):
+        """Keep nothing."""
+
+    @device
+    def first_values(x, c0, S, column, shift):
+        """First values of the channels of a thread's columns, in float64."""
+        value = cuda.local.array(1, computed)
+        for w in range(width):
+            load_one(x, (c0 + quotient(column + w, S)) * S, value, 0)
+            shift[w] = types.float64(value[0])
 
     @device
     def by_channel(sums, shared, S, columns, row, column, at_once, chunks, k, partial):
@@ -106,38 +150,159 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     partial[c * chunks + k] = total
                 c += cuda.blockDim.x // WARP
 
+    @device
+    def put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial):
+        """Add two sums up over the block; they go to partial[:, c, k]."""
+        by_channel(s, shared, S, columns, row, column, at_once, chunks, c0 * chunks + k, partial)
+        by_channel(
+            t, shared, S, columns, row, column, at_once, chunks, (C + c0) * chunks + k, partial
+        )
+
+    @device
+    def affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b):
+        """`affine` of each of a thread's columns."""
+        for w in range(width):
+            hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c0 + quotient(column + w, S))
+
+    def summing(keep: Any) -> Any:
+        @device
+        def moments_of_chunk(x, kept, n, end, at_once, shift, s, q):
+            """sum d and sum d^2 of this thread's columns, d = x - shift."""
+            values = cuda.local.array(size, computed)
+            for w in range(width):
+                s[w] = 0.0
+                q[w] = 0.0
+            while n < end:
+                count = fetch(x, UNROLL, n, end, at_once, values)
+                keep(kept, UNROLL, n, end, at_once, values)
+                for w in range(width):
+                    s_more, q_more = moments(values, w, count, shift[w])
+                    s[w] += s_more
+                    q[w] += q_more
+                n += UNROLL * at_once
+
+        return moments_of_chunk
+
+    def normalising(fetch_x: Any) -> Any:
+        @device
+        def normalise_chunk(x, residual, y, n, end, at_once, hi, a, b, low, added):
+            """y = act((x - hi) a + b [+ residual])."""
+            values = cuda.local.array(pair_size, computed)
+            more = cuda.local.array(pair_size, computed)
+            while n < end:
+                fetch_x(x, few, n, end, at_once, values)
+                if added:
+                    fetch(residual, few, n, end, at_once, more)
+                for u in range(few):
+                    i = n + u * at_once
+                    if i < end:
+                        for w in range(width):
+                            value = normalised(values[u * width + w], hi[w], a[w], b[w])
+                            if added:
+                                value += more[u * width + w]
+                            values[u * width + w] = rectified(value, low)
+                        store(y[0], i * y[1] + y[2], values, u * width)
+                n += few * at_once
+
+        return normalise_chunk
+
+    def reducing(keep: Any) -> Any:
+        @device
+        def gradients_of_chunk(
+            dy, x, y, kept_g, kept_x, n, end, at_once, hi, a, b, unit, masked, s, t
+        ):
+            """Sums of g and of g (x - hi) unit of this thread's columns, g = dy past ReLU."""
+            g = cuda.local.array(fewer_size, computed)
+            values = cuda.local.array(fewer_size, computed)
+            outputs = cuda.local.array(fewer_size, computed)
+            for w in range(width):
+                s[w] = 0.0
+                t[w] = 0.0
+            while n < end:
+                count = fetch(dy, fewer, n, end, at_once, g)
+                fetch(x, fewer, n, end, at_once, values)
+                if masked == 2:
+                    fetch(y, fewer, n, end, at_once, outputs)
+                if masked:
+                    for u in range(fewer):
+                        for w in range(width):
+                            j = u * width + w
+                            g[j] = passed(
+                                g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least, zero
+                            )
+                keep(kept_g, fewer, n, end, at_once, g)
+                keep(kept_x, fewer, n, end, at_once, values)
+                for w in range(width):
+                    s_more, t_more = gradients(g, values, w, count, hi[w], unit[w])
+                    s[w] += s_more
+                    t[w] += t_more
+                n += fewer * at_once
+
+        return gradients_of_chunk
+
+    def differentiating(fetch_g: Any) -> Any:
+        @device
+        def differentiate_chunk(
+            dy, x, y, dx, dresidual, n, end, at_once, hi, a, b, h, p, q, masked, training, outs
+        ):
+            """dx (outs & 1) and dresidual (outs & 2) of dy, or of dy past ReLU and masked 0."""
+            g = cuda.local.array(pair_size, computed)
+            values = cuda.local.array(pair_size, computed)
+            outputs = cuda.local.array(pair_size, computed)
+            while n < end:
+                fetch_g(dy, few, n, end, at_once, g)
+                fetch_g(x, few, n, end, at_once, values)
+                if masked == 2:
+                    fetch(y, few, n, end, at_once, outputs)
+                for u in range(few):
+                    i = n + u * at_once
+                    if i < end:
+                        for w in range(width):
+                            j = u * width + w
+                            if masked:
+                                g[j] = passed(
+                                    g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least,
+                                    zero,
+                                )  # fmt: skip
+                        if outs & 2:
+                            store(dresidual[0], i * dresidual[1] + dresidual[2], g, u * width)
+                        if outs & 1:
+                            for w in range(width):
+                                j = u * width + w
+                                d = g[j]
+                                if training:
+                                    d = (d - h[w]) - normalised(values[j], hi[w], p[w], q[w])
+                                values[j] = a[w] * d
+                            store(dx[0], i * dx[1] + dx[2], values, u * width)
+                n += few * at_once
+
+        return differentiate_chunk
+
+    moments_of_chunk, normalise_chunk = summing(drop), normalising(fetch)
+    gradients_of_chunk, differentiate_chunk = reducing(drop), differentiating(fetch)
+
     @kernel(2)
     def stats(x, xn, C, S, N, group, lanes, per, chunks, partial, mean, again):
         """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K, or K = mean[c]."""
-        c0, k, columns, row, column, begin, end, at_once = located(
-            C, S, N, group, lanes, per, chunks, cuda.blockIdx.x
-        )
+        g = quotient(cuda.blockIdx.x, chunks)
+        k = cuda.blockIdx.x - g * chunks
+        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+        n, end = samples(N, per, k, columns, row, column, at_once)
         shared = cuda.shared.array(cells, types.float64)
-        values = cuda.local.array(size, computed)
         shift = cuda.local.array(width, types.float64)
         s = cuda.local.array(width, types.float64)
         q = cuda.local.array(width, types.float64)
-        for w in range(width):
-            s[w] = 0.0
-            q[w] = 0.0
-            if begin < end:
-                c = c0 + quotient(column + w, S)
-                load_one(x, c * S, values, 0)
-                shift[w] = mean[c] if again else types.float64(values[0])
-                if begin == 0 and not again:
-                    mean[c] = shift[w]
-        n = begin
-        while n < end:
-            count = fetch(x, UNROLL, n, end, at_once, xn, c0 * S + column, values)
-            for w in range(width):
-                s_more, q_more = moments(values, w, count, shift[w])
-                s[w] += s_more
-                q[w] += q_more
-            n += UNROLL * at_once
-        by_channel(s, shared, S, columns, row, column, at_once, chunks, c0 * chunks + k, partial)
-        by_channel(
-            q, shared, S, columns, row, column, at_once, chunks, (C + c0) * chunks + k, partial
-        )
+        if n < end:
+            if again:
+                for w in range(width):
+                    shift[w] = mean[c0 + quotient(column + w, S)]
+            else:
+                first_values(x, c0, S, column, shift)
+                if n == 0:
+                    for w in range(width):
+                        mean[c0 + quotient(column + w, S)] = shift[w]
+        moments_of_chunk((x, xn, c0 * S + column), 0, n, end, at_once, shift, s, q)
+        put(s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
 
     @kernel(2)
     def apply(
@@ -145,35 +310,20 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         mean, rstd, gamma, beta, floor, added,
     ):  # fmt: skip
         """y = act(gamma (x - mean) rstd + beta [+ residual]), the last block first."""
-        c0, _, _, _, column, begin, end, at_once = located(
-            C, S, N, group, lanes, per, chunks, cuda.gridDim.x - 1 - cuda.blockIdx.x
-        )
-        values = cuda.local.array(pair_size, computed)
-        more = cuda.local.array(pair_size, computed)
+        block = cuda.gridDim.x - 1 - cuda.blockIdx.x
+        g = quotient(block, chunks)
+        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+        n, end = samples(N, per, block - g * chunks, columns, row, column, at_once)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
-        if begin < end:
-            for w in range(width):
-                c = c0 + quotient(column + w, S)
-                hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c)
-        low = computed(floor)
-        offset = c0 * S + column
-        n = begin
-        while n < end:
-            fetch(x, few, n, end, at_once, xn, offset, values)
-            if added:
-                fetch(residual, few, n, end, at_once, rn, offset, more)
-            for u in range(few):
-                i = n + u * at_once
-                if i < end:
-                    for w in range(width):
-                        value = normalised(values[u * width + w], hi[w], a[w], b[w])
-                        if added:
-                            value += more[u * width + w]
-                        values[u * width + w] = rectified(value, low)
-                    store(y, i * yn + offset, values, u * width)
-            n += few * at_once
+        if n < end:
+            affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+        start = c0 * S + column
+        normalise_chunk(
+            (x, xn, start), (residual, rn, start), (y, yn, start), n, end, at_once,
+            hi, a, b, computed(floor), added,
+        )  # fmt: skip
 
     @kernel(2)
     def reduce(
@@ -181,49 +331,27 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         mean, rstd, gamma, beta, masked, partial,
     ):  # fmt: skip
         """partial[:, c, k] = sum dy, sum dy (x - hi) unit of chunk k."""
-        c0, k, columns, row, column, begin, end, at_once = located(
-            C, S, N, group, lanes, per, chunks, cuda.blockIdx.x
-        )
+        g = quotient(cuda.blockIdx.x, chunks)
+        k = cuda.blockIdx.x - g * chunks
+        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+        n, end = samples(N, per, k, columns, row, column, at_once)
         shared = cuda.shared.array(cells, types.float64)
-        g = cuda.local.array(fewer_size, computed)
-        values = cuda.local.array(fewer_size, computed)
-        outputs = cuda.local.array(fewer_size, computed)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
         unit = cuda.local.array(width, computed)
         s = cuda.local.array(width, types.float64)
         t = cuda.local.array(width, types.float64)
-        for w in range(width):
-            s[w] = 0.0
-            t[w] = 0.0
-            if begin < end:
-                c = c0 + quotient(column + w, S)
-                hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c)
-                unit[w] = unit_of(rstd, c)
-        offset = c0 * S + column
-        n = begin
-        while n < end:
-            count = fetch(dy, fewer, n, end, at_once, dyn, offset, g)
-            fetch(x, fewer, n, end, at_once, xn, offset, values)
-            if masked == 2:
-                fetch(y, fewer, n, end, at_once, yn, offset, outputs)
-            if masked:
-                for u in range(fewer):
-                    for w in range(width):
-                        j = u * width + w
-                        g[j] = passed(
-                            g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least, zero
-                        )
+        if n < end:
+            affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
             for w in range(width):
-                s_more, t_more = gradients(g, values, w, count, hi[w], unit[w])
-                s[w] += s_more
-                t[w] += t_more
-            n += fewer * at_once
-        by_channel(s, shared, S, columns, row, column, at_once, chunks, c0 * chunks + k, partial)
-        by_channel(
-            t, shared, S, columns, row, column, at_once, chunks, (C + c0) * chunks + k, partial
-        )
+                unit[w] = unit_of(rstd, c0 + quotient(column + w, S))
+        start = c0 * S + column
+        gradients_of_chunk(
+            (dy, dyn, start), (x, xn, start), (y, yn, start), 0, 0, n, end, at_once,
+            hi, a, b, unit, masked, s, t,
+        )  # fmt: skip
+        put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
 
     @kernel(2)
     def differentiate(
@@ -231,52 +359,148 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         mean, rstd, gamma, beta, sums, count, masked, training, outs,
     ):  # fmt: skip
         """dx (outs & 1) and dresidual (outs & 2); not training: statistics are constants."""
-        c0, _, _, _, column, begin, end, at_once = located(
-            C, S, N, group, lanes, per, chunks, cuda.gridDim.x - 1 - cuda.blockIdx.x
-        )
-        g = cuda.local.array(pair_size, computed)
-        values = cuda.local.array(pair_size, computed)
-        outputs = cuda.local.array(pair_size, computed)
+        block = cuda.gridDim.x - 1 - cuda.blockIdx.x
+        g = quotient(block, chunks)
+        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+        n, end = samples(N, per, block - g * chunks, columns, row, column, at_once)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
         h = cuda.local.array(width, computed)
         p = cuda.local.array(width, computed)
         q = cuda.local.array(width, computed)
-        if begin < end:
-            for w in range(width):
-                c = c0 + quotient(column + w, S)
-                hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c)
-                if training:
+        if n < end:
+            affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+            if training:
+                for w in range(width):
+                    c = c0 + quotient(column + w, S)
                     h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, c)
-        offset = c0 * S + column
-        n = begin
-        while n < end:
-            fetch(dy, few, n, end, at_once, dyn, offset, g)
-            fetch(x, few, n, end, at_once, xn, offset, values)
-            if masked == 2:
-                fetch(y, few, n, end, at_once, yn, offset, outputs)
-            for u in range(few):
-                i = n + u * at_once
-                if i < end:
+        start = c0 * S + column
+        differentiate_chunk(
+            (dy, dyn, start), (x, xn, start), (y, yn, start),
+            (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
+            hi, a, b, h, p, q, masked, training, outs,
+        )  # fmt: skip
+
+    keep_moments, normalise_kept = summing(keep), normalising(recall)
+    keep_gradients, differentiate_kept = reducing(keep), differentiating(recall)
+
+    def resident(together: Any) -> SimpleNamespace:
+        """Kernels that read memory once: `blocks` blocks keep a group, `each` chunks a block.
+
+        `together` has the blocks of a group wait for each other.
+        """
+
+        @kernel(2 if width <= 4 else 1)
+        def forward(
+            x, xn, residual, rn, y, yn, C, S, N, group, lanes, per, chunks, blocks, each,
+            m, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
+        ):  # fmt: skip
+            """`stats`, `finish` and `apply`."""
+            slab = cuda.shared.array(0, computed)
+            shared = cuda.shared.array(cells, types.float64)
+            g = quotient(cuda.blockIdx.x, blocks)
+            rank = cuda.blockIdx.x - g * blocks
+            begin, stop = rank * each, min((rank + 1) * each, chunks)
+            c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+            start = c0 * S + column
+            hi = cuda.local.array(width, computed)
+            a = cuda.local.array(width, computed)
+            b = cuda.local.array(width, computed)
+            shift = cuda.local.array(width, types.float64)
+            s = cuda.local.array(width, types.float64)
+            q = cuda.local.array(width, types.float64)
+            if row < at_once and column < columns:
+                first_values(x, c0, S, column, shift)
+                if begin == 0 and row == 0:
                     for w in range(width):
-                        j = u * width + w
-                        if masked:
-                            g[j] = passed(
-                                g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least, zero
-                            )
-                    if outs & 2:
-                        store(dresidual, i * rn + offset, g, u * width)
-                    if outs & 1:
-                        for w in range(width):
-                            j = u * width + w
-                            d = g[j]
-                            if training:
-                                d = (d - h[w]) - normalised(values[j], hi[w], p[w], q[w])
-                            values[j] = a[w] * d
-                        store(dx, i * dxn + offset, values, u * width)
-            n += few * at_once
+                        mean[c0 + quotient(column + w, S)] = shift[w]
+            k = begin
+            while k < stop:
+                n, end = samples(N, per, k, columns, row, column, at_once)
+                kept = kept_at(slab, per, lanes, column, k, k - begin)
+                keep_moments((x, xn, start), kept, n, end, at_once, shift, s, q)
+                put(s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+                k += 1
+            together()
+            c = rank * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
+            while c < quotient(columns, S):
+                finish_moments(partial, c0 + c, C, chunks, m, eps, mean, m2, rstd)
+                c += blocks * (cuda.blockDim.x // WARP)
+            together()
+            if row < at_once and column < columns:
+                affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+            k = begin
+            while k < stop:
+                n, end = samples(N, per, k, columns, row, column, at_once)
+                normalise_kept(
+                    kept_at(slab, per, lanes, column, k, k - begin),
+                    (residual, rn, start), (y, yn, start), n, end, at_once,
+                    hi, a, b, computed(floor), added,
+                )  # fmt: skip
+                k += 1
+
+        @kernel(1)
+        def backward(
+            dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn,
+            C, S, N, group, lanes, per, chunks, blocks, each,
+            mean, rstd, gamma, beta, partial, sums, count, masked, outs,
+        ):  # fmt: skip
+            """`reduce`, `finish_sums` and `differentiate`."""
+            slab = cuda.shared.array(0, computed)
+            shared = cuda.shared.array(cells, types.float64)
+            g = quotient(cuda.blockIdx.x, blocks)
+            rank = cuda.blockIdx.x - g * blocks
+            begin, stop = rank * each, min((rank + 1) * each, chunks)
+            c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+            start = c0 * S + column
+            hi = cuda.local.array(width, computed)
+            a = cuda.local.array(width, computed)
+            b = cuda.local.array(width, computed)
+            unit = cuda.local.array(width, computed)
+            h = cuda.local.array(width, computed)
+            p = cuda.local.array(width, computed)
+            q = cuda.local.array(width, computed)
+            s = cuda.local.array(width, types.float64)
+            t = cuda.local.array(width, types.float64)
+            if row < at_once and column < columns:
+                affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+                for w in range(width):
+                    unit[w] = unit_of(rstd, c0 + quotient(column + w, S))
+            k = begin
+            while k < stop:
+                n, end = samples(N, per, k, columns, row, column, at_once)
+                keep_gradients(
+                    (dy, dyn, start), (x, xn, start), (y, yn, start),
+                    kept_at(slab, per, lanes, column, k, k - begin),
+                    kept_at(slab, per, lanes, column, k, k - begin + each),
+                    n, end, at_once, hi, a, b, unit, masked, s, t,
+                )  # fmt: skip
+                put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+                k += 1
+            together()
+            c = rank * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
+            while c < quotient(columns, S):
+                finish_gradients(partial, c0 + c, C, chunks, mean, rstd, sums)
+                c += blocks * (cuda.blockDim.x // WARP)
+            together()
+            if row < at_once and column < columns:
+                for w in range(width):
+                    c = c0 + quotient(column + w, S)
+                    h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, c)
+            k = begin
+            while k < stop:
+                n, end = samples(N, per, k, columns, row, column, at_once)
+                differentiate_kept(
+                    kept_at(slab, per, lanes, column, k, k - begin),
+                    kept_at(slab, per, lanes, column, k, k - begin + each), (y, yn, start),
+                    (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
+                    hi, a, b, h, p, q, 0, True, outs,
+                )  # fmt: skip
+                k += 1
+
+        return SimpleNamespace(forward=forward, backward=backward)
 
     return SimpleNamespace(
-        stats=stats, apply=apply, reduce=reduce, differentiate=differentiate
-    )  # fmt: skip
+        stats=stats, apply=apply, reduce=reduce, differentiate=differentiate, resident=resident
+    )

@@ -1,4 +1,4 @@
-"""What numba.cuda cannot say: vectors of 16 bytes past the first cache, halves, 32-bit division.
+"""What numba.cuda cannot say: vectors of 16 bytes, halves, 32-bit division, clusters of blocks.
 
 The only file with LLVM and PTX in it. `memory_of` gives the load and the store of a storage dtype
 and a width, between memory (a raw pointer) and a thread's own array of the dtype it computes in.
@@ -119,6 +119,20 @@ def quotient(typing_context, a, b):
         return builder.zext(builder.udiv(a, b), _I64)
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def cluster_barrier(typing_context):
+    """Wait for all blocks of the cluster; what they wrote before is there afterwards. sm_90."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        text = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+        asm = ir.InlineAsm(kind, text, "~{memory}", True)
+        builder.call(asm, [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 def _braced(registers: list[str]) -> str:

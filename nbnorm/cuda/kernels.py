@@ -9,7 +9,8 @@ from typing import Any
 from numba.cuda import types
 
 from nbnorm.cuda import channel, columns, rows
-from nbnorm.cuda.intrinsics import STORAGE
+from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
+from nbnorm.cuda.values import block_barrier
 
 _TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual"))
 _STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial"))
@@ -23,6 +24,13 @@ def build(traversal: str, dtype: str, width: int) -> Any:
     """Kernels of a traversal."""
     source = rows if traversal == "rows" else columns
     return source.build(dtype, width)
+
+
+@lru_cache(maxsize=64)
+def resident(traversal: str, dtype: str, width: int, clusters: bool) -> Any:
+    """Kernels that read memory once; for blocks that work alone, or clusters of them."""
+    together = cluster_barrier if clusters else block_barrier
+    return build(traversal, dtype, width).resident(together)
 
 
 @lru_cache(maxsize=4)

@@ -21,10 +21,13 @@ from numba.cuda import types
 from nbnorm.cuda.kernels import signature
 
 _FORMATS = {types.int64: "q", types.float64: "d"}  # all else is an address
+_SHARED = 48 << 10  # bytes of shared memory that any kernel may have
+_CONFIGS = 64  # descriptions of launches that a slot keeps
+
 _NO_CONTEXT = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
 
 _current_stream, _current_device = cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice
-_launch = driver.cuLaunchKernel
+_launch, _launch_clusters = driver.cuLaunchKernel, driver.cuLaunchKernelEx
 
 
 def address(array: Any) -> int:
@@ -33,8 +36,20 @@ def address(array: Any) -> int:
     return pointer
 
 
-def run(kernel: Any, dtype: str, parameters: str, blocks: int, threads: int, *args: Any) -> None:
-    """Launch a kernel; arrays are handed over by their address."""
+def run(
+    kernel: Any,
+    dtype: str,
+    parameters: str,
+    blocks: int,
+    threads: int,
+    *args: Any,
+    cluster: int = 1,
+    shared: int = 0,
+) -> None:
+    """Launch a kernel; arrays are handed over by their address.
+
+    `cluster` blocks wait for each other; each has so many bytes of `shared` memory besides its own.
+    """
     device = _current_device()
     bound = _bound(kernel, dtype, parameters, device)
     values = list(args)
@@ -42,19 +57,48 @@ def run(kernel: Any, dtype: str, parameters: str, blocks: int, threads: int, *ar
         values[i] = values[i].data.ptr
     # Out of the list while in use: the launch lets other threads run.
     try:
-        packed, pointers, place = bound.idle.pop()
+        slot = bound.idle.pop()
     except IndexError:
-        packed, pointers, place = bound.memory()
-    bound.pack(packed, 0, *values)
+        slot = _Slot(bound.size)
+    bound.pack(slot.packed, 0, *values)
+    if shared > bound.shared:
+        bound.allow(shared)
     stream = _current_stream().ptr
-    launch = bound.function, blocks, 1, 1, threads, 1, 1, 0, stream, place, 0
-    (error,) = _launch(*launch)
+    launch: Any = _launch
+    to_launch: Any = (
+        bound.function, blocks, 1, 1, threads, 1, 1, shared, stream, slot.pointers, 0
+    )  # fmt: skip
+    if cluster > 1:
+        config = slot.config(blocks, threads, cluster, shared)
+        config.hStream = stream
+        launch, to_launch = _launch_clusters, (config, bound.function, slot.pointers, 0)
+    (error,) = launch(*to_launch)
     if error == _NO_CONTEXT:  # nothing has made the device this thread's yet
         cuda.current_context(device)
-        (error,) = _launch(*launch)
+        (error,) = launch(*to_launch)
     if error:
         raise RuntimeError(f"CUDA could not launch {kernel.py_func.__name__}: {_words(error)}")
-    bound.idle.append((packed, pointers, place))
+    bound.idle.append(slot)
+
+
+def limits() -> tuple[int, bool]:
+    """Bytes of shared memory that a block may have on this device; whether it has clusters."""
+    return _limits(_current_device())
+
+
+@lru_cache(maxsize=64)
+def _limits(device: int) -> tuple[int, bool]:
+    asked = driver.CUdevice_attribute
+    values = []
+    for attribute in (
+        asked.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        asked.CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH,
+    ):
+        error, value = driver.cuDeviceGetAttribute(attribute, device)
+        if error:
+            raise RuntimeError(f"CUDA does not tell what device {device} can do: {_words(error)}")
+        values.append(value)
+    return values[0], bool(values[1])
 
 
 class _Bound:
@@ -67,17 +111,49 @@ class _Bound:
         self.function = driver.CUfunction(int(self.loaded.kernel.handle))
         formats = [_FORMATS.get(kind, "P") for kind in kinds]
         self.arrays = [i for i, letter in enumerate(formats) if letter == "P"]
-        self._struct = Struct("".join(formats))
-        self.pack = self._struct.pack_into
-        self.idle = [self.memory()]
+        struct = Struct("".join(formats))
+        self.size, self.pack = struct.size, struct.pack_into
+        self.idle: list[_Slot] = []
+        self.shared = _SHARED
 
-    def memory(self) -> tuple[Any, Any, int]:
-        """Memory for the arguments, pointers to each of them, and where these are."""
-        size = self._struct.size
-        packed = (ctypes.c_char * size)()
-        first = ctypes.addressof(packed)
-        pointers = (ctypes.c_void_p * (size // 8))(*range(first, first + size, 8))
-        return packed, pointers, ctypes.addressof(pointers)
+    def allow(self, shared: int) -> None:
+        """Let a block have so many bytes of shared memory."""
+        maximum = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuFuncSetAttribute(self.function, maximum, shared)
+        if error:
+            raise RuntimeError(
+                f"CUDA does not give {shared} bytes of shared memory: {_words(error)}"
+            )
+        self.shared = shared
+
+
+class _Slot:
+    """Memory for the arguments of one launch, where pointers to each of them are, its shapes."""
+
+    def __init__(self, size: int) -> None:
+        self.packed = (ctypes.c_char * size)()
+        first = ctypes.addressof(self.packed)
+        self._pointers = (ctypes.c_void_p * (size // 8))(*range(first, first + size, 8))
+        self.pointers = ctypes.addressof(self._pointers)
+        self._configs: dict[tuple[int, ...], Any] = {}
+
+    def config(self, blocks: int, threads: int, cluster: int, shared: int) -> Any:
+        """Describe a launch of clusters; it takes 4 us to make and is kept."""
+        key = blocks, threads, cluster, shared
+        if key in self._configs:
+            return self._configs[key]
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attribute.value.clusterDim
+        size.x, size.y, size.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+        if len(self._configs) >= _CONFIGS:
+            self._configs.clear()
+        self._configs[key] = config
+        return config
 
 
 @lru_cache(maxsize=1024)

@@ -1,22 +1,35 @@
-"""Rows on the GPU: S is large. A block takes `per` vectors of one channel.
+"""Rows on the GPU: S is large. A block takes `per` vectors of one channel, a chunk of it.
 
 The vectors of a channel are numbered through all its planes; vector v lies in sample v // vectors.
-A tensor comes as its memory, the stride of n and that of c, in values; `per`, `chunks` and the
-rest as in plan.py.
+To a kernel a tensor comes as its memory, the stride of n and that of c, in values. From there on it
+is a view of one channel: (memory, vectors, stride of n, where the channel begins), or, where a
+block has put a chunk aside in shared memory, (slab, per, first, where the chunk begins).
+
+What is done with a chunk is written once, and compiled for either way of reading it: sums, and
+with them all bits, are the same.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
-from nbnorm.cuda.channel import coefficients
+from nbnorm.cuda.channel import coefficients, finish_moments, finishing
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL
-from nbnorm.cuda.values import block_sum, gradients_of, moments_of, normalised, passed, rectified
+from nbnorm.cuda.values import (
+    WARP,
+    block_sum,
+    gradients_of,
+    moments_of,
+    normalised,
+    passed,
+    rectified,
+)
 
 
 def build(dtype: str, width: int) -> SimpleNamespace:
@@ -29,52 +42,194 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     size, pair_size = UNROLL * width, few * width
     moments, gradients = moments_of(computed, size, 1), gradients_of(computed, pair_size, 1)
     affine, unit_of, gradient = coefficients(computed)
+    finish_gradients = finishing(computed)
     zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
 
     @device
-    def place(v, vectors, n_stride, c_offset):
-        """Where vector v of a channel begins."""
-        n = quotient(v, vectors)
-        return n * n_stride + c_offset + (v - n * vectors) * width
+    def located(block, total, per, chunks):
+        """Channel, chunk of it, and the vectors from which and before which that reaches."""
+        c = quotient(block, chunks)
+        k = block - c * chunks
+        return c, k, k * per, min((k + 1) * per, total)
 
     @device
-    def fetch(memory, unroll, v, end, vectors, n_stride, c_offset, values):
+    def place(view, v):
+        """Where vector v of a channel begins."""
+        _, vectors, n_stride, start = view
+        n = quotient(v, vectors)
+        return n * n_stride + start + (v - n * vectors) * width
+
+    @device
+    def fetch(view, unroll, v, end, values):
         """Load `unroll` vectors from v on, a block apart; how many values there are before end."""
         count = 0
         for u in range(unroll):
             j = v + u * cuda.blockDim.x
             if j < end:
-                load(memory, place(j, vectors, n_stride, c_offset), values, u * width)
+                load(view[0], place(view, j), values, u * width)
                 count += width
         return count
+
+    @device
+    def keep(kept, unroll, v, end, values):
+        """Put aside what was fetched, neighbours side by side."""
+        slab, per, first, start = kept
+        for u in range(unroll):
+            j = v + u * cuda.blockDim.x
+            if j < end:
+                for w in range(width):
+                    slab[start + w * per + j - first] = values[u * width + w]
+
+    @device
+    def recall(kept, unroll, v, end, values):
+        """Load what was kept, as `fetch` loads what was not."""
+        slab, per, first, start = kept
+        for u in range(unroll):
+            j = v + u * cuda.blockDim.x
+            if j < end:
+                for w in range(width):
+                    values[u * width + w] = slab[start + w * per + j - first]
+
+    @device
+    def drop(kept, unroll, v, end, values):
+        """Keep nothing."""
+
+    @device
+    def first_value(x, start):
+        """The channel's first value, in float64."""
+        value = cuda.local.array(1, computed)
+        load_one(x, start, value, 0)
+        return types.float64(value[0])
+
+    @device
+    def put(partial, C, c, k, chunks, s, t, shared):
+        """Add two sums up over the block; they go to partial[:, c, k]."""
+        s = block_sum(s, shared)
+        t = block_sum(t, shared)
+        if cuda.threadIdx.x == 0:
+            partial[c * chunks + k] = s
+            partial[(C + c) * chunks + k] = t
+
+    def summing(keep: Any) -> Any:
+        @device
+        def moments_of_chunk(x, kept, first, end, shift):
+            """sum d and sum d^2 of this thread's values, d = x - shift."""
+            values = cuda.local.array(size, computed)
+            s = 0.0
+            q = 0.0
+            v = first + cuda.threadIdx.x
+            while v < end:
+                count = fetch(x, UNROLL, v, end, values)
+                keep(kept, UNROLL, v, end, values)
+                s_more, q_more = moments(values, 0, count, shift)
+                s += s_more
+                q += q_more
+                v += UNROLL * cuda.blockDim.x
+            return s, q
+
+        return moments_of_chunk
+
+    def normalising(fetch_x: Any) -> Any:
+        @device
+        def normalise_chunk(x, residual, y, first, end, hi, a, b, low, added):
+            """y = act((x - hi) a + b [+ residual])."""
+            values = cuda.local.array(pair_size, computed)
+            more = cuda.local.array(pair_size, computed)
+            v = first + cuda.threadIdx.x
+            while v < end:
+                fetch_x(x, few, v, end, values)
+                if added:
+                    fetch(residual, few, v, end, more)
+                for u in range(few):
+                    j = v + u * cuda.blockDim.x
+                    if j < end:
+                        for w in range(u * width, (u + 1) * width):
+                            value = normalised(values[w], hi, a, b)
+                            if added:
+                                value += more[w]
+                            values[w] = rectified(value, low)
+                        store(y[0], place(y, j), values, u * width)
+                v += few * cuda.blockDim.x
+
+        return normalise_chunk
+
+    def reducing(keep: Any) -> Any:
+        @device
+        def gradients_of_chunk(dy, x, y, kept_g, kept_x, first, end, hi, a, b, unit, masked):
+            """Sums of g and of g (x - hi) unit of this thread's values, g = dy past ReLU."""
+            g = cuda.local.array(pair_size, computed)
+            values = cuda.local.array(pair_size, computed)
+            outputs = cuda.local.array(pair_size, computed)
+            s = 0.0
+            t = 0.0
+            v = first + cuda.threadIdx.x
+            while v < end:
+                count = fetch(dy, few, v, end, g)
+                fetch(x, few, v, end, values)
+                if masked == 2:
+                    fetch(y, few, v, end, outputs)
+                if masked:
+                    for w in range(pair_size):
+                        g[w] = passed(g[w], values[w], outputs[w], hi, a, b, masked, least, zero)
+                keep(kept_g, few, v, end, g)
+                keep(kept_x, few, v, end, values)
+                s_more, t_more = gradients(g, values, 0, count, hi, unit)
+                s += s_more
+                t += t_more
+                v += few * cuda.blockDim.x
+            return s, t
+
+        return gradients_of_chunk
+
+    def differentiating(fetch_g: Any) -> Any:
+        @device
+        def differentiate_chunk(
+            dy, x, y, dx, dresidual, first, end, hi, a, b, h, p, q, masked, training, outs
+        ):
+            """dx (outs & 1) and dresidual (outs & 2) of dy, or of dy past ReLU and masked 0."""
+            g = cuda.local.array(pair_size, computed)
+            values = cuda.local.array(pair_size, computed)
+            outputs = cuda.local.array(pair_size, computed)
+            v = first + cuda.threadIdx.x
+            while v < end:
+                fetch_g(dy, few, v, end, g)
+                fetch_g(x, few, v, end, values)
+                if masked == 2:
+                    fetch(y, few, v, end, outputs)
+                for u in range(few):
+                    j = v + u * cuda.blockDim.x
+                    if j < end:
+                        if masked:
+                            for w in range(u * width, (u + 1) * width):
+                                g[w] = passed(
+                                    g[w], values[w], outputs[w], hi, a, b, masked, least, zero
+                                )
+                        if outs & 2:
+                            store(dresidual[0], place(dresidual, j), g, u * width)
+                        if outs & 1:
+                            for w in range(u * width, (u + 1) * width):
+                                d = g[w]
+                                if training:
+                                    d = (d - h) - normalised(values[w], hi, p, q)
+                                values[w] = a * d
+                            store(dx[0], place(dx, j), values, u * width)
+                v += few * cuda.blockDim.x
+
+        return differentiate_chunk
+
+    moments_of_chunk, normalise_chunk = summing(drop), normalising(fetch)
+    gradients_of_chunk, differentiate_chunk = reducing(drop), differentiating(fetch)
 
     @kernel(3)
     def stats(x, xn, xc, C, vectors, total, per, chunks, partial, mean, again):
         """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K, or K = mean[c]."""
-        c = quotient(cuda.blockIdx.x, chunks)
-        k = cuda.blockIdx.x - c * chunks
-        shared = cuda.shared.array(32, types.float64)
-        values = cuda.local.array(size, computed)
-        load_one(x, c * xc, values, 0)
-        shift = mean[c] if again else types.float64(values[0])
-        first = k * per
-        end = min(first + per, total)
-        s = 0.0
-        q = 0.0
-        v = first + cuda.threadIdx.x
-        while v < end:
-            count = fetch(x, UNROLL, v, end, vectors, xn, c * xc, values)
-            s_more, q_more = moments(values, 0, count, shift)
-            s += s_more
-            q += q_more
-            v += UNROLL * cuda.blockDim.x
-        s = block_sum(s, shared)
-        q = block_sum(q, shared)
-        if cuda.threadIdx.x == 0:
-            partial[c * chunks + k] = s
-            partial[(C + c) * chunks + k] = q
-            if k == 0 and not again:
-                mean[c] = shift
+        c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
+        shared = cuda.shared.array(WARP, types.float64)
+        shift = mean[c] if again else first_value(x, c * xc)
+        s, q = moments_of_chunk((x, vectors, xn, c * xc), 0, first, end, shift)
+        put(partial, C, c, k, chunks, s, q, shared)
+        if cuda.threadIdx.x == 0 and k == 0 and not again:
+            mean[c] = shift
 
     @kernel()
     def apply(
@@ -85,29 +240,12 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
         From the last block to the first: what the statistics read last is still in the cache.
         """
-        block = cuda.gridDim.x - 1 - cuda.blockIdx.x
-        c = quotient(block, chunks)
-        first = (block - c * chunks) * per
-        end = min(first + per, total)
-        values = cuda.local.array(pair_size, computed)
-        more = cuda.local.array(pair_size, computed)
+        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
         hi, a, b = affine(mean, rstd, gamma, beta, c)
-        low = computed(floor)
-        v = first + cuda.threadIdx.x
-        while v < end:
-            fetch(x, few, v, end, vectors, xn, c * xc, values)
-            if added:
-                fetch(residual, few, v, end, vectors, rn, c * rc, more)
-            for u in range(few):
-                j = v + u * cuda.blockDim.x
-                if j < end:
-                    for w in range(width):
-                        value = normalised(values[u * width + w], hi, a, b)
-                        if added:
-                            value += more[u * width + w]
-                        values[u * width + w] = rectified(value, low)
-                    store(y, place(j, vectors, yn, c * yc), values, u * width)
-            v += few * cuda.blockDim.x
+        normalise_chunk(
+            (x, vectors, xn, c * xc), (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
+            first, end, hi, a, b, computed(floor), added,
+        )  # fmt: skip
 
     @kernel(2)
     def reduce(
@@ -115,36 +253,14 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         mean, rstd, gamma, beta, masked, partial,
     ):  # fmt: skip
         """partial[:, c, k] = sum dy, sum dy (x - hi) unit of chunk k."""
-        c = quotient(cuda.blockIdx.x, chunks)
-        k = cuda.blockIdx.x - c * chunks
-        shared = cuda.shared.array(32, types.float64)
-        g = cuda.local.array(pair_size, computed)
-        values = cuda.local.array(pair_size, computed)
-        outputs = cuda.local.array(pair_size, computed)
-        first = k * per
-        end = min(first + per, total)
+        c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
+        shared = cuda.shared.array(WARP, types.float64)
         hi, a, b = affine(mean, rstd, gamma, beta, c)
-        unit = unit_of(rstd, c)
-        s = 0.0
-        t = 0.0
-        v = first + cuda.threadIdx.x
-        while v < end:
-            count = fetch(dy, few, v, end, vectors, dyn, c * dyc, g)
-            fetch(x, few, v, end, vectors, xn, c * xc, values)
-            if masked == 2:
-                fetch(y, few, v, end, vectors, yn, c * yc, outputs)
-            if masked:
-                for w in range(pair_size):
-                    g[w] = passed(g[w], values[w], outputs[w], hi, a, b, masked, least, zero)
-            s_more, t_more = gradients(g, values, 0, count, hi, unit)
-            s += s_more
-            t += t_more
-            v += few * cuda.blockDim.x
-        s = block_sum(s, shared)
-        t = block_sum(t, shared)
-        if cuda.threadIdx.x == 0:
-            partial[c * chunks + k] = s
-            partial[(C + c) * chunks + k] = t
+        s, t = gradients_of_chunk(
+            (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc), 0, 0,
+            first, end, hi, a, b, unit_of(rstd, c), masked,
+        )  # fmt: skip
+        put(partial, C, c, k, chunks, s, t, shared)
 
     @kernel(2)
     def differentiate(
@@ -153,42 +269,107 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         mean, rstd, gamma, beta, sums, count, masked, training, outs,
     ):  # fmt: skip
         """dx (outs & 1) and dresidual (outs & 2); not training: statistics are constants."""
-        block = cuda.gridDim.x - 1 - cuda.blockIdx.x
-        c = quotient(block, chunks)
-        first = (block - c * chunks) * per
-        end = min(first + per, total)
-        g = cuda.local.array(pair_size, computed)
-        values = cuda.local.array(pair_size, computed)
-        outputs = cuda.local.array(pair_size, computed)
+        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
         hi, a, b = affine(mean, rstd, gamma, beta, c)
         h, p, q = zero, zero, zero
         if training:
             h, p, q = gradient(mean, rstd, sums, C, count, c)
-        v = first + cuda.threadIdx.x
-        while v < end:
-            fetch(dy, few, v, end, vectors, dyn, c * dyc, g)
-            fetch(x, few, v, end, vectors, xn, c * xc, values)
-            if masked == 2:
-                fetch(y, few, v, end, vectors, yn, c * yc, outputs)
-            for u in range(few):
-                j = v + u * cuda.blockDim.x
-                if j < end:
-                    if masked:
-                        for w in range(u * width, (u + 1) * width):
-                            g[w] = passed(
-                                g[w], values[w], outputs[w], hi, a, b, masked, least, zero
-                            )
-                    if outs & 2:
-                        store(dresidual, place(j, vectors, rn, c * rc), g, u * width)
-                    if outs & 1:
-                        for w in range(u * width, (u + 1) * width):
-                            d = g[w]
-                            if training:
-                                d = (d - h) - normalised(values[w], hi, p, q)
-                            values[w] = a * d
-                        store(dx, place(j, vectors, dxn, c * dxc), values, u * width)
-            v += few * cuda.blockDim.x
+        differentiate_chunk(
+            (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc),
+            (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
+            first, end, hi, a, b, h, p, q, masked, training, outs,
+        )  # fmt: skip
+
+    keep_moments, normalise_kept = summing(keep), normalising(recall)
+    keep_gradients, differentiate_kept = reducing(keep), differentiating(recall)
+
+    def resident(together: Any) -> SimpleNamespace:
+        """Kernels that read memory once: `blocks` blocks keep a channel, `each` chunks a block.
+
+        `together` has the blocks of a channel wait for each other.
+        """
+
+        @kernel(3)
+        def forward(
+            x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, per, chunks, blocks, each,
+            m, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
+        ):  # fmt: skip
+            """`stats`, `finish` and `apply`."""
+            slab = cuda.shared.array(0, computed)
+            shared = cuda.shared.array(WARP, types.float64)
+            c = quotient(cuda.blockIdx.x, blocks)
+            begin = (cuda.blockIdx.x - c * blocks) * each
+            stop = min(begin + each, chunks)
+            shift = first_value(x, c * xc)
+            k = begin
+            while k < stop:
+                first, end = k * per, min((k + 1) * per, total)
+                kept = slab, per, first, (k - begin) * per * width
+                s, q = keep_moments((x, vectors, xn, c * xc), kept, first, end, shift)
+                put(partial, C, c, k, chunks, s, q, shared)
+                k += 1
+            if cuda.threadIdx.x == 0 and begin == 0:
+                mean[c] = shift
+            together()
+            if cuda.threadIdx.x < WARP and begin == 0:
+                finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd)
+            together()
+            hi, a, b = affine(mean, rstd, gamma, beta, c)
+            k = begin
+            while k < stop:
+                first, end = k * per, min((k + 1) * per, total)
+                kept = slab, per, first, (k - begin) * per * width
+                normalise_kept(
+                    kept, (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
+                    first, end, hi, a, b, computed(floor), added,
+                )  # fmt: skip
+                k += 1
+
+        @kernel(1)
+        def backward(
+            dy, dyn, dyc, x, xn, xc, y, yn, yc, dx, dxn, dxc, dresidual, rn, rc,
+            C, vectors, total, per, chunks, blocks, each,
+            mean, rstd, gamma, beta, partial, sums, count, masked, outs,
+        ):  # fmt: skip
+            """`reduce`, `finish_sums` and `differentiate`."""
+            slab = cuda.shared.array(0, computed)
+            shared = cuda.shared.array(WARP, types.float64)
+            c = quotient(cuda.blockIdx.x, blocks)
+            begin = (cuda.blockIdx.x - c * blocks) * each
+            stop = min(begin + each, chunks)
+            half = each * per * width  # of the slab: g, then x
+            hi, a, b = affine(mean, rstd, gamma, beta, c)
+            unit = unit_of(rstd, c)
+            y_view = y, vectors, yn, c * yc
+            k = begin
+            while k < stop:
+                first, end = k * per, min((k + 1) * per, total)
+                start = (k - begin) * per * width
+                s, t = keep_gradients(
+                    (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), y_view,
+                    (slab, per, first, start), (slab, per, first, start + half),
+                    first, end, hi, a, b, unit, masked,
+                )  # fmt: skip
+                put(partial, C, c, k, chunks, s, t, shared)
+                k += 1
+            together()
+            if cuda.threadIdx.x < WARP and begin == 0:
+                finish_gradients(partial, c, C, chunks, mean, rstd, sums)
+            together()
+            h, p, q = gradient(mean, rstd, sums, C, count, c)
+            k = begin
+            while k < stop:
+                first, end = k * per, min((k + 1) * per, total)
+                start = (k - begin) * per * width
+                differentiate_kept(
+                    (slab, per, first, start), (slab, per, first, start + half), y_view,
+                    (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
+                    first, end, hi, a, b, h, p, q, 0, True, outs,
+                )  # fmt: skip
+                k += 1
+
+        return SimpleNamespace(forward=forward, backward=backward)
 
     return SimpleNamespace(
-        stats=stats, apply=apply, reduce=reduce, differentiate=differentiate
-    )  # fmt: skip
+        stats=stats, apply=apply, reduce=reduce, differentiate=differentiate, resident=resident
+    )

@@ -30,6 +30,12 @@ def warp_sum(value):
 
 
 @device
+def block_barrier():
+    """Wait for all threads of the block."""
+    cuda.syncthreads()
+
+
+@device
 def block_sum(value, shared):
     """Sum over a block, warp after warp, the same in every thread."""
     thread = cuda.threadIdx.x

@@ -61,6 +61,7 @@ class Launch(NamedTuple):
     grid: tuple
     block: tuple
     shared: int
+    cluster: int
     device: int
     loaded_on: int  # the device that was current when the kernel was loaded
     stream: int
@@ -74,6 +75,7 @@ class _Kernel(ctypes.Structure):
         ("device", ctypes.c_int),
         ("parameters", ctypes.c_int),
         ("size", ctypes.c_int * 64),
+        ("may_share", ctypes.c_uint),
     )
 
 
@@ -83,6 +85,7 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
         ("device", ctypes.c_int),
         ("stream", ctypes.c_size_t),
         ("parameter", (ctypes.c_ubyte * 8) * 64),
@@ -100,6 +103,7 @@ class Driver:
         self._library.fake_launch.argtypes = (ctypes.c_long,)
         self.fail = self._library.fake_fail
         self.delay = self._library.fake_delay
+        self.resources = self._library.fake_resources
         self.device = self._library.fake_device
         self.depth = self._library.fake_depth
         self.set_device = self._library.fake_set_device
@@ -128,6 +132,7 @@ class Driver:
             tuple(launch.grid),
             tuple(launch.block),
             launch.shared,
+            launch.cluster,
             launch.device,
             kernel.device,
             launch.stream,

@@ -107,6 +107,11 @@ Result cuDeviceTotalMem_v2(size_t *bytes, int device) {
     return OK;
 }
 
+static int shared_memory, clusters; /* that all devices have */
+
+/* A block may have so many bytes of shared memory; whether blocks may form clusters. */
+void fake_resources(int bytes, int has_clusters) { shared_memory = bytes, clusters = has_clusters; }
+
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
     CALLED;
     switch (attribute) {
@@ -114,6 +119,8 @@ Result cuDeviceGetAttribute(int *value, int attribute, int device) {
     case 76: *value = 0; break;                   /* minor */
     case 16: *value = 132; break;                 /* multiprocessors */
     case 10: *value = 32; break;                  /* threads of a warp */
+    case 97: *value = shared_memory; break;       /* of a block, at most */
+    case 120: *value = clusters; break;
     case 1: case 2: case 3: *value = 1024; break; /* threads of a block */
     default: *value = 1;
     }
@@ -180,6 +187,7 @@ struct kernel {
     int device; /* that was current when it was loaded */
     int parameters;
     int size[PARAMETERS];
+    unsigned shared; /* bytes that a launch may ask for */
 };
 
 struct library {
@@ -234,6 +242,7 @@ Result cuLibraryGetKernel(struct kernel **kernel, struct library *library, const
     *kernel = calloc(1, sizeof **kernel);
     snprintf((*kernel)->name, sizeof (*kernel)->name, "%s", name);
     (*kernel)->device = library->device;
+    (*kernel)->shared = 48 << 10;
     return read_parameters(library->image, *kernel);
 }
 
@@ -255,11 +264,18 @@ Result cuFuncGetAttribute(int *value, int attribute, struct kernel *kernel) {
     return OK;
 }
 
+Result cuFuncSetAttribute(struct kernel *kernel, int attribute, int value) {
+    CALLED;
+    if (attribute != 8 || value > shared_memory) return INVALID_VALUE;
+    kernel->shared = (unsigned)value;
+    return OK;
+}
+
 /* -- launches ---------------------------------------------------------------------------------- */
 
 struct launch {
     struct kernel *kernel;
-    unsigned grid[3], block[3], shared;
+    unsigned grid[3], block[3], shared, cluster;
     int device;
     Handle stream;
     unsigned char parameter[PARAMETERS][8];
@@ -282,7 +298,7 @@ void fake_delay(unsigned time) { microseconds = time; }
 
 static Result launch(
     struct kernel *kernel, const unsigned *grid, const unsigned *block, unsigned shared,
-    Handle stream, void **parameters, void **extra
+    unsigned cluster, Handle stream, void **parameters, void **extra
 ) {
     if (next_error) {
         Result error = next_error;
@@ -292,6 +308,8 @@ static Result launch(
     int device = device_of(stream);
     if (device < 0) return INVALID_CONTEXT;
     if (!parameters || extra || !grid[0] || !block[0]) return INVALID_VALUE;
+    if (shared > kernel->shared) return INVALID_VALUE;
+    if (cluster > 1 && (!clusters || cluster > 8 || grid[0] % cluster)) return INVALID_VALUE;
     if (microseconds) usleep(microseconds);
     pthread_mutex_lock(&lock);
     struct launch *this = &launches[launched++ % LAUNCHES];
@@ -299,6 +317,7 @@ static Result launch(
     memcpy(this->grid, grid, sizeof this->grid);
     memcpy(this->block, block, sizeof this->block);
     this->shared = shared;
+    this->cluster = cluster;
     this->device = device;
     this->stream = stream;
     for (int i = 0; i < kernel->parameters; i++)
@@ -313,20 +332,35 @@ Result cuLaunchKernel(
 ) {
     CALLED;
     unsigned grid[3] = {x, y, z}, block[3] = {a, b, c};
-    return launch(kernel, grid, block, shared, stream, parameters, extra);
+    return launch(kernel, grid, block, shared, 1, stream, parameters, extra);
 }
+
+struct attribute {
+    int id;
+    unsigned nothing, value[16];
+};
 
 struct config {
     unsigned grid[3], block[3], shared;
     Handle stream;
+    struct attribute *attributes;
+    unsigned number;
 };
 
 Result cuLaunchKernelEx(
     const struct config *config, struct kernel *kernel, void **parameters, void **extra
 ) {
     CALLED;
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < config->number; i++) {
+        const struct attribute *attribute = &config->attributes[i];
+        if (attribute->id != 4 || attribute->value[1] != 1 || attribute->value[2] != 1)
+            return INVALID_VALUE; /* 4: the cluster's dimensions */
+        cluster = attribute->value[0];
+    }
     return launch(
-        kernel, config->grid, config->block, config->shared, config->stream, parameters, extra
+        kernel, config->grid, config->block, config->shared, cluster, config->stream, parameters,
+        extra
     );
 }
 

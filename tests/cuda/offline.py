@@ -42,12 +42,12 @@ class Code(NamedTuple):
         )
 
 
-def compiled(kernel, dtype, parameters):
+def compiled(kernel, dtype, parameters, architectures=tuple(ARCHITECTURES)):
     """Compile a kernel of the backend; its code by architecture."""
-    return code_of(kernel, signature(kernel, dtype, parameters))
+    return code_of(kernel, signature(kernel, dtype, parameters), architectures)
 
 
-def code_of(kernel, kinds):
+def code_of(kernel, kinds, architectures=tuple(ARCHITECTURES)):
     """Compile a kernel with the options it was declared with; its code by architecture.
 
     Typed once: nothing in Numba's LLVM IR for these kernels depends on the architecture.
@@ -60,9 +60,9 @@ def code_of(kernel, kinds):
         mock.patch.object(devices, "get_context", return_value=context),
     ):
         library = dispatcher._Kernel(kernel.py_func, kinds, **kernel.targetoptions)._codelibrary
-    cubins = [library.get_cubin(cc=cc) for cc in ARCHITECTURES.values()]
+    cubins = [library.get_cubin(cc=ARCHITECTURES[name]) for name in architectures]
     with ThreadPoolExecutor() as pool:
-        return dict(zip(ARCHITECTURES, pool.map(disassembled, cubins), strict=True))
+        return dict(zip(architectures, pool.map(disassembled, cubins), strict=True))
 
 
 def disassembled(cubin):

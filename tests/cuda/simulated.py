@@ -3,6 +3,7 @@
 Blocks have two warps and chunks few values, so that small shapes have many of both.
 """
 
+import inspect
 import sys
 from contextlib import contextmanager
 
@@ -123,8 +124,19 @@ def call(name, *args):
     found = simulator.launches[:]
     if args[0].dtype == np.float64 and found[:4] == 2 * ["stats", "finish"]:
         del found[:2]  # float64 may be summed once more, around the mean
-    assert found == REACHED[name], name
+    resident = simulator.limits[0] and name in ("forward", "backward")
+    assert found == ([name] if resident else REACHED[name]), name
     return result
+
+
+@contextmanager
+def resident(shared=1 << 16, *, clusters=True):
+    """Blocks may have so many bytes of shared memory: forward and backward read memory once."""
+    simulator.limits = shared, clusters
+    try:
+        yield
+    finally:
+        simulator.limits = 0, False
 
 
 @contextmanager
@@ -388,6 +400,114 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(arena, shape, dtype):
             assert_same_results(first, Run(arena, recipe, mode))
 
 
+# -- memory read once ------------------------------------------------------------------------------
+
+KEPT = {  # shape: chunks in float32
+    (1, 3, 256): 1,
+    (11, 2, 256): 3,
+    (40, 1, 256): 10,
+    (1, 2, 512): 1,
+    (5, 7, 16): 1,
+    (21, 5, 24): 3,
+    (200, 2, 24): 10,
+    (70, 40, 1): 3,
+    (5, 70, 8): 1,
+}
+kept = pytest.mark.parametrize("shape", KEPT, ids=str)
+narrow = pytest.mark.parametrize("dtype", ["float32", *HALVES])
+
+
+@modes
+@narrow
+@kept
+def test_keeping_chunks_changes_no_bit(arena, shape, dtype, mode):
+    if dtype == "float32":
+        assert chunks(shape, dtype) == KEPT[shape]
+    recipe = Recipe(shape, 1, dtype, offset=3.0)
+    expected = Run(arena, recipe, mode)
+    with resident():
+        assert_same_results(expected, Run(arena, recipe, mode).check())
+        with last_thread_first():
+            assert_same_results(expected, Run(arena, recipe, mode))
+
+
+@narrow
+@both
+def test_what_is_kept_is_read_once(arena, shape, dtype):
+    width = 16 // dtype_of(dtype).itemsize
+    run = Run(arena, Recipe(shape, 1, dtype), "residual and relu")
+    vectors = run.x.size // width
+    (y, dx, dresidual), rest = run._wanted("y", "dx", "dresidual"), (run.gamma, run.mean, run.rstd)
+    with resident():
+        simulator.loads.clear()
+        call("forward", run.x, run.gamma, run.beta, run.eps, run.residual, True, y)
+        assert simulator.loads[width] == 2 * vectors  # x, residual
+        simulator.loads.clear()
+        call("backward", run.dy, run.x, *rest, None, run.y, dx, dresidual)
+        assert simulator.loads[width] == 3 * vectors  # dy, x, y
+
+
+@narrow
+@both
+def test_kept_in_place_changes_no_bit(arena, shape, dtype):
+    run = Run(arena, Recipe(shape, 1, dtype), "residual and relu")
+    rest = run.gamma, run.mean, run.rstd, None
+    with resident():
+        for name in ("x", "residual"):
+            tensors = {"x": run.x, "residual": run.residual}
+            tensors[name] = y = arena.place(tensors[name])
+            options = run.eps, tensors["residual"], True, y
+            call("forward", tensors["x"], run.gamma, run.beta, *options)
+            assert_same_bits(y, run.y, f"y written over {name}")
+        for name in ("dy", "x", "y"):
+            tensors = {"dy": run.dy, "x": run.x, "y": run.y}
+            tensors[name] = dx = arena.place(tensors[name])
+            call("backward", tensors["dy"], tensors["x"], *rest, tensors["y"], dx, None)
+            assert_same_bits(dx, run.dx, f"dx written over {name}")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 256), (5, 7, 16)], ids=str)
+def test_blocks_that_cannot_wait_for_each_other_keep_single_chunks(arena, shape):
+    recipe = Recipe(shape, 1)
+    expected = Run(arena, recipe, "relu")
+    with resident(clusters=False):
+        assert_same_results(expected, Run(arena, recipe, "relu"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "shared", "clusters", "layout"),
+    [
+        (ROW, "float32", 1 << 16, False, {}),  # several chunks, and no clusters
+        (COLUMN, "float32", 1 << 16, False, {}),
+        (ROW, "float32", 1 << 11, True, {}),  # little memory
+        (COLUMN, "float32", 1 << 11, True, {}),
+        (ROW, "float64", 1 << 16, True, {}),
+        (ROW, "float32", 1 << 16, True, {"y": {"first": 1}}),  # read value by value
+        (COLUMN, "float32", 1 << 16, True, {"y": {"sample_gap": 3}}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_kept_is_read_again(arena, shape, dtype, shared, clusters, layout):
+    run = Run(arena, Recipe(shape, 1, dtype), "relu", layouts=layout)
+    (y,) = run._wanted("y")
+    with resident(shared, clusters=clusters):
+        del simulator.launches[:]
+        backend.forward(run.x, run.gamma, run.beta, run.eps, None, True, y)
+    assert simulator.launches[-3:] == ["stats", "finish", "apply"]
+    assert_same_bits(y, run.y)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nan_stays_in_its_channel_where_it_is_kept(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype)
+    x = recipe.x()
+    x[0, 1, 0] = np.nan
+    expected = Run(arena, recipe, "relu", x=x)
+    with resident():
+        assert_same_results(expected, Run(arena, recipe, "relu", x=x))
+
+
 # -- hard values -----------------------------------------------------------------------------------
 
 
@@ -505,9 +625,8 @@ def test_running_statistics_with_gaps_between_them():
 
 
 def simulate(function, *args, threads=THREADS):
-    simulator.cuda.block = simulator._Block()
     simulator.cuda.blockDim.x = threads
-    simulator.cuda.block.run(function, args, threads)
+    simulator._Block().run(function, args, threads)
 
 
 def test_a_race_is_found():
@@ -531,6 +650,19 @@ def test_a_shuffle_without_the_whole_warp_is_found():
 
     with pytest.raises(AssertionError, match="whole warp"):
         simulate(lonely)
+
+
+def test_a_block_that_leaves_others_waiting_is_found():
+    def leaving():
+        if simulator.cuda.blockIdx.x == 0:
+            yield from simulator.cluster_barrier()
+
+    lonely = simulator.cuda.jit()(leaving)
+    lonely.py_func.__signature__ = inspect.Signature()
+    with resident(), pytest.raises(AssertionError, match="has ended that others wait for"):
+        simulator.run(lonely, "float32", "float32", 2, THREADS, cluster=2)
+    with resident(), pytest.raises(AssertionError, match="a cluster that there is none of"):
+        simulator.run(lonely, "float32", "float32", 2, THREADS)
 
 
 def test_accesses_outside_and_misaligned_and_twice_are_found(arena):

@@ -36,6 +36,7 @@ STORAGE = {
 launches: list[str] = []  # names of the kernels that ran
 loads: Counter[int] = Counter()  # widths of the loads from tensors
 backwards = False  # the last block and the last thread first
+limits = 0, False  # bytes of shared memory that a block may have, whether there are clusters
 _stored: set[tuple[int, int]] = set()  # memory and index of what this launch has stored
 
 
@@ -56,19 +57,27 @@ class _Thread:
 class _Block:
     """Threads that share memory and barriers."""
 
-    def __init__(self):
+    def __init__(self, index=0, dynamic=0):
+        self.index, self.dynamic = index, dynamic  # bytes of shared memory that the launch gives
         self.thread, self.threads, self.shared, self.barriers = None, [], {}, 0
 
     def run(self, function, arguments, threads):
-        for t in range(threads):
-            cuda.threadIdx.x = t
-            self.threads.append(_Thread(t, function, arguments))
-        ready = self.threads
+        """Run until all threads have ended or wait for the cluster; whether they do."""
+        cuda.block, cuda.blockIdx.x = self, self.index
+        if not self.threads:
+            for t in range(threads):
+                cuda.threadIdx.x = t
+                self.threads.append(_Thread(t, function, arguments))
+        ready = self._alive()
         while ready:
             for thread in reversed(ready) if backwards else ready:
                 cuda.threadIdx.x, self.thread = thread.index, thread
                 thread.step()
             ready = self._released()
+        return bool(self._alive())
+
+    def _alive(self):
+        return [thread for thread in self.threads if thread.waits_for != "end"]
 
     def _released(self):
         """Return the threads that need wait no longer."""
@@ -77,9 +86,11 @@ class _Block:
         if ready:
             return ready
         self.barriers += 1
-        alive = [thread for thread in self.threads if thread.waits_for != "end"]
-        assert all(t.waits_for == "block" for t in alive), "a shuffle without the whole warp"
-        return alive
+        alive = self._alive()
+        waits_for = {t.waits_for for t in alive}
+        assert "warp" not in waits_for, "a shuffle without the whole warp"
+        assert len(waits_for) < 2, "some threads wait for the block, others for the cluster"
+        return alive if waits_for == {"block"} else []
 
 
 class _Shared:
@@ -118,8 +129,12 @@ def _jit(device=False, forceinline=False, launch_bounds=None):
 
 
 def _shared_array(shape, dtype):
-    block = cuda.block
-    return block.shared.setdefault(sys._getframe(1).f_code, _Shared(block, shape, dtype))
+    block, caller = cuda.block, sys._getframe(1)
+    size = shape or block.dynamic // np.dtype(dtype).itemsize
+    place = caller.f_code, caller.f_lineno
+    if place not in block.shared:
+        block.shared[place] = _Shared(block, size, dtype)
+    return block.shared[place]
 
 
 def _syncthreads():
@@ -175,6 +190,11 @@ def memory_of(dtype, width):
     return load, store
 
 
+def cluster_barrier():
+    """Wait for all threads of the cluster's blocks."""
+    yield "cluster"
+
+
 def quotient(a, b):
     """a // b of numbers that 31 bits hold."""
     assert 0 <= a < 2**31, a
@@ -194,19 +214,27 @@ def address(array):
     return array.ctypes.data
 
 
-def run(kernel, dtype, parameters, blocks, threads, *args):
-    """Run a kernel over the memory of NumPy arrays, block after block."""
+def run(kernel, dtype, parameters, blocks, threads, *args, cluster=1, shared=0):
+    """Run a kernel over the memory of NumPy arrays, cluster after cluster of blocks."""
     kinds = sys.modules["nbnorm.cuda.kernels"].signature(kernel, dtype, parameters)
     arguments = [_passed(kind, arg) for kind, arg in zip(kinds, args, strict=True)]
     assert 0 < blocks < 2**31
+    assert blocks % cluster == 0
+    assert shared <= limits[0]
+    assert cluster == 1 or limits[1]
     launches.append(kernel.py_func.__name__)
     _stored.clear()
     cuda.blockDim.x, cuda.gridDim.x = threads, blocks
     with np.errstate(all="ignore"):
-        for b in reversed(range(blocks)) if backwards else range(blocks):
-            cuda.blockIdx.x = b
-            cuda.block = _Block()
-            cuda.block.run(kernel.py_func, arguments, threads)
+        for first in _in_order(range(0, blocks, cluster)):
+            together = [_Block(b, shared) for b in _in_order(range(first, first + cluster))]
+            while any(waits := [b.run(kernel.py_func, arguments, threads) for b in together]):
+                assert cluster > 1, "a block waits for a cluster that there is none of"
+                assert all(waits), "a block has ended that others wait for"
+
+
+def _in_order(numbers):
+    return reversed(numbers) if backwards else numbers
 
 
 def _passed(kind, arg):
@@ -229,7 +257,7 @@ class _Waiting(ast.NodeTransformer):
     """Calls of functions that wait for other threads become `yield from`."""
 
     def __init__(self, trees):
-        self.names = {"syncthreads", "shfl_xor_sync"}
+        self.names = {"syncthreads", "shfl_xor_sync", "together"}
         functions = [
             node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         ]
@@ -285,8 +313,14 @@ class _Importer:
 
 def load(**numbers):
     """Import `nbnorm.cuda` with this in place of a GPU, and other THREADS or CHUNK in plan.py."""
-    intrinsics = {"STORAGE": STORAGE, "memory_of": memory_of, "quotient": quotient}
-    stand_ins = {"intrinsics": intrinsics, "launch": {"address": address, "run": run}, "memory": {}}
+    intrinsics = {
+        "STORAGE": STORAGE,
+        "memory_of": memory_of,
+        "quotient": quotient,
+        "cluster_barrier": cluster_barrier,
+    }
+    launch = {"address": address, "run": run, "limits": lambda: limits}
+    stand_ins = {"intrinsics": intrinsics, "launch": launch, "memory": {}}
     sys.modules.update({"numba.cuda": cuda, "numba_cuda": ModuleType("numba_cuda")})
     for name, contents in stand_ins.items():
         module = sys.modules[f"nbnorm.cuda.{name}"] = ModuleType(f"nbnorm.cuda.{name}")

@@ -48,6 +48,7 @@ from nbnorm.cuda.plan import THREADS, VECTOR  # noqa: E402
 TRAVERSALS = ("rows", "columns")
 READ = {"stats": 1, "apply": 2, "reduce": 3, "differentiate": 3}  # tensors
 WRITTEN = {"stats": 0, "apply": 1, "reduce": 0, "differentiate": 2}
+KEPT_READ, KEPT_WRITTEN = {"forward": 2, "backward": 3}, {"forward": 1, "backward": 2}
 FLOAT32 = types.CPointer(types.float32)
 
 
@@ -70,6 +71,32 @@ def test_a_pass_stays_in_registers_and_moves_vectors(traversal, name, dtype, wid
     of = getattr(kernels.build(traversal, dtype, width), name)
     codes = compiled(of, dtype, parameters)
     assert_lean(codes, of, width=width, loads=READ[name], stores=WRITTEN[name])
+
+
+def kept_passes():
+    """Yield traversal, pass, dtype and width of what reads memory once."""
+    for dtype, storage in STORAGE.items():
+        if storage.itemsize < 8:
+            yield from product(TRAVERSALS, KEPT_READ, [dtype], (VECTOR // storage.itemsize, 1))
+
+
+@pytest.mark.parametrize(("traversal", "name", "dtype", "width"), list(kept_passes()))
+def test_what_reads_memory_once_stays_in_registers_too(traversal, name, dtype, width):
+    of = getattr(kernels.resident(traversal, dtype, width, False), name)
+    codes = compiled(of, dtype, "float32")
+    assert_lean(codes, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
+    for code in codes.values():
+        assert code.count("STS") >= width, "nothing is kept in shared memory"
+        assert code.count("ST") + code.count("LD") == 0, "shared memory by generic addresses"
+        assert code.count("UCGABAR_WAIT") == 0
+
+
+@pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, KEPT_READ)))
+def test_blocks_of_a_cluster_wait_for_each_other_twice(traversal, name):
+    of = getattr(kernels.resident(traversal, "float32", 4, True), name)
+    codes = compiled(of, "float32", "float32", ("sm_90a",))  # the first GPUs that have clusters
+    assert_lean(codes, of, width=4, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
+    assert codes["sm_90a"].count("UCGABAR_ARV") == codes["sm_90a"].count("UCGABAR_WAIT") == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import threading
 import time
 import timeit
 import traceback
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from math import inf
 
@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 
 _bodies = {}
+
+SHARED = 227 << 10  # bytes of shared memory that a block can have on sm_90
 
 F32, F64, F16 = np.dtype("float32"), np.dtype("float64"), np.dtype("float16")
 
@@ -97,6 +99,8 @@ def names_of(launch):
     module, name = launch.kernel.split(".")
     if name == "finish_sums":
         kernel = kernels.finish_sums("float32")
+    elif name in ("forward", "backward"):
+        kernel = getattr(kernels.resident(module, "float32", 4, False), name)
     elif module == "channel":
         kernel = getattr(kernels, name)
     else:
@@ -112,10 +116,10 @@ def types_of(launch):
     return dict(zip(names_of(launch), launch.types, strict=True))
 
 
-def check(launch, kernel, blocks, **expected):
+def check(launch, kernel, grid, cluster=1, shared=0, **expected):
     """Compare a launch with what its kernel is to be given; arrays stand for their addresses."""
-    assert (launch.kernel, launch.grid) == (kernel, (blocks, 1, 1))
-    assert (launch.block, launch.shared) == ((256, 1, 1), 0)
+    assert (launch.kernel, launch.grid, launch.block) == (kernel, (grid, 1, 1), (256, 1, 1))
+    assert (launch.cluster, launch.shared) == (cluster, shared)
     seen = arguments_of(launch)
     assert set(seen) == set(expected)
     for name, value in expected.items():
@@ -213,6 +217,98 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         assert (arguments["training"], arguments["count"]) == (0, 7.0)
 
 
+@contextmanager
+def resident(driver, shared=SHARED, clusters=True):
+    """On devices with so much shared memory, forward and backward read memory once."""
+    from nbnorm.cuda import launch
+
+    def be(*resources):
+        driver.resources(*resources)
+        launch._limits.cache_clear()
+
+    be(shared, clusters)
+    try:
+        yield
+    finally:
+        be(0, False)
+
+
+# Channels of a chunk, of three, and of so many that eight blocks keep two and more each.
+LARGE = [(3, 5, 512), (100, 3, 512), (400, 2, 512), (6, 16, 8), (700, 16, 8), (4000, 2, 24)]
+
+
+@under_the_driver
+def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backend):
+    from nbnorm.cuda.plan import residence
+
+    clusters = set()
+    for shape in LARGE:
+        N, C, S = shape
+        rows, traversal = S >= 256, "rows" if S >= 256 else "columns"
+        x, residual, y, dy, dx, dresidual = (fake.Array(shape, F32) for _ in range(6))
+        gamma, beta = channels(F32, C), channels(F32, C)
+        cut, numbers = geometry(rows, x)
+        kept = residence(cut, 1, SHARED, True)
+        with resident(driver):
+            cupy.allocated.clear()
+            (forward,) = driver.during(backend.forward, x, gamma, beta, 1e-5, residual, True, y)
+            mean, m2, rstd = driver.returned
+            (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
+            check(
+                forward, f"{traversal}.forward", kept.grid, kept.blocks, kept.shared,
+                **view(rows, "x", "x", x), **view(rows, "residual", "r", residual),
+                **view(rows, "y", "y", y), **numbers, blocks=kept.blocks, each=kept.each,
+                m=float(N * S), eps=1e-5, partial=partial, mean=mean, m2=m2, rstd=rstd,
+                gamma=gamma, beta=beta, floor=0.0, added=1,
+            )  # fmt: skip
+            clusters.add((kept.blocks, kept.each))
+            kept = residence(cut, 2, SHARED, True)
+            if kept is None:
+                continue
+            cupy.allocated.clear()
+            rest = dy, x, gamma, mean, rstd, None, y, dx, dresidual
+            (backward,) = driver.during(backend.backward, *rest)
+            (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
+            check(
+                backward, f"{traversal}.backward", kept.grid, kept.blocks, kept.shared,
+                **view(rows, "dy", "dy", dy), **view(rows, "x", "x", x), **view(rows, "y", "y", y),
+                **view(rows, "dx", "dx", dx), **view(rows, "dresidual", "r", dresidual),
+                **numbers, blocks=kept.blocks, each=kept.each, mean=mean, rstd=rstd, gamma=gamma,
+                beta=gamma, partial=partial, sums=driver.returned, count=float(N * S), masked=2,
+                outs=3,
+            )  # fmt: skip
+    assert {(1, 1), (8, 1)} < clusters
+    assert any(each > 1 for _, each in clusters)
+
+
+@under_the_driver
+def test_what_a_device_cannot_keep_is_read_twice(driver, backend):
+    for shape in LARGE:
+        _, C, S = shape
+        x, y = fake.Array(shape, F32), fake.Array(shape, F32)
+        args = x, channels(F32, C), channels(F32, C), 1e-5, None, False, y
+        for shared, clusters, within in ((1 << 12, True, 0), (SHARED, False, 1)):
+            with resident(driver, shared, clusters):
+                launches = driver.during(backend.forward, *args)
+            few = geometry(S >= 256, x)[0].chunks <= within
+            assert len(launches) == (1 if few else 3), (shape, shared, clusters)
+
+
+@under_the_driver
+def test_a_call_that_reads_memory_once_asks_the_driver_for_one_launch(driver, backend):
+    for shape in LARGE[1:3]:
+        x, y = fake.Array(shape, F32), fake.Array(shape, F32)
+        args = x, channels(F32, shape[1]), channels(F32, shape[1]), 1e-5, None, False, y
+        with resident(driver):
+            backend.forward(*args)
+            for stream in (7, 12):
+                cupy.use(stream=stream)
+                before = driver.calls()
+                (launch,) = driver.during(backend.forward, *args)
+                assert (launch.stream, driver.calls()) == (stream, before + 1)
+            cupy.use()
+
+
 @under_the_driver
 def test_parameters_and_x_of_float64_are_read_as_such(driver, backend):
     x, y = tensor(F64, rows=True), tensor(F64, rows=True)
@@ -266,9 +362,10 @@ def test_statistics_are_moved_and_inverted(driver, backend):
 # -- how often the driver is called --------------------------------------------------------------
 
 
-def calls_of(backend, dtype=F32, *, rows=True):
+def calls_of(backend, dtype=F32, *, rows=True, samples=3):
     """Every function of the backend, by name, with how many launches it takes."""
-    x, y, dy, dx = (tensor(dtype, rows=rows) for _ in range(4))
+    shape = (samples, 5, 512) if rows else (2 * samples, 16, 8)
+    x, y, dy, dx = (fake.Array(shape, dtype) for _ in range(4))
     C = x.shape[1]
     gamma, beta = channels(F32, C), channels(F32, C)
     mean, rstd, m2 = channels(F64, C), channels(F64, C), channels(F64, C)
@@ -482,28 +579,33 @@ def without(library):
 # -- time ----------------------------------------------------------------------------------------
 
 
-def host_times(backend):
+def host_times(driver, backend):
     """Microseconds of each function, whose results are in memory at hand: {name: time}."""
     times = {}
-    for rows in (True, False):
-        for name, (_, call) in calls_of(backend, rows=rows).items():
-            cupy.allocated.clear()
-            call()
-            for array in cupy.allocated:
-                cupy.ready[array.shape] = array
-                if len(array.shape) == 1:
-                    cupy.ready[array.size] = array
-            # The processor's time: nothing here waits, except for other processes' turns.
-            rounds = timeit.repeat(call, timer=time.thread_time, number=200, repeat=30)
-            times[f"{name}, {'rows' if rows else 'columns'}"] = min(rounds) / 200 * 1e6
-            cupy.ready.clear()
+    for samples, shared in ((3, 0), (3, SHARED), (100, SHARED)):
+        for rows in (True, False):
+            for name, (_, call) in calls_of(backend, rows=rows, samples=samples).items():
+                if shared and name not in ("forward", "backward"):
+                    continue
+                with resident(driver, shared):
+                    cupy.allocated.clear()
+                    (*_, launch) = driver.during(call)
+                    for array in cupy.allocated:
+                        cupy.ready[array.shape] = array
+                        if len(array.shape) == 1:
+                            cupy.ready[array.size] = array
+                    # The processor's time: nothing waits, except for other processes' turns.
+                    rounds = timeit.repeat(call, timer=time.thread_time, number=200, repeat=30)
+                    cupy.ready.clear()
+                how = f", once, clusters of {launch.cluster}" if shared else ""
+                times[f"{name}, {'rows' if rows else 'columns'}{how}"] = min(rounds) / 200 * 1e6
     return times
 
 
 @under_the_driver
 def test_a_call_takes_the_host_some_microseconds(driver, backend):
     """10 is the aim for forward and backward, on a machine that does nothing else."""
-    times = host_times(backend)
+    times = host_times(driver, backend)
     print(*(f"{name}: {spent:.1f} us" for name, spent in times.items()), sep="\n")
     assert max(times.values()) < 50, times
 
@@ -549,5 +651,5 @@ if __name__ == "__main__":
         if command == "all":
             run_all()
         else:
-            for key, value in host_times(backend).items():
-                print(f"{key:28}{value:6.1f} us")
+            for key, value in host_times(driver, backend).items():
+                print(f"{key:42}{value:6.1f} us")

@@ -56,9 +56,9 @@ where = []
 launched = nbnorm.cuda.launch.run
 
 
-def run(*args):
+def run(*args, **options):
     where.append((cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr))
-    launched(*args)
+    launched(*args, **options)
 
 
 nbnorm.cuda.launch.run = run
