@@ -133,6 +133,48 @@ def test_chunks_are_few_and_large_enough(shape, itemsize, aligned):
         assert values / cut.chunks >= cuts.CHUNK / 4
 
 
+DEVICES = [(227 << 10, True), (163 << 10, False), (99 << 10, False), (0, False)]  # sm_90, 80, 89
+
+
+@pytest.mark.parametrize("tensors", [1, 2])
+@pytest.mark.parametrize("device", DEVICES)
+@cases(ROWS + COLUMNS)
+def test_every_chunk_is_kept_by_one_block_that_has_the_memory(
+    shape, itemsize, aligned, device, tensors
+):
+    cut = plan(*shape, itemsize, aligned)
+    kept = cuts.residence(cut, tensors, *device)
+    if kept is None:
+        return
+    shared, clusters = device
+    assert kept.blocks in (1, 2, 4, 8)
+    assert kept.blocks == 1 or clusters
+    assert kept.blocks * (kept.each - 1) < cut.chunks <= kept.blocks * kept.each
+    assert kept.grid * cut.chunks == cut.blocks * kept.blocks
+    # Values of a chunk, some of them absent, as float32; sums as float64.
+    assert kept.shared == kept.each * cut.per * cut.lanes * cut.width * 4 * tensors
+    sums = cuts.THREADS * cut.width if cut.traversal == "columns" else 32
+    assert kept.shared + 8 * sums <= shared
+
+
+def test_what_fits_is_kept():
+    """Layers of ResNet-50 at 32 and 256 images, on sm_90; x, and dy and x."""
+    sides = (112, 56, 56, 56, 28, 28, 28, 14, 14, 14, 7, 7)
+    widths = (64, 64, 128, 256, 128, 256, 512, 256, 512, 1024, 512, 2048)
+
+    def kept(N, tensors, last=False):
+        shapes = [(N, C, side * side) for C, side in zip(widths, sides, strict=True)]
+        if last:
+            shapes = [(N * S, C, 1) for N, C, S in shapes]
+        found = [cuts.residence(plan(*shape, 4, 16), tensors, *DEVICES[0]) for shape in shapes]
+        return sum(residence is not None for residence in found)
+
+    assert [kept(32, 1), kept(32, 2), kept(256, 1), kept(256, 2)] == [12, 11, 8, 5]
+    assert [kept(32, 1, last=True), kept(32, 2, last=True)] == [2, 0]
+    assert cuts.residence(plan(1, 64, 1 << 10, 4, 16), 1, *DEVICES[1]) is not None
+    assert cuts.residence(plan(1, 64, 1 << 15, 4, 16), 1, *DEVICES[1]) is None
+
+
 def test_large_inputs_keep_a_gpu_busy():
     for shape in (*ROWS[:4], (32, 1024, 196), (32, 2048, 49), (10**5, 64, 1)):
         for itemsize in ITEMSIZES:
