@@ -102,6 +102,43 @@ def on_gpu(obj: Array) -> bool:
     return False
 
 
+def device_of(obj: Array) -> int | None:
+    """The CUDA device that an array lies on; None of one in CPU memory."""
+    if not on_gpu(obj):
+        return None
+    return int(obj.device.id if is_cupy(type(obj)) else obj.__dlpack_device__()[1])
+
+
+def moved_to(x: Array, array: NDArray) -> NDArray:
+    """Copy an array to where x lies: a CuPy array if that is a GPU."""
+    if not on_gpu(x):
+        return on_host(array)
+    memory = cuda_backend("x").memory
+    with memory.current_for(x):
+        moved: NDArray = memory.from_host(on_host(array))
+    return moved
+
+
+def on_host(array: Array) -> NDArray:
+    """Return an array, or a copy of one on a GPU, in CPU memory."""
+    if isinstance(array, np.ndarray):
+        return array
+    array.device.synchronize()  # whatever stream wrote it
+    copied: NDArray = array.get()
+    return copied
+
+
+def overwrite(array: Array, values: NDArray) -> None:
+    """Write values in CPU memory into an array that may be on a GPU, in its dtype."""
+    with np.errstate(all="ignore"):  # a statistic may overflow it
+        rounded = values.astype(array.dtype)
+    if isinstance(array, np.ndarray):
+        array[...] = rounded
+    else:
+        with array.device:
+            array.set(rounded)
+
+
 def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Run a function on the device of its argument `name`, on the stream that its library works on.
 

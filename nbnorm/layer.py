@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from nbnorm._arrays import DTYPES, Array, NDArray, take_floating
+from nbnorm._arrays import (
+    DTYPES,
+    Array,
+    NDArray,
+    device_of,
+    moved_to,
+    on_host,
+    overwrite,
+    take_floating,
+)
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, update_running_stats
 
@@ -56,7 +65,9 @@ class BatchNorm:
     Attributes
     ----------
     parameters : dict of str to ndarray
-        "weight" (gamma, starts at 1) and "bias" (beta, starts at 0); empty without `affine`.
+        "weight" (gamma, starts at 1) and "bias" (beta, starts at 0); empty without `affine`. These
+        and the running statistics are NumPy arrays until `forward` gets an x on a GPU: they follow
+        it there, as CuPy arrays, and back.
     grads : dict of str to array
         Gradients of the parameters under the same keys; each backward replaces them by arrays of
         x's library.
@@ -129,6 +140,7 @@ class BatchNorm:
         self.running_mean = np.zeros(shape, dtype) if track_running_stats else None
         self.running_var = np.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = 0
+        self._device: int | None = None  # the GPU that parameters and statistics lie on
         self._saved: Saved | None = None
 
     def forward(self, x: Array, residual: Array | None = None) -> Array:
@@ -153,6 +165,8 @@ class BatchNorm:
         TypeError, ValueError
             As `batch_norm_forward`; the running statistics are then as they were.
         """
+        if type(x) is not np.ndarray or self._device is not None:
+            self._follow(x)
         training = self.training or self.running_mean is None
         momentum = self.momentum
         if momentum is None:
@@ -176,6 +190,17 @@ class BatchNorm:
         keep_y = residual is not None and self.activation is not None
         self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
         return y
+
+    def _follow(self, x: Array) -> None:
+        """Move parameters and statistics to where x lies, if they lie elsewhere."""
+        device = device_of(x)
+        if device == self._device:
+            return
+        moved = {name: moved_to(x, array) for name, array in self._arrays().items()}
+        self.running_mean = moved.pop("running_mean", None)
+        self.running_var = moved.pop("running_var", None)
+        self.parameters.update(moved)
+        self._device = device
 
     def _normalise(
         self, x: Array, training: bool, **options: Any
@@ -276,12 +301,14 @@ class BatchNorm:
         if moments.count == 0:
             raise ValueError("moments are of no values, and their mean and variance mean nothing")
         # From zeros: a NaN in the old statistics would survive a factor of 0.
-        zeros = np.zeros_like(self.running_mean)
+        zeros = np.zeros(self.running_mean.shape, self.dtype)
+        mean, m2 = (on_host(take_floating(getattr(moments, n), n)) for n in ("mean", "m2"))
         mean, var = update_running_stats(
-            zeros, zeros, moments, momentum=1.0, correction=self.correction, inplace=False
-        )
-        self.running_mean[...] = mean
-        self.running_var[...] = var
+            zeros, zeros, Moments(moments.count, mean, m2),
+            momentum=1.0, correction=self.correction, inplace=False,
+        )  # fmt: skip
+        overwrite(self.running_mean, mean)
+        overwrite(self.running_var, var)
 
     def state_dict(self) -> dict[str, NDArray]:
         """Return copies of parameters and statistics under PyTorch's names.
@@ -289,10 +316,10 @@ class BatchNorm:
         Returns
         -------
         dict of str to ndarray
-            "weight" and "bias" with `affine`; "running_mean", "running_var" and
+            In CPU memory: "weight" and "bias" with `affine`; "running_mean", "running_var" and
             "num_batches_tracked" (int64, no axes) with `track_running_stats`.
         """
-        state = {name: array.copy() for name, array in self._arrays().items()}
+        state = {name: on_host(array).copy() for name, array in self._arrays().items()}
         if self.track_running_stats:
             state["num_batches_tracked"] = np.array(self.num_batches_tracked, dtype=np.int64)
         return state
@@ -320,15 +347,14 @@ class BatchNorm:
         unexpected = [name for name in state if name not in expected]
         if missing or unexpected:
             raise ValueError(f"state has missing keys {missing} and unexpected keys {unexpected}")
-        taken = {name: take_floating(state[name], name) for name in arrays}
+        taken = {name: on_host(take_floating(state[name], name)) for name in arrays}
         for name, array in arrays.items():
             if taken[name].shape != array.shape:
                 raise ValueError(f"{name} has shape {taken[name].shape}, expected {array.shape}")
         if self.track_running_stats:
             self.num_batches_tracked = _batch_count(state["num_batches_tracked"])
         for name, array in arrays.items():
-            with np.errstate(all="ignore"):  # a statistic may overflow the layer's dtype
-                array[...] = taken[name]
+            overwrite(array, taken[name])
 
     def _arrays(self) -> dict[str, NDArray]:
         """Return the layer's own arrays under PyTorch's names."""

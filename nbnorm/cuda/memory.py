@@ -19,6 +19,7 @@ from_dlpack = cupy.from_dlpack
 empty = cupy.empty
 zeros = cupy.zeros
 contiguous = cupy.ascontiguousarray
+from_host = cupy.asarray
 
 
 def aligned(_: Array) -> bool:

@@ -57,6 +57,13 @@ class ndarray:  # noqa: N801  # CuPy's name
         """Copy to the host."""
         return self.numpy.copy()
 
+    def set(self, array):
+        """Copy from the host."""
+        assert Device().id == self.device.id
+        assert type(array) is np.ndarray
+        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        self.numpy[...] = array
+
     def copy(self):
         return self._like(self.numpy.copy())
 
@@ -161,6 +168,9 @@ class Device(_Current):
     def __init__(self, number=None):
         current = _stack("devices")
         self.id = number if number is not None else (current[-1].id if current else 0)
+
+    def synchronize(self):
+        synchronised.append(("device", self.id))
 
 
 class Stream(_Current):

@@ -1,0 +1,92 @@
+"""`BatchNorm` follows its inputs to a GPU and back.
+
+In a process of its own, with the simulator and a stand-in for CuPy.
+"""
+
+from pathlib import Path
+
+from children import run_child
+
+CHILD = """
+import sys
+
+sys.path.insert(0, TESTS)
+import backends
+
+backends.EXCHANGES["simulator"]()
+import cupy
+import numpy as np
+from numpy.testing import assert_array_equal
+
+import nbnorm
+
+rng = np.random.default_rng(0)
+x, residual, dy = (rng.normal(3, 2, (6, 5, 4, 3)).astype("float32") for _ in range(3))
+here, there = (nbnorm.BatchNorm(5, activation="relu") for _ in range(2))
+for layer in (here, there):
+    layer.parameters["weight"][...] = np.linspace(0.5, 2, 5)
+
+
+def on(device, array):
+    with cupy.cuda.Device(device):
+        return cupy.asarray(array)
+
+
+def near(got, expected):
+    got = got.get() if isinstance(got, cupy.ndarray) else got
+    np.testing.assert_allclose(got, expected, 1e-5, 1e-6)
+
+
+def arrays(layer):
+    return [*layer.parameters.values(), layer.running_mean, layer.running_var]
+
+
+def same_state():
+    expected = here.state_dict()
+    for name, value in there.state_dict().items():
+        assert type(value) is np.ndarray
+        near(value, expected[name])
+
+
+# Training on two GPUs, one after the other, and on the CPU again.
+for device in (0, 1, 1, None, 0):
+    given = (x, residual) if device is None else (on(device, x), on(device, residual))
+    y = there.forward(*given)
+    near(y, here.forward(x, residual))
+    dx, dresidual = there.backward(dy if device is None else on(device, dy))
+    expected = here.backward(dy)
+    near(dx, expected[0])
+    near(dresidual, expected[1])
+    near(there.grads["weight"], here.grads["weight"])
+    for array in (*arrays(there), y, dx, there.grads["bias"]):
+        if device is None:
+            assert type(array) is np.ndarray
+        else:
+            assert isinstance(array, cupy.ndarray) and array.device.id == device
+    same_state()
+assert there.num_batches_tracked == 5
+
+# Evaluation there, with a state and statistics that come from here.
+state = {name: value + 1 for name, value in here.state_dict().items()}
+moments = nbnorm.batch_norm_stats(x)
+device_moments = nbnorm.batch_norm_stats(on(1, x))
+for layer in (here, there):
+    layer.eval()
+    layer.load_state_dict(state)
+    near(there.forward(on(0, x)), here.forward(x)) if layer is there else None
+here.set_statistics(moments)
+for given in (moments, device_moments):
+    there.running_mean.set(np.full(5, np.nan, "float32"))
+    there.set_statistics(given)
+    same_state()
+there.load_state_dict({**state, "weight": on(1, state["weight"])})
+here.load_state_dict(state)
+same_state()
+assert isinstance(there.running_var, cupy.ndarray)
+print("done")
+"""
+
+
+def test_a_layer_follows_its_inputs_to_a_gpu_and_back():
+    tests = Path(__file__).parents[1]
+    assert run_child("-W", "error", "-c", f"TESTS = {str(tests)!r}\n{CHILD}") == "done\n"
