@@ -1,0 +1,184 @@
+"""mygrad: `batch_norm` of tensors, an operation whose one backward pass gives all gradients."""
+
+from typing import Any
+
+import numpy as np
+from mygrad import Tensor, execute_op
+from mygrad.operation_base import Operation
+
+from nbnorm._arrays import NDArray
+from nbnorm.functional import Axis, batch_norm_backward, batch_norm_forward
+
+__all__ = ["batch_norm"]
+
+ArrayLike = Any  # what mygrad makes a tensor of: tensors, arrays, sequences of numbers
+
+
+def batch_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    running_mean: NDArray | None = None,
+    running_var: NDArray | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    correction: int = 1,
+    axis: Axis = 1,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    constant: bool | None = None,
+) -> Tensor:
+    """`nbnorm.batch_norm_forward` of tensors, through which mygrad back-propagates.
+
+    y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the
+    statistics of the batch in training, the running ones otherwise. `mygrad.nnet.batchnorm`
+    computes the same, without running statistics, residual and activation.
+
+    Parameters
+    ----------
+    x : array_like, at least 2-d
+        float32, float64 or float16.
+    gamma, beta : array_like of the shape of the channel axes, optional
+        Scale and shift, of any floating dtype. None: 1 and 0.
+    running_mean, running_var : ndarray of the shape of the channel axes, optional
+        Population statistics, both or neither; arrays, not tensors, as they have no gradient. In
+        training they are updated **in place**; otherwise they normalise, as constants.
+    training : bool, default True
+        Whether the statistics of this batch normalise it.
+    momentum : float, default 0.1
+        Weight of the new statistic.
+    eps : float, default 1e-5
+        Added to the variance.
+    correction : int, default 1
+        1: running_var takes the unbiased variance; 0: the biased one.
+    axis : int or tuple of int, default 1
+        Channel axes.
+    residual : array_like of x's shape and dtype, optional
+        Added before the activation.
+    activation : {None, "relu"}
+        Applied last.
+    constant : bool, optional
+        Whether the result is a constant, through which nothing is back-propagated. None: it is one
+        if all of x, gamma, beta and residual are.
+
+    Returns
+    -------
+    mygrad.Tensor
+        y: shape, dtype and order in memory of x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `nbnorm.batch_norm_forward`; running statistics that are tensors.
+
+    Notes
+    -----
+    Ioffe & Szegedy (2015), Algorithm 1 and the gradients of section 3. One backward pass gives the
+    gradients of all tensors that are not constant and computes no others. It takes mean and rstd
+    from the forward pass and keeps y where ReLU follows a residual.
+
+    Examples
+    --------
+    >>> import mygrad as mg
+    >>> from nbnorm.integrations.mygrad import batch_norm
+    >>> x = mg.tensor([[1.0], [3.0]])
+    >>> gamma = mg.tensor([2.0])
+    >>> y = batch_norm(x, gamma, eps=0.0)
+    >>> y
+    Tensor([[-2.],
+            [ 2.]])
+    >>> y.backward([[1.0], [0.5]])
+    >>> gamma.grad
+    array([-0.5])
+    """
+    tensors = {"x": x, "gamma": gamma, "beta": beta, "residual": residual}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return execute_op(
+        _BatchNorm,
+        *given.values(),
+        op_kwargs={
+            "names": tuple(given),
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "training": training,
+            "momentum": momentum,
+            "eps": eps,
+            "correction": correction,
+            "axis": axis,
+            "activation": activation,
+        },
+        constant=constant,
+    )
+
+
+class _BatchNorm(Operation):
+    """One call of `batch_norm`: the forward pass, and what its gradient needs."""
+
+    def __call__(
+        self,
+        *tensors: Tensor,
+        names: tuple[str, ...],
+        training: bool,
+        axis: Axis,
+        activation: str | None,
+        **others: Any,
+    ) -> NDArray:
+        """Return y."""
+        self.variables, self._names = tensors, names
+        self._options: dict[str, Any] = {
+            "training": training,
+            "axis": axis,
+            "activation": activation,
+        }
+        arrays = self._by_name("data")
+        # Memory of their own for y and dx: mygrad locks an array's base like the array, which works
+        # for plain arrays and not for blocks of nbnorm's pool, and copies a gradient that has one.
+        y, self._mean, self._rstd = batch_norm_forward(
+            **arrays, **self._options, **others, out=np.empty_like(arrays["x"])
+        )
+        self._y = y if "residual" in names and activation is not None else None
+        return y
+
+    def backward(self, grad: NDArray, **kwargs: Any) -> None:
+        """Back-propagate to all variables, by one backward pass."""
+        arrays, constant = self._by_name("data"), self._by_name("constant")
+        x = arrays["x"]
+        of_x, of_gamma, of_beta, of_residual = (
+            not constant.get(name, True) for name in ("x", "gamma", "beta", "residual")
+        )
+        dx, dgamma, dbeta, dresidual = batch_norm_backward(
+            grad,
+            x,
+            arrays.get("gamma"),
+            self._mean,
+            self._rstd,
+            beta=arrays.get("beta"),
+            y=self._y,
+            **self._options,
+            output_mask=(of_x, of_gamma, of_beta, of_residual),
+            out=np.empty_like(x) if of_x else None,
+        )
+        if self._y is None:
+            dresidual = grad  # where nothing follows the sum
+        self._grads: dict[str, Any] = {
+            "x": dx,
+            "gamma": dgamma,
+            "beta": dbeta,
+            "residual": dresidual,
+        }
+        super().backward(grad, **kwargs)
+
+    def backward_var(self, grad: NDArray, index: int, **kwargs: Any) -> NDArray:
+        """Return the gradient of one variable, which `backward` has computed."""
+        return self._grads[self._names[index]]
+
+    def _by_name(self, attribute: str) -> dict[str, Any]:
+        """An attribute of x, gamma, beta and residual, as far as given.
+
+        Of the variables as they are: mygrad replaces a tensor that is written to by one that is
+        not.
+        """
+        values = (getattr(tensor, attribute) for tensor in self.variables)
+        return dict(zip(self._names, values, strict=True))
