@@ -1,0 +1,415 @@
+"""nbnorm.integrations.autograd: HIPS autograd differentiates batch normalization."""
+
+import doctest
+import re
+import weakref
+
+import numpy as onp
+import pytest
+from autodiff import (
+    FUSED,
+    LAYOUTS,
+    assert_like_with_like,
+    assert_moved_once,
+    assert_right,
+    drawn,
+    run_example,
+)
+from children import run_child
+from tolerances import assert_same_bits
+
+pytest.importorskip("autograd", reason="the integration of autograd needs autograd")
+
+import autograd.numpy as np
+from autograd import elementwise_grad, grad, jacobian, make_jvp, make_vjp
+from autograd.test_util import check_grads
+
+import nbnorm.integrations.autograd as integration
+from nbnorm.integrations.autograd import batch_norm
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+fused = pytest.mark.parametrize("fused", FUSED)
+modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+@pytest.fixture
+def backward_calls(monkeypatch):
+    """Masks of the backward passes, as they come."""
+    masks = []
+    backward = integration.batch_norm_backward
+
+    def counted(*args, **kwargs):
+        masks.append(kwargs["output_mask"])
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "batch_norm_backward", counted)
+    return masks
+
+
+def function_of(b, names, **options):
+    """`batch_norm` as a function of those of b's arrays that are named."""
+
+    def function(*arrays):
+        given = b.differentiable | dict(zip(names, arrays, strict=True))
+        return batch_norm(**given, **options)
+
+    return function
+
+
+def differentiate(b, names=None, **options):
+    """Return y and the gradients by name."""
+    names = tuple(b.differentiable) if names is None else names
+    arrays = [b.differentiable[name] for name in names]
+    function = function_of(b, names, **options)
+    if len(names) == 1:  # without a tuple, into whose zeros autograd adds gradients
+        vjp, y = make_vjp(function)(*arrays)
+        return y, {names[0]: vjp(b.dy)}
+    vjp, y = make_vjp(function, argnum=tuple(range(len(names))))(*arrays)
+    return y, dict(zip(names, vjp(b.dy), strict=True))
+
+
+def frozen(b):
+    """Evaluation's arguments."""
+    return {"running_mean": b.running_mean, "running_var": b.running_var, "training": False}
+
+
+# Values and gradients
+
+
+@layouts
+@fused
+@modes
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_values_and_gradients(layout, fused, training, dtype):
+    residual, activation = FUSED[fused]
+    b, axis = drawn(layout, dtype, residual=residual), LAYOUTS[layout][1]
+    options = {} if training else frozen(b)
+    y, grads = differentiate(b, axis=axis, activation=activation, eps=1e-3, **options)
+    assert set(grads) == set(b.differentiable)
+    assert_right(b, y, grads, axis=axis, training=training, activation=activation, eps=1e-3)
+
+
+@layouts
+@fused
+@modes
+@pytest.mark.parametrize(
+    ("gamma", "beta"), [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_check_grads(layout, fused, training, gamma, beta):
+    residual, activation = FUSED[fused]
+    b = drawn(layout, gamma=gamma, beta=beta, residual=residual)
+    options = {} if training else frozen(b)
+    names = tuple(b.differentiable)
+    function = function_of(b, names, axis=LAYOUTS[layout][1], activation=activation, **options)
+    onp.random.seed(0)  # noqa: NPY002 - autograd draws its directions from it
+    check_grads(function, modes=["rev"], order=1)(*b.differentiable.values())
+    for i in range(len(names)):
+        check_grads(function, i, modes=["rev"], order=1)(*b.differentiable.values())
+
+
+@fused
+def test_half_precision(fused):
+    """Gradients have the dtypes of what they are of; in float32 they are what they are here."""
+    residual, activation = FUSED[fused]
+    b = drawn(dtype="float16", residual=residual)
+    b = b._replace(gamma=b.gamma.astype("float32"), beta=b.beta.astype("float64"))
+    y, grads = differentiate(b, activation=activation)
+    wide = b._replace(**{n: a.astype("float32") for n, a in b.differentiable.items()})
+    wide = wide._replace(dy=b.dy.astype("float32"))
+    _, expected = differentiate(wide, activation=activation)
+    assert y.dtype == "float16"
+    for name, array in b.differentiable.items():
+        assert grads[name].dtype == array.dtype
+        unit = onp.finfo(b.x.dtype).eps
+        scale = 1 + onp.abs(expected[name]).max()
+        assert onp.abs(grads[name].astype("float64") - expected[name]).max() <= 4 * unit * scale
+
+
+def test_a_loss_in_another_dtype():
+    """The gradient of y comes in the loss's dtype, that of x goes in x's."""
+    b = drawn(dtype="float32", residual=True)
+    weights = b.dy.astype("float64")
+    for activation in (None, "relu"):
+        function = function_of(b, ("x", "residual"), activation=activation)
+        dx, dresidual = grad(lambda *arrays: np.sum(weights * function(*arrays)), (0, 1))(  # noqa: B023
+            b.x, b.residual
+        )
+        _, expected = differentiate(b, ("x", "residual"), activation=activation)
+        assert_same_bits(dx, expected["x"])
+        assert_same_bits(dresidual, expected["residual"])
+
+
+def test_one_array_as_x_and_residual():
+    b = drawn(residual=True)
+    together = elementwise_grad(lambda x: b.dy * batch_norm(x, b.gamma, residual=x))(b.x)
+    _, apart = differentiate(b._replace(residual=b.x, beta=None))
+    assert_same_bits(together, apart["x"] + apart["residual"])
+
+
+def test_channels_last_memory():
+    b = drawn("channels-last")
+    turned = b._replace(x=onp.moveaxis(b.x, -1, 1), dy=onp.moveaxis(b.dy, -1, 1))
+    y, grads = differentiate(turned, ("x",))
+    assert y.strides == grads["x"].strides == turned.x.strides
+    assert_right(turned, y, grads, axis=1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batch(training):
+    b = drawn(shape=(0, 3, 2))
+    y, grads = differentiate(b, activation="relu", **({} if training else frozen(b)))
+    assert y.shape == grads["x"].shape == (0, 3, 2)
+    assert not grads["gamma"].any()
+    assert not grads["beta"].any()
+
+
+def test_without_a_derivative_it_is_the_function():
+    b = drawn()
+    y = batch_norm(b.x, b.gamma, b.beta, activation="relu")
+    assert type(y) is onp.ndarray
+    assert_right(b, y, {}, axis=1, activation="relu")
+
+
+# What is computed, and how often
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x",),
+        ("gamma",),
+        ("beta",),
+        ("residual",),
+        ("x", "gamma"),
+        ("gamma", "beta"),
+        ("beta", "residual"),
+        ("x", "gamma", "beta", "residual"),
+    ],
+    ids=" ".join,
+)
+def test_one_backward_pass_for_what_is_asked(backward_calls, names, activation):
+    b = drawn(residual=True)
+    y, grads = differentiate(b, names, activation=activation)
+    mask = tuple(name in names for name in ("x", "gamma", "beta", "residual"))
+    if activation is None:  # the gradient of what is only added is dy
+        mask = (*mask[:3], False)
+        if names == ("residual",):
+            assert grads["residual"] is b.dy
+    assert backward_calls == ([mask] if any(mask) else [])
+    assert_right(b, y, grads, axis=1, activation=activation)
+
+
+def test_one_backward_pass_for_each_row_of_a_jacobian(backward_calls):
+    b = drawn("NC")
+    rows = jacobian(lambda beta: batch_norm(b.x, b.gamma, beta))(b.beta)
+    assert len(backward_calls) == b.x.size
+    assert_same_bits(rows, onp.broadcast_to(onp.eye(4), (9, 4, 4)))
+
+
+def test_the_forward_runs_once_and_its_statistics_are_used(monkeypatch):
+    seen, given = [], []
+    forward, backward = integration.batch_norm_forward, integration.batch_norm_backward
+
+    def look(x, *args, **kwargs):
+        seen.append((x, forward(x, *args, **kwargs)))
+        return seen[-1][1]
+
+    def look_back(dy, x, gamma, mean, rstd, **kwargs):
+        given.append((x, gamma, mean, rstd))
+        return backward(dy, x, gamma, mean, rstd, **kwargs)
+
+    monkeypatch.setattr(integration, "batch_norm_forward", look)
+    monkeypatch.setattr(integration, "batch_norm_backward", look_back)
+    b = drawn()
+    y, _ = differentiate(b)
+    ((x, forward_result),) = seen
+    ((x_again, gamma, mean, rstd),) = given
+    assert x is x_again is b.x  # nothing is copied
+    assert gamma is b.gamma
+    assert y is forward_result.y
+    assert mean is forward_result.mean
+    assert rstd is forward_result.rstd
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_y_is_kept_only_where_its_mask_is_needed(residual, activation):
+    b = drawn(residual=residual)
+    kept = []
+
+    def function(x):
+        y = batch_norm(x, residual=b.residual, activation=activation)
+        kept.append(weakref.ref(y._value))
+        return np.sum(y)  # which needs the shape of y alone
+
+    vjp, _ = make_vjp(function)(b.x)
+    assert (kept[-1]() is not None) == (residual and activation is not None)
+    vjp(1.0)
+
+
+@layouts
+@pytest.mark.parametrize("correction", [0, 1])
+def test_running_statistics_are_moved_once(layout, correction):
+    b, axis = drawn(layout), LAYOUTS[layout][1]
+    running = b.running_mean, b.running_var
+    before = [array.copy() for array in running]
+    differentiate(
+        b, running_mean=running[0], running_var=running[1], axis=axis, momentum=0.3,
+        correction=correction,
+    )  # fmt: skip
+    assert_moved_once(before, running, b.x, axis=axis, momentum=0.3, correction=correction)
+
+
+def test_running_statistics_are_moved_once_in_nested_derivatives():
+    b = drawn(beta=False)
+    running = b.running_mean, b.running_var
+    before = [array.copy() for array in running]
+
+    def gradient(gamma):
+        return grad(lambda x: np.sum(b.dy * batch_norm(x, gamma, None, *running)))(b.x)
+
+    _, dx = make_vjp(gradient)(b.gamma)
+    assert_moved_once(before, running, b.x, axis=1)
+    assert_right(b, batch_norm(b.x, b.gamma), {"x": dx}, axis=1)
+
+
+def test_evaluation_leaves_running_statistics_alone():
+    b = drawn()
+    before = b.running_mean.copy(), b.running_var.copy()
+    differentiate(b, **frozen(b))
+    assert_same_bits(b.running_mean, before[0])
+    assert_same_bits(b.running_var, before[1])
+
+
+def test_a_gradient_taken_after_the_statistics_have_moved():
+    """Evaluation's gradient is at the statistics that normalised."""
+    b = drawn()
+    vjp, y = make_vjp(lambda x: batch_norm(x, b.gamma, b.beta, **frozen(b)))(b.x)
+    before = b._replace(running_mean=b.running_mean.copy(), running_var=b.running_var.copy())
+    b.running_mean[:] = 7
+    b.running_var[:] = 7
+    assert_right(before, y, {"x": vjp(b.dy)}, axis=1, training=False)
+
+
+# What there is not
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@modes
+def test_running_statistics_that_are_differentiated_are_refused(name, training):
+    b = drawn()
+    running = {"running_mean": b.running_mean, "running_var": b.running_var}
+    before = {key: array.copy() for key, array in running.items()}
+
+    def loss(array):
+        return np.sum(batch_norm(b.x, **running | {name: array}, training=training))
+
+    with pytest.raises(
+        TypeError, match=f"^{name} is a box .* have no gradient; expected an ndarray"
+    ):
+        grad(loss)(running[name])
+    for key, array in running.items():
+        assert_same_bits(array, before[key])
+
+
+@pytest.mark.parametrize("name", ["x", "gamma", "beta", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_second_derivative_is_refused(name, activation):
+    b = drawn("NC", residual=True)
+    function = function_of(b, (name,), activation=activation)
+    first = elementwise_grad(lambda array: function(array) ** 2)
+    array = b.differentiable[name]
+    first(array)
+    if name == "residual" and activation is None:  # linear, and none of nbnorm's
+        assert_same_bits(elementwise_grad(first)(array), onp.full_like(array, 2))
+        return
+    with pytest.raises(RuntimeError, match=r"no second derivative.*autograd\.numpy"):
+        elementwise_grad(first)(array)
+
+
+def test_a_mixed_second_derivative_is_refused():
+    b = drawn("NC")
+
+    def first(x):
+        return grad(lambda gamma: np.sum(b.dy * batch_norm(x, gamma)))(b.gamma)
+
+    first(b.x)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        jacobian(first)(b.x)
+
+
+def test_a_gradient_within_a_function_that_is_differentiated():
+    """It can be computed and used, as long as nothing is differentiated through it."""
+    b = drawn("NC")
+
+    def function(factor):
+        gradient = grad(lambda gamma: np.sum(b.dy * batch_norm(b.x, gamma)))(b.gamma)
+        return factor * np.sum(gradient)
+
+    _, grads = differentiate(b, ("gamma",))
+    assert grad(function)(2.0) == grads["gamma"].sum()
+
+
+def test_forward_mode_is_refused():
+    b = drawn("NC")
+    with pytest.raises(NotImplementedError, match=r"JVP of _batch_norm wrt argnums \(0,\)"):
+        make_jvp(lambda x: batch_norm(x, b.gamma))(b.x)(b.dy)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"gamma": onp.ones(4)}, ValueError, r"^gamma has shape \(4,\), expected \(3,\)"),
+        ({"running_var": None}, ValueError, "^running_var is None"),
+        ({"residual": onp.ones((4, 3, 5, 1))}, ValueError, "^residual has shape"),
+        ({"residual": onp.ones((4, 3, 5, 6), "float32")}, TypeError, "^residual has dtype float32"),
+        ({"beta": [1.0, 2.0, 3.0]}, TypeError, "^beta must be a NumPy array"),
+        ({"eps": -1.0}, ValueError, "^eps must be finite"),
+        ({"axis": 4}, ValueError, "^axis 4 is out of range"),
+        ({"activation": "gelu"}, ValueError, "^activation must be"),
+    ],
+)
+def test_errors_leave_the_statistics_alone(given, error, message):
+    b = drawn()
+    arguments = {"running_mean": b.running_mean, "running_var": b.running_var}
+    before = b.running_mean.copy(), b.running_var.copy()
+    with pytest.raises(error, match=message):
+        grad(lambda x: np.sum(batch_norm(x, **arguments | given)))(b.x)
+    assert_same_bits(b.running_mean, before[0])
+    assert_same_bits(b.running_var, before[1])
+
+
+# Around it
+
+
+def test_importing_it_imports_no_other_host():
+    code = (
+        "import sys, nbnorm.integrations; assert 'autograd' not in sys.modules\n"
+        "import nbnorm.integrations.autograd\n"
+        "assert not {'torch', 'mygrad', 'thinc', 'onnx'} & set(sys.modules)"
+    )
+    run_child("-c", code)
+
+
+def test_doctests():
+    failed, attempted = doctest.testmod(integration)
+    assert failed == 0
+    assert attempted > 4
+
+
+def test_example():
+    """Chance is a tenth, and the loss of chance log(10) = 2.3."""
+    with_bn, without = run_example("autograd_mlp.py", "--steps", "100")
+    assert with_bn.last_loss < 0.5 * with_bn.first_loss
+    assert with_bn.accuracy > 0.6
+    assert with_bn.accuracy > without.accuracy
+
+
+@pytest.mark.parametrize("shape", [(60, 7), (3, 5, 4, 6)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_benchmark_compares_like_with_like(shape, dtype):
+    from benchmarks.hosts import autograd as host
+
+    assert re.fullmatch(r"autograd \d+\.\d+\S*", host.name())
+    assert_like_with_like(host.calls(shape, dtype), shape, dtype)
