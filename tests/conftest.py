@@ -13,7 +13,8 @@ settings.load_profile("nbnorm")
 # What is about NumPy's memory, the CPU's threads or no backend at all.
 CPU_ONLY = (
     *("benchmarks", "config", "distributed", "docs", "examples", "interop", "layer", "plan"),
-    *("pool", "reference", "streaming", "threads", "torch", "warmup"),
+    *("pool", "reference", "streaming", "threads", "warmup"),
+    *("autograd", "mygrad", "torch"),
 )
 
 

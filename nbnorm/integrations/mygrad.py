@@ -71,7 +71,8 @@ def batch_norm(
     Raises
     ------
     TypeError, ValueError
-        As `nbnorm.batch_norm_forward`; running statistics that are tensors.
+        As `nbnorm.batch_norm_forward`; running statistics that are tensors, a constant that is no
+        bool.
 
     Notes
     -----
@@ -93,8 +94,10 @@ def batch_norm(
     >>> gamma.grad
     array([-0.5])
     """
-    tensors = {"x": x, "gamma": gamma, "beta": beta, "residual": residual}
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if not isinstance(constant, bool | None):
+        raise TypeError(f"constant must be a bool or None, got {constant!r}")
+    optional = {"gamma": gamma, "beta": beta, "residual": residual}
+    given = {"x": x} | {name: array for name, array in optional.items() if array is not None}
     return execute_op(
         _BatchNorm,
         *given.values(),
