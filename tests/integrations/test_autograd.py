@@ -125,6 +125,16 @@ def test_half_precision(fused):
         assert onp.abs(grads[name].astype("float64") - expected[name]).max() <= 4 * unit * scale
 
 
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_parameters_of_two_dtypes(name):
+    b = drawn(dtype="float32")
+    wide = b._replace(**{name: b.differentiable[name].astype("float64")})
+    _, grads = differentiate(wide, (name,))
+    assert grads[name].dtype == "float64"
+    _, expected = differentiate(b, (name,))
+    assert_same_bits(grads[name].astype("float32"), expected[name])
+
+
 def test_a_loss_in_another_dtype():
     """The gradient of y comes in the loss's dtype, that of x goes in x's."""
     b = drawn(dtype="float32", residual=True)

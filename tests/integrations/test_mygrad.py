@@ -285,6 +285,22 @@ def test_nothing_is_copied(monkeypatch):
     assert given["x"].grad is grads.dx
 
 
+@fused
+def test_y_is_read_only_where_its_mask_is_needed(monkeypatch, fused):
+    residual, activation = FUSED[fused]
+    read = []
+    backward = integration.batch_norm_backward
+
+    def look(*args, y, **kwargs):
+        read.append(y)
+        return backward(*args, y=y, **kwargs)
+
+    monkeypatch.setattr(integration, "batch_norm_backward", look)
+    y, _ = differentiate(drawn(residual=residual), activation=activation)
+    (given,) = read
+    assert given is (y if fused == "residual and relu" else None)
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_memory_is_locked_as_long_as_the_graph_lives(activation):
     """mygrad locks arrays and their bases; one that it cannot unlock is an ignored exception."""
