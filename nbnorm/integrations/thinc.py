@@ -1,0 +1,160 @@
+"""thinc: `BatchNorm`, a layer for `chain`, on NumPy's arrays and on CuPy's."""
+
+from collections.abc import Callable
+
+from thinc.api import Model, registry
+from thinc.types import FloatsXd
+from thinc.util import is_xp_array
+
+from nbnorm import _checks
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
+
+__all__ = ["BatchNorm"]
+
+
+@registry.layers("nbnorm.BatchNorm.v1")
+def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
+    nO: int | None = None,
+    *,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    axis: int = -1,
+    activation: str | None = None,
+) -> Model[FloatsXd, FloatsXd]:
+    """Batch normalization as a layer of thinc's (Ioffe & Szegedy 2015).
+
+    y = act(G (x - mean) / sqrt(var + eps) + b), with the statistics of the batch where
+    ``is_train=True`` (`Model.begin_update`), the running ones otherwise (`Model.predict`).
+
+    Parameters
+    ----------
+    nO : int, optional
+        Number of channels; None takes it from the X, or else the Y, to initialize with.
+    eps : float, default 1e-5
+        Added to the variance.
+    momentum : float, default 0.1
+        Weight of the new batch in the running statistics.
+    axis : int, default -1
+        Axis of the channels; all others are reduced. The last one is the width of thinc's arrays.
+    activation : {None, "relu"}
+        Applied last, at no further pass over memory.
+
+    Returns
+    -------
+    Model
+        From a Floats2d, Floats3d or Floats4d to one of the same shape and dtype, on the same
+        device. For lists, Ragged and Padded there is ``with_array(BatchNorm())``.
+
+    Raises
+    ------
+    TypeError
+        An axis that is not an int. From `Model.initialize`: an X or Y that is no array. From
+        calls: arrays that are not floating, a gradient of another dtype than X.
+    ValueError
+        From `Model.initialize`: an X or Y of another width than nO, or of a single axis; no nO, X
+        or Y. From calls: arrays that do not fit the parameters, one value per channel in training.
+
+    Notes
+    -----
+    The parameters are "G" (gamma, starts at 1) and "b" (beta, starts at 0), as in thinc's
+    LayerNorm, and the running statistics "running_mean" and "running_var" (unbiased). These never
+    have a gradient, so that no optimizer moves them; as parameters they go wherever the others go:
+    into `Model.to_bytes`, `Model.to_disk`, `Model.copy` and onto a GPU. The options are in
+    `Model.attrs` under their names and may be changed there: ``momentum`` 0 keeps the statistics.
+
+    The gradient of a call with ``is_train=False`` takes the running statistics for constants.
+
+    An optimizer's averages (``model.use_params(optimizer.averages)``) are of the parameters that it
+    moves. The running statistics are still those of the latest ones; passing data through
+    `Model.begin_update` under the averages moves them to where they belong.
+
+    In a config the layer is ``@layers = "nbnorm.BatchNorm.v1"``. The first call of a kind compiles
+    kernels for some seconds, once on a machine.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from thinc.api import chain, Linear
+    >>> from nbnorm.integrations.thinc import BatchNorm
+    >>> X = np.array([[1, 10], [3, 30]], dtype="f")
+    >>> model = BatchNorm(eps=0.0).initialize(X)
+    >>> Y, backprop = model.begin_update(X)
+    >>> Y
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> backprop(np.ones_like(Y))
+    array([[0., 0.],
+           [0., 0.]], dtype=float32)
+    >>> model.get_grad("b")
+    array([2., 2.], dtype=float32)
+    >>> network = chain(Linear(8), BatchNorm(activation="relu"), Linear(2)).initialize(X, X)
+    >>> network.predict(X).shape
+    (2, 2)
+    """
+    if not isinstance(axis, int):
+        raise TypeError(f"axis must be an int, got {axis!r}")
+    return Model(
+        "batchnorm",
+        _forward,
+        init=_init,
+        dims={"nO": nO, "nI": nO},
+        params={"G": None, "b": None, "running_mean": None, "running_var": None},
+        attrs={"eps": eps, "momentum": momentum, "axis": axis, "activation": activation},
+    )
+
+
+def _forward(
+    model: Model[FloatsXd, FloatsXd], X: FloatsXd, is_train: bool
+) -> tuple[FloatsXd, Callable[[FloatsXd], FloatsXd]]:
+    """Return Y and the callback that takes dY to dX."""
+    gamma, beta = model.get_param("G"), model.get_param("b")
+    options = {"axis": model.attrs["axis"], "activation": model.attrs["activation"]}
+    Y, mean, rstd = batch_norm_forward(
+        X,
+        gamma,
+        beta,
+        model.get_param("running_mean"),
+        model.get_param("running_var"),
+        training=is_train,
+        momentum=model.attrs["momentum"],
+        eps=model.attrs["eps"],
+        **options,
+    )
+
+    def backprop(dY: FloatsXd) -> FloatsXd:
+        dX, dgamma, dbeta, _ = batch_norm_backward(
+            dY, X, gamma, mean, rstd, beta=beta, training=is_train, **options
+        )
+        model.inc_grad("G", dgamma)
+        model.inc_grad("b", dbeta)
+        return dX
+
+    return Y, backprop
+
+
+def _init(
+    model: Model[FloatsXd, FloatsXd], X: FloatsXd | None = None, Y: FloatsXd | None = None
+) -> None:
+    """Infer the width and set parameters and statistics to what they start at."""
+    # As everywhere in thinc, X before Y: a chain hands its own Y to layers that do not know nO.
+    sample = Y if X is None else X
+    if sample is not None:
+        width = _width(sample, model.attrs["axis"])
+        model.set_dim("nO", width)
+        model.set_dim("nI", width)
+    nO = model.get_dim("nO")
+    model.set_param("G", model.ops.alloc1f(nO) + 1)
+    model.set_param("b", model.ops.alloc1f(nO))
+    model.set_param("running_mean", model.ops.alloc1f(nO))
+    model.set_param("running_var", model.ops.alloc1f(nO) + 1)
+
+
+def _width(sample: FloatsXd, axis: int) -> int:
+    """Return the number of channels of X or Y."""
+    if not is_xp_array(sample):
+        raise TypeError(
+            f"BatchNorm is initialized with arrays, got {type(sample).__qualname__}; "
+            "with_array(BatchNorm()) takes lists, Ragged and Padded"
+        )
+    _, (width,), _ = _checks.channel_axes(sample.shape, (axis,))
+    return width
