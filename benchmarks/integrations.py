@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=HOSTS)
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES)
     parser.add_argument("--rounds", type=int, default=9, help="default %(default)s")
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/integrations.md")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the table of docs/integrations.md"
+    )
     options = parser.parse_args()
     times, missing = measure(options.hosts, options.shapes, options.rounds)
     command = shlex.join(["python", "benchmarks/integrations.py", *sys.argv[1:]])

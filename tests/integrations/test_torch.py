@@ -769,3 +769,18 @@ def test_doctests():
     failed, attempted = doctest.testmod(integration, optionflags=options)
     assert failed == 0
     assert attempted > 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(60, 10), (5, 3, 4, 6)])
+def test_what_is_timed_computes_the_same(shape, dtype):
+    from autodiff import assert_like_with_like
+
+    from benchmarks.hosts import torch as host
+
+    assert host.name() == f"PyTorch {torch.__version__}"
+    calls = {
+        name: lambda call=call: tuple(tensor.numpy() for tensor in call())
+        for name, call in host.calls(shape, dtype).items()
+    }
+    assert_like_with_like(calls, shape, dtype)

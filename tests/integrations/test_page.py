@@ -1,0 +1,28 @@
+"""docs/integrations.md: every host has a section, whose example runs, and a line in its tables."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+HOSTS = {
+    "torch": "PyTorch", "autograd": "HIPS autograd", "mygrad": "mygrad", "thinc": "thinc",
+    "onnx": "ONNX",
+}  # fmt: skip
+
+
+def test_every_host_is_there():
+    files = (ROOT / "nbnorm" / "integrations").glob("[a-z]*.py")
+    assert {file.stem for file in files} == set(HOSTS)
+    for host, title in HOSTS.items():
+        assert f"| {title} | `nbnorm-kernels[{host}]` |" in PAGE
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_example_runs(host):
+    pytest.importorskip(host)
+    section = PAGE.partition(f"\n## {HOSTS[host]}\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    exec(compile(block, f"integrations.md, {host}", "exec"), {"__name__": host})
