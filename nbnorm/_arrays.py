@@ -182,25 +182,39 @@ def cuda_backend(name: str) -> ModuleType:
 
 
 def home_of(obj: Array) -> Callable[[NDArray], Array]:
-    """Return the function that hands a result back as an array of obj's library."""
-    return _home(type(obj))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=64)
-def _home(cls: type) -> Callable[[NDArray], Array]:
-    if issubclass(cls, np.ndarray) or is_cupy(cls):
-        return lambda array: array
-    library = _library_of(cls)
+    """Return the function that hands a result back as an array of obj's library and device."""
+    library = _home(type(obj))  # type: ignore[arg-type]
+    if library is None:
+        return _as_it_is
+    device = getattr(obj, "device", None)
 
     def give(array: NDArray) -> Array:
-        if array.dtype.name == "bfloat16":
-            return library.from_dlpack(array.view(np.int16)).view(library.bfloat16)
-        given = library.from_dlpack(array)
+        half = array.dtype.name == "bfloat16"
+        bits = array.view(np.int16) if half else array
+        given = library.from_dlpack(bits)
+        # CPU memory may be that of several devices, as JAX's and array-api-strict's.
+        if device is not None and given.device != device:
+            try:
+                given = library.from_dlpack(bits, device=device)
+            except ValueError:  # one that cannot hold float64
+                return array
+        if half:
+            return given.view(library.bfloat16)
         # A library that cannot hold float64 (JAX without x64) rounds it silently: keep ours then.
         held = str(given.dtype).rpartition(".")[2]
         return given if held == array.dtype.name else array
 
     return give
+
+
+def _as_it_is(array: NDArray) -> Array:
+    return array
+
+
+@lru_cache(maxsize=64)
+def _home(cls: type) -> Any:
+    """Return the library that results go back to, None for NumPy's and CuPy's own arrays."""
+    return None if issubclass(cls, np.ndarray) or is_cupy(cls) else _library_of(cls)
 
 
 def _library_of(cls: type) -> Any:

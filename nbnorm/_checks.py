@@ -73,6 +73,14 @@ def same_place(array: NDArray, name: str, x: NDArray) -> None:
         raise ValueError(f"{name} is in {place}, expected {expected}, where x is")
 
 
+def same_device(array: Any, name: str, x: Any) -> None:
+    """Refuse an array that its library says is on another device than x, an array of the same."""
+    if type(array) is not type(x) or not hasattr(x, "device"):
+        return
+    if array.device != x.device:
+        raise ValueError(f"{name} is on {array.device}, expected {x.device}, where x is")
+
+
 def writable(array: NDArray, name: str, instead: str) -> None:
     """Refuse an array that cannot be written to, or whose elements share their memory."""
     array = mirror(array)

@@ -69,6 +69,7 @@ class Frame:
 
     def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
         self.x = taken = take_floating(x, "x")
+        self._given = x
         self._inputs = {"x": taken}
         if type(taken) is not np.ndarray:
             self.backend = cuda_backend("x")
@@ -83,8 +84,8 @@ class Frame:
     def required_like_x(self, array: Array, name: str) -> NDArray:
         """Check dy, residual or y: x's shape and dtype."""
         taken = take(array, name)
-        if type(taken) is not np.ndarray or self.backend is not cpu:
-            _checks.same_place(taken, name, self.x)
+        if taken is not array or self.backend is not cpu:
+            self._same_place(array, taken, name)
         _checks.same_dtype(taken, name, self.x)
         _checks.same_shape(taken, name, self.x)
         self._inputs[name] = taken
@@ -101,8 +102,8 @@ class Frame:
     def required(self, array: Array, name: str) -> NDArray:
         """Check a parameter or statistic: floating, the channel axes' shape."""
         taken = take_floating(array, name)
-        if type(taken) is not np.ndarray or self.backend is not cpu:
-            _checks.same_place(taken, name, self.x)
+        if taken is not array or self.backend is not cpu:
+            self._same_place(array, taken, name)
         _checks.channel_shape(taken, name, self._channels, self.x, self._axis)
         self._inputs[name] = taken
         return taken
@@ -113,10 +114,16 @@ class Frame:
             return None
         taken = take(out, "out")
         _checks.mutable(out, "out", "pass one that can be written to, or none")
-        if type(taken) is not np.ndarray or self.backend is not cpu:
-            _checks.same_place(taken, "out", self.x)
+        if taken is not out or self.backend is not cpu:
+            self._same_place(out, taken, "out")
         _checks.output(taken, self.x, self._inputs.items(), inplace)
         return taken
+
+    def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
+        """Refuse an array in other memory than x's, or on another device of x's library."""
+        _checks.same_place(taken, name, self.x)
+        if self.backend is cpu:  # elsewhere a place is a device
+            _checks.same_device(given, name, self._given)
 
     def view(self, array: NDArray | None) -> NDArray | None:
         """(N, C, S) view of an array of x's shape, or a contiguous copy where it has none."""

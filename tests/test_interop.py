@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from children import run_child
 from strategies import dtype_of
 from tolerances import assert_same_bits, assert_within, y_tolerance
 
@@ -226,6 +227,58 @@ def test_out_of_another_library_is_returned_as_the_same_object(library):
     assert nbnorm.batch_norm_backward(*arguments, out=dx).dx is dx
     want = nbnorm.batch_norm_backward(x, x, gamma, ref.mean, ref.rstd)
     same(dx, want.dx, cls, "dx")
+
+
+def test_results_are_on_the_device_of_x_though_all_of_them_are_cpu_memory():
+    xp = pytest.importorskip("array_api_strict")
+    for device in xp.__array_namespace_info__().devices():
+        x = xp.asarray(drawn(), device=device)
+        got = nbnorm.batch_norm_forward(x)
+        assert got.y.device == device
+        if xp.float64 in xp.__array_namespace_info__().dtypes(device=device).values():
+            assert got.mean.device == got.rstd.device == device
+        else:
+            assert type(got.mean) is type(got.rstd) is np.ndarray
+            assert got.mean.dtype == np.float64
+        assert nbnorm.batch_norm_backward(x, x, None, *got[1:]).dx.device == device
+
+
+@pytest.mark.parametrize("argument", ["gamma", "running_var", "residual", "out"])
+def test_arrays_on_different_devices_of_one_library(argument):
+    xp = pytest.importorskip("array_api_strict")
+    arguments = {
+        "x": drawn(),
+        "gamma": parameters()[0],
+        "running_mean": np.zeros(6),
+        "running_var": np.ones(6),
+        "residual": drawn(1),
+        "out": drawn(2),
+    }
+    here, there = xp.Device("device1"), xp.Device("device2")
+    arguments = {
+        name: xp.asarray(array, device=there if name == argument else here, copy=True)
+        for name, array in arguments.items()
+    }
+    with pytest.raises(ValueError, match=rf"^{argument} is on .*device2.*expected .*device1"):
+        nbnorm.batch_norm_forward(**arguments)
+    assert not xp.any(arguments["running_mean"] != 0)
+
+
+def test_the_second_device_of_jax():
+    pytest.importorskip("jax")
+    code = """
+import jax, nbnorm
+one, other = jax.devices("cpu")
+x = jax.device_put(jax.numpy.arange(12, dtype="float32").reshape(4, 3), other)
+y = nbnorm.batch_norm_forward(x, jax.device_put(jax.numpy.ones(3), other)).y
+print(y.device == other)
+try:
+    nbnorm.batch_norm_forward(x, jax.device_put(jax.numpy.ones(3), one))
+except ValueError as error:
+    print(error)
+"""
+    printed = run_child("-c", code, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert printed.splitlines() == ["True", "gamma is on cpu:0, expected cpu:1, where x is"]
 
 
 def test_numpy_parameters_beside_a_tensor():
