@@ -31,7 +31,7 @@ def torch(options, arrays, batches, x):
     if options.get("track_running_stats", True):
         for batch in batches:
             arrays["num_batches_tracked"] = arrays["num_batches_tracked"] + 1
-            of_new = 1 / arrays["num_batches_tracked"] if momentum is None else momentum
+            of_new = 1 / int(arrays["num_batches_tracked"]) if momentum is None else momentum
             mean, var = batch.mean((0, 2, 3)), batch.var((0, 2, 3), ddof=1)
             arrays["running_mean"] = (1 - of_new) * arrays["running_mean"] + of_new * mean
             arrays["running_var"] = (1 - of_new) * arrays["running_var"] + of_new * var

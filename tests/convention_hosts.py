@@ -2,8 +2,8 @@
 
 Every function takes hyperparameters and arrays as the framework has them, batches to train on and
 an input to normalise after that, and returns ``(arrays, y)``. Chainer and MXNet need a NumPy older
-than nbnorm's, so this file is also a program, which needs no nbnorm:
-``python convention_hosts.py chainer given.npz result.npz``.
+than nbnorm's, so this file is also a program, which needs no nbnorm: ``python convention_hosts.py``
+reads lines ``["chainer", "given.npz", "result.npz"]`` and answers each with ``done``.
 """
 
 import json
@@ -38,10 +38,18 @@ def keras(options, arrays, batches, x):
     for batch in batches:
         layer(batch, training=True)
     y = keras.ops.convert_to_numpy(layer(x, training=False))
-    return {weight.name: weight.numpy().copy() for weight in layer.weights}, np.asarray(y)
+    # Not layer.get_weights(), which calls on NumPy in a way that it deprecates.
+    return {w.name: keras.ops.convert_to_numpy(w.value) for w in layer.weights}, y
 
 
 def flax(options, arrays, batches, x):
+    import jax
+
+    with jax.enable_x64(x.dtype == np.float64):
+        return _flax(options, arrays, batches, x)
+
+
+def _flax(options, arrays, batches, x):
     import flax.linen
 
     layer = flax.linen.BatchNorm(**options)
@@ -49,9 +57,7 @@ def flax(options, arrays, batches, x):
     for name, array in arrays.items():
         variables["batch_stats" if name in ("mean", "var") else "params"][name] = array
     for batch in batches:
-        _, moved = layer.apply(
-            variables, batch, use_running_average=False, mutable=["batch_stats"]
-        )
+        _, moved = layer.apply(variables, batch, use_running_average=False, mutable=["batch_stats"])
         variables |= moved
     y = layer.apply(variables, x, use_running_average=True)
     held = variables["params"] | variables["batch_stats"]
@@ -98,32 +104,25 @@ def chainer(options, arrays, batches, x):
 
 
 def mxnet(options, arrays, batches, x):
-    """The operator as a symbol; arrays as in the files that `save_checkpoint` writes."""
+    """The operator; names and arrays are those of a symbol's checkpoint, with its tags."""
     import mxnet
 
     symbol = mxnet.sym.BatchNorm(mxnet.sym.Variable("data"), name="bn", **options)
-    executors = {}
+    _, *parameters = symbol.list_arguments()
+    states = symbol.list_auxiliary_states()
+    held = {n: mxnet.nd.array(arrays[n], dtype=x.dtype) for n in (*parameters, *states)}
 
-    def executor(batch):
-        executors[batch.shape] = symbol.simple_bind(
-            mxnet.cpu(), data=batch.shape, type_dict={"data": batch.dtype}
-        )
-        return executors[batch.shape]
-
-    taken = {name: mxnet.nd.array(array, dtype=array.dtype) for name, array in arrays.items()}
-    parameters = {name: taken[name] for name in symbol.list_arguments() if name != "data"}
-    states = {name: taken[name] for name in symbol.list_auxiliary_states()}
+    # Not by the symbol's executor: with oneDNN it leaves float32 statistics as they were.
     for batch in batches:
-        bound = executor(batch)
-        bound.copy_params_from(parameters, states)
-        bound.forward(is_train=True, data=mxnet.nd.array(batch, dtype=batch.dtype))
-        bound.backward([mxnet.nd.zeros(batch.shape, dtype=batch.dtype)])  # moves the statistics
-        states = {name: state.copy() for name, state in bound.aux_dict.items()}
-    bound = executor(x)
-    bound.copy_params_from(parameters, states)
-    (y,) = bound.forward(is_train=False, data=mxnet.nd.array(x, dtype=x.dtype))
+        data = mxnet.nd.array(batch, dtype=x.dtype)
+        data.attach_grad()
+        with mxnet.autograd.record():
+            y = mxnet.nd.BatchNorm(data, *held.values(), **options)
+        y.backward()  # this moves the statistics
+    y = mxnet.nd.BatchNorm(mxnet.nd.array(x, dtype=x.dtype), *held.values(), **options)
     with tempfile.TemporaryDirectory() as folder:
-        mxnet.model.save_checkpoint(folder + "/model", 0, symbol, parameters, states)
+        of_arguments, of_states = ({n: held[n] for n in names} for names in (parameters, states))
+        mxnet.model.save_checkpoint(folder + "/model", 0, symbol, of_arguments, of_states)
         saved = mxnet.nd.load(folder + "/model-0000.params")
     return {name: array.asnumpy() for name, array in saved.items()}, y.asnumpy()
 
@@ -166,6 +165,8 @@ def read(path):
 
 
 if __name__ == "__main__":
-    host, given, result = sys.argv[1:]
-    arrays, y = globals()[host](*read(given))
-    write(result, {}, arrays, [], y)
+    for line in sys.stdin:
+        host, given, result = json.loads(line)
+        arrays, y = globals()[host](*read(given))
+        write(result, {}, arrays, [], y)
+        print("done", flush=True)
