@@ -38,8 +38,8 @@ def keras(options, arrays, batches, x):
     for batch in batches:
         layer(batch, training=True)
     y = keras.ops.convert_to_numpy(layer(x, training=False))
-    # Not layer.get_weights(), which calls on NumPy in a way that it deprecates.
-    return {w.name: keras.ops.convert_to_numpy(w.value) for w in layer.weights}, y
+    names = [weight.name for weight in layer.weights]
+    return dict(zip(names, layer.get_weights(), strict=True)), y
 
 
 def flax(options, arrays, batches, x):
