@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -659,3 +660,19 @@ found = {"torch", "keras", "jax", "onnx"} & set(sys.modules)
 assert not found, found
 """
     run_child("-c", code)
+
+
+def test_the_pages_table_is_what_the_conventions_are():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (.*) \|$", PAGE.read_text(), re.M)
+    comp = {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
+    ref = {
+        name: [
+            "`{}` {:g}".format(*convention.eps),
+            "`{}` {:g}, {}".format(*convention.momentum, convention.weighs),
+            "unbiased" if convention.correction else "biased",
+            " ".join(f"`{array}`" for array in convention.arrays),
+            str(convention.axis),
+        ]
+        for name, convention in CONVENTIONS.items()
+    }
+    assert comp == ref
