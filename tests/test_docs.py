@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 from pathlib import Path
@@ -13,6 +15,7 @@ from children import run_child
 import nbnorm
 
 ROOT = Path(__file__).resolve().parents[1]
+BLOCK = r"^```python\n(.*?)^```$"
 SECTIONS = r"^ *{}\n *-{{{}}}$"
 
 MODULES = sorted(
@@ -39,12 +42,42 @@ def test_doctests_are_found():
 
 
 def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(BLOCK, (ROOT / "README.md").read_text(), re.M | re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     for i, block in enumerate(blocks):
         exec(compile(block, f"README.md, block {i + 1}", "exec"), namespace)
+
+
+def sections_of(page):
+    """Return the Python blocks of every section that has some, by its title."""
+    parts = re.split(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(), flags=re.M)[1:]
+    blocks = [re.findall(BLOCK, text, re.M | re.S) for text in parts[1::2]]
+    return {title: code for title, code in zip(parts[::2], blocks, strict=True) if code}
+
+
+SECTIONS_RUN = [
+    pytest.param(blocks, id=title)
+    for page in ("conventions.md",)
+    for title, blocks in sections_of(page).items()
+]
+
+
+# Keras makes NumPy arrays of its variables in a way that NumPy deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("blocks", SECTIONS_RUN)
+def test_sections_of_the_docs_run(blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "KERAS_BACKEND" not in os.environ:
+        monkeypatch.setenv("KERAS_BACKEND", "numpy")
+    imported = re.findall(r"^(?:import|from) (\w+)", "".join(blocks), re.M)
+    for name in imported:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    namespace = {"__name__": "section"}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"block {i + 1}", "exec"), namespace)
 
 
 def test_all_names_what_there_is():
