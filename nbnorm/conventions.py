@@ -90,6 +90,7 @@ class Convention(NamedTuple):
 
 
 def _in_our_order(*names: str) -> dict[str, str]:
+    """Return what these names are where they stand in nbnorm's order."""
     return dict(zip(names, _OURS, strict=False))
 
 
@@ -385,6 +386,7 @@ def dump(
 
 
 def _convention(framework: str) -> Convention:
+    """Return the convention of this name."""
     if framework not in CONVENTIONS:
         raise ValueError(f"framework must be one of {', '.join(CONVENTIONS)}, got {framework!r}")
     return CONVENTIONS[framework]
@@ -452,7 +454,7 @@ def _named(
     absent = _absent(convention, switches)
     names = {ours: prefix + n for n, ours in convention.arrays.items() if ours not in absent}
     if isinstance(arrays, Mapping):
-        keys = {_untagged(key, convention.tags): key for key in arrays}
+        keys = {_untagged(str(key), convention.tags): key for key in arrays}
         found = {name: arrays[key] for name, key in keys.items() if name.startswith(prefix)}
     elif isinstance(arrays, Sequence):
         more = [f"array {i}" for i in range(len(names), len(arrays))]
@@ -474,6 +476,7 @@ def _named(
 
 
 def _untagged(name: str, tags: tuple[str, ...]) -> str:
+    """Return a name without what a file puts before it."""
     for tag in tags:
         name = name.removeprefix(tag)
     return name
