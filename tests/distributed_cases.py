@@ -27,6 +27,7 @@ from tolerances import (
 import nbnorm
 from nbnorm import reference
 from nbnorm.distributed import SyncBatchNorm, sync_batch_norm_backward, sync_batch_norm_forward
+from nbnorm.population import recalibrate
 
 # Samples by rank, for each number of ranks: uneven, and none at all on one.
 BATCHES = {1: (7,), 2: (7, 25), 3: (0, 7, 20), 4: (7, 0, 20, 5)}
@@ -379,6 +380,25 @@ def statistics_add_up_over_steps(comm):
 
 
 # Errors: all ranks raise, none waits, and the next call goes through.
+
+
+@case
+def recalibration_takes_what_all_ranks_have_seen(comm):
+    steps = [Batch(comm, offset=offset) for offset in (0.0, 3.0)]
+    layer = SyncBatchNorm(4, comm=comm, dtype=np.float64).eval()
+    with recalibrate(layer):
+        for batch in steps:
+            layer.forward(batch.own(batch.x))
+    ref = reference.batch_norm_stats(np.concatenate([batch.x for batch in steps]))
+    var = ref.m2 / (ref.count - 1)
+    assert_allclose(layer.running_mean, ref.mean.astype(float), **CLOSE)
+    assert_allclose(layer.running_var, var.astype(float), **CLOSE)
+    assert not layer.training
+    assert layer.num_batches_tracked == 0
+    everywhere = np.empty((comm.Get_size(), 8))
+    comm.Allgather(np.concatenate([layer.running_mean, layer.running_var]), everywhere)
+    for rank in everywhere:
+        assert_same_bits(rank, everywhere[0], "running statistics")
 
 
 def refused_on_the_last_rank(comm, call, error, match):
