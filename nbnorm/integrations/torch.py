@@ -1,4 +1,4 @@
-"""PyTorch: `batch_norm` with autograd, modules, and `convert` for models that exist.
+"""PyTorch: `batch_norm` with autograd, modules, `convert` and `recalibrate` for models that exist.
 
 Where a program is recorded (torch.compile, torch.export, fake tensors), `batch_norm` is the
 operator ``nbnorm::batch_norm`` and its gradient ``nbnorm::batch_norm_backward``, which stay as they
@@ -8,7 +8,8 @@ program just runs, the same functions are called without the dispatcher.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbnorm._arrays import Array, _bfloat16
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
+from nbnorm.population import Pairwise
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "recalibrate"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -601,3 +603,94 @@ def _hooked(module: nn.Module) -> bool:
             module._backward_hooks,
         )
     )
+
+
+@contextmanager
+def recalibrate(model: nn.Module) -> Iterator[None]:
+    """Within a ``with``, collect what batch norms see; at its end make that their statistics.
+
+    Run the model over batches in the block, in whatever way it is run. Each of its batch
+    normalizations then takes the statistics of its batch, as in training; no gradient is recorded,
+    and what has been compiled runs as if it had not. When the block has ended without an exception,
+    the running statistics become those of all the values that a normalization has seen together,
+    batches weighted by their sizes. One that has seen no values keeps its own.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Modules in it that are of `torch.nn.BatchNorm1d`, ``2d`` or ``3d`` and keep running
+        statistics are recalibrated, converted or not. Others are left alone, such as SyncBatchNorm
+        and lazy modules that have seen no input yet. All other modules stay in their mode: have
+        dropout off by ``model.eval()``.
+
+    Raises
+    ------
+    TypeError
+        model is no module; within the block, where an input is of a dtype that is not computed in.
+    ValueError
+        model has no batch normalization with running statistics; at the end of the block, when
+        none has seen a value.
+
+    Notes
+    -----
+    As `nbnorm.population.recalibrate`. The variance is the unbiased one, of M2 / (count - 1), where
+    count is that of all batches. `torch.optim.swa_utils.update_bn` averages over batches instead,
+    all with the same weight, and leaves out the variance between their means. Parameters, modes and
+    ``num_batches_tracked`` stay what they were.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from nbnorm.integrations.torch import recalibrate
+    >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout(), nn.Linear(1, 1)).eval()
+    >>> with recalibrate(model):
+    ...     for batch in (torch.zeros(2, 1), torch.tensor([[1.0], [2.0], [3.0], [6.0]])):
+    ...         y = model(batch)
+    >>> model[0].running_mean, model[0].running_var
+    (tensor([2.]), tensor([5.2000]))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        and module.running_mean is not None
+    ]
+    if not norms:
+        raise ValueError("model has no batch normalization with running statistics")
+    with ExitStack() as block:
+        seen = [block.enter_context(_collecting(norm)) for norm in norms]
+        block.enter_context(torch.no_grad())
+        # A compiled model would trace the hooks, or not know of them.
+        block.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+    if not any(seen):
+        raise ValueError("none of the model's batch normalizations has seen a value")
+    for norm, merged in zip(norms, seen, strict=True):
+        if merged:
+            moments = merged.total()
+            norm.running_mean.copy_(_tensor(moments.mean))
+            norm.running_var.copy_(_tensor(moments.var(correction=1)))
+
+
+@contextmanager
+def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
+    """Have a module take its batches' statistics and keep no average; collect their moments."""
+    seen = Pairwise()
+
+    def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], __: Tensor) -> None:
+        x = _array(inputs[0] if inputs else named["input"])
+        moments = batch_norm_stats(x)
+        if moments.count > 0:
+            seen.add(moments)
+
+    was = norm.training, norm.track_running_stats
+    norm.training, norm.track_running_stats = True, False
+    hook = norm.register_forward_hook(see, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        norm.training, norm.track_running_stats = was
