@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE1 = ROOT / "docs" / "examples" / "figure1.py"
+POPULATION_STATS = ROOT / "docs" / "examples" / "population_stats.py"
 
 needs_examples = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")),
@@ -31,9 +32,13 @@ def figure1(monkeypatch):
 
 
 def run_figure1(folder, *options):
-    """Run the example in this folder; an overflow or a NaN on the way is an error."""
+    return run_example(FIGURE1, folder, *options)
+
+
+def run_example(script, folder, *options):
+    """Run an example in this folder; an overflow or a NaN on the way is an error."""
     return subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", str(FIGURE1), *options],
+        [sys.executable, "-W", "error::RuntimeWarning", str(script), *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -97,3 +102,24 @@ def test_gradients_of_the_network_agree_with_differences(figure1, batch_norm):
             expected[i] = (losses[1] - losses[0]) / (2 * h)
         assert np.abs(gradient).max() > 1e-3
         assert_allclose(gradient, expected, rtol=0, atol=1e-9)
+
+
+@needs_examples
+@pytest.mark.skipif(sys.platform != "linux", reason="the example limits memory as Linux does")
+def test_population_stats_has_less_memory_than_data(tmp_path):
+    child = run_example(POPULATION_STATS, tmp_path, "--gib", "0.25")
+    assert child.returncode == 0, child.stderr
+    assert "341 pictures, 256 MiB" in child.stdout
+    assert len(re.findall(r"MemoryError$", child.stdout, re.M)) == 2, child.stdout
+    rows = re.findall(r"^(?:red|green|blue)((?: +[\d.e+-]+){6})$", child.stdout, re.M)
+    assert len(rows) == 3, child.stdout
+    for row in rows:
+        mean, _, mean_error, var, _, var_error = map(float, row.split())
+        assert 100 < mean < 150
+        assert 2000 < var < 4000
+        assert max(mean_error, var_error) < 4 * 2.0**-23  # arithmetic in float32
+    assert "population statistics: 100%" in child.stderr
+    assert not list(tmp_path.iterdir())
+    child = run_example(POPULATION_STATS, tmp_path, "--gib", "0.0001")
+    assert child.returncode == 2
+    assert "--gib is too small for a picture" in child.stderr
