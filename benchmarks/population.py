@@ -1,0 +1,123 @@
+"""Statistics in pieces: what the order of merges, the size of chunks and their weights come to.
+
+python benchmarks/population.py merge     # many chunks in pairs and in sequence, against exact
+python benchmarks/population.py chunks    # a file of 2 GB, in chunks of several sizes
+python benchmarks/population.py batches   # averages over batches, against all values together
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if not __package__:  # run as a program: make this folder's package and nbnorm importable
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from benchmarks.distributed import conditions, table_of
+from nbnorm import Moments, batch_norm_stats
+from nbnorm.population import Pairwise, population_stats
+
+DIGITS = Path(__file__).resolve().parents[1] / "docs" / "examples" / "data" / "mnist5k.npz"
+SHAPES = ((2720, 3, 256, 256), (40_000, 64, 14, 14), (4_000_000, 128))
+Lines = list[list[str]]
+
+
+def in_pairs(parts: list[Moments]) -> Moments:
+    merged = Pairwise()
+    for part in parts:
+        merged.add(part)
+    return merged.total()
+
+
+def merge() -> Lines:
+    """Merge chunks of 1 to 63 values; greatest errors of 16 channels against longdouble."""
+    orders = {"in sequence": lambda parts: Moments.merge(*parts), "in pairs": in_pairs}
+    lines = [["chunks", "mean / std", "order", "mean, std", "M2, relative", "us a merge"]]
+    for number in (1000, 100_000):
+        for offset in (0.0, 1e3, 1e6, 1e8):
+            rng = np.random.default_rng(0)
+            rows = rng.integers(1, 64, number)
+            x = rng.standard_normal((rows.sum(), 16)) + offset
+            parts = [batch_norm_stats(chunk) for chunk in np.split(x, np.cumsum(rows)[:-1])]
+            wide = x.astype(np.longdouble)
+            mean = wide.mean(axis=0)
+            m2 = np.sum((wide - mean) ** 2, axis=0)
+            for name, order in orders.items():
+                begin = time.perf_counter()
+                merged = order(parts)
+                spent = (time.perf_counter() - begin) / number
+                of_mean = np.abs(merged.mean - mean) / np.sqrt(m2 / len(x))
+                of_m2 = np.abs(merged.m2 - m2) / m2
+                errors = f"{of_mean.max():.1e}", f"{of_m2.max():.1e}"
+                lines.append([f"{number}", f"{offset:g}", name, *errors, f"{spent * 1e6:.1f}"])
+    return lines
+
+
+def chunks() -> Lines:
+    """Time statistics of a memory map, least of five, in GB/s."""
+    sizes = [1 << power for power in (16, 18, 20, 21, 22, 23, 24, 26)]
+    lines = [["values a chunk", *map(str, SHAPES)], *([f"{size}"] for size in sizes)]
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "x.npy"
+            written = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+            rng = np.random.default_rng(0)
+            for samples in np.array_split(written, 64):
+                samples[...] = rng.integers(256, size=samples.shape, dtype=np.uint8)
+            del written, samples
+            x = np.load(path, mmap_mode="r")
+            spent: dict[int, list[float]] = {size: [] for size in sizes}
+            for _ in range(6):  # the first compiles, and reads what has left the page cache
+                for size in sizes:
+                    begin = time.perf_counter()
+                    population_stats(x, chunk=size)
+                    spent[size].append(time.perf_counter() - begin)
+            for line, size in zip(lines[1:], sizes, strict=True):
+                line.append(f"{x.nbytes / min(spent[size][1:]) / 1e9:.1f}")
+            del x
+    return lines
+
+
+def batches() -> Lines:
+    """A layer of 100 units sees 5000 digits: greatest error of its averaged statistics."""
+    with np.load(DIGITS) as digits:
+        images, labels = digits["images"].reshape(-1, 784) / 255, digits["labels"]
+    rng = np.random.default_rng(0)
+    x = images @ rng.normal(0, 0.05, (784, 100))
+    shuffled = x[rng.permutation(len(x))]
+    cases = {
+        "50 of 100, shuffled": np.split(shuffled, 50),
+        "19 of 263 and one of 3, shuffled": np.split(shuffled, range(263, 4998, 263)),
+        "10 of 500, a digit each": np.split(x[np.argsort(labels, kind="stable")], 10),
+    }
+    mean, var = x.mean(axis=0), x.var(axis=0, ddof=1)
+    lines = [["batches", "averaged: mean, std", "variance", "merged: mean, std", "variance"]]
+    for name, parts in cases.items():
+        averages = [np.mean([part.mean(axis=0) for part in parts], axis=0)]
+        averages.append(np.mean([part.var(axis=0, ddof=1) for part in parts], axis=0))
+        stats = population_stats(parts)
+        line = [name]
+        for found_mean, found_var in (averages, (stats.mean, stats.var(correction=1))):
+            line.append(f"{np.max(np.abs(found_mean - mean) / np.sqrt(var)):.1e}")
+            line.append(f"{np.max(np.abs(found_var / var - 1)):.1e}")
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Print the table that was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    measure = {"merge": merge, "chunks": chunks, "batches": batches}
+    parser.add_argument("what", choices=measure)
+    what = parser.parse_args().what
+    command = f"python benchmarks/population.py {what}"
+    print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{table_of(measure[what]())}")
+
+
+if __name__ == "__main__":
+    main()
