@@ -17,6 +17,7 @@ from nbnorm.functional import (
 from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, update_running_stats
 from nbnorm.pool import set_pool_limit
+from nbnorm.population import population_stats, recalibrate
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,8 @@ __all__ = [
     "fold_batch_norm",
     "fold_into_conv",
     "fold_into_linear",
+    "population_stats",
+    "recalibrate",
     "set_pool_limit",
     "show_config",
     "update_running_stats",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array
+from nbnorm._arrays import Array, moved_to
 from nbnorm.functional import Axis, batch_norm_stats
 from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments
@@ -199,7 +199,7 @@ def _collecting(layer: BatchNorm) -> "Iterator[Pairwise]":
 
     def collect(x: Array, training: bool, **options: Any) -> tuple[Array, Array, Array, int]:
         # Running statistics that are the batch's: all of a SyncBatchNorm's ranks together.
-        mean, var = np.zeros(shape), np.zeros(shape)
+        mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
         options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
         _, _, _, values = results = normalise(x, training, **options)
         if values > 0:

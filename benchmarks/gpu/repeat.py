@@ -17,12 +17,14 @@ REPEATS = 3
 SHAPES: tuple[tuple[tuple[int, ...], str], ...] = (
     ((32, 256, 56, 56), "C"), ((32, 256, 56, 56), "channels-last"), ((32, 2048, 7, 7), "C"),
     ((32, 512, 14, 14), "C"), ((16, 3, 512, 512), "C"), ((16, 3, 512, 512), "channels-last"),
+    # On sm_90 clusters that keep two and three chunks a block, by rows, and one by columns.
+    ((256, 512, 28, 28), "C"), ((32, 64, 112, 112), "C"), ((256, 512, 14, 14), "C"),
     ((5, 7, 31, 33), "C"), ((60, 100), "C"), ((100_000, 5), "C"), ((2, 8, 4, 4), "C"),
 )  # fmt: skip
 
 
 class Step:
-    """A training step and an inference of BN + residual + ReLU."""
+    """Training steps of BN, BN + ReLU and BN + residual + ReLU, and an inference."""
 
     def __init__(self, machine: Machine, shape: tuple[int, ...], place: str, dtype: Any) -> None:
         self.machine, self.shape, C = machine, shape, shape[1]
@@ -37,17 +39,23 @@ class Step:
         """Return all results, of new memory."""
         x = self.x if x is None else x
         running = [self.machine.send(np.ones(self.shape[1], np.float32)) for _ in range(2)]
-        y, mean, rstd = nbnorm.batch_norm_forward(
-            x, self.gamma, self.beta, *running,
-            eps=EPS, residual=self.residual, activation="relu",
-        )  # fmt: skip
-        gradients = nbnorm.batch_norm_backward(
-            self.dy, x, self.gamma, mean, rstd, y=y, activation="relu"
-        )
+        results = dict(zip(("running_mean", "running_var"), running, strict=True))
+        for kind, activation, residual in (
+            ("", None, None), (" relu", "relu", None), (" add relu", "relu", self.residual),
+        ):  # fmt: skip
+            forward = nbnorm.batch_norm_forward(
+                x, self.gamma, self.beta, *(running if residual is not None else ()),
+                eps=EPS, residual=residual, activation=activation,
+            )  # fmt: skip
+            gradients = nbnorm.batch_norm_backward(
+                self.dy, x, self.gamma, forward.mean, forward.rstd, beta=self.beta,
+                y=None if residual is None else forward.y, activation=activation,
+            )  # fmt: skip
+            for name, array in {**forward._asdict(), **gradients._asdict()}.items():
+                if array is not None:
+                    results[name + kind] = array
         frozen = nbnorm.batch_norm_inference(x, self.gamma, self.beta, *running, eps=EPS)
-        results = {"y": y, "mean": mean, "rstd": rstd, "inference": frozen}
-        results |= dict(zip(("running_mean", "running_var"), running, strict=True))
-        return results | gradients._asdict()
+        return results | {"inference": frozen}
 
 
 def _differing(a: dict[str, Array], b: dict[str, Array]) -> list[str]:
@@ -73,10 +81,14 @@ def check_out(step: Step) -> Iterator[tuple[str, list[str]]]:
 
 
 def check_reading_twice(step: Step) -> Iterator[tuple[str, list[str]]]:
-    """What is kept in shared memory gives the bits of what is read again."""
+    """What is kept in shared memory gives the bits of what is read again; in place too."""
     with reading_twice():
         twice = step()
     yield "reading twice", _differing(twice, step())
+    y, dx = step.machine.copied(step.x), step.machine.copied(step.dy)
+    _, mean, rstd = nbnorm.batch_norm_forward(y, step.gamma, step.beta, eps=EPS, out=y)
+    nbnorm.batch_norm_backward(dx, step.x, step.gamma, mean, rstd, out=dx)
+    yield "in place", _differing({"y": y, "dx": dx}, twice)
 
 
 def check_nan(step: Step) -> Iterator[tuple[str, list[str]]]:

@@ -41,7 +41,7 @@ def finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd):
     q = chunk_sum(partial, (C + c) * chunks, chunks)
     if cuda.threadIdx.x % WARP == 0:
         mean[c] += s / m
-        rest = q - s * (s / m)
+        rest = cuda.fma(-s, s / m, q)
         rest = 0.0 if rest < 0.0 else rest
         m2[c] = rest
         rstd[c] = rstd_of(rest / m, eps)
@@ -84,7 +84,8 @@ def coefficients(computed: Any) -> tuple[Any, Any, Any]:
         """hi, a, b of y = (x - hi) a + b: x - hi is exact near the mean = hi + lo."""
         hi = computed(mean[c])
         a = gamma[c] * rstd[c]
-        return hi, computed(a), computed(beta[c] - (mean[c] - types.float64(hi)) * a)
+        lo = mean[c] - types.float64(hi)
+        return hi, computed(a), computed(cuda.fma(-lo, a, types.float64(beta[c])))
 
     @device
     def unit_of(rstd, c):
@@ -99,7 +100,7 @@ def coefficients(computed: Any) -> tuple[Any, Any, Any]:
         mean_dy = sums[c] / count
         h = computed(mean_dy)
         p = rstd[c] * (sums[C + c] / count)
-        return h, computed(p), computed((mean_dy - types.float64(h)) - lo * p)
+        return h, computed(p), computed(cuda.fma(-lo, p, mean_dy - types.float64(h)))
 
     return affine, unit_of, gradient
 
@@ -116,7 +117,7 @@ def finishing(computed: Any) -> Any:
         if cuda.threadIdx.x % WARP == 0:
             lo = mean[c] - types.float64(computed(mean[c]))
             sums[c] = s
-            sums[C + c] = rstd[c] * (t / types.float64(unit_of(rstd, c)) - lo * s)
+            sums[C + c] = rstd[c] * cuda.fma(-lo, s, t / types.float64(unit_of(rstd, c)))
 
     return finish_gradients
 

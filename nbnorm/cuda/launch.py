@@ -19,9 +19,10 @@ from numba import cuda
 from numba.cuda import types
 
 from nbnorm.cuda.kernels import signature
+from nbnorm.cuda.plan import CLUSTER
 
 _FORMATS = {types.int64: "q", types.float64: "d"}  # all else is an address
-_SHARED = 48 << 10  # bytes of shared memory that any kernel may have
+_MAXIMUM = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CONFIGS = 64  # descriptions of launches that a slot keeps
 
 _NO_CONTEXT = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
@@ -51,7 +52,7 @@ def run(
     `cluster` blocks wait for each other; each has so many bytes of `shared` memory besides its own.
     """
     device = _current_device()
-    bound = _bound(kernel, dtype, parameters, device)
+    bound = _bound(kernel, dtype, parameters, device, shared > 0)
     values = list(args)
     for i in bound.arrays:
         values[i] = values[i].data.ptr
@@ -61,8 +62,6 @@ def run(
     except IndexError:
         slot = _Slot(bound.size)
     bound.pack(slot.packed, 0, *values)
-    if shared > bound.shared:
-        bound.allow(shared)
     stream = _current_stream().ptr
     launch: Any = _launch
     to_launch: Any = (
@@ -93,38 +92,36 @@ def _limits(device: int) -> tuple[int, bool]:
     for attribute in (
         asked.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
         asked.CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH,
+        asked.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
     ):
         error, value = driver.cuDeviceGetAttribute(attribute, device)
         if error:
             raise RuntimeError(f"CUDA does not tell what device {device} can do: {_words(error)}")
         values.append(value)
-    return values[0], bool(values[1])
+    shared, clusters, multiprocessors = values
+    return shared, bool(clusters) and multiprocessors >= CLUSTER  # fewer in a slice of a GPU
 
 
 class _Bound:
     """A kernel loaded on a device, and how its arguments are handed over."""
 
-    def __init__(self, kernel: Any, kinds: tuple[Any, ...], device: int) -> None:
+    def __init__(self, kernel: Any, kinds: tuple[Any, ...], device: int, keeps: bool) -> None:
         with cuda.gpus[device]:
             compiled = kernel.compile(types.void(*kinds))
             self.loaded = compiled._codelibrary.get_cufunc()  # unloaded when it is collected
+            if keeps:  # launches say how much they take of what there is
+                most = _limits(device)[0] - self.loaded.attrs.shared
+                error, *_ = driver.cuKernelSetAttribute(
+                    _MAXIMUM, most, self.loaded.kernel.handle, device
+                )
+                if error:
+                    raise RuntimeError(f"CUDA does not give a block {most} bytes: {_words(error)}")
         self.function = driver.CUfunction(int(self.loaded.kernel.handle))
         formats = [_FORMATS.get(kind, "P") for kind in kinds]
         self.arrays = [i for i, letter in enumerate(formats) if letter == "P"]
         struct = Struct("".join(formats))
         self.size, self.pack = struct.size, struct.pack_into
         self.idle: list[_Slot] = []
-        self.shared = _SHARED
-
-    def allow(self, shared: int) -> None:
-        """Let a block have so many bytes of shared memory."""
-        maximum = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuFuncSetAttribute(self.function, maximum, shared)
-        if error:
-            raise RuntimeError(
-                f"CUDA does not give {shared} bytes of shared memory: {_words(error)}"
-            )
-        self.shared = shared
 
 
 class _Slot:
@@ -157,8 +154,8 @@ class _Slot:
 
 
 @lru_cache(maxsize=1024)
-def _bound(kernel: Any, dtype: str, parameters: str, device: int) -> _Bound:
-    return _Bound(kernel, signature(kernel, dtype, parameters), device)
+def _bound(kernel: Any, dtype: str, parameters: str, device: int, keeps: bool) -> _Bound:
+    return _Bound(kernel, signature(kernel, dtype, parameters), device, keeps)
 
 
 def _words(error: Any) -> str:

@@ -83,7 +83,7 @@ class Residence(NamedTuple):
     blocks: int  # a channel: a cluster, whose blocks can wait for each other
     each: int  # chunks that a block keeps
     grid: int
-    shared: int  # bytes that they take
+    shared: int  # bytes that a block's chunks take
 
 
 @lru_cache(maxsize=1024)
@@ -91,15 +91,13 @@ def residence(cut: Plan, tensors: int, shared: int, clusters: bool) -> Residence
     """How to keep so many tensors from sums to results; None where they do not fit.
 
     A block may have so many bytes of `shared` memory, of which sums need some. Values are kept as
-    float32 whatever their dtype. As many blocks work on a channel as in `cut`, up to a cluster's 8.
+    float32 whatever their dtype. A block keeps one chunk, or more where there are more than eight.
     """
     chunk = cut.per * cut.lanes * cut.width * 4 * tensors
     sums = 8 * (THREADS * cut.width if cut.traversal == "columns" else LANES)
-    blocks = 1
-    while clusters and blocks < min(cut.chunks, CLUSTER):
-        blocks *= 2
-    each = _ceil(cut.chunks, blocks)
-    if each * chunk > shared - sums or (each > 1 and not clusters):
+    each = _ceil(cut.chunks, CLUSTER)
+    blocks = _ceil(cut.chunks, each)
+    if each * chunk > shared - sums or (blocks > 1 and not clusters):
         return None
     return Residence(blocks, each, cut.blocks // cut.chunks * blocks, each * chunk)
 

@@ -3,6 +3,9 @@
 A batch is `number` values of one channel, every `step`-th of a thread's own array from `start` on,
 of which the first `count` are there. It is summed in the compute dtype around its own mean; what is
 added up over batches, threads and blocks is float64.
+
+Where a product is added, it is by `fma`, here and in channel.py: which of them to fuse is else the
+compiler's choice, and could be another one in each kernel.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def rectified(value, floor):
 @device
 def normalised(x, hi, a, b):
     """y before residual and activation; backward recomputes the ReLU mask by this expression."""
-    return (x - hi) * a + b
+    return cuda.fma(x - hi, a, b)
 
 
 @device
@@ -90,7 +93,7 @@ def moments_of(computed: Any, number: int, step: int) -> Any:
             if i < count:
                 d = types.float64(values[start + i * step]) - shift
                 s += d
-                q += d * d
+                q = cuda.fma(d, d, q)
         return s, q
 
     @device
@@ -113,12 +116,12 @@ def moments_of(computed: Any, number: int, step: int) -> Any:
             if i < count:
                 e = values[start + i * step] - center
                 s += e
-                q += e * e
+                q = cuda.fma(e, e, q)
         if narrow and not (least <= q <= most):
             return moments64(values, start, count, shift)
-        c = types.float64(center) - shift
-        nc = count * c
-        return nc + s, q + c * (nc + 2.0 * s)
+        c, n = types.float64(center) - shift, types.float64(count)
+        s, q = types.float64(s), types.float64(q)
+        return cuda.fma(n, c, s), cuda.fma(c, cuda.fma(n, c, s + s), q)
 
     return moments
 
@@ -135,7 +138,7 @@ def gradients_of(computed: Any, number: int, step: int) -> Any:
         for i in range(number):
             if i < count:
                 s += g[start + i * step]
-                t += g[start + i * step] * ((x[start + i * step] - hi) * unit)
+                t = cuda.fma(g[start + i * step], (x[start + i * step] - hi) * unit, t)
         return types.float64(s), types.float64(t)
 
     return gradients

@@ -19,6 +19,7 @@
 
 enum { OK = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
 enum { DEVICES = 3, PARAMETERS = 64, LAUNCHES = 256 };
+enum { STATIC = 16 << 10 }; /* bytes of shared memory that every kernel has of its own */
 
 typedef int Result;
 typedef uintptr_t Handle;
@@ -242,7 +243,7 @@ Result cuLibraryGetKernel(struct kernel **kernel, struct library *library, const
     *kernel = calloc(1, sizeof **kernel);
     snprintf((*kernel)->name, sizeof (*kernel)->name, "%s", name);
     (*kernel)->device = library->device;
-    (*kernel)->shared = 48 << 10;
+    (*kernel)->shared = (48 << 10) - STATIC;
     return read_parameters(library->image, *kernel);
 }
 
@@ -252,21 +253,26 @@ Result cuKernelGetFunction(struct kernel **function, struct kernel *kernel) {
     return OK;
 }
 
+static int attribute_of_kernel(int attribute) {
+    return attribute == 0 ? 1024 : attribute == 1 ? STATIC : 32; /* 0: threads, 1: shared memory */
+}
+
 Result cuKernelGetAttribute(int *value, int attribute, struct kernel *kernel, int device) {
     CALLED;
-    *value = attribute == 0 ? 1024 : 32;
+    *value = attribute_of_kernel(attribute);
     return OK;
 }
 
 Result cuFuncGetAttribute(int *value, int attribute, struct kernel *kernel) {
     CALLED;
-    *value = attribute == 0 ? 1024 : 32;
+    *value = attribute_of_kernel(attribute);
     return OK;
 }
 
-Result cuFuncSetAttribute(struct kernel *kernel, int attribute, int value) {
+/* There is no cuFuncSetAttribute: what a library hands it would be a kernel, which it refuses. */
+Result cuKernelSetAttribute(int attribute, int value, struct kernel *kernel, int device) {
     CALLED;
-    if (attribute != 8 || value > shared_memory) return INVALID_VALUE;
+    if (attribute != 8 || value + STATIC > shared_memory) return INVALID_VALUE;
     kernel->shared = (unsigned)value;
     return OK;
 }

@@ -11,12 +11,13 @@ from typing import NamedTuple
 from unittest import mock
 
 from cuda.pathfinder import find_nvidia_binary_utility
-from numba.cuda import dispatcher
+from numba.cuda import dispatcher, types
 from numba.cuda.cudadrv import devices
 
 from nbnorm.cuda.kernels import signature
 
 ARCHITECTURES = {"sm_80": (8, 0, ""), "sm_90a": (9, 0, "a")}
+FLOAT32 = types.CPointer(types.float32)
 REGISTERS = 1 << 16  # of a multiprocessor, on both
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
@@ -47,11 +48,25 @@ def compiled(kernel, dtype, parameters, architectures=tuple(ARCHITECTURES)):
     return code_of(kernel, signature(kernel, dtype, parameters), architectures)
 
 
+def ptx_of(kernel, dtype, parameters):
+    """Compile a kernel of the backend, or one of (float32 pointer, int64); its PTX."""
+    kinds = signature(kernel, dtype, parameters) if dtype else (FLOAT32, types.int64)
+    return _library(kernel, kinds).get_asm_str(cc=max(ARCHITECTURES.values()))
+
+
 def code_of(kernel, kinds, architectures=tuple(ARCHITECTURES)):
     """Compile a kernel with the options it was declared with; its code by architecture.
 
     Typed once: nothing in Numba's LLVM IR for these kernels depends on the architecture.
     """
+    library = _library(kernel, kinds)
+    cubins = [library.get_cubin(cc=ARCHITECTURES[name]) for name in architectures]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(architectures, pool.map(disassembled, cubins), strict=True))
+
+
+def _library(kernel, kinds):
+    """Type a kernel and generate its LLVM IR."""
     newest = max(ARCHITECTURES.values())
     device = SimpleNamespace(id=0, compute_capability=newest[:2])
     context = SimpleNamespace(device=device)
@@ -59,10 +74,7 @@ def code_of(kernel, kinds, architectures=tuple(ARCHITECTURES)):
         mock.patch.object(dispatcher, "get_current_device", return_value=device),
         mock.patch.object(devices, "get_context", return_value=context),
     ):
-        library = dispatcher._Kernel(kernel.py_func, kinds, **kernel.targetoptions)._codelibrary
-    cubins = [library.get_cubin(cc=ARCHITECTURES[name]) for name in architectures]
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(architectures, pool.map(disassembled, cubins), strict=True))
+        return dispatcher._Kernel(kernel.py_func, kinds, **kernel.targetoptions)._codelibrary
 
 
 def disassembled(cubin):

@@ -9,7 +9,7 @@ What would go unnoticed on a GPU, or hang it, is an error here: an access outsid
 that does not begin at a multiple of its size, a value that is stored twice, threads that touch the
 same shared memory with no barrier in between, a barrier that some threads never reach, a shuffle
 without the whole warp, an argument of another type than the kernel is compiled for. Shared and
-local memory begin as NaN. Numbers are those of a GPU but for fused multiply-adds.
+local memory begin as NaN. Numbers are those of a GPU but for the last bit of a float64 `fma`.
 """
 
 import ast
@@ -152,6 +152,12 @@ def _shfl_xor_sync(lanes, value, mask):
     return other
 
 
+def _fma(a, b, c):
+    """a b + c, rounded once, or as good as that."""
+    wide = np.float64 if type(c) is np.float32 else np.longdouble
+    return type(c)(wide(a) * wide(b) + wide(c))
+
+
 cuda = ModuleType("numba.cuda")
 vars(cuda).update(
     jit=_jit,
@@ -160,6 +166,7 @@ vars(cuda).update(
     shared=SimpleNamespace(array=_shared_array),
     syncthreads=_syncthreads,
     shfl_xor_sync=_shfl_xor_sync,
+    fma=_fma,
     **{name: SimpleNamespace(x=0) for name in ("threadIdx", "blockIdx", "blockDim", "gridDim")},
 )
 

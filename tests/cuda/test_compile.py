@@ -38,7 +38,7 @@ if reason := _missing():
 
 from numba import cuda  # noqa: E402
 from numba.cuda import types  # noqa: E402
-from offline import code_of, compiled, problems  # noqa: E402
+from offline import FLOAT32, code_of, compiled, problems, ptx_of  # noqa: E402
 
 from nbnorm.cuda import kernels  # noqa: E402
 from nbnorm.cuda.intrinsics import STORAGE  # noqa: E402
@@ -49,7 +49,6 @@ TRAVERSALS = ("rows", "columns")
 READ = {"stats": 1, "apply": 2, "reduce": 3, "differentiate": 3}  # tensors
 WRITTEN = {"stats": 0, "apply": 1, "reduce": 0, "differentiate": 2}
 KEPT_READ, KEPT_WRITTEN = {"forward": 2, "backward": 3}, {"forward": 1, "backward": 2}
-FLOAT32 = types.CPointer(types.float32)
 
 
 def passes():
@@ -88,15 +87,47 @@ def test_what_reads_memory_once_stays_in_registers_too(traversal, name, dtype, w
     for code in codes.values():
         assert code.count("STS") >= width, "nothing is kept in shared memory"
         assert code.count("ST") + code.count("LD") == 0, "shared memory by generic addresses"
+        assert code.count("LDG", "CONSTANT") == 0, "statistics by a cache that does not see writes"
         assert code.count("UCGABAR_WAIT") == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, KEPT_READ)))
-def test_blocks_of_a_cluster_wait_for_each_other_twice(traversal, name):
-    of = getattr(kernels.resident(traversal, "float32", 4, True), name)
-    codes = compiled(of, "float32", "float32", ("sm_90a",))  # the first GPUs that have clusters
-    assert_lean(codes, of, width=4, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
-    assert codes["sm_90a"].count("UCGABAR_ARV") == codes["sm_90a"].count("UCGABAR_WAIT") == 2
+def test_blocks_of_a_cluster_wait_for_each_other_and_see_what_was_written(traversal, name, dtype):
+    width = VECTOR // STORAGE[dtype].itemsize
+    of = getattr(kernels.resident(traversal, dtype, width, True), name)
+    (code,) = compiled(of, dtype, "float32", ("sm_90a",)).values()  # the first that has clusters
+    assert_lean({"": code}, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
+    # Twice: what this block wrote is out, all have arrived, what others wrote is not in L1.
+    for instruction in ("MEMBAR", "UCGABAR_ARV", "UCGABAR_WAIT", "CCTL"):
+        assert code.count(instruction) == 2, instruction
+    assert code.count("LDG", "CONSTANT") == 0
+
+
+def fused_by_choice(of, dtype):
+    """Sums and differences in a kernel's PTX that the assembler could fuse with a product."""
+    products, found = set(), []
+    for line in ptx_of(of, dtype, "float32").splitlines():
+        match line.replace(",", "").rstrip(";").split():
+            case [operation, result, *operands]:
+                kind = operation.partition(".")[0]
+                if kind == "mul" and operation.endswith(("f32", "f64")) and ".rn" not in operation:
+                    products.add(result)
+                elif kind in ("add", "sub") and products & set(operands):
+                    found.append(line.strip())
+    return found
+
+
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
+    """Kernels that read memory once and those that do it twice are to give the same bits."""
+    width = VECTOR // STORAGE[dtype].itemsize
+    separate = kernels.build(traversal, dtype, width)
+    kept = kernels.resident(traversal, dtype, width, False)
+    passes = [getattr(separate, name) for name in READ] + [kept.forward, kept.backward]
+    for of in (*passes, kernels.finish, kernels.finish_sums(dtype)):
+        assert fused_by_choice(of, "float64" if of is kernels.finish else dtype) == []
 
 
 @pytest.mark.parametrize(
@@ -151,6 +182,12 @@ def plain(x, n):
     x[n] += 1
 
 
+@kernel()
+def undecided(x, n):
+    x[0] = x[1] * x[2]
+    x[3] = x[n] + x[1] * x[2]
+
+
 def test_registers_that_spill_are_found():
     for problem in found_in(spilling):
         assert "accesses to local memory" in problem
@@ -160,6 +197,10 @@ def test_registers_that_spill_are_found():
 def test_an_index_known_only_at_run_time_is_found():
     for problem in found_in(indexing):
         assert "accesses to local memory" in problem
+
+
+def test_a_product_that_may_be_fused_with_a_sum_is_found():
+    assert fused_by_choice(undecided, None)
 
 
 def test_scalar_loads_and_stores_are_found():

@@ -282,6 +282,16 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
 
 
 @under_the_driver
+def test_kept_chunks_and_sums_may_have_more_than_any_kernel(driver, backend):
+    """48 KB without asking, of which a kernel's own shared memory is a part."""
+    for N, C, S in ((118, 256, 49), (4, 3, 1 << 13), (30, 3, 1 << 13)):
+        x, y = fake.Array((N, C, S), F32), fake.Array((N, C, S), F32)
+        with resident(driver):
+            args = x, channels(F32, C), channels(F32, C), 1e-5, None, False, y
+            assert len(driver.during(backend.forward, *args)) == 1
+
+
+@under_the_driver
 def test_what_a_device_cannot_keep_is_read_twice(driver, backend):
     for shape in LARGE:
         _, C, S = shape
