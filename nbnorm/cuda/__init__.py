@@ -8,7 +8,6 @@ CuPy's, of its current stream.
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
 from math import inf
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ def stats(x: Array) -> tuple[Array, Array]:
 
 def _stats(x: Array, eps: float) -> tuple[Array, Array, Array]:
     N, C, S = x.shape
-    empty = _library(x).empty
+    empty = memory.empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
     ready = _pass("stats", x, mean, x)
     partial = empty((2, C, ready.chunks))
@@ -79,7 +78,7 @@ def forward(
         apply(x, gamma, beta, mean, rstd, residual, relu, y)
         return mean, m2, rstd
     N, C, S = x.shape
-    empty = _library(x).empty
+    empty = memory.empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
     partial = empty((2, C, kept.chunks))
     floor = 0.0 if relu else -inf
@@ -92,7 +91,7 @@ def forward(
 
 def rstd(var: Array, eps: float) -> Array:
     """1 / sqrt(var + eps), 0 where that is 1/0, as `forward` has it."""
-    result = _library(var).empty(var.size)
+    result = memory.empty(var.size)
     if var.size:  # a grid of no blocks is an error
         args = var, eps, result, var.size
         launch.run(kernels.rstd_all, "float64", "float64", _ceil(var.size, THREADS), THREADS, *args)
@@ -132,7 +131,7 @@ def backward_reduce(
 ) -> Array:
     """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
     C = x.shape[1]
-    empty = _library(x).empty
+    empty = memory.empty
     tensors = dy, x, y
     ready = _pass("reduce", x, gamma, *tensors)
     partial, sums = empty((2, C, ready.chunks)), empty((2, C))
@@ -188,7 +187,7 @@ def backward(
         sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y)
         backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual)
         return sums
-    empty = _library(x).empty
+    empty = memory.empty
     partial, sums = empty((2, C, kept.chunks)), empty((2, C))
     masked, shift = _mask(gamma, beta, y)
     outs = (dx is not None) + 2 * (dresidual is not None)
@@ -330,8 +329,3 @@ def _name(dtype: Any) -> str:
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _library(array: Array) -> Any:
-    """The module that arrays of this class come from."""
-    return sys.modules[type(array).__module__.partition(".")[0]]

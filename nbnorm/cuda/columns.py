@@ -391,7 +391,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         `together` has the blocks of a group wait for each other.
         """
 
-        @kernel(2 if width <= 4 else 1)
+        @kernel(1)
         def forward(
             x, xn, residual, rn, y, yn, C, S, N, group, lanes, per, chunks, blocks, each,
             m, eps, partial, mean, m2, rstd, gamma, beta, floor, added,

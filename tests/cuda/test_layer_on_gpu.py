@@ -79,6 +79,11 @@ for given in (moments, device_moments):
     there.running_mean.set(np.full(5, np.nan, "float32"))
     there.set_statistics(given)
     same_state()
+with nbnorm.recalibrate(here):
+    here.forward(x[:2]), here.forward(x[2:])
+with nbnorm.recalibrate(there):
+    there.forward(on(1, x[:2])), there.forward(on(1, x[2:]))
+same_state()
 there.load_state_dict({**state, "weight": on(1, state["weight"])})
 here.load_state_dict(state)
 same_state()
