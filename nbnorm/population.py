@@ -142,6 +142,11 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
         Usually all of a network; one that stands in several places of it counts once, with what it
         sees in all of them. `SyncBatchNorm` collects what all ranks see.
 
+    Returns
+    -------
+    context manager
+        For a ``with`` statement, to which it gives nothing.
+
     Raises
     ------
     TypeError

@@ -83,6 +83,16 @@ def layer(a, axis):
     return y, gradients, made.grads["weight"], made.grads["bias"], made.eval().forward(a["x"])
 
 
+def recalibrated(a, axis):
+    """What a layer makes of x by the statistics of two batches, where they have any values."""
+    features = tuple(a["gamma"].shape)
+    made = BatchNorm(features if isinstance(axis, tuple) else features[0], axis=axis)
+    if a["x"].shape[0]:
+        with nbnorm.recalibrate(made):
+            made.forward(a["x"]), made.forward(a["dy"])
+    return made.eval().forward(a["x"])
+
+
 # Functions of {name: array} and the axis: what is called, and how.
 CASES = {
     "batch_norm_forward": lambda a, axis: nbnorm.batch_norm_forward(
@@ -158,6 +168,8 @@ CASES = {
         transposed=True,
     ),
     "BatchNorm": layer,
+    "population_stats": lambda a, axis: nbnorm.population_stats(a["x"], axis=axis, chunk=20),
+    "recalibrate": recalibrated,
 }
 WRITTEN = {
     "batch_norm_forward, fused": {"running_mean", "running_var", "out"},
