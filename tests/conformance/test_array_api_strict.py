@@ -168,7 +168,7 @@ CASES = {
         transposed=True,
     ),
     "BatchNorm": layer,
-    "population_stats": lambda a, axis: nbnorm.population_stats(a["x"], axis=axis, chunk=20),
+    "population_stats": lambda a, axis: nbnorm.population_stats([a["x"], a["dy"]], axis=axis),
     "recalibrate": recalibrated,
 }
 WRITTEN = {
