@@ -102,7 +102,7 @@ _ALL = (
         momentum=("momentum", 0.1),
         weighs="new",
         correction=1,
-        leaves_out={"affine": _OURS[:2], "track_running_stats": _OURS[2:]},
+        leaves_out={"affine": _OURS[:2], "bias": ("bias",), "track_running_stats": _OURS[2:]},
     ),
     Convention(
         "keras",

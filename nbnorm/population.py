@@ -36,7 +36,7 @@ def population_stats(
     data : array, or iterable of arrays
         Any array of `batch_norm_stats`, a memory map, or what reads an array when it is sliced (a
         dataset of h5py, an array of zarr); an iterable of such (files, a generator of batches),
-        which is gone through once and may differ in all but the channel axes; a dask array, whose
+        which is gone through once and may differ in all but the channel axes; one dask array, whose
         blocks are taken as they are, but for the channel axes, which are brought together.
     axis : int or tuple of int, default 1
         Channel axes, of each array.
@@ -56,7 +56,8 @@ def population_stats(
     Raises
     ------
     TypeError
-        `data` is neither; an array of another dtype than `batch_norm_stats` takes.
+        `data` is neither; an array of another dtype than `batch_norm_stats` takes: integers, such
+        as images, go in as ``(array.astype("f4") for array in arrays)``.
     ValueError
         There is no array; channel axes of different shapes; an axis that does not fit; a chunk of
         less than one value.
@@ -152,8 +153,8 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     TypeError
         A layer that is no BatchNorm.
     ValueError
-        No layer, one that keeps no running statistics or is being recalibrated already; at the end
-        of the block, when none has seen a value.
+        No layer, one that keeps no running statistics or is being recalibrated already; within the
+        block, a batch of too few values, as in training; at its end, when none has seen a value.
 
     Notes
     -----
@@ -212,13 +213,22 @@ def _collecting(layer: BatchNorm) -> "Iterator[Pairwise]":
             seen.add(Moments(count, mean, var * (count - layer.correction)))
         return results
 
-    training, tracked = layer.training, layer.num_batches_tracked
-    layer.training, vars(layer)["_normalise"] = True, collect
+    forward = layer.forward
+
+    def train(x: Array, residual: Array | None = None) -> Array:
+        # For the length of each forward, as `eval` and `train` may be called within the block.
+        training, tracked = layer.training, layer.num_batches_tracked
+        layer.training = True
+        try:
+            return forward(x, residual)
+        finally:
+            layer.training, layer.num_batches_tracked = training, tracked
+
+    vars(layer).update(_normalise=collect, forward=train)
     try:
         yield seen
     finally:
-        del vars(layer)["_normalise"]
-        layer.training, layer.num_batches_tracked = training, tracked
+        del layer._normalise, layer.forward
 
 
 class Pairwise:

@@ -25,7 +25,6 @@ def torch(options, arrays, batches, x):
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
     eps, momentum = options.get("eps", 1e-5), options.get("momentum", 0.1)
-    weight, bias = arrays.get("weight", 1.0), arrays.get("bias", 0.0)
     arrays = dict(arrays)
     x_mean, x_var = x.mean((0, 2, 3)), x.var((0, 2, 3))
     if options.get("track_running_stats", True):
@@ -38,7 +37,9 @@ def torch(options, arrays, batches, x):
         x_mean, x_var = arrays["running_mean"], arrays["running_var"]
     y = (x - spread(x_mean, x, 1)) / np.sqrt(spread(x_var, x, 1) + eps)
     if "weight" in arrays:
-        y = y * spread(weight, x, 1) + spread(bias, x, 1)
+        y = y * spread(arrays["weight"], x, 1)
+    if "bias" in arrays:
+        y = y + spread(arrays["bias"], x, 1)
     return arrays, y
 
 

@@ -49,6 +49,7 @@ OPTIONS = {
         {"eps": 0.01, "momentum": 0.3},
         {"momentum": None},
         {"affine": False},
+        {"bias": False},
         {"track_running_stats": False},
     ],
     "keras": [
@@ -84,6 +85,7 @@ OPTIONS = {
 # Arrays that are not there with a keyword that is False.
 LEFT_OUT = {
     ("torch", "affine"): ("weight", "bias"),
+    ("torch", "bias"): ("bias",),
     ("torch", "track_running_stats"): ("running_mean", "running_var"),
     ("keras", "scale"): ("gamma",),
     ("keras", "center"): ("beta",),
@@ -538,7 +540,7 @@ REFUSED = {
         {},
         {"affine": False, "track_running_stats": False},
         ValueError,
-        "torch with affine=False, track_running_stats=False has no arrays to load",
+        "torch with affine=False, bias=True, track_running_stats=False has no arrays to load",
     ),
     "factor": (
         "caffe",

@@ -615,6 +615,23 @@ def test_a_layer_in_several_places_counts_once():
     np.testing.assert_allclose(layer.running_var, whole.running_var, rtol=2.0**-23)
 
 
+def test_modes_may_change_within_the_block():
+    """A function that evaluates a network begins with `eval`."""
+    layers, x = [BatchNorm(3), BatchNorm(3)], drawn((7, 3), offset=4.0)
+    seen = []
+    with recalibrate(*layers):
+        for layer in layers:
+            layer.eval()
+        seen.append(layers[1].forward(layers[0].forward(x)))
+        layers[0].train()
+        seen.append(layers[1].forward(layers[0].forward(x)))
+    assert_same_bits(*seen)
+    assert [layer.training for layer in layers] == [True, False]
+    ref = BatchNorm(3)
+    ref.set_statistics(population_stats([x, x]))
+    np.testing.assert_allclose(layers[0].running_var, ref.running_var, rtol=2.0**-22)
+
+
 def test_gradients_are_those_of_training():
     layer, ref = (BatchNorm(3, dtype=np.float64) for _ in range(2))
     x, dy = drawn((7, 3)), drawn((7, 3), seed=1)

@@ -238,7 +238,7 @@ class Backend(_Backend):
         Parameters
         ----------
         node : NodeProto
-            The operator.
+            The operator, of ONNX's own domain.
         inputs : sequence of array, or mapping of str to array
             Those that the node has, in their order, or by name.
         device : str, default "CPU"
@@ -260,8 +260,7 @@ class Backend(_Backend):
         """
         cls._check(device)
         super().run_node(node, inputs, device, outputs_info, **kwargs)
-        latest = 1 if node.domain else defs.onnx_opset_version()
-        version = helper.make_opsetid(node.domain, kwargs.get("opset_version", latest))
+        version = helper.make_opsetid("", kwargs.get("opset_version", defs.onnx_opset_version()))
         names, results = ([name for name in side if name] for side in (node.input, node.output))
         function = helper.make_function("", node.op_type, names, results, [node], [version])
         return _Prepared(_Evaluator(function), names, attributes={}).run(inputs)

@@ -1,5 +1,6 @@
 """thinc: `BatchNorm`, a layer for `chain`, on NumPy's arrays and on CuPy's."""
 
+import operator
 from collections.abc import Callable
 
 from thinc.api import Model, registry
@@ -91,8 +92,10 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     >>> network.predict(X).shape
     (2, 2)
     """
-    if not isinstance(axis, int):
-        raise TypeError(f"axis must be an int, got {axis!r}")
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an int, got {axis!r}") from None
     return Model(
         "batchnorm",
         _forward,

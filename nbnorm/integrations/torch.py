@@ -686,11 +686,23 @@ def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
         if moments.count > 0:
             seen.add(moments)
 
-    was = norm.training, norm.track_running_stats
-    norm.training, norm.track_running_stats = True, False
-    hook = norm.register_forward_hook(see, with_kwargs=True)
+    # For the length of each forward, as `eval` and `train` may be called within the block.
+    modes: list[tuple[bool, bool]] = []
+
+    def train(*_: object) -> None:
+        modes.append((norm.training, norm.track_running_stats))
+        norm.training, norm.track_running_stats = True, False
+
+    def restore(*_: object) -> None:
+        norm.training, norm.track_running_stats = modes.pop()
+
+    hooks = (
+        norm.register_forward_pre_hook(train),
+        norm.register_forward_hook(restore, always_call=True),
+        norm.register_forward_hook(see, with_kwargs=True),
+    )
     try:
         yield seen
     finally:
-        hook.remove()
-        norm.training, norm.track_running_stats = was
+        for hook in hooks:
+            hook.remove()

@@ -827,6 +827,20 @@ def test_recalibrated_by_all_that_was_seen(dtype, momentum, converted):
         close(model[i].running_var.double(), values.var(1), dtype)
 
 
+def test_modes_may_change_within_the_block():
+    """A function that evaluates a model begins with `eval`."""
+    model, (x, *_) = two_layers()[:4].train(), uneven()
+    with recalibrate(model):
+        in_training = model(x)
+        assert torch.equal(model.eval()(x), in_training)
+        model[3].train()
+        assert torch.equal(model(x), in_training)
+        with pytest.raises(ValueError, match="Expected more than 1 value"):
+            model(x[:1, :, :1, :1])
+        assert [model[i].training for i in (0, 3)] == [False, True]
+        assert all(model[i].track_running_stats for i in (0, 3))
+
+
 def test_recalibration_weighs_values_and_update_bn_batches():
     model, batches = two_layers().train(), uneven()
     values = torch.cat([x.transpose(0, 1).flatten(1) for x in batches], 1)
