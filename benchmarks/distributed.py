@@ -30,6 +30,7 @@ import numba
 import numpy as np
 
 import nbnorm
+from benchmarks.tables import markdown
 from nbnorm import Moments
 from nbnorm.distributed import SelfComm, sync_batch_norm_backward, sync_batch_norm_forward
 
@@ -151,12 +152,6 @@ def merged(ranks: int, offset: float) -> list[str]:
     return [*(f"{error.max():.1e}" for error in errors), f"{spent * 1e3:.2g}"]
 
 
-def table_of(lines: list[list[str]]) -> str:
-    """Return lines as a Markdown table."""
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
-
-
 def conditions(libraries: list[str]) -> str:
     """Say where and with what."""
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
@@ -176,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     command = f"python benchmarks/distributed.py {' '.join(sys.argv[1:])}"
     if args.what == "merge":
-        print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{table_of(merge())}")
+        print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{markdown(merge())}")
         return
     from mpi4py import MPI
 
@@ -187,7 +182,7 @@ def main() -> None:
         print(f"{conditions(['numpy', 'numba', 'mpi4py'])}, {implementation}\n")
         threads = f"NUMBA_NUM_THREADS={numba.get_num_threads()}"
         print(f"    {threads} mpiexec -n {comm.Get_size()} {command}\n")
-        print(table_of(lines))
+        print(markdown(lines))
 
 
 if __name__ == "__main__":

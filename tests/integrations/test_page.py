@@ -16,6 +16,9 @@ HOSTS = {
 def test_every_host_is_there():
     files = (ROOT / "nbnorm" / "integrations").glob("[a-z]*.py")
     assert {file.stem for file in files} == set(HOSTS)
+    measured = PAGE.partition("<!-- integrations: begin -->")[2]
+    for host in ("PyTorch", *list(HOSTS)[1:]):
+        assert re.search(rf"^\| {host} [\w.+]+ +\| .*\dx", measured, re.M), host
     for host, title in HOSTS.items():
         assert f"| {title} | `nbnorm-kernels[{host}]` |" in PAGE
 
