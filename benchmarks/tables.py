@@ -47,8 +47,30 @@ def section(run: Run) -> str:
         shown = [row for shape in SHOWN for row in rows if row.shape == shape]
         if op in ("forward", "backward") and shown:
             parts.append(f"{op.capitalize()}, float32, ms, and the peers' multiples:\n\n")
-            parts[-1] += _shapes(shown)
+            parts[-1] += _shapes(shown, ["nbnorm", "nbnorm channels-last"])
     parts += [*_left_out(run), f"{describe(run.conditions)}\n\n{_commands(run)}"]
+    return "\n".join(parts)
+
+
+def page(run: Run) -> str:
+    """The site's account of a run: as README.md's, but for all ops and shapes."""
+    parts = [f"{describe(run.conditions)}\n\n{_commands(run)}", *_left_out(run)]
+    for dtype in dict.fromkeys(row.dtype for row in run.rows):
+        by_op = _by_op(run, dtype)
+        sums = _sums(by_op)
+        if sums:
+            parts.append(f"## ResNet-50, {dtype}\n\nAll 53 batch norms at N = 32, ms:\n\n{sums}")
+        parts.append(
+            f"## Against each library, {dtype}\n\nTimes as multiples of nbnorm's, like with like: "
+            "geometric mean over all shapes,\nand in brackets the least, with its shape:\n\n"
+            f"{_means(by_op)}"
+        )
+        for op, rows in by_op.items():
+            table = _shapes(rows, filter(is_ours, PEERS))
+            parts.append(
+                f"## By shape: {op}, {dtype}\n\n"
+                f"The floor's and nbnorm's times in ms, the others in multiples:\n\n{table}"
+            )
     return "\n".join(parts)
 
 
@@ -205,9 +227,9 @@ def _means(by_op: dict[str, list[Row]]) -> str:
     return markdown([*lines, best])
 
 
-def _shapes(rows: list[Row]) -> str:
-    """One row a shape: nbnorm's times and floors, the peers' multiples of nbnorm's."""
-    ours = [name for name in ("nbnorm", "nbnorm channels-last") if name in _names(rows)]
+def _shapes(rows: list[Row], ours: Iterable[str]) -> str:
+    """One row a shape: these times of nbnorm's and the floor, the peers' multiples of nbnorm's."""
+    ours = [name for name in ours if name in _names(rows)]
     others = _others(rows)
     lines = [["shape", "floor", *ours, *others]]
     for row in rows:

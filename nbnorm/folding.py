@@ -13,7 +13,7 @@ def fold_batch_norm(
     """Return batch normalization at inference as ``y = scale * x + shift``.
 
     The last line of Algorithm 2 of Ioffe & Szegedy (2015): scale = gamma / sqrt(var + eps) and
-    shift = beta - mean * scale, in float64 and rounded once. Where |mean| is much greater than
+    shift = beta - mean * scale, in float64 and rounded once. Where ``|mean|`` is much greater than
     the standard deviation, scale * x + shift cancels in float32; `batch_norm_inference` does not.
 
     Parameters
@@ -134,7 +134,7 @@ def fold_into_conv(
 
     Parameters
     ----------
-    weight : array of shape (out, in / groups, *kernel), or (in, out / groups, *kernel)
+    weight : array of shape ``(out, in / groups, *kernel)`` or ``(in, out / groups, *kernel)``
         Weight of the convolution, any floating dtype; the second form where `transposed`.
     bias : array of shape (out,), or None
         Bias of the layer; None means 0.

@@ -235,8 +235,8 @@ def fold_into_conv(
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Return the weight and bias of the convolution followed by scale and shift.
 
-    Weights are (out, in / groups, *kernel) or, transposed, (in, out / groups, *kernel): there
-    weight[i, j] leads to output channel j of the group that input channel i belongs to.
+    Weights are ``(out, in / groups, *kernel)`` or, transposed, ``(in, out / groups, *kernel)``:
+    there weight[i, j] leads to output channel j of the group that input channel i belongs to.
     """
     scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
     i, j = np.indices(weight.shape[:2])

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import re
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 from children import run_child
@@ -25,6 +26,8 @@ MODULES = sorted(
     # Host frameworks and GPUs have their own tests, where they are installed.
     and not module.name.startswith(("nbnorm.integrations", "nbnorm.cuda", "nbnorm.distributed"))
 )
+# Public modules whose names `nbnorm` itself does not have.
+OF_THEIR_OWN = ("conventions", "distributed")
 FUNCTIONS = [name for name in nbnorm.__all__ if inspect.isfunction(getattr(nbnorm, name))]
 
 
@@ -52,16 +55,33 @@ def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
 
 def sections_of(page):
     """Return the Python blocks of every section that has some, by its title."""
-    parts = re.split(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(), flags=re.M)[1:]
-    blocks = [re.findall(BLOCK, text, re.M | re.S) for text in parts[1::2]]
-    return {title: code for title, code in zip(parts[::2], blocks, strict=True) if code}
+    sections, title = {}, ""
+    # A block is taken whole, as its comments look like headings.
+    for block in re.finditer(
+        r"^```(\w*)[^\n]*\n(.*?)^```$|^#+ ([^\n]*)$", page.read_text(encoding="utf-8"), re.M | re.S
+    ):
+        language, code, heading = block.groups()
+        title = heading or title
+        if language == "python":
+            sections.setdefault(title, []).append(code)
+    return sections
 
 
 SECTIONS_RUN = [
-    pytest.param(blocks, id=title)
-    for page in ("conventions.md",)
+    pytest.param(blocks, id=f"{page.name}: {title}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if page.name != "integrations.md"  # tests/integrations/test_page.py
     for title, blocks in sections_of(page).items()
 ]
+
+
+def test_sections_are_found():
+    assert len(SECTIONS_RUN) > 20
+    page = "# One\n```python\n# no heading\na = 1\n```\n## Two\n```sh\n# nor this\n```\n"
+    with NamedTemporaryFile("w", suffix=".md") as file:
+        file.write(page)
+        file.flush()
+        assert sections_of(Path(file.name)) == {"One": ["# no heading\na = 1\n"]}
 
 
 # Keras makes NumPy arrays of its variables in a way that NumPy deprecates.
@@ -75,9 +95,46 @@ def test_sections_of_the_docs_run(blocks, tmp_path, monkeypatch):
     for name in imported:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
+    # For torch.distributed, which torchrun tells as much.
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     namespace = {"__name__": "section"}
     for i, block in enumerate(blocks):
         exec(compile(block, f"block {i + 1}", "exec"), namespace)
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = [page for page in PAGES if not {"generated", "_build"} & set(page.parts)]
+
+
+def places_in(page):
+    """Return the anchors that code hosts give to a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_files_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        address, _, place = link.partition("#")
+        if "://" in address:
+            continue
+        target = page.parent / address if address else page
+        assert target.exists(), link
+        assert not place or place in places_in(target), link
+
+
+def test_the_reference_lists_every_public_name():
+    listed = set(re.findall(r"^   ~?(nbnorm\.[\w.]+)$", (ROOT / "docs/api.rst").read_text(), re.M))
+    package = ROOT / "nbnorm"
+    modules = [*package.glob("integrations/[a-z]*.py"), package / "reference.py"]
+    modules += [path for path in package.glob("[a-z]*.py") if path.stem in OF_THEIR_OWN]
+    expected = {f"nbnorm.{name}" for name in nbnorm.__all__}
+    expected |= {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules}
+    assert listed == expected
 
 
 def test_all_names_what_there_is():

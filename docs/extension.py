@@ -1,0 +1,117 @@
+"""What the site needs beyond Sphinx's extensions: formulas, tables of speed, examples, links."""
+
+import re
+from pathlib import Path
+
+from docutils import nodes
+from math_core import LatexToMathML
+from sphinx.addnodes import pending_xref
+from sphinx.ext.autodoc.mock import _MockObject
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+import nbnorm
+from benchmarks import tables
+from benchmarks.runs import Run
+
+DOCS = Path(__file__).parent
+GALLERY = "generated/examples/"
+FIELD = type(nbnorm.BatchNormForward.y)  # of a named tuple
+
+mathml = LatexToMathML(fancy_error=False)
+
+# Frameworks that are not there have annotations too, such as ``Tensor | None``.
+_MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self
+
+
+def inline(writer, node):
+    """Write a formula into the text."""
+    writer.body.append(mathml.convert_with_local_state(node.astext(), displaystyle=False))
+    raise nodes.SkipNode
+
+
+def block(writer, node):
+    """Write a formula into a box of its own, which scrolls where the page is narrower."""
+    formula = mathml.convert_with_local_state(node.astext(), displaystyle=True)
+    writer.body.append(f'<div class="formula">{formula}</div>\n')
+    raise nodes.SkipNode
+
+
+def write_speed(app):
+    """Write the tables of benchmarks.md from the figures that are kept as JSON."""
+    path = DOCS / "generated" / "speed.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(tables.page(Run.read(DOCS / "speed.json")), encoding="utf-8")
+
+
+def headers_are_rst(app):
+    """Have sphinx-gallery take no README.md, such as that of a folder of data, for a section."""
+    app.config.sphinx_gallery_conf["source_suffix"] = [".rst"]
+
+
+def read(app, document, source):
+    """Make a page of an example's docstring, and have other pages link to such pages."""
+    if document.startswith(GALLERY):
+        source[0] = re.sub(
+            r"(?s)(\n\.\. _sphx_glr_\S+:\n\n)(.*?)(?=\n\n\.\. GENERATED FROM)",
+            lambda match: match[1] + titled(match[2]),
+            source[0],
+            count=1,
+        )
+    else:
+        source[0] = re.sub(r"\]\(examples/(\w+)\.(?:py|rst)\)", rf"]({GALLERY}\1.rst)", source[0])
+        source[0] = source[0].replace(f"{GALLERY}GALLERY_HEADER", f"{GALLERY}index")
+
+
+def titled(docstring):
+    """Return a docstring whose first line is the title, and what is indented is code."""
+    title, _, text = docstring.partition("\n")
+    if not re.match(r"([=~*-])\1+$", text):
+        text = f"{'=' * len(title)}\n{text}"
+    return f"{title.removesuffix('.')}\n" + re.sub(r"(?<!::)\n\n(?= {4}\S)", "\n\n::\n\n", text)
+
+
+def no_fields(app, what, name, obj, skip, options):
+    """Leave out fields of named tuples: their class describes them."""
+    return True if isinstance(obj, FIELD) else None
+
+
+def find(app, env, node, contnode):
+    """Link what a docstring names without its module: `batch_norm_forward`."""
+    if node.get("reftype") != "obj":
+        return None
+    return link(app, node["refdoc"], f"nbnorm.{node['reftarget']}", contnode)
+
+
+def link(app, document, name, content):
+    """Return a reference to a name of the API, None where there is no such name."""
+    python = app.env.domains.python_domain
+    if name not in python.objects:
+        return None
+    return python.resolve_xref(app.env, document, app.builder, "obj", name, pending_xref(), content)
+
+
+class LinkedNames(SphinxPostTransform):
+    """Link code in the text that names the API: `nbnorm.warmup`, `nbnorm.warmup(shape)`."""
+
+    default_priority = 400
+
+    def run(self, **_):
+        """Put a reference around each."""
+        for code in list(self.document.findall(nodes.literal)):
+            name = code.astext().partition("(")[0]
+            if name.startswith("nbnorm.") and not isinstance(code.parent, nodes.reference):
+                reference = link(self.app, self.env.current_document.docname, name, code.deepcopy())
+                if reference is not None:
+                    code.replace_self(reference)
+
+
+def setup(app):
+    """Connect all of it."""
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    app.connect("builder-inited", write_speed)
+    app.connect("builder-inited", headers_are_rst, priority=0)
+    app.connect("source-read", read)
+    app.connect("autodoc-skip-member", no_fields)
+    app.connect("missing-reference", find)
+    app.add_post_transform(LinkedNames)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
