@@ -8,239 +8,213 @@ one sigmoid's input moves as the layers before it learn.
 
 NumPy does the matrix products, nbnorm the normalisation, forward and backward. Both networks start
 from the same weights and see the same batches. The paper has 60,000 digits to train and 10,000 to
-test; here it is 4,000 and 1,000 (data/README.md says whose).
+test; here it is 4,000 and 1,000 (data/README.md says whose), or those of a folder with the four
+files of MNIST or Fashion-MNIST.
 
-    python figure1.py                    # under a minute, writes figure1.png
-    python figure1.py --steps 50000      # the paper's length
+    python figure1.py                              # under a minute, writes figure1.png
+    python figure1.py --steps 50000 --seeds 5      # the paper's length, five times
+    python figure1.py --data ~/fashion-mnist
+
+With --results the figure is drawn from that file: seeds that it has are not run again.
 """
 
 import argparse
-import os
+import gzip
+import time
 from itertools import pairwise
 from pathlib import Path
 
-# Before NumPy is loaded: threads gain nothing on products this small, and cost a lot where other
-# programs run.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from perceptron import Network, digits  # before NumPy, whose threads it sets
 
-import matplotlib
+# isort: split
+import matplotlib as mpl
 import numpy as np
+import runs
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from nbnorm import BatchNorm
-
-matplotlib.use("Agg")  # draws into a file and needs no display
-import matplotlib.pyplot as plt
-
-DIGITS = Path(__file__).parent / "data" / "mnist5k.npz"
 SIZES = (784, 100, 100, 100, 10)
 BATCH = 60
 PERCENTILES = (15, 50, 85)
+NETWORKS = {"with BN": "before", "without BN": None}
+COLORS = {"with BN": "tab:blue", "without BN": "tab:orange"}
 
 
-class Linear:
-    """y = x W. As in all layers here, forward keeps what backward needs."""
-
-    def __init__(self, weight):
-        self.parameters = {"weight": weight}
-        self.grads = {}
-
-    def forward(self, x):
-        """Return y."""
-        self.x = x
-        return x @ self.parameters["weight"]
-
-    def backward(self, dy):
-        """Return dx; the gradient of W goes to `grads`."""
-        self.grads["weight"] = self.x.T @ dy
-        return dy @ self.parameters["weight"].T
+def idx_digits(folder):
+    """Return what `perceptron.digits` does, from the IDX files of a folder, gzipped or not."""
+    pairs = []
+    for part in ("train", "t10k"):
+        images = read_idx(folder, f"{part}-images-idx3-ubyte")
+        labels = read_idx(folder, f"{part}-labels-idx1-ubyte")
+        if images.shape != (len(labels), 28, 28):
+            raise ValueError(f"{part} has images of shape {images.shape} for {len(labels)} labels")
+        pairs.append((images.reshape(-1, 784).astype(np.float32) / 255, labels))
+    return pairs
 
 
-class Bias:
-    """y = x + b, where there is no BatchNorm: that has its own shift, beta (section 3.2)."""
-
-    def __init__(self, num_features, dtype):
-        self.parameters = {"bias": np.zeros(num_features, dtype)}
-        self.grads = {}
-
-    def forward(self, x):
-        """Return y."""
-        return x + self.parameters["bias"]
-
-    def backward(self, dy):
-        """Return dx; the gradient of b goes to `grads`."""
-        self.grads["bias"] = dy.sum(axis=0)
-        return dy
+def read_idx(folder, name):
+    """Return the array of bytes in an IDX file: a header of type, rank and lengths, then values."""
+    for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+        if path.exists():
+            with opened(path, "rb") as file:
+                content = file.read()
+            rank = content[3]
+            shape = np.frombuffer(content, ">i4", rank, offset=4)
+            values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
+            if content[:3] != b"\0\0\x08" or values.size != np.prod(shape, dtype=int):
+                raise ValueError(f"{path} is no IDX file of bytes")
+            return values.reshape(shape)
+    raise FileNotFoundError(f"{folder} has no {name}, nor {name}.gz")
 
 
-class Sigmoid:
-    """y = 1 / (1 + exp(-x))."""
-
-    def __init__(self):
-        self.parameters = {}
-
-    def forward(self, x):
-        """Return y."""
-        self.y = (1 + np.tanh(x / 2)) / 2  # the same function, without exp's overflow
-        return self.y
-
-    def backward(self, dy):
-        """Return dx."""
-        return dy * self.y * (1 - self.y)
+def percentiles(network, images):
+    """Return percentiles of a sigmoid's input: of the first one of the last hidden layer."""
+    for layer in network.layers[:-3]:
+        images = layer.forward(images)
+    return np.percentile(images[:, 0], PERCENTILES)
 
 
-class Network:
-    """Linear layers with sigmoids between them, and where asked a BatchNorm before each sigmoid."""
-
-    def __init__(self, sizes, rng, *, batch_norm, spread=0.05, dtype=np.float32):
-        *hidden, last = (
-            Linear(rng.normal(0, spread, shape).astype(dtype)) for shape in pairwise(sizes)
-        )
-        self.layers = []
-        for linear, width in zip(hidden, sizes[1:-1], strict=True):
-            shift = BatchNorm(width, dtype=dtype) if batch_norm else Bias(width, dtype)
-            self.layers += [linear, shift, Sigmoid()]
-        self.layers += [last, Bias(sizes[-1], dtype)]
-
-    def backpropagate(self, x, labels):
-        """Leave the gradients of the loss in the layers and return the loss."""
-        for layer in self.layers:
-            x = layer.forward(x)
-        loss, dx = cross_entropy(x, labels)
-        for layer in reversed(self.layers):
-            dx = layer.backward(dx)
-        return loss
-
-    def descend(self, rate):
-        """Take one step down the gradients."""
-        for layer in self.layers:
-            for name, parameter in layer.parameters.items():
-                parameter -= rate * layer.grads[name]
-
-    def test(self, x, labels):
-        """Return the accuracy, under running statistics, and percentiles of a sigmoid's input.
-
-        The sigmoid is the first one of the last hidden layer.
-        """
-        norms = [layer for layer in self.layers if isinstance(layer, BatchNorm)]
-        for norm in norms:
-            norm.eval()
-        for layer in self.layers:
-            if layer is self.layers[-3]:
-                percentiles = np.percentile(x[:, 0], PERCENTILES)
-            x = layer.forward(x)
-        for norm in norms:
-            norm.train()
-        return np.mean(x.argmax(axis=1) == labels), percentiles
-
-
-def cross_entropy(scores, labels):
-    """Return the softmax cross-entropy of a batch, its mean, and the gradient of the scores."""
-    rows = np.arange(len(labels))
-    scores = scores - scores.max(axis=1, keepdims=True)
-    log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    dscores = np.exp(log_p)
-    dscores[rows, labels] -= 1
-    return -log_p[rows, labels].mean(), dscores / len(labels)
-
-
-def load_digits():
-    """Return (images, labels) to train and to test; an image is a row of 784 values in [0, 1]."""
-    with np.load(DIGITS) as digits:
-        images = digits["images"].reshape(-1, 784).astype(np.float32) / 255
-        labels = digits["labels"]
-    return (images[:4000], labels[:4000]), (images[4000:], labels[4000:])
-
-
-def train(steps, seed, rate):
+def train(data, steps, seed, rate):
     """Train both networks on the same batches and test them a hundred times on the way.
 
-    Returns the steps of the tests, shape (k,), and a dict from network to its accuracies, shape
-    (k,), and percentiles, shape (k, 3).
+    Returns for each network a dict with lists: "accuracy" (k,), "percentiles" (k, 3), and
+    "microseconds", the mean time of a step.
     """
-    (images, labels), test_digits = load_digits()
+    (images, labels), test = data
     networks = {
-        "with BN": Network(SIZES, np.random.default_rng(seed), batch_norm=True),
-        "without BN": Network(SIZES, np.random.default_rng(seed), batch_norm=False),
+        name: Network(SIZES, np.random.default_rng(seed), batch_norm=batch_norm)
+        for name, batch_norm in NETWORKS.items()
     }
-    tests = {name: [] for name in networks}
-    tested_at = np.unique(np.ceil(np.linspace(0, steps, 101)).astype(int))[1:]
+    found = {name: {"accuracy": [], "percentiles": [], "microseconds": 0.0} for name in networks}
+    tests = set(tested_at(steps))
     rng = np.random.default_rng(seed + 1)
-    for step in tqdm(range(1, steps + 1), desc="training both networks", unit=" steps"):
+    for step in tqdm(range(1, steps + 1), desc=f"seed {seed}", unit=" steps"):
         batch = rng.integers(len(images), size=BATCH)
-        for network in networks.values():
+        for name, network in networks.items():
+            begin = time.perf_counter()
             network.backpropagate(images[batch], labels[batch])
             network.descend(rate)
-        if step in tested_at:
+            found[name]["microseconds"] += 1e6 * (time.perf_counter() - begin) / steps
+        if step in tests:
             for name, network in networks.items():
-                tests[name].append(network.test(*test_digits))
-    return tested_at, {
-        name: [np.array(column) for column in zip(*tests[name], strict=True)] for name in networks
-    }
+                # In this order: the accuracy's forward leaves the network in evaluation.
+                found[name]["accuracy"].append(round(float(network.accuracy(*test)), 5))
+                found[name]["percentiles"].append(percentiles(network, test[0]).round(4).tolist())
+    for result in found.values():
+        result["microseconds"] = round(result["microseconds"], 1)
+    return found
 
 
-def print_table(steps, results):
-    """Print test accuracy by step, twenty rows of it."""
-    print(f"\n{'':>8}  test accuracy\n{'step':>8}", *(f"{name:>12}" for name in results))
-    rows = np.unique(np.ceil(np.linspace(0, len(steps), 21)).astype(int))[1:] - 1
-    for row in rows:
-        print(f"{steps[row]:>8}", *(f"{accuracy[row]:>12.3f}" for accuracy, _ in results.values()))
+def tested_at(steps):
+    """Return up to a hundred steps, the last one among them."""
+    return np.unique(np.ceil(np.linspace(0, steps, 101)).astype(int))[1:].tolist()
 
 
-def draw(steps, results, output):
-    """Write the figure: (a) accuracy, (b, c) percentiles of a sigmoid's input."""
-    colors = {"with BN": "tab:blue", "without BN": "tab:orange"}
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(12, 4.4), layout="constrained")
-    grid = figure.add_gridspec(1, 3, width_ratios=(1.5, 1, 1))
-    figure.suptitle("Ioffe & Szegedy (2015), Figure 1: batch normalization on handwritten digits")
-
-    left = figure.add_subplot(grid[0])
-    for name, (accuracy, _) in results.items():
-        left.plot(steps, accuracy, color=colors[name], label=name)
-    left.set(title="(a) accuracy on 1,000 test digits", xlabel="step", ylabel="accuracy")
-    left.set(ylim=(0, 1), xlim=(0, steps[-1]))
-    left.grid(alpha=0.3)
-    left.legend(loc="lower right", frameon=False)
-
-    middle = figure.add_subplot(grid[1])
-    right = figure.add_subplot(grid[2], sharey=middle)
-    for panel, letter, name in ((middle, "b", "without BN"), (right, "c", "with BN")):
-        low, median, high = results[name][1].T
-        panel.fill_between(steps, low, high, color=colors[name], alpha=0.25, linewidth=0)
-        panel.plot(steps, median, color=colors[name])
-        for percent, line in zip(PERCENTILES, (low, median, high), strict=True):
-            panel.annotate(
-                f"{percent} %",
-                (steps[-1], line[-1]),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        panel.set(title=f"({letter}) a sigmoid's input {name}", xlabel="step")
-        panel.set(xlim=(0, steps[-1]))
-        panel.grid(alpha=0.3)
-    middle.set_ylabel("15th, 50th and 85th percentile")
-    figure.savefig(output, dpi=150)
+def accuracies(found, name):
+    """Return the accuracies of a network, (seeds, tests)."""
+    return np.array([run[name]["accuracy"] for run in found])
 
 
-def main():
-    """Train, print the table, write the figure."""
+def print_table(steps, found):
+    """Print test accuracy by step, its mean over the seeds, in twenty rows; and times."""
+    print(f"\n{'':>8}  test accuracy\n{'step':>8}", *(f"{name:>12}" for name in NETWORKS))
+    means = [accuracies(found, name).mean(axis=0) for name in NETWORKS]
+    for row in np.unique(np.ceil(np.linspace(0, len(steps), 21)).astype(int))[1:] - 1:
+        print(f"{steps[row]:>8}", *(f"{mean[row]:>12.3f}" for mean in means))
+    print()
+    for name in NETWORKS:
+        last = accuracies(found, name)[:, -1]
+        times = np.median([run[name]["microseconds"] for run in found])
+        print(
+            f"{name}: {times:.0f} us a step; accuracy in the end {last.mean():.3f}, "
+            f"{last.min():.3f} to {last.max():.3f} over seeds: {len(last)}"
+        )
+
+
+def draw(steps, found, tested, output):
+    """Write the figure: (a) accuracy; (b, c) a sigmoid's input, of the first seed."""
+    # The same results give the same file: no date, and names of elements that are not random.
+    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(12, 4.4), layout="constrained")
+        grid = figure.add_gridspec(1, 3, width_ratios=(1.5, 1, 1))
+        figure.suptitle(f"Ioffe & Szegedy (2015), Figure 1: batch normalization on {tested}")
+
+        left = figure.add_subplot(grid[0])
+        for name in NETWORKS:
+            accuracy = accuracies(found, name)
+            left.plot(steps, accuracy.mean(axis=0), color=COLORS[name], label=name)
+            band = accuracy.min(axis=0), accuracy.max(axis=0)
+            left.fill_between(steps, *band, color=COLORS[name], alpha=0.25, linewidth=0)
+        over = "" if len(found) == 1 else f"; mean and range of {len(found)} seeds"
+        left.set(title=f"(a) test accuracy{over}", xlabel="step", ylabel="accuracy")
+        left.set(ylim=(0, 1), xlim=(0, steps[-1]))
+        left.grid(alpha=0.3)
+        left.legend(loc="lower right", frameon=False)
+
+        middle = figure.add_subplot(grid[1])
+        right = figure.add_subplot(grid[2], sharey=middle)
+        for panel, letter, name in ((middle, "b", "without BN"), (right, "c", "with BN")):
+            lines = np.array(found[0][name]["percentiles"]).T
+            for line, upper in pairwise(lines):
+                panel.fill_between(steps, line, upper, color=COLORS[name], alpha=0.25, linewidth=0)
+            panel.plot(steps, lines[1], color=COLORS[name])
+            for percent, line in zip(PERCENTILES, lines, strict=True):
+                panel.annotate(
+                    f"{percent} %",
+                    (steps[-1], line[-1]),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                )
+            panel.set(title=f"({letter}) a sigmoid's input {name}", xlabel="step")
+            panel.set(xlim=(0, steps[-1]))
+            panel.grid(alpha=0.3)
+        middle.set_ylabel("15th, 50th and 85th percentile")
+        metadata = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, dpi=150, metadata=metadata)
+
+
+def options():
+    """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000, help="default %(default)s")
     parser.add_argument(
         "--rate", type=float, default=0.1, help="learning rate, default %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="the first one, default %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, default %(default)s")
+    parser.add_argument("--data", type=Path, help="folder with the IDX files of (Fashion-)MNIST")
+    parser.add_argument("--results", type=Path, help="JSON to keep finished seeds in")
     parser.add_argument(
         "--output", type=Path, default=Path("figure1.png"), help="default %(default)s"
     )
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error("--steps must be at least 1")
-    steps, results = train(arguments.steps, arguments.seed, arguments.rate)
-    print_table(steps, results)
-    draw(steps, results, arguments.output)
+    for name in ("steps", "seeds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return parser, arguments
+
+
+def main():
+    """Train, print the table, write the figure."""
+    parser, arguments = options()
+    tested = arguments.data.resolve().name if arguments.data else "handwritten digits"
+    settings = {"steps": arguments.steps, "rate": arguments.rate, "data": tested}
+    try:
+        data = idx_digits(arguments.data) if arguments.data else digits()
+        finished = runs.read(arguments.results, settings)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    seeds = [str(arguments.seed + i) for i in range(arguments.seeds)]
+    for seed in seeds:
+        if seed not in finished:
+            finished[seed] = train(data, arguments.steps, int(seed), arguments.rate)
+            if arguments.results:
+                runs.write(arguments.results, settings, finished)
+    steps, found = tested_at(arguments.steps), [finished[seed] for seed in seeds]
+    print_table(steps, found)
+    draw(steps, found, tested, arguments.output)
     print(f"\nwrote {arguments.output}")
 
 

@@ -1,0 +1,294 @@
+"""Figures 2 and 3 of the batch normalization paper, at small scale: digits, not ImageNet.
+
+S. Ioffe & C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+Covariate Shift" (2015), section 4.2, train Inception on ImageNet, and compare it with itself with
+batch normalization before every nonlinearity, at 1, 5 and 30 times its learning rate. Here a
+network of the same kind, towers of 1x1, 3x3, double 3x3 convolutions and pooling side by side, but
+of four modules and 41,000 weights, learns 4,000 handwritten digits (data/README.md says whose) in
+batches of 32. PyTorch computes the convolutions, nbnorm the normalisation.
+
+==============  ===================================================================================
+Baseline        no batch normalization; the rate with which it learns best (see --rate)
+Baseline-x5     the same at five times that rate, at which the paper's Inception diverged
+BN-Baseline     the baseline with batch normalization before every nonlinearity
+BN-x5, BN-x30   at 5 and 30 times the rate, and with the accompanying changes of section 4.2.1
+BN-x5-Sigmoid   BN-x5 with sigmoids for ReLUs
+Sigmoid         the baseline with sigmoids; the paper's remained at chance
+==============  ===================================================================================
+
+The accompanying changes, all modelled (--changes takes some of them): no dropout before the
+classifier; five times less L2; six times faster decay of the rate; no local response normalization;
+shuffling anew for every epoch, where the baseline meets the same batches again and again; less
+distortion of brightness and contrast.
+
+    python figure2.py                                   # three minutes, writes figure2.png
+    python figure2.py --seeds 3 --results figure2.json  # goes on where it was stopped
+    python figure2.py --networks Baseline --rate 0.1    # one network at another rate
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import runs
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from nbnorm.integrations.torch import BatchNorm2d
+
+DIGITS = Path(__file__).parent / "data" / "mnist5k.npz"
+TEST = 1000
+BATCH = 32
+TESTS = 40
+CHANGES = ("dropout", "l2", "decay", "lrn", "shuffling", "distortion")
+
+
+class Variant(NamedTuple):
+    """One line of the table above."""
+
+    batch_norm: bool
+    times: float = 1  # the base rate
+    sigmoid: bool = False
+    changed: bool = False  # makes the accompanying changes
+    color: str = "black"
+
+
+VARIANTS = {
+    "Baseline": Variant(False, color="black"),
+    "Baseline-x5": Variant(False, 5, color="tab:gray"),
+    "BN-Baseline": Variant(True, color="tab:orange"),
+    "BN-x5": Variant(True, 5, changed=True, color="tab:blue"),
+    "BN-x30": Variant(True, 30, changed=True, color="tab:green"),
+    "BN-x5-Sigmoid": Variant(True, 5, sigmoid=True, changed=True, color="tab:purple"),
+    "Sigmoid": Variant(False, sigmoid=True, color="tab:red"),
+}
+
+
+def convolution(inside, outside, size, variant, *, stride=1, pool=()):
+    """Return a convolution, batch normalization where wanted, and the nonlinearity."""
+    conv = nn.Conv2d(inside, outside, size, stride, size // 2, bias=not variant.batch_norm)
+    nn.init.kaiming_normal_(conv.weight)
+    norm = [BatchNorm2d(outside, relu=not variant.sigmoid)] if variant.batch_norm else []
+    last = [nn.Sigmoid()] if variant.sigmoid else [nn.ReLU()] * (not norm)
+    return nn.Sequential(conv, *pool, *norm, *last)
+
+
+class Inception(nn.Module):
+    """Towers of 1x1, 3x3, double 3x3 convolutions and pooling, side by side."""
+
+    def __init__(self, inside, outside, variant):
+        super().__init__()
+        narrow = outside // 4
+        # Pooling commutes with the 1x1 convolution after it, and costs less on fewer channels.
+        pooled = convolution(inside, narrow, 1, variant, pool=[nn.AvgPool2d(3, 1, 1)])
+        towers = [[convolution(inside, narrow, 1, variant)] for _ in range(3)] + [[pooled]]
+        towers[1] += [convolution(narrow, narrow, 3, variant)]
+        towers[2] += [convolution(narrow, narrow, 3, variant) for _ in range(2)]
+        self.towers = nn.ModuleList(nn.Sequential(*tower) for tower in towers)
+
+    def forward(self, x):
+        """Return what the towers make of x, their channels one after the other."""
+        return torch.cat([tower(x) for tower in self.towers], dim=1)
+
+
+def network(variant, habits):
+    """Return the network, 28x28 pixels to ten scores."""
+    return nn.Sequential(
+        convolution(1, 16, 3, variant, stride=2),
+        nn.LocalResponseNorm(5) if "lrn" in habits else nn.Identity(),
+        Inception(16, 32, variant),
+        Inception(32, 48, variant),
+        nn.MaxPool2d(2),
+        Inception(48, 64, variant),
+        Inception(64, 96, variant),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.4 if "dropout" in habits else 0.0),
+        nn.Linear(96, 10),
+    )
+
+
+def digits():
+    """Return images, (5000, 1, 28, 28) in [0, 1], and labels."""
+    with np.load(DIGITS) as file:
+        images = torch.from_numpy(file["images"].astype(np.float32) / 255)
+        return images.unsqueeze(1), torch.from_numpy(file["labels"].astype(np.int64))
+
+
+def batches(images, labels, habits, rng):
+    """Yield batches for ever; the same ones in every epoch, where that is the habit."""
+    order = torch.randperm(len(images), generator=rng)
+    strength = 0.4 if "distortion" in habits else 0.1
+    while True:
+        for batch in order.split(BATCH):
+            contrast, brightness = strength * (2 * torch.rand(2, len(batch), generator=rng) - 1)
+            distorted = images[batch] * (1 + contrast).view(-1, 1, 1, 1)
+            yield distorted + brightness.view(-1, 1, 1, 1), labels[batch]
+        if "shuffling" not in habits:
+            order = torch.randperm(len(images), generator=rng)
+
+
+def train(variant, data, seed, rate, steps, changes, progress):
+    """Train a network and test it on the way.
+
+    Returns a dict: "accuracy", after every fortieth of the steps, and "diverged", the step whose
+    loss was no number any more, or None.
+    """
+    habits = set(CHANGES) - set(changes) if variant.changed else set(CHANGES)
+    images, labels = data
+    torch.manual_seed(seed)
+    model = network(variant, habits)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=rate * variant.times,
+        momentum=0.9,
+        weight_decay=1e-4 if "l2" in habits else 2e-5,
+    )
+    # By the end the rate has been halved once, or six times.
+    halved = (1 if "decay" in habits else 6) / steps
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5**halved)
+    rng = torch.Generator().manual_seed(seed)
+    accuracy, diverged = [], None
+    for step, (x, expected) in enumerate(batches(images[TEST:], labels[TEST:], habits, rng), 1):
+        loss = functional.cross_entropy(model(x), expected)
+        if not loss.isfinite():
+            diverged = step
+            accuracy += [0.1] * (TESTS - len(accuracy))  # one in ten, whatever it answers
+            progress.update(steps - step + 1)
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.update()
+        if step in tested_at(steps):
+            model.eval()
+            with torch.inference_mode():
+                scores = torch.cat([model(part) for part in images[:TEST].split(100)])
+            model.train()
+            right = scores.argmax(dim=1) == labels[:TEST]
+            accuracy.append(round(right.float().mean().item(), 4))
+        if step == steps:
+            break
+    return {"accuracy": accuracy, "diverged": diverged}
+
+
+def tested_at(steps):
+    """Return the steps after which a network is tested, forty of them, the last one among them."""
+    return (np.arange(1, TESTS + 1) * steps // TESTS).tolist()
+
+
+def table(steps, found):
+    """Return lines of Figure 3: of the mean over seeds, steps to the baseline's best, and the best.
+
+    The last column has the best accuracy of each seed by itself, the least and the greatest.
+    """
+    means = {name: np.mean([run["accuracy"] for run in of], axis=0) for name, of in found.items()}
+    reference = "Baseline" if "Baseline" in means else next(iter(means))
+    target = means[reference].max()
+    lines = [f"{'network':<15}{f'steps to {target:.2%}':>17}{'best accuracy':>15}   over seeds"]
+    for name, mean in means.items():
+        reached = np.flatnonzero(mean >= target)
+        count = str(tested_at(steps)[reached[0]]) if reached.size else "-"
+        best = [max(run["accuracy"]) for run in found[name]]
+        gone = sum(run["diverged"] is not None for run in found[name])
+        lines.append(
+            f"{name:<15}{count:>17}{mean.max():>15.2%}   {min(best):.1%} to {max(best):.1%}"
+            + (f", diverged: {gone} of {len(best)}" if gone else "")
+        )
+    return lines
+
+
+def draw(steps, found, output):
+    """Write the figure: test accuracy by step, mean and range over seeds, twice as far in."""
+    # The same results give the same file: no date, and names of elements that are not random.
+    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(12, 4.8), layout="constrained")
+        figure.suptitle("Small scale: an Inception of 4 modules on 4,000 digits, not ImageNet")
+        whole, top = figure.subplots(1, 2)
+        for name, of in found.items():
+            accuracy = np.array([run["accuracy"] for run in of])
+            color = VARIANTS[name].color
+            for panel in (whole, top):
+                panel.plot(tested_at(steps), accuracy.mean(axis=0), color=color, label=name)
+                panel.fill_between(
+                    tested_at(steps), accuracy.min(axis=0), accuracy.max(axis=0),
+                    color=color, alpha=0.15, linewidth=0,
+                )  # fmt: skip
+        seeds = max(map(len, found.values()))
+        over = "" if seeds == 1 else f", mean and range of {seeds} seeds"
+        whole.set(title=f"accuracy on 1,000 test digits{over}", ylim=(0, 1), ylabel="accuracy")
+        whole.legend(frameon=False)
+        top.set(title="the same, from 90 %", ylim=(0.9, 1))
+        for panel in (whole, top):
+            panel.set(xlabel="step", xlim=(0, steps))
+            panel.grid(alpha=0.3)
+        metadata = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, dpi=150, metadata=metadata)
+
+
+def options():
+    """Return the arguments of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
+    parser.add_argument(
+        "--rate", type=float, default=0.02, help="the baseline's, default %(default)s"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how many, default %(default)s")
+    parser.add_argument("--networks", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument(
+        "--changes", nargs="*", default=CHANGES, choices=CHANGES,
+        help="what BN-x5, BN-x30 and BN-x5-Sigmoid change; default: all of it",
+    )  # fmt: skip
+    parser.add_argument("--results", type=Path, help="JSON to keep finished runs in")
+    parser.add_argument(
+        "--output", type=Path, default=Path("figure2.png"), help="default %(default)s"
+    )
+    arguments = parser.parse_args()
+    if arguments.steps < TESTS:
+        parser.error(f"--steps must be at least {TESTS}")
+    if arguments.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    return parser, arguments
+
+
+def main():
+    """Train what has not been trained, print the table, write the figure."""
+    parser, arguments = options()
+    steps, rate, changes = arguments.steps, arguments.rate, arguments.changes
+    settings = {"steps": steps, "rate": rate, "changes": list(changes)}
+    try:
+        finished = runs.read(arguments.results, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    names = {
+        name: [f"{name}, seed {seed}" for seed in range(arguments.seeds)]
+        for name in arguments.networks
+    }
+    missing = [
+        (name, seed, run)
+        for name, of in names.items()
+        for seed, run in enumerate(of)
+        if run not in finished
+    ]
+    data = digits()
+    with tqdm(total=steps * len(missing), unit=" steps") as progress:
+        for name, seed, run in missing:
+            progress.set_description(run)
+            finished[run] = train(VARIANTS[name], data, seed, rate, steps, changes, progress)
+            if arguments.results:
+                runs.write(arguments.results, settings, finished)
+    found = {name: [finished[run] for run in of] for name, of in names.items()}
+    print("", *table(steps, found), sep="\n")
+    draw(steps, found, arguments.output)
+    print(f"\nwrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Results of long runs, as JSON: what was run, by which command, where, when and with what.
+
+A file has as many runs as have been finished. Whoever runs the command again goes on from there,
+and where all are finished only draws.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.runs import conditions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def read(path, settings):
+    """Return the finished runs of a file, a dict; none if there is no file.
+
+    Raises ValueError where they were made with other settings.
+    """
+    if path is None or not path.exists():
+        return {}
+    file = json.loads(path.read_text())
+    if file["settings"] != settings:
+        raise ValueError(f"{path} has runs with {file['settings']}, not with {settings}")
+    return file["runs"]
+
+
+def write(path, settings, runs):
+    """Write all finished runs, one a line, under the command that is running."""
+    program = Path(sys.argv[0]).resolve()
+    known = json.loads(path.read_text())["conditions"] if path.exists() else []
+    now = conditions()
+    head = {
+        "command": shlex.join(["python", program.relative_to(ROOT).as_posix(), *sys.argv[1:]]),
+        "conditions": known if now in known else [*known, now],
+        "settings": settings,
+        "runs": {},
+    }
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
+    text = json.dumps(head, indent=1).removesuffix("{}\n}") + f"{{\n{lines}\n}}\n}}\n"
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.replace(path)  # a run that is cut off here leaves the old file
