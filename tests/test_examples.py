@@ -1,44 +1,49 @@
 """The examples do what they say."""
 
+import gzip
+import importlib
 import importlib.util
+import json
 import os
+import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_child
 from numpy.testing import assert_allclose
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURE1 = ROOT / "docs" / "examples" / "figure1.py"
-POPULATION_STATS = ROOT / "docs" / "examples" / "population_stats.py"
+EXAMPLES = ROOT / "docs" / "examples"
+PLOTS = sorted(path.stem for path in EXAMPLES.glob("plot_*.py"))
+
+
+def lacks(*libraries):
+    return any(importlib.util.find_spec(name) is None for name in libraries)
+
 
 needs_examples = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")),
-    reason='needs the extra "examples" (matplotlib and tqdm)',
+    lacks("matplotlib", "tqdm"), reason='needs the extra "examples" (matplotlib and tqdm)'
 )
+needs_torch = pytest.mark.skipif(lacks("torch"), reason="torch is not installed")
 
 
 @pytest.fixture
-def figure1(monkeypatch):
-    """The example as a module; the variable that it sets is put back afterwards."""
+def load(monkeypatch):
+    """A function that imports an example; the variable that it sets is put back afterwards."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "1"))
-    spec = importlib.util.spec_from_file_location("figure1", FIGURE1)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
 
 
-def run_figure1(folder, *options):
-    return run_example(FIGURE1, folder, *options)
-
-
-def run_example(script, folder, *options):
+def run_figure(folder, program, *options):
     """Run an example in this folder; an overflow or a NaN on the way is an error."""
     return subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", str(script), *options],
+        [sys.executable, "-W", "error::RuntimeWarning", str(EXAMPLES / program), *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -46,6 +51,10 @@ def run_example(script, folder, *options):
         timeout=300,
         check=False,
     )
+
+
+def run_figure1(folder, *options):
+    return run_figure(folder, "figure1.py", *options)
 
 
 @needs_examples
@@ -59,6 +68,7 @@ def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
     # Ten classes: a network that has learnt nothing is right once in ten.
     assert float(with_bn) > 0.6
     assert float(without_bn) < 0.3
+    assert len(re.findall(r"^with(?:out)? BN: [1-9]\d* us a step;", child.stdout, re.M)) == 2
     assert (tmp_path / "short.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["short.png"]
 
@@ -67,18 +77,117 @@ def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
 def test_figure1_runs_for_a_single_step_and_says_no_to_none(tmp_path):
     assert run_figure1(tmp_path, "--steps", "1").returncode == 0
     assert (tmp_path / "figure1.png").exists()
-    child = run_figure1(tmp_path, "--steps", "0")
-    assert child.returncode == 2
-    assert "--steps must be at least 1" in child.stderr
+    for option in ("--steps", "--seeds"):
+        child = run_figure1(tmp_path, option, "0")
+        assert child.returncode == 2
+        assert f"{option} must be at least 1" in child.stderr
 
 
 @needs_examples
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_gradients_of_the_network_agree_with_differences(figure1, batch_norm):
+def test_figure1_keeps_finished_seeds_and_draws_the_same_from_them(tmp_path):
+    def run(*options):
+        child = run_figure1(
+            tmp_path, "--steps", "20", "--results", "kept.json", "--output", "drawn.svg", *options
+        )
+        return child, json.loads((tmp_path / "kept.json").read_text()), child.stderr
+
+    child, first, _ = run("--seeds", "2")
+    assert child.returncode == 0, child.stderr
+    assert list(first["runs"]) == ["0", "1"]
+    assert first["runs"]["0"] != first["runs"]["1"]
+    assert first["command"].endswith("--results kept.json --output drawn.svg --seeds 2")
+    drawn = (tmp_path / "drawn.svg").read_bytes()
+
+    child, same, progress = run("--seeds", "2")
+    assert "seed" not in progress
+    assert same == first
+    assert (tmp_path / "drawn.svg").read_bytes() == drawn
+
+    child, more, progress = run("--seeds", "3")
+    assert re.findall(r"seed (\d)", progress)[-1] == "2"
+    assert {name: more["runs"][name] for name in "01"} == first["runs"]
+    assert "over seeds: 3" in child.stdout
+    assert (tmp_path / "drawn.svg").read_bytes() != drawn
+
+    child, kept, progress = run("--rate", "0.2")
+    assert child.returncode == 2
+    assert "'rate': 0.1" in progress
+    assert kept == more
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    with gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb") as file:
+        file.write(header + array.tobytes())
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """A folder with the files of MNIST, two of them gzipped, and what is in them."""
+    folder = tmp_path / "some-mnist"
+    folder.mkdir()
     rng = np.random.default_rng(0)
-    network = figure1.Network(
-        (6, 5, 4, 3), rng, batch_norm=batch_norm, spread=1.0, dtype=np.float64
-    )
+    pairs = []
+    for part, count, suffix in (("train", 70, ""), ("t10k", 30, ".gz")):
+        images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(10, size=count, dtype=np.uint8)
+        write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", labels)
+        pairs.append((images, labels))
+    return folder, pairs
+
+
+@needs_examples
+def test_figure1_reads_idx_files(load, idx_folder):
+    folder, pairs = idx_folder
+    for (images, labels), (pixels, numbers) in zip(
+        load("figure1").idx_digits(folder), pairs, strict=True
+    ):
+        assert images.dtype == np.float32
+        np.testing.assert_array_equal(images * 255, pixels.reshape(-1, 784))
+        np.testing.assert_array_equal(labels, numbers)
+
+
+@needs_examples
+def test_figure1_learns_from_idx_files(tmp_path, idx_folder):
+    folder, _ = idx_folder
+    child = run_figure1(tmp_path, "--steps", "3", "--data", str(folder), "--results", "kept.json")
+    assert child.returncode == 0, child.stderr
+    file = json.loads((tmp_path / "kept.json").read_text())
+    assert file["settings"]["data"] == "some-mnist"
+
+
+@needs_examples
+def test_figure1_refuses_a_folder_without_the_files_and_files_of_something_else(
+    tmp_path, idx_folder
+):
+    folder, _ = idx_folder
+    labels = folder / "train-labels-idx1-ubyte"
+    whole = labels.read_bytes()
+    for content, message in (
+        (whole[:-1], "is no IDX file of bytes"),
+        (b"\0\0\x0d" + whole[3:], "is no IDX file of bytes"),
+        (bytes([0, 0, 8, 1, 0, 0, 0, 69]) + whole[9:], "for 69 labels"),
+    ):
+        labels.write_bytes(content)
+        child = run_figure1(tmp_path, "--data", str(folder))
+        assert child.returncode == 2
+        assert message in child.stderr
+    labels.unlink()
+    child = run_figure1(tmp_path, "--data", str(folder))
+    assert child.returncode == 2
+    assert "has no train-labels-idx1-ubyte" in child.stderr
+
+
+@pytest.mark.parametrize("activation", ["Sigmoid", "ReLU"])
+@pytest.mark.parametrize("batch_norm", [None, "before", "after"])
+def test_gradients_of_the_network_agree_with_differences(load, batch_norm, activation):
+    perceptron = load("perceptron")
+    rng = np.random.default_rng(0)
+    network = perceptron.Network(
+        (6, 5, 4, 3), rng, batch_norm=batch_norm, spread=1.0, dtype=np.float64,
+        activation=getattr(perceptron, activation),
+    )  # fmt: skip
     x, labels = rng.standard_normal((7, 6)), rng.integers(3, size=7)
     for layer in network.layers:
         for parameter in layer.parameters.values():
@@ -89,7 +198,7 @@ def test_gradients_of_the_network_agree_with_differences(figure1, batch_norm):
         for layer in network.layers
         for name, parameter in layer.parameters.items()
     ]
-    assert len(gradients) == (8 if batch_norm else 6)
+    assert len(gradients) == {None: 6, "before": 8, "after": 10}[batch_norm]
     # Central differences of a loss L near 1: off by h^2 L'''/6 and by 2^-52 L/h.
     h = 1e-5
     for parameter, gradient in gradients:
@@ -107,7 +216,7 @@ def test_gradients_of_the_network_agree_with_differences(figure1, batch_norm):
 @needs_examples
 @pytest.mark.skipif(sys.platform != "linux", reason="the example limits memory as Linux does")
 def test_population_stats_has_less_memory_than_data(tmp_path):
-    child = run_example(POPULATION_STATS, tmp_path, "--gib", "0.25")
+    child = run_figure(tmp_path, "population_stats.py", "--gib", "0.25")
     assert child.returncode == 0, child.stderr
     assert "341 pictures, 256 MiB" in child.stdout
     assert len(re.findall(r"MemoryError$", child.stdout, re.M)) == 2, child.stdout
@@ -120,6 +229,250 @@ def test_population_stats_has_less_memory_than_data(tmp_path):
         assert max(mean_error, var_error) < 4 * 2.0**-23  # arithmetic in float32
     assert "population statistics: 100%" in child.stderr
     assert not list(tmp_path.iterdir())
-    child = run_example(POPULATION_STATS, tmp_path, "--gib", "0.0001")
+    child = run_figure(tmp_path, "population_stats.py", "--gib", "0.0001")
     assert child.returncode == 2
     assert "--gib is too small for a picture" in child.stderr
+
+
+# Figure 2
+
+
+@needs_examples
+@needs_torch
+def test_figure2_prints_a_table_writes_a_figure_and_keeps_finished_runs(tmp_path):
+    options = ("--steps", "40", "--results", "kept.json", "--output", "drawn.svg")
+    child = run_figure(tmp_path, "figure2.py", *options, "--networks", "BN-x5")
+    assert child.returncode == 0, child.stderr
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert list(kept["runs"]) == ["BN-x5, seed 0"]
+    child = run_figure(tmp_path, "figure2.py", *options, "--networks", "Baseline", "BN-x5")
+    assert child.returncode == 0, child.stderr
+    assert "BN-x5" not in child.stderr  # in the progress bar
+    both = json.loads((tmp_path / "kept.json").read_text())
+    assert both["runs"]["BN-x5, seed 0"] == kept["runs"]["BN-x5, seed 0"]
+    assert re.findall(r"^(\S+) +(?:\d+|-) +[\d.]+%   [\d.]+% to [\d.]+%$", child.stdout, re.M) == [
+        "Baseline", "BN-x5",
+    ]  # fmt: skip
+    assert (tmp_path / "drawn.svg").stat().st_size > 1000
+    child = run_figure(tmp_path, "figure2.py", *options, "--changes", "lrn")
+    assert child.returncode == 2
+    assert "'distortion'" in child.stderr
+
+
+@needs_examples
+@needs_torch
+def test_figure2_table_counts_steps_of_the_mean_over_seeds(load):
+    def run(*accuracy, diverged=None):
+        return {"accuracy": [*accuracy, *[accuracy[-1]] * 37], "diverged": diverged}
+
+    lines = load("figure2").table(
+        400,
+        {
+            "Baseline": [run(0.1, 0.5, 0.8), run(0.1, 0.9, 0.8)],
+            "BN-x5": [run(0.5, 0.9, 0.9), run(0.5, 0.7, 0.9)],
+            "Sigmoid": [run(0.1, 0.1, 0.1), run(0.1, 0.1, 0.1, diverged=7)],
+        },
+    )
+    assert [line.split() for line in lines[1:]] == [
+        ["Baseline", "30", "80.00%", "80.0%", "to", "90.0%"],
+        ["BN-x5", "20", "90.00%", "90.0%", "to", "90.0%"],
+        ["Sigmoid", "-", "10.00%", "10.0%", "to", "10.0%,", "diverged:", "1", "of", "2"],
+    ]
+    assert "steps to 80.00%" in lines[0]
+
+
+@needs_examples
+@needs_torch
+def test_figure2_normalises_before_every_nonlinearity(load):
+    import torch
+
+    figure2 = load("figure2")
+    for name, variant in figure2.VARIANTS.items():
+        modules = list(figure2.network(variant, set(figure2.CHANGES)).modules())
+        convolutions = [m for m in modules if isinstance(m, torch.nn.Conv2d)]
+        norms = [m for m in modules if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(convolutions) == 29, name
+        assert len(norms) == (29 if variant.batch_norm else 0), name
+        assert all(norm.relu != variant.sigmoid for norm in norms), name
+        nonlinear = sum(isinstance(m, torch.nn.ReLU | torch.nn.Sigmoid) for m in modules)
+        assert nonlinear + sum(norm.relu for norm in norms) == 29, name
+        assert all((c.bias is None) == variant.batch_norm for c in convolutions), name
+
+
+@needs_examples
+@needs_torch
+def test_figure2_pools_after_the_convolution_what_inception_pools_before(load):
+    import torch
+
+    figure2 = load("figure2")
+    torch.manual_seed(0)
+    conv, pool, _ = figure2.Inception(8, 16, figure2.VARIANTS["Baseline"]).towers[3][0]
+    x = torch.randn(2, 8, 7, 7)
+    torch.testing.assert_close(pool(conv(x)), conv(pool(x)))
+
+
+@needs_examples
+@needs_torch
+def test_figure2_meets_the_same_batches_in_every_epoch_unless_it_shuffles(load):
+    import torch
+
+    figure2 = load("figure2")
+    images, labels = torch.ones(96, 1, 28, 28), torch.arange(96)
+    for habits, same in ((["shuffling", "distortion"], True), (["distortion"], False)):
+        drawn = figure2.batches(images, labels, habits, torch.Generator().manual_seed(0))
+        seen = [next(drawn) for _ in range(6)]
+        first, second = (torch.stack([y for _, y in seen[i : i + 3]]) for i in (0, 3))
+        assert torch.equal(first, second) == same
+        assert sorted(second.flatten().tolist()) == list(range(96))
+        assert 0.3 < (seen[0][0] - 1).abs().max() <= 0.8
+
+
+@needs_examples
+@needs_torch
+def test_figure2_says_when_a_network_has_diverged(load):
+    import torch
+    from tqdm import tqdm
+
+    figure2 = load("figure2")
+    data = torch.ones(1064, 1, 28, 28), torch.zeros(1064, dtype=torch.int64)
+    with tqdm(total=80, disable=True) as progress:
+        found = figure2.train(figure2.VARIANTS["Baseline"], data, 0, 1e30, 80, [], progress)
+    assert 1 < found["diverged"] < 80
+    assert len(found["accuracy"]) == 40
+    assert found["accuracy"][-1] == 0.1
+
+
+# What is committed
+
+
+@needs_examples
+@pytest.mark.parametrize("name", ["figure1", pytest.param("figure2", marks=needs_torch)])
+def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
+    path = ROOT / "docs" / "results" / f"{name}.json"
+    before = path.read_bytes()
+    python, program, *options = shlex.split(json.loads(before)["command"])
+    assert (python, program) == ("python", f"docs/examples/{name}.py")
+    drawn = tmp_path / "drawn.svg"
+    child = run_figure(ROOT, Path(program).name, *options, "--output", str(drawn))
+    assert child.returncode == 0, child.stderr
+    assert drawn.read_bytes()[-7:] == b"</svg>\n"
+    assert path.read_bytes() == before, "it ran again"
+
+
+# Plots: each runs as the gallery runs it, and shows what its text says.
+
+RUN_PLOT = """
+import pickle, runpy, sys
+folder, name, out, *variables = sys.argv[1:]
+sys.path.append(folder)
+found = runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+with open(out, "wb") as file:
+    pickle.dump([found[variable] for variable in variables], file)
+import matplotlib.pyplot as plt
+assert plt.get_fignums(), "no figure"
+"""
+
+
+@pytest.fixture
+def plot(tmp_path):
+    """A function that runs a plot and returns some of its variables."""
+
+    def run(name, *variables):
+        out = tmp_path / "variables"
+        options = "-W", "error::RuntimeWarning", "-c", RUN_PLOT
+        run_child(*options, str(EXAMPLES), name, str(out), *variables, MPLBACKEND="Agg")
+        return pickle.loads(out.read_bytes())
+
+    return run
+
+
+def test_every_plot_is_tested_and_begins_as_the_gallery_wants_it():
+    tested = set(re.findall(r'plot\(\s*"(plot_\w+)"', Path(__file__).read_text()))
+    assert tested == set(PLOTS)
+    for name in PLOTS:
+        text = (EXAMPLES / f"{name}.py").read_text()
+        assert re.match(r'r?"""\n(.+)\n=+\n\n', text), name
+        assert "\n# %%\n" in text, name
+
+
+@needs_examples
+def test_scale_of_the_weights(plot):
+    (deviations,) = plot("plot_scale_invariance", "deviations")
+    # Sums of 100 and 256 terms in float32, off by some eight units in the last place of the result.
+    rounding = 8 * 2**-23
+    assert deviations[0.0].max() < rounding
+    assert deviations[1e-5][-1].max() < rounding
+    assert (np.diff(deviations[1e-5][:12], axis=0) < 0).all()
+    assert deviations[1e-5][0].min() > 0.5
+
+
+@needs_examples
+def test_a_bias_grows_for_ever_where_statistics_are_constants(plot):
+    bias, loss, true_bias, true_loss = plot(
+        "plot_bias", "constant_bias", "constant_loss", "true_bias", "true_loss"
+    )
+    assert bias[0] > 0.1
+    assert_allclose(np.diff(bias), bias[0], rtol=1e-9)
+    assert_allclose(loss, loss[0], rtol=1e-9)
+    assert np.abs(true_bias).max() < 1e-12
+    assert_allclose(true_loss, loss[0], rtol=1e-9)
+
+
+@needs_examples
+def test_before_or_after_the_nonlinearity(plot):
+    (accuracy,) = plot("plot_before_after", "accuracy")
+    end = {case: runs[:, -1] for case, runs in accuracy.items()}
+    start = {case: runs[:, 0] for case, runs in accuracy.items()}
+    for rate in (0.05, 0.5):
+        for place in ("before", "after"):
+            assert end["sigmoids", rate, place].min() > end["sigmoids", rate, "none"].max()
+        after, before = (accuracy["sigmoids", rate, p].mean(axis=0) for p in ("after", "before"))
+        assert after[-1] > before[-1]
+        relus = [end["ReLUs", rate, place].mean() for place in ("before", "after")]
+        assert abs(relus[0] - relus[1]) < 0.02
+    for place in ("before", "after"):
+        assert start["ReLUs", 0.5, place].min() > start["ReLUs", 0.5, "none"].max()
+
+
+@needs_examples
+def test_statistics_at_inference(plot):
+    answers, momenta = plot("plot_inference", "answers", "MOMENTA")
+    for step, near in ((50, 0.05), (1000, 0.02)):
+        by_momentum, others = answers[step]
+        assert others["of the batch, sorted digits"] < 0.5
+        assert abs(others["of the batch, 50 digits"] - others["exact"]) < near
+        assert by_momentum[0] < others["exact"] - 0.1
+        forgotten = [a for a, m in zip(by_momentum, momenta, strict=True) if m * step >= 5]
+        assert len(forgotten) >= 3
+        assert np.abs(np.array(forgotten) - others["exact"]).max() < near
+
+
+@needs_examples
+def test_small_batches(plot):
+    errors, sizes = plot("plot_batch_size", "errors", "BATCHES")
+    with_bn, without = errors["with BN"].mean(axis=0), errors["without BN"].mean(axis=0)
+    assert sizes.tolist() == [2, 4, 8, 16, 32, 64, 128, 256]
+    assert with_bn[0] > 0.5
+    assert with_bn[1] > without[1]
+    assert (with_bn[3:] < without[3:]).all()
+    assert without[-1] > 2 * without[:-1].max()
+
+
+@needs_examples
+def test_accuracy_where_the_mean_is_large(plot):
+    (errors,) = plot("plot_mean_offset", "errors")
+    assert {"nbnorm", "NumPy"} <= errors["forward"].keys()
+    for lines in errors.values():
+        assert lines["nbnorm"].max() < 2e-6  # four units in the last place of y, which is up to 8
+    assert errors["forward"]["NumPy"][-1] > 1e-3
+
+
+@needs_examples
+def test_folding_changes_no_output_and_saves_time(plot):
+    errors, times = plot("plot_folding", "errors", "times")
+    for (name, width), found in errors.items():
+        terms = width * (9 if "convolution" in name else 1)
+        # A sum of so many terms, and y of size 5: some units for each square root of a term.
+        assert max(found) < 8 * 2**-23 * terms**0.5, name
+    unfolded, folded = times["linear, 1,000 rows", 16]
+    assert folded < unfolded

@@ -8,7 +8,7 @@ of four modules and 41,000 weights, learns 4,000 handwritten digits (data/README
 batches of 32. PyTorch computes the convolutions, nbnorm the normalisation.
 
 ==============  ===================================================================================
-Baseline        no batch normalization; the rate with which it learns best (see --rate)
+Baseline        no batch normalization; at 0.05, the best for it of 0.01, 0.02, 0.05 and 0.1
 Baseline-x5     the same at five times that rate, at which the paper's Inception diverged
 BN-Baseline     the baseline with batch normalization before every nonlinearity
 BN-x5, BN-x30   at 5 and 30 times the rate, and with the accompanying changes of section 4.2.1
@@ -23,7 +23,7 @@ distortion of brightness and contrast.
 
     python figure2.py                                   # three minutes, writes figure2.png
     python figure2.py --seeds 3 --results figure2.json  # goes on where it was stopped
-    python figure2.py --networks Baseline --rate 0.1    # one network at another rate
+    python figure2.py --networks Baseline --rate 0.02   # one network at another rate
 """
 
 import argparse
@@ -85,7 +85,8 @@ class Inception(nn.Module):
         super().__init__()
         narrow = outside // 4
         # Pooling commutes with the 1x1 convolution after it, and costs less on fewer channels.
-        pooled = convolution(inside, narrow, 1, variant, pool=[nn.AvgPool2d(3, 1, 1)])
+        pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+        pooled = convolution(inside, narrow, 1, variant, pool=[pool])
         towers = [[convolution(inside, narrow, 1, variant)] for _ in range(3)] + [[pooled]]
         towers[1] += [convolution(narrow, narrow, 3, variant)]
         towers[2] += [convolution(narrow, narrow, 3, variant) for _ in range(2)]
@@ -205,7 +206,7 @@ def table(steps, found):
 
 
 def draw(steps, found, output):
-    """Write the figure: test accuracy by step, mean and range over seeds, twice as far in."""
+    """Write the figure: test accuracy by step, mean and range over seeds, twice."""
     # The same results give the same file: no date, and names of elements that are not random.
     style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
@@ -238,7 +239,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
     parser.add_argument(
-        "--rate", type=float, default=0.02, help="the baseline's, default %(default)s"
+        "--rate", type=float, default=0.05, help="the baseline's, default %(default)s"
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many, default %(default)s")
     parser.add_argument("--networks", nargs="+", default=list(VARIANTS), choices=VARIANTS)
@@ -267,16 +268,12 @@ def main():
         finished = runs.read(arguments.results, settings)
     except ValueError as error:
         parser.error(str(error))
-    names = {
-        name: [f"{name}, seed {seed}" for seed in range(arguments.seeds)]
+    keys = {
+        (name, seed): f"{name}, seed {seed}"
+        for seed in range(arguments.seeds)
         for name in arguments.networks
     }
-    missing = [
-        (name, seed, run)
-        for name, of in names.items()
-        for seed, run in enumerate(of)
-        if run not in finished
-    ]
+    missing = [(*key, run) for key, run in keys.items() if run not in finished]
     data = digits()
     with tqdm(total=steps * len(missing), unit=" steps") as progress:
         for name, seed, run in missing:
@@ -284,7 +281,10 @@ def main():
             finished[run] = train(VARIANTS[name], data, seed, rate, steps, changes, progress)
             if arguments.results:
                 runs.write(arguments.results, settings, finished)
-    found = {name: [finished[run] for run in of] for name, of in names.items()}
+    found = {
+        name: [finished[keys[name, seed]] for seed in range(arguments.seeds)]
+        for name in arguments.networks
+    }
     print("", *table(steps, found), sep="\n")
     draw(steps, found, arguments.output)
     print(f"\nwrote {arguments.output}")

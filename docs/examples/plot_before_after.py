@@ -3,46 +3,70 @@ Before the nonlinearity or after it?
 ====================================
 
 Ioffe & Szegedy (2015, section 3.2) normalise Wu, right before the nonlinearity: it is "more likely
-to have a symmetric, non-sparse distribution". Others have found it better after the nonlinearity,
-or no worse. Here both, and none, in a network of three hidden layers of 100 units that learns
-handwritten digits: with sigmoids, and with ReLUs, at a small learning rate and at a large one.
+to have a symmetric, non-sparse distribution". Here before, after and not at all, in a network of
+three hidden layers of 100 units that learns handwritten digits, with sigmoids and with ReLUs, at a
+small learning rate and at a large one.
 """
 
-from itertools import product
-
-from perceptron import Network, ReLU, Sigmoid, cross_entropy, digits  # sets NumPy's threads
+from perceptron import Network, ReLU, Sigmoid, digits  # sets NumPy's threads
 
 # isort: split
 import matplotlib.pyplot as plt
 import numpy as np
 
-STEPS, BATCH, SEEDS = 600, 60, 3
-RATES = (0.05, 0.5)
 PLACES = {"none": None, "before": "before", "after": "after"}
+ACTIVATIONS = {"sigmoids": Sigmoid, "ReLUs": ReLU}
+RATES = (0.05, 0.5)
+STEPS, BATCH, SEEDS, TEST_EVERY = 400, 60, 3, 40
 
 # %%
-# Every place sees the same batches. ReLUs start from the weights of He et al. (2015), sigmoids from
-# those of Glorot & Bengio (2010): each without batch normalization has a fair chance.
+# All start from the weights of He et al. (2015), and see the same batches.
+
+(images, labels), test = digits()
 
 
 def train(place, activation, rate, seed):
-    """Return the accuracy on the test digits after every 30 steps."""
-    (images, labels), test = digits()
+    """Return the accuracies on the test digits on the way."""
     rng = np.random.default_rng(seed)
-    spread = None if activation is ReLU else 0.1
     sizes = (784, 100, 100, 100, 10)
-    network = Network(sizes, rng, batch_norm=place, activation=activation, spread=spread)
+    network = Network(sizes, rng, batch_norm=place, activation=activation, spread=None)
     accuracies = []
     for step in range(1, STEPS + 1):
         batch = rng.integers(len(images), size=BATCH)
         network.backpropagate(images[batch], labels[batch])
         network.descend(rate)
-        if step % 30 == 0:
+        if step % TEST_EVERY == 0:
             accuracies.append(network.accuracy(*test))
     return accuracies
 
 
 accuracy = {
-    case: np.array([train(PLACES[case[0]], *case[1:], seed) for seed in range(SEEDS)])
-    for case in product(PLACES, (Sigmoid, ReLU), RATES)
+    (name, rate, place): np.array(
+        [train(PLACES[place], activation, rate, seed) for seed in range(SEEDS)]
+    )
+    for name, activation in ACTIVATIONS.items()
+    for rate in RATES
+    for place in PLACES
 }
+
+# %%
+# Either place is far better than none with sigmoids, and steadier with ReLUs at the large rate.
+# Between the two the nonlinearity decides: with sigmoids, after is ahead throughout (at the large
+# rate by three points of a hundred in the end); with ReLUs the seeds of the two overlap.
+
+figure, panels = plt.subplots(
+    2, 2, figsize=(9, 6.4), sharex=True, sharey=True, layout="constrained"
+)
+steps = TEST_EVERY * np.arange(1, STEPS // TEST_EVERY + 1)
+cases = [(name, rate) for name in ACTIVATIONS for rate in RATES]
+for panel, (name, rate) in zip(panels.flat, cases, strict=True):
+    for place, color in zip(PLACES, ("tab:gray", "tab:blue", "tab:orange"), strict=True):
+        runs = accuracy[name, rate, place]
+        panel.plot(steps, runs.mean(axis=0), color=color, label=place)
+        panel.fill_between(steps, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.2, lw=0)
+    panel.set_title(f"{name}, learning rate {rate}")
+    panel.grid(alpha=0.3)
+panels[0, 0].legend(title="batch norm", frameon=False)
+figure.supxlabel("step")
+figure.supylabel(f"test accuracy, mean and range of {SEEDS} seeds")
+plt.show()

@@ -3,12 +3,11 @@ Which statistics at inference?
 ==============================
 
 In training a batch is normalised by its own mean and variance; at inference there may be no batch,
-and population statistics take their place. Four ways to them, for a network that has learnt
-handwritten digits:
+and population statistics take their place. Four ways, for a network that learns handwritten digits:
 
-- a moving average of training's batches (``running_mean``, ``running_var``), by momentum;
-- the average over all batches (``momentum=None``, Algorithm 2 of Ioffe & Szegedy 2015);
-- the exact statistics of all training digits under the final weights: `Moments.merge`;
+- a moving average over training's batches (``running_mean``, ``running_var``), by momentum;
+- the plain average over all batches so far (``momentum=None``);
+- exact statistics of all training digits under the weights of the moment, by `Moments.merge`;
 - those of the batch that is asked about, as in training.
 """
 
@@ -20,22 +19,108 @@ import numpy as np
 
 from nbnorm import BatchNorm, batch_norm_stats, update_running_stats
 
-STEPS, BATCH, RATE = 1000, 60, 0.5
+BATCH, RATE, ASKED_AT = 60, 0.5, (50, 1000)
 MOMENTA = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 (images, labels), (test_images, test_labels) = digits()
 rng = np.random.default_rng(0)
-network = Network((784, 100, 100, 100, 10), rng, batch_norm="before", spread=0.1)
-
-# %%
-# One training keeps the moving averages of all momenta: beside the layer's own, others are moved by
-# `update_running_stats` with the moments of the same batches. None stands for 1 / number of batches.
-
+network = Network((784, 100, 100, 100, 10), rng, batch_norm="before", spread=None)
 averages = {
     momentum: [(np.zeros(100, np.float32), np.ones(100, np.float32)) for _ in network.norms]
     for momentum in (*MOMENTA, None)
 }
-for step in range(1, STEPS + 1):
+
+# %%
+# While the network learns, the moments of what arrives at a batch normalization move its averages
+# of all momenta; None is the plain average, with a weight of 1 / number of batches.
+
+
+def forward(x, training=False):
+    """Return the scores, and what arrived at every batch normalization."""
+    arrived = []
+    for layer in network.layers:
+        if isinstance(layer, BatchNorm):
+            layer.training = training
+            arrived.append(x)
+        x = layer.forward(x)
+    return x, arrived
+
+
+def learn(step):
+    """Take one step of training."""
     batch = rng.integers(len(images), size=BATCH)
-    network.backpropagate(images[batch], labels[batch])
-    ...
+    scores, arrived = forward(images[batch], training=True)
+    for i, x in enumerate(arrived):
+        moments = batch_norm_stats(x)
+        for momentum, statistics in averages.items():
+            weight = 1 / step if momentum is None else momentum
+            update_running_stats(*statistics[i], moments, momentum=weight)
+    _, dx = cross_entropy(scores, labels[batch])
+    for layer in reversed(network.layers):
+        dx = layer.backward(dx)
+    network.descend(RATE)
+
+
+# %%
+# Exact statistics are taken layer by layer, as each sees what the one before makes of its own.
+
+
+def set_exact_statistics():
+    """Give every batch normalization the statistics of all training digits."""
+    for i, norm in enumerate(network.norms):
+        first, *rest = (batch_norm_stats(forward(part)[1][i]) for part in np.split(images, 10))
+        norm.set_statistics(first.merge(*rest))
+
+
+def accuracy():
+    """Return the test accuracy with the statistics that are set."""
+    return np.mean(forward(test_images)[0].argmax(axis=1) == test_labels)
+
+
+def accuracy_of_batches(order):
+    """Return the test accuracy, digits in this order and in batches that normalise themselves."""
+    scores = [forward(test_images[part], training=True)[0] for part in np.split(order, 20)]
+    return np.mean(np.concatenate(scores).argmax(axis=1) == test_labels[order])
+
+
+def ask():
+    """Return accuracies: of moving averages, by momentum, and of the others by name."""
+    others = {
+        "of the batch, 50 digits": accuracy_of_batches(np.arange(len(test_labels))),
+        "of the batch, sorted digits": accuracy_of_batches(np.argsort(test_labels, kind="stable")),
+    }
+    found = []
+    for statistics in averages.values():
+        for norm, (mean, var) in zip(network.norms, statistics, strict=True):
+            norm.running_mean[:], norm.running_var[:] = mean, var
+        found.append(accuracy())
+    *by_momentum, others["plain average (momentum=None)"] = found
+    set_exact_statistics()
+    others["exact"] = accuracy()
+    return by_momentum, others
+
+
+answers = {}
+for step in range(1, max(ASKED_AT) + 1):
+    learn(step)
+    if step in ASKED_AT:
+        answers[step] = ask()
+
+# %%
+# With its digits in random order the batch itself serves almost as well as exact statistics. With
+# the zeros first, then the ones, and so on, it fails: an answer depends on who else is asked about.
+# A moving average is good as soon as it has forgotten where it started, at a mean of 0 and a
+# variance of 1, which takes a few times 1 / momentum steps. From then on it lies within three
+# points of a hundred of the exact statistics after 50 steps, and within one after 1,000. Even
+# momentum 1, which is the last batch alone, does here.
+
+figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+for panel, (step, (by_momentum, others)) in zip(panels, answers.items(), strict=True):
+    panel.semilogx(MOMENTA, by_momentum, "o-", label="moving average")
+    for i, (name, value) in enumerate(others.items(), 1):
+        panel.axhline(value, color=f"C{i}", linestyle="--", label=name)
+    panel.set(title=f"after {step} steps", xlabel="momentum")
+    panel.grid(alpha=0.3)
+panels[0].set_ylabel("test accuracy")
+panels[1].legend(title="statistics", frameon=False, fontsize=8)
+plt.show()

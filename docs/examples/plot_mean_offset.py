@@ -7,16 +7,17 @@ subtract a float32 mean, or take the variance as :math:`E[x^2] - E[x]^2`, and lo
 every factor of ten. nbnorm sums around a shift, merges in float64, and subtracts the mean in two
 parts; docs/math.md derives the forms.
 
-Measured are nbnorm, the NumPy recipe of course notes, and of PyTorch, JAX and onnxruntime those that
-are installed: the same that ``python benchmarks/compare.py`` times. onnxruntime has inference only.
+Measured are nbnorm, the NumPy recipe of course notes, and those of PyTorch, JAX and onnxruntime
+that are installed, as ``python benchmarks/compare.py`` times them. onnxruntime has inference only.
 """
 
 import matplotlib.pyplot as plt
 import numpy as np
-import runs  # noqa: F401 - benchmarks can be imported from here on
+import runs  # noqa: F401 - makes benchmarks known
+
+# isort: split
 from benchmarks.checking import as_array
 from benchmarks.peers import EPS, PEERS, Batch, installed
-
 from nbnorm import reference
 
 SHAPE = (16, 8, 28, 28)
@@ -34,7 +35,7 @@ COLORS = {name: f"C{i}" for i, name in enumerate((*NAMES["forward"], "onnxruntim
 
 
 def error(name, op, offset):
-    """Return the greatest \\|y - oracle\\| of a peer."""
+    """Return the greatest distance of a peer's y from the oracle's."""
     peer = PEERS[name]
     batch = Batch(SHAPE, last=peer.last)
     batch.x += np.float32(offset)
@@ -59,10 +60,10 @@ errors = {
 
 # %%
 # nbnorm stays at float32's rounding of y. In training the others lose about a digit with every
-# factor of ten, those that take the variance as :math:`E[x^2] - E[x]^2` (JAX, as Flax has it) two:
-# it comes out wrong by more than itself, or negative, and then y is NaN, and the line has a gap. In
-# inference whoever subtracts the mean first (nbnorm, NumPy, JAX) keeps all digits, and whoever
-# computes scale x + shift (PyTorch, onnxruntime) does not. y is of size 4: an error of 1 is the end.
+# factor of ten, and JAX two, as it takes the variance as Flax does, :math:`E[x^2] - E[x]^2`: in the
+# end that is negative, y is NaN, and the line has a gap. In inference whoever subtracts the mean
+# first (nbnorm, NumPy, JAX) keeps all digits, and whoever computes scale x + shift (PyTorch,
+# onnxruntime) does not. y is of size 4: an error of 1 is the end.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for panel, (op, lines) in zip(panels, errors.items(), strict=True):
