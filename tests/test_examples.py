@@ -363,11 +363,11 @@ def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
 
 RUN_PLOT = """
 import pickle, runpy, sys
-folder, name, out, *variables = sys.argv[1:]
+folder, name, out, *expressions = sys.argv[1:]
 sys.path.append(folder)
 found = runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
 with open(out, "wb") as file:
-    pickle.dump([found[variable] for variable in variables], file)
+    pickle.dump([eval(expression, found) for expression in expressions], file)
 import matplotlib.pyplot as plt
 assert plt.get_fignums(), "no figure"
 """
@@ -375,12 +375,12 @@ assert plt.get_fignums(), "no figure"
 
 @pytest.fixture
 def plot(tmp_path):
-    """A function that runs a plot and returns some of its variables."""
+    """A function that runs a plot and returns what some expressions have for values in it."""
 
-    def run(name, *variables):
-        out = tmp_path / "variables"
+    def run(name, *expressions):
+        out = tmp_path / "values"
         options = "-W", "error::RuntimeWarning", "-c", RUN_PLOT
-        run_child(*options, str(EXAMPLES), name, str(out), *variables, MPLBACKEND="Agg")
+        run_child(*options, str(EXAMPLES), name, str(out), *expressions, MPLBACKEND="Agg")
         return pickle.loads(out.read_bytes())
 
     return run
@@ -436,7 +436,10 @@ def test_before_or_after_the_nonlinearity(plot):
 
 @needs_examples
 def test_statistics_at_inference(plot):
-    answers, momenta = plot("plot_inference", "answers", "MOMENTA")
+    answers, momenta, norms, arrived = plot(
+        *("plot_inference", "answers", "MOMENTA"),
+        *("[(n.running_mean, n.running_var) for n in network.norms]", "forward(images)[1]"),
+    )
     for step, near in ((50, 0.05), (1000, 0.02)):
         by_momentum, others = answers[step]
         assert others["of the batch, sorted digits"] < 0.5
@@ -445,6 +448,12 @@ def test_statistics_at_inference(plot):
         forgotten = [a for a, m in zip(by_momentum, momenta, strict=True) if m * step >= 5]
         assert len(forgotten) >= 3
         assert np.abs(np.array(forgotten) - others["exact"]).max() < near
+    # What was set last is exact, layer by layer, but for the rounding of the products before it.
+    for (mean, var), x in zip(norms, arrived, strict=True):
+        x = x.astype(np.float64)
+        spread = x.std(axis=0)
+        assert (np.abs(mean - x.mean(axis=0)) < 1e-5 * (np.abs(mean) + spread)).all()
+        assert_allclose(var, x.var(axis=0, ddof=1), rtol=1e-5)
 
 
 @needs_examples
