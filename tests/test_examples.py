@@ -437,9 +437,9 @@ def test_before_or_after_the_nonlinearity(plot):
 @needs_examples
 def test_statistics_at_inference(plot):
     answers, momenta, norms, arrived = plot(
-        *("plot_inference", "answers", "MOMENTA"),
-        *("[(n.running_mean, n.running_var) for n in network.norms]", "forward(images)[1]"),
-    )
+        "plot_inference", "answers", "MOMENTA",
+        "[(n.running_mean, n.running_var) for n in network.norms]", "forward(images)[1]",
+    )  # fmt: skip
     for step, near in ((50, 0.05), (1000, 0.02)):
         by_momentum, others = answers[step]
         assert others["of the batch, sorted digits"] < 0.5
