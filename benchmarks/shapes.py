@@ -46,13 +46,6 @@ SHAPES: dict[Shape, Entry] = RESNET50 | {
 
 QUICK: tuple[Shape, ...] = ((60, 100), (8, 16, 32, 32), (_N, 256, 14, 14))
 
-# README.md has these; compare.py prints all.
-SHOWN: tuple[Shape, ...] = (
-    (_N, 64, 112, 112), (_N, 256, 56, 56), (_N, 128, 28, 28), (_N, 512, 28, 28),
-    (_N, 1024, 14, 14), (_N, 2048, 7, 7), (16, 3, 512, 512), (4, 32, 16, 64, 64), (4096, 512),
-    (256, 1024), (60, 100), (2, 8, 4, 4),
-)  # fmt: skip
-
 
 def name_of(shape: Shape) -> str:
     """32x256x56x56."""

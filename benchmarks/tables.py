@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.peers import OPS, PEERS, is_ours, ours_for
 from benchmarks.runs import Row, Run, describe
-from benchmarks.shapes import RESNET50, SHOWN, name_of
+from benchmarks.shapes import RESNET50, name_of
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
@@ -27,33 +27,24 @@ def report(run: Run) -> str:
 
 
 def section(run: Run) -> str:
-    """README.md's account of a run: sums, means and some shapes; float32 first."""
-    dtypes = dict.fromkeys(row.dtype for row in run.rows)
+    """README.md's account of a run: the chart and the means."""
     parts = [
         "<!-- Written by benchmarks/compare.py --readme. -->\n",
         "![Time of the batch norms of ResNet-50, by library](docs/speed.svg)\n",
     ]
-    sums = _sums(_by_op(run, "float32"))
-    if sums:
-        parts.append(f"All 53 batch norms of ResNet-50 at N = 32, float32, ms:\n\n{sums}")
-    for dtype in dtypes:
+    for dtype in dict.fromkeys(row.dtype for row in run.rows):
         by_op = _by_op(run, dtype)
         shapes = len({row.shape for rows in by_op.values() for row in rows})
         parts.append(
             f"Peers' times in {dtype} as multiples of nbnorm's, like with like: geometric mean\n"
             f"over {shapes} shapes, and in brackets the least, with its shape:\n\n{_means(by_op)}"
         )
-    for op, rows in _by_op(run, "float32").items():
-        shown = [row for shape in SHOWN for row in rows if row.shape == shape]
-        if op in ("forward", "backward") and shown:
-            parts.append(f"{op.capitalize()}, float32, ms, and the peers' multiples:\n\n")
-            parts[-1] += _shapes(shown, ["nbnorm", "nbnorm channels-last"])
     parts += [*_left_out(run), f"{describe(run.conditions)}\n\n{_commands(run)}"]
     return "\n".join(parts)
 
 
 def page(run: Run) -> str:
-    """The site's account of a run: as README.md's, but for all ops and shapes."""
+    """The site's account of a run: sums, means, and every op by shape."""
     parts = [f"{describe(run.conditions)}\n\n{_commands(run)}", *_left_out(run)]
     for dtype in dict.fromkeys(row.dtype for row in run.rows):
         by_op = _by_op(run, dtype)
