@@ -357,6 +357,15 @@ def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
     assert child.returncode == 0, child.stderr
     assert drawn.read_bytes()[-7:] == b"</svg>\n"
     assert path.read_bytes() == before, "it ran again"
+    # docs/experiments.md has rows of the table that this printed: each cell with a number.
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    cells = r"[\d.]+%(?: to [\d.]+%)?|[\d.]+|[\w-]+"
+    printed = {tuple(re.findall(cells, line)) for line in child.stdout.splitlines()}
+    table = page.partition(f"](results/{name}.svg)")[2].partition("    python")[0]
+    rows = [tuple(re.split(r" \| ", line[2:-2])) for line in table.splitlines() if line[:2] == "| "]
+    shown = [row[: 4 if name == "figure2" else 3] for row in rows[1:]]
+    assert len(shown) > 4
+    assert set(shown) <= printed
 
 
 # Plots: each runs as the gallery runs it, and shows what its text says.
