@@ -7,14 +7,15 @@ operators: new running statistics are a result, which `batch_norm` copies into t
 program just runs, the same functions are called without the dispatcher.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbnorm._arrays import Array, _bfloat16
@@ -103,6 +104,14 @@ def batch_norm(
     >>> weight.grad
     tensor([ 4., 40.])
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(input).__qualname__}")
+    for name, running in ("running_mean", running_mean), ("running_var", running_var):
+        if running is not None and running.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name} requires grad, and running statistics have no gradient; expected a "
+                "tensor that does not, as of detach()"
+            )
     if training and input.dim() > 1 and input.shape[0] * input.shape[2:].numel() == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
@@ -115,10 +124,10 @@ def batch_norm(
     if _eager(*arguments[:6]):
         y = _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
         return y
-    y, _, _, moved_mean, moved_var = _forward(*arguments)
-    if training and running_mean is not None and running_var is not None:
-        running_mean.copy_(moved_mean)
-        running_var.copy_(moved_var)
+    if _transformed():
+        y, *_ = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y
+    y, *_ = _record(*arguments)
     return y
 
 
@@ -139,8 +148,8 @@ def _compute(
         _array(x),
         _array(weight),
         _array(bias),
-        _array(running_mean),
-        _array(running_var),
+        _array(running_mean, resolve=not training),  # a copy would be moved in their place
+        _array(running_var, resolve=not training),
         training=training,
         momentum=momentum,
         eps=eps,
@@ -148,6 +157,19 @@ def _compute(
         activation="relu" if relu else None,
     )
     return _laid_out(y, x), _tensor(mean), _tensor(rstd)
+
+
+def _no_forward_mode(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "nbnorm's batch_norm has no forward mode; for one (jvp, jacfwd) use "
+        "torch.nn.functional.batch_norm"
+    )
+
+
+def _refuse_forward_mode() -> None:
+    """Raise where tangents are about, which a custom operator cannot see and would drop."""
+    if forward_ad._current_level >= 0:
+        _no_forward_mode()
 
 
 @torch.library.custom_op("nbnorm::batch_norm", mutates_args=())
@@ -164,6 +186,7 @@ def _forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, mean, rstd, moved running_mean, moved running_var), the last two empty if not moved."""
+    _refuse_forward_mode()
     moved_mean, moved_var = (
         running.detach().clone() if training and running is not None else x.new_empty(0)
         for running in (running_mean, running_var)
@@ -190,12 +213,23 @@ def _(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, ...]:
+    _refuse_forward_mode()
     moved = (running_mean, running_var) if training else (None, None)
     return (
         torch.empty_like(x),
         *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)),
         *(x.new_empty(0) if running is None else torch.empty_like(running) for running in moved),
     )
+
+
+def _record(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) by the operator; in training the running statistics are moved in place."""
+    running_mean, running_var, training = *arguments[3:5], arguments[6]
+    y, mean, rstd, moved_mean, moved_var = _forward(*arguments)
+    if training and running_mean is not None and running_var is not None:
+        running_mean.copy_(moved_mean)
+        running_var.copy_(moved_var)
+    return y, mean, rstd
 
 
 def _gradients(
@@ -245,6 +279,7 @@ def _backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_gradients`, empty rather than None."""
+    _refuse_forward_mode()
     grads = _gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
     dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
     return dx, dweight, dbias, dresidual
@@ -263,6 +298,7 @@ def _(
     relu: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
+    _refuse_forward_mode()
     parameter = x.new_empty(x.shape[1], dtype=(x if weight is None else weight).dtype)
     return tuple(
         torch.empty_like(like) if wanted else x.new_empty(0)
@@ -293,10 +329,14 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
         mask = [of_x, of_weight, of_bias, of_residual and ctx.relu]
         if any(mask):
             arguments = (dy, *ctx.saved_tensors, ctx.training, ctx.relu, mask)
-            if _eager(*arguments[:7]) and not torch.is_grad_enabled():
+            batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
+            if _eager(*arguments[:7]) and not torch.is_grad_enabled() and not batched:
                 grads = _gradients(*arguments)
             else:
-                found = _backward(*arguments)
+                if _transformed():
+                    found = _TransformedBackward.apply(*arguments[:-1], *mask)  # type: ignore[no-untyped-call]
+                else:
+                    found = _backward(*arguments)
                 grads = [g if wanted else None for g, wanted in zip(found, mask, strict=True)]
         if of_residual and not ctx.relu:
             grads[3] = dy
@@ -316,7 +356,10 @@ _backward.register_autograd(_no_second_derivative)
 
 
 class _Eager(torch.autograd.Function):
-    """What the operators do, without the dispatcher, which takes 60 us a layer and step."""
+    """What the operators do, without the dispatcher, which takes 60 us a layer and step.
+
+    Of the old style: a Function with `setup_context` takes 20 us more to call.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -330,6 +373,59 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, *grads)
+
+    jvp = staticmethod(_no_forward_mode)
+
+
+class _Transform(torch.autograd.Function):
+    """An operator as `torch.func` takes it, which passes a custom operator's derivative by."""
+
+    jvp = staticmethod(_no_forward_mode)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        """One call after the other."""
+        calls = [
+            cls.apply(  # type: ignore[no-untyped-call]
+                *(
+                    given if dim is None else given.select(dim, i)
+                    for given, dim in zip(inputs, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(each) for each in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+
+class _Transformed(_Transform):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _record(*inputs)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        if inputs[6] and inputs[3] is not None and None in in_dims[3:5]:
+            raise ValueError(
+                "running_mean and running_var are not mapped over, but what moves them in training "
+                "is; expected in_dims for both, none of them, or training=False"
+            )
+        return super().vmap(info, in_dims, *inputs)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+
+
+class _TransformedBackward(_Transform):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _backward(*inputs[:9], inputs[9:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep nothing: there is no further derivative."""
+
+    backward = staticmethod(_no_second_derivative)
 
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
@@ -349,7 +445,12 @@ def _eager(*tensors: Tensor | None) -> bool:
     )
 
 
-def _array(tensor: Tensor | None) -> Array:
+def _transformed() -> bool:
+    """Whether a program runs under `torch.func`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _array(tensor: Tensor | None, *, resolve: bool = True) -> Array:
     """View a tensor as nbnorm takes it: as NumPy's where that can be, 1 us rather than DLPack's 5.
 
     bfloat16 goes by its bits, as neither library can tell the other of it.
@@ -357,6 +458,8 @@ def _array(tensor: Tensor | None) -> Array:
     if tensor is None:
         return None
     tensor = tensor.detach()
+    if resolve and tensor.is_neg():  # as of conj().imag: neither NumPy nor DLPack knows the bit
+        tensor = tensor.resolve_neg()
     if tensor.device.type != "cpu":
         return tensor
     if tensor.dtype is torch.bfloat16:
@@ -397,8 +500,14 @@ class _BatchNormModule(_BatchNorm):
         super().__init__(*args, **kwargs)
         self.relu = relu
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002
-        """Normalise input, add residual, apply ReLU where the module has it."""
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002
+        residual: Tensor | None = None,
+        *,
+        relu: bool = False,
+    ) -> Tensor:
+        """Normalise input, add residual, apply ReLU where the module or this call has it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum
         tracked = self.track_running_stats or not self.training
@@ -416,7 +525,7 @@ class _BatchNormModule(_BatchNorm):
             momentum,
             self.eps,
             residual=residual,
-            relu=self.relu,
+            relu=self.relu or relu,
         )
 
     def extra_repr(self) -> str:
@@ -527,10 +636,10 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
         and other references to them still hold. Subclasses (SyncBatchNorm, lazy, quantised, your
         own) are left alone.
     fuse_relu : bool, default False
-        Whether to fuse each `torch.nn.ReLU` that directly follows a batch normalization in a
-        `torch.nn.Sequential`; `torch.nn.Identity` takes its place. Not for a model that
-        uses parts of a Sequential by themselves: the normalization alone would then show ReLU's
-        result. Modules with hooks and normalizations used in several places are not fused.
+        Whether each `torch.nn.Sequential` in the model lets a batch normalization do the work of
+        a `torch.nn.ReLU` that directly follows it. Both modules stay in place and what they are by
+        themselves. Each call looks again: a module that has a hook, or something else put in its
+        place, such as a SyncBatchNorm, runs by itself.
 
     Returns
     -------
@@ -547,6 +656,12 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
     Before `torch.compile`, not after. `state_dict` stays what it was: weights saved of a
     converted model load into the original, and the other way round.
 
+    What reads a model's code is for the model as it was: `torch.fx.symbolic_trace`,
+    `torch.jit.script` and ONNX's exporter by TorchScript fail after `convert`, as do conv-bn folding
+    and quantisation that begin with them; so they come first. `torch.jit.trace`, `torch.export` and
+    `torch.compile` take a converted model. A `torch.fx.Tracer` does whose ``is_leaf_module`` is true
+    of this file's modules, as it is of PyTorch's.
+
     Examples
     --------
     >>> import torch
@@ -555,9 +670,10 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
     >>> convert(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), fuse_relu=True)
     ... # doctest: +ELLIPSIS
     Sequential(
+      fuse_relu=True
       (0): Conv2d(1, 8, kernel_size=(3, 3), stride=(1, 1))
-      (1): BatchNorm2d(8, ..., relu=True)
-      (2): Identity()
+      (1): BatchNorm2d(8, ...)
+      (2): ReLU()
     )
     """
     if not isinstance(model, nn.Module):
@@ -572,25 +688,63 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
 
 
 def _fuse_relu(model: nn.Module) -> None:
-    modules = list(model.modules())
-    uses = Counter(child for module in modules for child in module._modules.values())
-    for module in modules:
+    for module in model.modules():
+        kind = type(module)
         # A Sequential with a forward of its own has an order of its own.
-        if not isinstance(module, nn.Sequential) or type(module).forward is not _IN_ORDER:
-            continue
-        for (_, norm), (name, relu) in pairwise(list(module._modules.items())):
-            if (
-                isinstance(norm, _BatchNormModule)
-                and type(relu) is nn.ReLU
-                and uses[norm] == 1
-                and not _hooked(norm)
-                and not _hooked(relu)
-            ):
-                norm.relu = True
-                setattr(module, name, nn.Identity().train(relu.training))
+        if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+            children = list(module._modules.values())
+            if any(_fusible(norm, relu) for norm, relu in pairwise(children)):
+                module.__class__ = _fused(kind)
 
 
-_IN_ORDER = nn.Sequential.forward
+class _Fused:
+    """What a Sequential becomes: it asks its normalizations for ReLU and leaves out the next module.
+
+    The modules stay what and where they are, and each call looks at them anew, so that it is right
+    whatever has been put in their place since: SyncBatchNorm, a folded convolution, a wrapper.
+    """
+
+    def forward(self: Any, input: Any) -> Any:  # noqa: A002
+        modules = list(self._modules.values())
+        skip = False
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            if skip:
+                skip = False
+            elif _fusible(module, following):
+                input = module(input, relu=True)  # noqa: A001
+                skip = True
+            else:
+                input = module(input)  # noqa: A001
+        return input
+
+    def extra_repr(self) -> str:
+        return "fuse_relu=True"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by the class that there was: this one has no name to be imported by."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _remade, (type(self).__bases__[1],), *state
+
+
+@cache
+def _fused(kind: type[nn.Sequential]) -> type[nn.Sequential]:
+    """The class of a Sequential that fuses."""
+    return type(kind.__name__, (_Fused, kind), {"__module__": kind.__module__})
+
+
+def _remade(kind: type[nn.Sequential]) -> nn.Sequential:
+    cls = _fused(kind)
+    return cls.__new__(cls)
+
+
+def _fusible(norm: nn.Module | None, relu: nn.Module | None) -> bool:
+    """Whether the first can do the work of the second, and nobody looks at what is between."""
+    return (
+        type(relu) is nn.ReLU
+        and type(norm) in (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+        and not _hooked(norm)
+        and not _hooked(relu)
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import doctest
 import io
+import operator
 import pickle
 import shutil
 import sys
@@ -588,9 +589,11 @@ def test_fused_module():
     close(layer(x, residual=residual), plain(x) + residual, torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["Sequential", "Subclass"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies(way):
-    layer = convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), fuse_relu=True)
+def test_copies(fused, way, kind):
+    kind = nn.Sequential if kind == "Sequential" else Subclass
+    layer = convert(kind(nn.BatchNorm2d(3), nn.ReLU(), BatchNorm2d(3, relu=True)), fuse_relu=True)
     layer(torch.randn(SHAPE))
     if way == "deepcopy":
         other = copy.deepcopy(layer)
@@ -600,11 +603,14 @@ def test_copies(way):
         torch.save(layer, file := io.BytesIO())
         file.seek(0)
         other = torch.load(file, weights_only=False)
+    assert type(other) is type(layer)
     assert type(other[0]) is BatchNorm2d
-    assert other[0].relu
+    assert [m.relu for m in other[::2]] == [False, True]
     assert other[0].running_mean is not layer[0].running_mean
     x = torch.randn(SHAPE)
+    fused()
     assert torch.equal(layer(x), other(x))
+    assert fused() == (True,) * 4
     assert torch.equal(layer[0].running_var, other[0].running_var)
 
 
@@ -689,40 +695,146 @@ def test_mode_options_and_hooks_stay():
     assert calls == ["before", "after", "backward"]
 
 
-def test_relu_is_fused_where_the_order_is_known():
-    def norm_and_relu(relu=None):
-        return nn.Sequential(nn.BatchNorm2d(3), relu or nn.ReLU())
+class Subclass(nn.Sequential):
+    """As torchvision's blocks of convolution, normalization and activation are."""
 
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Whether each normalization since the last look has been asked for ReLU."""
+    seen = []
+    forward = integration.batch_norm
+
+    def look(*args, relu, **kwargs):
+        seen.append(relu)
+        return forward(*args, relu=relu, **kwargs)
+
+    monkeypatch.setattr(integration, "batch_norm", look)
+
+    def looked():
+        result = tuple(seen)
+        seen.clear()
+        return result
+
+    return looked
+
+
+def norm_and_relu(kind=nn.Sequential):
+    return kind(nn.BatchNorm2d(3), nn.ReLU())
+
+
+def test_relu_is_fused_where_the_order_is_known(fused):
     class Reversed(nn.Sequential):
         def forward(self, x):
             return self[0](self[1](x))
 
     relu, shared = nn.ReLU(), nn.BatchNorm2d(3)
-    hooked = norm_and_relu()
+    hooked, hooked_relu = norm_and_relu(), norm_and_relu()
     hooked[0].register_forward_hook(lambda *_: None)
+    hooked_relu[1].register_forward_pre_hook(lambda *_: None)
     model = nn.ModuleDict(
         {
             "plain": norm_and_relu().eval(),
+            "subclass": norm_and_relu(Subclass),
             "one relu": nn.Sequential(nn.BatchNorm2d(3), relu, nn.BatchNorm2d(3), relu),
             "shared": nn.Sequential(shared, nn.ReLU(), shared),
             "hooked": hooked,
-            "own order": Reversed(*norm_and_relu()),
+            "hooked relu": hooked_relu,
+            "own order": norm_and_relu(Reversed),
             "kind": nn.Sequential(nn.BatchNorm2d(3), nn.ReLU6()),
+            "apart": nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), nn.ReLU()),
         }
     )
     keys, x = list(model.state_dict()), torch.randn(SHAPE)
     expected = {name: part(x) for name, part in copy.deepcopy(model).items()}
-    convert(model, fuse_relu=True)
-    fused = {name: [getattr(m, "relu", None) for m in part] for name, part in model.items()}
-    assert fused["plain"] == [True, None]
-    assert fused["one relu"] == [True, None, True, None]
-    assert fused["shared"] == [False, None, False]
-    assert fused["hooked"] == fused["own order"] == fused["kind"] == [False, None]
-    assert type(model["plain"][1]) is nn.Identity
-    assert not model["plain"][1].training
+    kinds = {name: type(part) for name, part in model.items()}
+    convert(convert(model, fuse_relu=True), fuse_relu=True)
+    wanted = {
+        "plain": (True,),
+        "subclass": (True,),
+        "one relu": (True, True),
+        "shared": (True, False),
+        **dict.fromkeys(["hooked", "hooked relu", "own order", "kind", "apart"], (False,)),
+    }
     assert list(model.state_dict()) == keys
     for name, part in model.items():
         close(part(x), expected[name], torch.float32)
+        assert fused() == wanted[name], name
+        assert isinstance(part, kinds[name])
+    close(model["plain"][0](x), BatchNorm2d(3).eval()(x), torch.float32)  # a part by itself
+    assert not model["plain"][1].training
+
+
+def replace_norm(model):
+    model[1][0] = nn.BatchNorm2d(3).double()
+
+
+def hook_norm(model):
+    model[1][0].register_forward_hook(lambda module, args, y: -y)
+
+
+def insert(model):
+    model[1].insert(1, nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        replace_norm,
+        hook_norm,
+        insert,
+        lambda model: torch.fx.experimental.optimization.fuse(model[:1]),
+        lambda model: nn.Sequential(model[0], *model[1]),
+        lambda model: model[1].__delitem__(1),
+        lambda model: nn.Sequential(model[0], model[1][:1]),
+    ],
+    ids=["sync", "replaced", "hooked", "inserted", "folded", "unpacked", "deleted", "sliced"],
+)
+def test_a_model_that_is_changed_after_fusion(change):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), norm_and_relu(), nn.Conv2d(3, 2, 1)).double().eval()
+    with torch.no_grad():
+        model[1][0].running_mean.normal_()
+    ours, x = convert(copy.deepcopy(model), fuse_relu=True), drawn()
+    ours, model = (change(m) or m for m in (ours, model))
+    close(ours(x), model(x))
+
+
+def test_convolution_folded_after_fusion():
+    model = convert(nn.Sequential(nn.Conv2d(3, 3, 1), *norm_and_relu()).eval(), fuse_relu=True)
+    x = torch.randn(SHAPE)
+    expected = model(x)
+    model[0] = nn.utils.fuse_conv_bn_eval(model[0], model[1])
+    model[1] = nn.Identity()
+    close(model(x), expected, torch.float32)
+
+
+@pytest.mark.parametrize("way", ["compile", "export", "trace"])
+def test_fused_models_are_recorded(way):
+    torch._dynamo.reset()
+    model = convert(norm_and_relu(Subclass), fuse_relu=True).eval()
+    x = torch.randn(SHAPE)
+    if way == "compile":
+        backend, seen = graphs()
+        close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x), torch.float32)
+        assert seen[0].count(FORWARD) == len(seen[0]) - seen[0].count(operator.getitem)
+    elif way == "export":
+        program = torch.export.export(model, (x,))
+        assert torch.ops.aten.relu.default not in [node.target for node in program.graph.nodes]
+        close(program.module()(x), model(x), torch.float32)
+    else:
+        close(torch.jit.trace(model, x)(x), model(x), torch.float32)
+
+
+def test_symbolic_trace_with_the_modules_as_leaves():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+    model, x = convert(norm_and_relu(), fuse_relu=True), torch.randn(SHAPE)
+    graph = Tracer().trace(model)
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+    close(torch.fx.GraphModule(model, graph)(x), model(x), torch.float32)
 
 
 def run(model, x, labels):
