@@ -75,18 +75,28 @@ def batch_norm(
     Raises
     ------
     TypeError
-        A dtype that is not computed in, or a residual of another than input's.
+        A dtype that is not computed in, or a residual of another than input's; an input that is no
+        Tensor; running statistics that require grad.
     ValueError
         Shapes that do not fit, one running statistic without the other, none where they
-        normalise, a single value per channel in training.
+        normalise, a single value per channel in training; in training under `torch.func.vmap`,
+        running statistics that are not mapped over.
     RuntimeError
         In a second derivative, of which there is none.
+    NotImplementedError
+        In forward mode (`torch.func.jvp`, ``jacfwd``, ``hessian``), of which there is none either.
 
     Notes
     -----
     Ioffe & Szegedy (2015), Algorithm 1; see `nbnorm.batch_norm_forward`. Statistics are float64
-    inside, whatever the dtypes. For the backward pass input and weight are kept, mean and rstd in
-    float64, with ReLU also bias, and the result where ReLU follows a residual.
+    inside, whatever the dtypes. Autocast changes no dtype here: where it has made input bfloat16,
+    residual must be made so, too.
+
+    `torch.func`'s ``grad``, ``vjp``, ``jacrev`` and ``vmap`` work, the last by one call for each
+    sample; not inside of `torch.compile`, which takes gradients by `torch.autograd` alone.
+
+    For the backward pass input and weight are kept, mean and rstd in float64, with ReLU also bias,
+    and the result where ReLU follows a residual.
 
     The first call of a kind compiles kernels for some seconds, once on a machine.
 
@@ -656,11 +666,10 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
     Before `torch.compile`, not after. `state_dict` stays what it was: weights saved of a
     converted model load into the original, and the other way round.
 
-    What reads a model's code is for the model as it was: `torch.fx.symbolic_trace`,
-    `torch.jit.script` and ONNX's exporter by TorchScript fail after `convert`, as do conv-bn folding
-    and quantisation that begin with them; so they come first. `torch.jit.trace`, `torch.export` and
-    `torch.compile` take a converted model. A `torch.fx.Tracer` does whose ``is_leaf_module`` is true
-    of this file's modules, as it is of PyTorch's.
+    What reads a model's code comes before `convert`, and fails after it: `torch.fx.symbolic_trace`,
+    `torch.jit.script`, ONNX's exporter by TorchScript, and what begins with one of them, such as
+    quantisation. `torch.compile`, `torch.export` and `torch.jit.trace` take a converted model. So
+    does a `torch.fx.Tracer` whose ``is_leaf_module`` is true of this file's modules, too.
 
     Examples
     --------
@@ -689,7 +698,7 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
 
 def _fuse_relu(model: nn.Module) -> None:
     for module in model.modules():
-        kind = type(module)
+        kind: Any = type(module)
         # A Sequential with a forward of its own has an order of its own.
         if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
             children = list(module._modules.values())
@@ -698,7 +707,7 @@ def _fuse_relu(model: nn.Module) -> None:
 
 
 class _Fused:
-    """What a Sequential becomes: it asks its normalizations for ReLU and leaves out the next module.
+    """What a Sequential becomes: it asks normalizations for ReLU and leaves out the next module.
 
     The modules stay what and where they are, and each call looks at them anew, so that it is right
     whatever has been put in their place since: SyncBatchNorm, a folded convolution, a wrapper.
@@ -722,18 +731,18 @@ class _Fused:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the class that there was: this one has no name to be imported by."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _remade, (type(self).__bases__[1],), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _remade, (type(self).__bases__[1],), *reduced[2:]
 
 
 @cache
-def _fused(kind: type[nn.Sequential]) -> type[nn.Sequential]:
+def _fused(kind: Any) -> Any:
     """The class of a Sequential that fuses."""
     return type(kind.__name__, (_Fused, kind), {"__module__": kind.__module__})
 
 
-def _remade(kind: type[nn.Sequential]) -> nn.Sequential:
-    cls = _fused(kind)
+def _remade(kind: Any) -> Any:
+    cls: Any = _fused(kind)
     return cls.__new__(cls)
 
 
