@@ -368,7 +368,7 @@ _backward.register_autograd(_no_second_derivative)
 class _Eager(torch.autograd.Function):
     """What the operators do, without the dispatcher, which takes 60 us a layer and step.
 
-    Of the old style: a Function with `setup_context` takes 20 us more to call.
+    Of the old style: one with `setup_context` has its arguments bound by signature at every call.
     """
 
     @staticmethod
