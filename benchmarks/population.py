@@ -16,7 +16,8 @@ if not __package__:  # run as a program: make this folder's package and nbnorm i
 
 import numpy as np
 
-from benchmarks.distributed import conditions, table_of
+from benchmarks.distributed import conditions
+from benchmarks.tables import markdown
 from nbnorm import Moments, batch_norm_stats
 from nbnorm.population import Pairwise, population_stats
 
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("what", choices=measure)
     what = parser.parse_args().what
     command = f"python benchmarks/population.py {what}"
-    print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{table_of(measure[what]())}")
+    print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{markdown(measure[what]())}")
 
 
 if __name__ == "__main__":
