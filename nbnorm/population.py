@@ -21,8 +21,8 @@ from nbnorm.moments import Moments
 
 __all__ = ["population_stats", "recalibrate"]
 
-# 32 MiB of float32. With a file in the page cache an eighth of that took up to 1.2 times as long on
-# an idle machine, 2.2 times on a busy one (benchmarks/population.py).
+# 32 MiB of float32. An eighth of that took 1.06 to 1.35 times as long for a file in the page cache,
+# a 128th 2 to 3 times (benchmarks/population.py chunks).
 CHUNK = 1 << 23
 
 
