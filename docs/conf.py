@@ -65,7 +65,7 @@ html_show_sourcelink = False
 # A font for formulas: not every system has one.
 html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["site.css"]
-html_sidebars = {"benchmarks": [], "index": [], "quickstart": []}
+html_sidebars = {page: [] for page in ("benchmarks", "experiments", "index", "quickstart")}
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "header_links_before_dropdown": 6,
