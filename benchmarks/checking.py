@@ -42,7 +42,7 @@ def check(name: str, op: str, b: Batch, result: Any) -> None:
                 error = np.where(unsure < STORED * loss + 4 * STORED * stored, 0, error)
         if not (error < allowed).all():
             raise AssertionError(
-                f"{name} {op} in {b.x.dtype.name} at {b.x.shape} is off by {error.max()}"
+                f"{name} {op} in {b.x.dtype.name} at {b.x.shape} is off by {error.max():.2g}"
             )
 
 

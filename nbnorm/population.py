@@ -35,7 +35,7 @@ def population_stats(
     ----------
     data : array, or iterable of arrays
         Any array of `batch_norm_stats`, a memory map, or what reads an array when it is sliced (a
-        dataset of h5py, an array of zarr); an iterable of such (files, a generator of batches),
+        dataset of h5py); an iterable of such (files, a generator of batches),
         which is gone through once and may differ in all but the channel axes; one dask array, whose
         blocks are taken as they are, but for the channel axes, which are brought together.
     axis : int or tuple of int, default 1

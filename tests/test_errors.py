@@ -41,7 +41,9 @@ def test_valid_arguments_are_valid():
 
 def test_every_public_function_is_covered():
     functions = {name for name in nbnorm.__all__ if inspect.isfunction(getattr(nbnorm, name))}
-    assert functions - {"show_config", "set_pool_limit", "warmup"} == set(VALID)
+    others = {"show_config", "set_pool_limit", "warmup"}
+    others |= {"population_stats", "recalibrate"}  # test_population.py has what they refuse
+    assert functions - others == set(VALID)
 
 
 # Types of arrays

@@ -405,6 +405,15 @@ def test_every_plot_is_tested_and_begins_as_the_gallery_wants_it():
 
 
 @needs_examples
+def test_channels_come_out_with_mean_beta_and_deviation_gamma(plot):
+    y, gamma, beta, moved = plot("plot_forward", "y", "gamma", "beta", "moved")
+    assert_allclose(y.mean(0), beta, rtol=0, atol=1e-5)
+    # eps is 4e-5 of the least variance, which takes half as much off the deviation.
+    assert_allclose(y.std(0), gamma, rtol=5e-5)
+    assert np.abs(moved - y).max() < 5e-5 * np.abs(y).max()
+
+
+@needs_examples
 def test_scale_of_the_weights(plot):
     (deviations,) = plot("plot_scale_invariance", "deviations")
     # Sums of 100 and 256 terms in float32, off by some eight units in the last place of the result.

@@ -24,7 +24,7 @@ FUNCTIONS = sorted(
     name
     for name in nbnorm.__all__
     if inspect.isfunction(getattr(nbnorm, name))
-    and name not in ("show_config", "set_pool_limit", "warmup")
+    and name not in ("show_config", "set_pool_limit", "warmup", "population_stats", "recalibrate")
 )
 
 

@@ -8,7 +8,7 @@ of four modules and 41,000 weights, learns 4,000 handwritten digits (data/README
 batches of 32. PyTorch computes the convolutions, nbnorm the normalisation.
 
 ==============  ===================================================================================
-Baseline        no batch normalization; at 0.05, the best for it of 0.01, 0.02, 0.05 and 0.1
+Baseline        no batch normalization; at a rate of 0.05
 Baseline-x5     the same at five times that rate, at which the paper's Inception diverged
 BN-Baseline     the baseline with batch normalization before every nonlinearity
 BN-x5, BN-x30   at 5 and 30 times the rate, and with the accompanying changes of section 4.2.1
@@ -23,12 +23,12 @@ distortion of brightness and contrast.
 
 What came of it with three seeds (docs/results/figure2.json) is in part as in the paper. To the
 baseline's best accuracy in 1,000 steps batch normalization alone takes less than half as many
-steps, and gets further; with five times the rate and the changes it takes less than a third, and
-gets furthest; sigmoids learn with it, and without they do not. Other than in the paper 30 times the
-rate is too much here, sigmoids get beyond the baseline, and the baseline at five times its rate
-does not diverge, but learns badly or not at all.
+steps, and gets further; with five times the rate and the changes it takes less than a third;
+sigmoids learn with it, and without they do not. Unlike in the paper 30 times the rate is too much
+here, so that BN-x5 gets furthest, sigmoids get beyond the baseline, and the baseline at five times
+its rate does not diverge, but learns badly or not at all.
 
-    python figure2.py                                   # five minutes, writes figure2.png
+    python figure2.py                                   # writes figure2.png
     python figure2.py --seeds 3 --results figure2.json  # goes on where it was stopped
     python figure2.py --networks Baseline --rate 0.02   # one network at another rate
 """
