@@ -1,4 +1,5 @@
-"""What batch normalization does to a batch
+"""
+What batch normalization does to a batch
 ========================================
 
 Four channels of very different means and spreads go in; each comes out with mean beta and standard
