@@ -9,6 +9,8 @@ from benchmarks.shapes import RESNET50, name_of
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
+_OF_THOSE = "channels-last over those of more than two axes"
+
 LEGEND = """\
 A cell: milliseconds, least and median; then, for nbnorm, how many floors that is, and for a peer
 how many times nbnorm's time it took, nbnorm on the same layout and like it writing into memory at
@@ -37,7 +39,8 @@ def section(run: Run) -> str:
         shapes = len({row.shape for rows in by_op.values() for row in rows})
         parts.append(
             f"Peers' times in {dtype} as multiples of nbnorm's, like with like: geometric mean\n"
-            f"over {shapes} shapes, and in brackets the least, with its shape:\n\n{_means(by_op)}"
+            f"over {shapes} shapes ({_OF_THOSE}), and in brackets\nthe least, with its shape:\n\n"
+            f"{_means(by_op)}"
         )
     parts += [*_left_out(run), f"{describe(run.conditions)}\n\n{_commands(run)}"]
     return "\n".join(parts)
@@ -53,8 +56,8 @@ def page(run: Run) -> str:
             parts.append(f"## ResNet-50, {dtype}\n\nAll 53 batch norms at N = 32, ms:\n\n{sums}")
         parts.append(
             f"## Against each library, {dtype}\n\nTimes as multiples of nbnorm's, like with like: "
-            "geometric mean over all shapes,\nand in brackets the least, with its shape:\n\n"
-            f"{_means(by_op)}"
+            f"geometric mean over all shapes\n({_OF_THOSE}), and in brackets the least, with its "
+            f"shape:\n\n{_means(by_op)}"
         )
         for op, rows in by_op.items():
             table = _shapes(rows, filter(is_ours, PEERS))
