@@ -13,11 +13,9 @@ column has the difference of the tenth percentiles, which other work on the mach
 """
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ if not __package__:  # run as a program: make this folder's package and nbnorm i
     # And not this folder itself, whose `distributed` is not nbnorm's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import llvmlite.binding
 import numba
 import numpy as np
 
 import nbnorm
+from benchmarks.runs import conditions, describe
 from benchmarks.tables import markdown
 from nbnorm import Moments
 from nbnorm.distributed import SelfComm, sync_batch_norm_backward, sync_batch_norm_forward
@@ -152,15 +150,6 @@ def merged(ranks: int, offset: float) -> list[str]:
     return [*(f"{error.max():.1e}" for error in errors), f"{spent * 1e3:.2g}"]
 
 
-def conditions(libraries: list[str]) -> str:
-    """Say where and with what."""
-    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    return (
-        f"{platform.machine()} ({llvmlite.binding.get_host_cpu_name()}), "
-        f"{numba.get_num_threads()} threads a process, {versions}"
-    )
-
-
 def main() -> None:
     """Measure what was asked for; the first rank prints."""
     parser = argparse.ArgumentParser(
@@ -171,7 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     command = f"python benchmarks/distributed.py {' '.join(sys.argv[1:])}"
     if args.what == "merge":
-        print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{markdown(merge())}")
+        print(f"{describe(conditions('numpy', 'numba'))}\n\n    {command}\n\n{markdown(merge())}")
         return
     from mpi4py import MPI
 
@@ -179,7 +168,7 @@ def main() -> None:
     lines = {"layers": layers, "messages": messages}[args.what](comm, args.turns)
     if comm.Get_rank() == 0:
         implementation = MPI.Get_library_version().splitlines()[0].replace("\t", " ")
-        print(f"{conditions(['numpy', 'numba', 'mpi4py'])}, {implementation}\n")
+        print(f"{describe(conditions('numpy', 'numba', 'mpi4py'))} {implementation}\n")
         threads = f"NUMBA_NUM_THREADS={numba.get_num_threads()}"
         print(f"    {threads} mpiexec -n {comm.Get_size()} {command}\n")
         print(markdown(lines))

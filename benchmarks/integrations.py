@@ -21,7 +21,7 @@ import numba
 
 from benchmarks.runs import conditions, describe
 from benchmarks.shapes import name_of, shape_of
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, with_section
 from benchmarks.timing import Times, alternate
 
 HOSTS = ("torch", "autograd", "mygrad", "thinc", "onnx")
@@ -79,9 +79,8 @@ def main() -> None:
     )
     print(text)
     if options.docs:
-        before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        DOCS.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+        page = DOCS.read_text(encoding="utf-8")
+        DOCS.write_text(with_section(page, text, BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":

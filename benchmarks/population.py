@@ -16,7 +16,7 @@ if not __package__:  # run as a program: make this folder's package and nbnorm i
 
 import numpy as np
 
-from benchmarks.distributed import conditions
+from benchmarks.runs import conditions, describe
 from benchmarks.tables import markdown
 from nbnorm import Moments, batch_norm_stats
 from nbnorm.population import Pairwise, population_stats
@@ -117,7 +117,9 @@ def main() -> None:
     parser.add_argument("what", choices=measure)
     what = parser.parse_args().what
     command = f"python benchmarks/population.py {what}"
-    print(f"{conditions(['numpy', 'numba'])}\n\n    {command}\n\n{markdown(measure[what]())}")
+    print(
+        f"{describe(conditions('numpy', 'numba'))}\n\n    {command}\n\n{markdown(measure[what]())}"
+    )
 
 
 if __name__ == "__main__":

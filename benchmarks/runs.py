@@ -67,9 +67,9 @@ def _row(*, shape: list[int], times: dict[str, list[float]], **rest: Any) -> Row
     )
 
 
-def conditions() -> dict[str, Any]:
-    """Return where, when and with which versions this process runs."""
-    libraries = dict.fromkeys(["numba", *(peer.library for peer in PEERS.values())])
+def conditions(*libraries: str) -> dict[str, Any]:
+    """Return where, when and with which versions this process runs: of all peers if not of some."""
+    libraries = libraries or ("numba", *dict.fromkeys(peer.library for peer in PEERS.values()))
     return {
         "cpu": _cpu(),
         "cpus": os.cpu_count(),

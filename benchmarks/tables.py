@@ -68,13 +68,13 @@ def page(run: Run) -> str:
     return "\n".join(parts)
 
 
-def with_section(readme: str, text: str) -> str:
-    """Return README.md with this text between its two marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n{text}{END}{after}"
+def with_section(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return a page with this text between its two marks, README.md's if not others."""
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"the page lacks {begin} or {end}")
+    return f"{before}{begin}\n{text}{end}{after}"
 
 
 def resnet_sums(rows: list[Row]) -> dict[str, float]:

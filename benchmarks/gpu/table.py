@@ -18,7 +18,7 @@ if not __package__:  # run as a program: make this folder's package importable
 from benchmarks.gpu.peers import COPY, FLOORS, OPS, OURS, OURS_LAST, OURS_TWICE, PEERS, others
 from benchmarks.gpu.records import of, read
 from benchmarks.shapes import RESNET50, name_of
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, with_section
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
@@ -259,15 +259,6 @@ def section(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
-def with_section(page: str, text: str) -> str:
-    """Return the page with this text between its two marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"docs/gpu.md lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n{text}{END}{after}"
-
-
 def main() -> None:
     """Write what the command line asks for; with --summary, exit 0 says that all was right."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -282,7 +273,7 @@ def main() -> None:
         arguments.markdown.write_text(report(records), encoding="utf-8")
     if arguments.docs:
         page = DOCS.read_text(encoding="utf-8")
-        DOCS.write_text(with_section(page, section(records)), encoding="utf-8")
+        DOCS.write_text(with_section(page, section(records), BEGIN, END), encoding="utf-8")
     if arguments.summary:
         text, failed = checks(records)
         rows = rows_of(records)

@@ -221,7 +221,9 @@ class _Pass(NamedTuple):
 
 def _pass(name: str, x: Array, parameters: Array, *tensors: Array | None) -> _Pass:
     """Prepare a kernel for these tensors, which are in the order of its arguments."""
-    return _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors))
+    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors))
+    assert ready is not None
+    return ready
 
 
 def _kept(
@@ -232,13 +234,17 @@ def _kept(
     Not in float64, whose statistics are taken twice, and only where all tensors are read in
     vectors: one that is not would change the sums of the others, which are to be those of `stats`.
     """
-    if x.dtype.itemsize == 8:
-        return None
     resident = keeps, *launch.limits()
-    ready = _prepared(
-        name, x.shape, x.dtype, parameters.dtype, *_placed(tensors), resident=resident
-    )
-    return ready if ready.blocks else None
+    if not _may_keep(x.shape, x.dtype.itemsize, *resident):
+        return None
+    return _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors), resident=resident)
+
+
+@lru_cache(maxsize=4096)
+def _may_keep(shape: Axes, itemsize: int, keeps: int, shared: int, clusters: bool) -> bool:
+    """Whether tensors fit, wherever they lie: what does not is not looked at any further."""
+    cut = plan(*shape, itemsize, VECTOR)
+    return itemsize < 8 and residence(cut, keeps, shared, clusters) is not None
 
 
 def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
@@ -254,9 +260,6 @@ def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
     return addresses % VECTOR == 0, *strides
 
 
-_NOT_RESIDENT = _Pass(None, "", "", 0, 0, 0, 0, (), 0, ())
-
-
 @lru_cache(maxsize=4096)
 def _prepared(
     name: str,
@@ -266,10 +269,10 @@ def _prepared(
     aligned: bool,
     *strides: Axes | None,
     resident: tuple[int, int, bool] | None = None,
-) -> _Pass:
+) -> _Pass | None:
     """Prepare a kernel; the strides of an absent tensor, which it will not touch, are 0.
 
-    `resident`: how many tensors it keeps, and what the device's limits are.
+    `resident`: how many tensors it keeps, and what the device's limits are; None if it cannot.
     """
     N, C, S = shape
     itemsize = dtype.itemsize
@@ -296,7 +299,7 @@ def _prepared(
     else:
         kept = None if divisible % VECTOR else residence(cut, *resident)
         if kept is None:
-            return _NOT_RESIDENT
+            return None
         cluster, each, blocks, shared = kept
         source = kernels.resident(*of, cluster > 1)
         geometry += cluster, each
