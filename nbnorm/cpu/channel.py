@@ -59,7 +59,8 @@ def rstd_of(var, eps):
 def finish_channel(c, count, shift, delta, m2, eps, mean, rstd):
     """Mean and rstd of a channel whose chunks are merged."""
     mean[c] = shift[c] + delta[c]
-    rstd[c] = rstd_of(m2[c] / count[c], eps)
+    # An M2 that float64 does not hold says nothing of the spread: y is NaN rather than beta.
+    rstd[c] = np.nan if m2[c] == np.inf else rstd_of(m2[c] / count[c], eps)
 
 
 @ordered
@@ -83,26 +84,82 @@ def split(mean, like):
 
 
 @ordered
-def affine_channel(c, mean, rstd, gamma, beta, hi, a, b):
-    """hi, a, b of y = (x - hi) a + b, in float64 and rounded once; no beta, no b."""
-    hi[c], lo = split(mean[c], hi)
-    a_c = gamma[c] * rstd[c]
-    a[c] = a_c
+def size_of(value):
+    """Power of two below |value|, a float64: 0 of subnormal numbers, Inf of Inf and NaN."""
+    bits = np.int64(np.float64(value).view(np.int64) & 0x7FF0000000000000)
+    return np.int64(bits).view(np.float64)
+
+
+@ordered
+def unit_for(a, most, like):
+    """Power of two u for which v u, v = x - hi, and a / u are in the dtype's range as v a is.
+
+    1 where a is in that range itself; at most `most`, a power of two.
+    """
+    tiny = np.float64(np.finfo(like.dtype).tiny)
+    size = size_of(a)
+    if not size < np.inf:
+        return 1.0
+    unit = max(1.0, size * tiny)
+    unit = unit if size == 0 else min(unit, size / tiny)
+    return max(min(unit, most), tiny)
+
+
+@ordered
+def most_for(hi, like):
+    """Greatest unit for which (x - hi) unit is finite, whatever x is."""
+    limits = np.finfo(like.dtype)
+    size = size_of(hi)
+    if np.float64(limits.max) * np.float64(limits.eps) / 4 <= size < np.inf:
+        return 0.5
+    return 1 / (2 * size * np.float64(limits.tiny))
+
+
+@ordered
+def in_range(value, like):
+    """A finite value as the nearest finite one of the dtype, so that 0 times it is 0."""
+    most = np.float64(np.finfo(like.dtype).max)
+    if np.abs(value) < np.inf:
+        return min(max(value, -most), most)
+    return value
+
+
+@ordered
+def affine_channel(c, mean, rstd, gamma, beta, hi, u, a, b):
+    """See `affine`."""
+    center, lo = split(mean[c], hi)
+    a_c = np.float64(gamma[c]) * rstd[c]
+    unit = unit_for(a_c, most_for(center, hi), hi)
+    hi[c] = center * unit
+    u[c] = unit
+    a[c] = in_range(a_c / unit, hi)
     if b is not None:
         b[c] = beta[c] - lo * a_c
 
 
 @ordered
 def affine(norm, c0, c1, like):
-    """hi, a, b of channels c0 <= c < c1; b is None of no beta."""
+    """hi, u, a, b of y = (x u - hi) a + b, in float64 and rounded once; no beta, no b.
+
+    hi is that of the mean times u, a power of two: 1 unless (x - hi) or gamma rstd leaves the range
+    of x's dtype. Where nothing does, u changes no bit.
+    """
     mean, rstd, gamma, beta = norm
     size = c1 - c0
-    hi, a = np.empty(size, like.dtype), np.empty(size, like.dtype)
+    hi, u, a = np.empty(size, like.dtype), np.empty(size, like.dtype), np.empty(size, like.dtype)
     b = given(beta, np.empty(size, like.dtype))
-    each(
-        size, affine_channel, (mean[c0:c1], rstd[c0:c1], gamma[c0:c1], part(beta, c0, c1), hi, a, b)
-    )  # fmt: skip
-    return hi, a, b
+    args = mean[c0:c1], rstd[c0:c1], gamma[c0:c1], part(beta, c0, c1), hi, u, a, b
+    each(size, affine_channel, args)
+    return hi, u, a, b
+
+
+@ordered
+def all_one(units):
+    """Whether no channel needs a unit."""
+    others = 0
+    for c in range(units.size):
+        others += units[c] != 1
+    return others == 0
 
 
 @none_without("condition")
@@ -120,23 +177,21 @@ def part(values, begin, end):
 @ordered
 def power_of_two(rstd, like):
     """Power of two next to rstd, in the range of normal numbers of the dtype of `like`."""
-    exponent = np.int64(np.float64(rstd).view(np.int64) & 0x7FF0000000000000)
-    least = np.float64(np.finfo(like.dtype).tiny)
-    return min(max(np.int64(exponent).view(np.float64), least), 2.0**127)
+    return min(max(size_of(rstd), np.float64(np.finfo(like.dtype).tiny)), 2.0**126)
 
 
 @ordered
-def scale_channel(c, rstd, unit):
+def scale_channel(c, rstd, u, scale):
     """See `scales`."""
-    unit[c] = power_of_two(rstd[c], unit)
+    scale[c] = power_of_two(rstd[c], u) / u[c]
 
 
 @ordered
-def scales(norm, c0, c1, like):
-    """Power of two next to rstd: (x - hi) unit is exact and of the size of x_hat."""
-    unit = np.empty(c1 - c0, like.dtype)
-    each(unit.size, scale_channel, (norm[1][c0:c1], unit))
-    return unit
+def scales(norm, c0, c1, u):
+    """Powers of two for which (x u - hi) scale is exact and of the size of x_hat."""
+    scale = np.empty_like(u)
+    each(u.size, scale_channel, (norm[1][c0:c1], u, scale))
+    return scale
 
 
 @ordered
@@ -168,26 +223,54 @@ def finish_sums(partial, norm, c0, c1, x, sums):
 
 
 @ordered
-def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, h, p, q):
+def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
+    """v and f of `factors`."""
+    a = np.float64(gamma[c]) * rstd[c]
+    most = np.inf
+    if sums is not None:
+        limits = np.finfo(u.dtype)
+        tiny = np.float64(limits.tiny)
+        mean_dy, mean_dy_xhat = sums[0, c0 + c] / count, sums[1, c0 + c] / count
+        most = u[c] / (2 * size_of(rstd[c] * mean_dy_xhat) * tiny)
+        size = max(size_of(mean_dy), size_of(mean_dy_xhat))
+        # x_hat is at most the root of count, and what is subtracted from dy so many times as large.
+        if np.float64(limits.max) * 2.0**-28 <= size < np.inf:
+            most = min(most, 2.0**-24)
+    v[c] = unit_for(a, most, u)
+    f[c] = in_range(a / v[c], u)
+
+
+@ordered
+def factors(norm, sums, count, c0, c1, u):
+    """v and f of dx = f (dy v - ...), v a power of two and f v = gamma rstd, as u and a of y."""
+    size = c1 - c0
+    v, f = np.empty_like(u), np.empty_like(u)
+    each(size, factor_channel, (c0, norm[1][c0:c1], norm[2][c0:c1], sums, count, u, v, f))
+    return v, f
+
+
+@ordered
+def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, q):
     """See `coefficients`."""
     _, lo = split(mean[c], h)
-    h[c], l = split(sum_dy[c] / count, h)
+    mean_dy, l = split(sum_dy[c] / count, h)
     p_c = rstd[c] * (sum_dy_xhat[c] / count)
-    p[c] = p_c
-    q[c] = l - lo * p_c
+    h[c] = mean_dy * v[c]
+    p[c] = p_c * v[c] / u[c]
+    q[c] = (l - lo * p_c) * v[c]
 
 
 @none_without("sums")
-def coefficients(norm, sums, count, c0, c1, like):
-    """h, p, q of dx / (gamma rstd) = (dy - h) - ((x - hi) p + q); None of no sums.
+def coefficients(norm, sums, count, c0, c1, u, v):
+    """h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q); None of no sums.
 
-    That is dy - mean(dy) - x_hat mean(dy x_hat) with mean(dy) split as the mean of x is: dy - h is
-    exact near the mean of dy.
+    That is dy - mean(dy) - x_hat mean(dy x_hat), times v, with mean(dy) split as the mean of x is:
+    dy - h is exact near the mean of dy.
     """
     size = c1 - c0
-    h, p, q = np.empty(size, like.dtype), np.empty(size, like.dtype), np.empty(size, like.dtype)
+    h, p, q = np.empty_like(u), np.empty_like(u), np.empty_like(u)
     channels = norm[0][c0:c1], norm[1][c0:c1], sums[0][c0:c1], sums[1][c0:c1]
-    each(size, coefficients_channel, (*channels, count, h, p, q))
+    each(size, coefficients_channel, (*channels, count, u, v, h, p, q))
     return h, p, q
 
 

@@ -14,7 +14,17 @@ import numpy as np
 
 from nbnorm.cpu import element
 from nbnorm.cpu import rows as by_rows
-from nbnorm.cpu.channel import FIRST, add_up, affine, coefficients, lost, merge, scales
+from nbnorm.cpu.channel import (
+    FIRST,
+    add_up,
+    affine,
+    all_one,
+    coefficients,
+    factors,
+    lost,
+    merge,
+    scales,
+)
 from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece, sum_of
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.plan import PLANE_ALONE
@@ -151,9 +161,11 @@ def first_means(x, grid, c0, c1, begin, end, k, K, s, q, s64, q64, shift):
     stop = min(begin + (FIRST + fold * S - 1) // (fold * S), end)
     sums(x, grid, begin, stop, c0, c1, K, s, q, s64, q64)
     gather(s64, S, shift)
-    m = (min(stop * fold, N) - begin * fold) * S
+    n0, n1 = begin * fold, min(stop * fold, N)
     for c in range(shift.size):
-        shift[c] = k[c] + shift[c] / m
+        if not np.abs(shift[c]) < np.inf:
+            shift[c], _, _ = sums64(x, grid, n0, n1, c0 + c, np.float64(k[c]))
+        shift[c] = k[c] + shift[c] / ((n1 - n0) * S)
 
 
 @ordered
@@ -229,39 +241,35 @@ def by_planes(grid, streamed):
 
 
 @ordered
-def affine_columns(norm, grid, c0, c1, like):
-    """hi, a, b of every column; b is None where no mask is recomputed."""
-    hi, a, b = affine(norm, c0, c1, like)
-    return by_columns(hi, grid), by_columns(a, grid), by_columns(b, grid)
-
-
-@ordered
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    if by_planes(grid, streamed):
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    if by_planes(grid, streamed) or not all_one(u_c):
         by_rows.apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return
+    hi, a, b = by_columns(hi_c, grid), by_columns(a_c, grid), by_columns(b_c, grid)
     fold = grid[4]
-    hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = rows(grid, k)
     for r in range(begin, end):
         size = width(grid, r, c0, c1)
         x_, residual_ = piece(x, r * fold, c0, 0, size), piece(residual, r * fold, c0, 0, size)
-        args, outs = (x_, residual_, hi, a, b, low), (piece(y, r * fold, c0, 0, size),)
+        args, outs = (x_, residual_, hi, None, a, b, low), (piece(y, r * fold, c0, 0, size),)
         each_to(size, element.normalise, args, outs, streamed)
     fence(streamed)
 
 
 @ordered
 def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
-    """partial[:, k, c] = sum dy, sum dy (x - hi) unit of chunk k, dy masked by y > 0.
+    """partial[:, k, c] = sum dy, sum dy (x u - hi) scale of chunk k, dy masked by y > 0.
 
     The mask is recomputed where norm holds beta, read where y is given.
     """
     _, _, S, _, fold, _ = grid
-    hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
-    unit = by_columns(scales(norm, c0, c1, hi), grid)
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    scale_c = scales(norm, c0, c1, u_c)
+    hi, a, b = by_columns(hi_c, grid), by_columns(a_c, grid), by_columns(b_c, grid)
+    scale = by_columns(scale_c, grid)
     s, t = np.zeros_like(hi), np.zeros_like(hi)
     s64, t64 = np.zeros(hi.size), np.zeros(hi.size)
     zero = hi.dtype.type(0)
@@ -272,45 +280,52 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         for r in range(begin, whole, 4):
             n = r * fold
             dy_, x_ = four(dy, n, fold, c0, 0, hi.size), four(x, n, fold, c0, 0, hi.size)
-            y_ = four(y, n, fold, c0, 0, hi.size)
-            each(
-                hi.size, element.add_gradient_rows, (dy_, x_, y_, hi, a, b, unit, zero, s, t)
-            )  # fmt: skip
+            args = dy_, x_, four(y, n, fold, c0, 0, hi.size), hi, None, a, b, scale, zero, s, t
+            each(hi.size, element.add_gradient_rows, args)
         for r in range(whole, end):
             n = r * fold
             size = width(grid, r, c0, c1)
             dy_, x_ = piece(dy, n, c0, 0, size), piece(x, n, c0, 0, size)
-            y_ = piece(y, n, c0, 0, size)
-            each(size, element.add_gradient_row, (dy_, x_, y_, hi, a, b, unit, zero, s, t))
+            args = dy_, x_, piece(y, n, c0, 0, size), hi, None, a, b, scale, zero, s, t
+            each(size, element.add_gradient_row, args)
         each(hi.size, element.drain, (s, s64))
         each(hi.size, element.drain, (t, t64))
     gather(s64, S, partial[0, k][c0:c1])
     gather(t64, S, partial[1, k][c0:c1])
+    for c in range(c0, c1):
+        i = c - c0
+        if u_c[i] != 1 or by_rows.overflowed(partial, k, c):
+            partial[0, k, c], partial[1, k, c] = by_rows.sums_again(
+                dy, x, y, grid, k, c,
+                hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], zero,
+            )  # fmt: skip
 
 
-@none_without("sums")
-def gradient_columns(norm, sums, count, grid, c0, c1, like):
-    """h, p, q of every column; None of no sums."""
-    h, p, q = coefficients(norm, sums, count, c0, c1, like)
+@none_without("hpq")
+def by_columns_each(hpq, grid):
+    """h, p, q of every column; None of None."""
+    h, p, q = hpq
     return by_columns(h, grid), by_columns(p, grid), by_columns(q, grid)
 
 
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
-    if by_planes(grid, streamed):
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    v_c, _ = factors(norm, sums, count, c0, c1, u_c)
+    if by_planes(grid, streamed) or not (all_one(u_c) and all_one(v_c)):
         by_rows.differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
         return
-    fold = grid[4]
-    hi, a, b = affine_columns(norm, grid, c0, c1, computed(x))
-    hpq = gradient_columns(norm, sums, count, grid, c0, c1, hi)
+    hi, a, b = by_columns(hi_c, grid), by_columns(a_c, grid), by_columns(b_c, grid)
+    hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid)
     zero = hi.dtype.type(0)
+    fold = grid[4]
     begin, end = rows(grid, k)
     for r in range(begin, end):
         n = r * fold
         size = width(grid, r, c0, c1)
         dy_, x_, y_ = piece(dy, n, c0, 0, size), piece(x, n, c0, 0, size), piece(y, n, c0, 0, size)
         outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
-        args = dy_, x_, y_, hi, a, b, hpq, zero
+        args = dy_, x_, y_, hi, None, a, b, hpq, None, a, zero
         each_to(size, element.differentiate, args, outs, streamed)
     fence(streamed)

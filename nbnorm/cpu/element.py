@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from nbnorm.cpu.intrinsics import at_once
-from nbnorm.cpu.jit import by_types, none_without, ordered
+from nbnorm.cpu.jit import by_types, fused_by_types, none_without, ordered
 from nbnorm.cpu.storage import load, store, stored_as_zero
 
 
@@ -21,10 +21,26 @@ def at(value, j):
     return lambda value, j: value
 
 
+@fused_by_types
+def less(x, hi, u):
+    """x u - hi; x - hi of no unit."""
+    if isinstance(u, types.NoneType):
+        return lambda x, hi, u: x - hi
+    return lambda x, hi, u: x * u - hi
+
+
+@by_types
+def times(value, unit):
+    """value unit; the value of no unit."""
+    if isinstance(unit, types.NoneType):
+        return lambda value, unit: value
+    return lambda value, unit: value * unit
+
+
 @none_without("b", fused=True)
-def normalised(x, hi, a, b):
+def normalised(x, hi, u, a, b):
     """y before the activation; backward recomputes the ReLU mask by this very expression."""
-    return (x - hi) * a + b
+    return less(x, hi, u) * a + b
 
 
 @ordered
@@ -47,19 +63,19 @@ def masked(dy, y, v, least, zero):
 
 
 @ordered
-def gradient(j, dy, x, y, hi, a, b, zero):
+def gradient(j, dy, x, y, hi, u, a, b, zero):
     """dy[j] as it arrives at the normalisation."""
-    v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))
+    v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
     return masked(at_once(load(dy, j)), load(y, j), v, stored_as_zero(x), zero)
 
 
 @ordered
-def centred(j, g, x, hi, hpq):
-    """(g - h) - ((x - hi) p + q); g where statistics are constants (no h, p, q)."""
+def centred(j, g, x, hi, u, hpq, v):
+    """(g v - h) - ((x u - hi) p + q); g v where statistics are constants (no h, p, q)."""
     if hpq is None:
-        return g
+        return times(g, at(v, j))
     h, p, q = hpq
-    return (g - at(h, j)) - normalised(load(x, j), at(hi, j), at(p, j), at(q, j))
+    return less(g, at(h, j), at(v, j)) - normalised(load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j))
 
 
 @ordered
@@ -107,46 +123,46 @@ def fill(j, value, out):
 
 
 @ordered
-def normalise(j, x, residual, hi, a, b, floor, y):
-    """y = max((x - hi) a + b [+ residual], floor)."""
-    v = normalised(load(x, j), at(hi, j), at(a, j), at(b, j))
+def normalise(j, x, residual, hi, u, a, b, floor, y):
+    """y = max((x u - hi) a + b [+ residual], floor)."""
+    v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
     if residual is not None:
         v += load(residual, j)
     store(y, j, rectified(v, floor))
 
 
 @ordered
-def add_gradient_row(j, dy, x, y, hi, a, b, unit, zero, s, t):
-    """Add g and g (x - hi) unit, g = dy masked by ReLU."""
-    g = gradient(j, dy, x, y, hi, a, b, zero)
+def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
+    """Add g and g (x u - hi) scale, g = dy masked by ReLU."""
+    g = gradient(j, dy, x, y, hi, u, a, b, zero)
     s[j] += g
-    t[j] += g * ((load(x, j) - at(hi, j)) * at(unit, j))
+    t[j] += g * (less(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
 
 
 @ordered
-def add_gradient_rows(j, dy, x, y, hi, a, b, unit, zero, s, t):
+def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
     """The same of four rows."""
-    g0 = gradient(j, dy[0], x[0], y[0], hi, a, b, zero)
-    g1 = gradient(j, dy[1], x[1], y[1], hi, a, b, zero)
-    g2 = gradient(j, dy[2], x[2], y[2], hi, a, b, zero)
-    g3 = gradient(j, dy[3], x[3], y[3], hi, a, b, zero)
-    t0 = g0 * ((load(x[0], j) - at(hi, j)) * at(unit, j))
-    t1 = g1 * ((load(x[1], j) - at(hi, j)) * at(unit, j))
-    t2 = g2 * ((load(x[2], j) - at(hi, j)) * at(unit, j))
-    t3 = g3 * ((load(x[3], j) - at(hi, j)) * at(unit, j))
+    g0 = gradient(j, dy[0], x[0], y[0], hi, u, a, b, zero)
+    g1 = gradient(j, dy[1], x[1], y[1], hi, u, a, b, zero)
+    g2 = gradient(j, dy[2], x[2], y[2], hi, u, a, b, zero)
+    g3 = gradient(j, dy[3], x[3], y[3], hi, u, a, b, zero)
+    t0 = g0 * (less(load(x[0], j), at(hi, j), at(u, j)) * at(scale, j))
+    t1 = g1 * (less(load(x[1], j), at(hi, j), at(u, j)) * at(scale, j))
+    t2 = g2 * (less(load(x[2], j), at(hi, j), at(u, j)) * at(scale, j))
+    t3 = g3 * (less(load(x[3], j), at(hi, j), at(u, j)) * at(scale, j))
     s[j] += (g0 + g1) + (g2 + g3)
     t[j] += (t0 + t1) + (t2 + t3)
 
 
 @ordered
-def differentiate(j, dy, x, y, hi, a, b, hpq, zero, dx, dresidual):
-    """dx = a (g - mean(g) - x_hat mean(g x_hat)), dresidual = g; g = dy masked by ReLU.
+def differentiate(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
+    """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)), dresidual = g; g = dy masked by ReLU.
 
     Each is written where it is wanted; dy may be either of them, and is read before.
     """
-    g = gradient(j, dy, x, y, hi, a, b, zero)
-    d = centred(j, g, x, hi, hpq)
+    g = gradient(j, dy, x, y, hi, u, a, b, zero)
+    d = centred(j, g, x, hi, u, hpq, v)
     if dresidual is not None:
         store(dresidual, j, g)
     if dx is not None:
-        store(dx, j, at(a, j) * d)
+        store(dx, j, at(f, j) * d)

@@ -88,6 +88,7 @@ _INNER = {
     "pipeline_class": _InnerCompiler,
     **_OPTIONS,
 }
+_FUSED = {"fastmath": {"contract"}, **_INNER}
 
 
 def ordered(function: Callable[..., Any]) -> Any:
@@ -112,6 +113,11 @@ def by_types(choose: Callable[..., Any], options: dict[str, Any] = _INNER) -> An
     return compiled_only
 
 
+def fused_by_types(choose: Callable[..., Any]) -> Any:
+    """`by_types` of a function whose product and sum are one multiply-add; see `none_without`."""
+    return by_types(choose, _FUSED)
+
+
 def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that returns None where its argument `name` is None.
 
@@ -119,7 +125,7 @@ def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., A
     would be Optional, and a loop over it would not vectorise. `fused`: a product and its sum are
     one multiply-add; only for a product of what the innermost loop runs over, see `ordered`.
     """
-    options = {"fastmath": {"contract"}, **_INNER} if fused else _INNER
+    options = _FUSED if fused else _INNER
 
     def decorate(function: Callable[..., Any]) -> Any:
         position = list(inspect.signature(function).parameters).index(name)

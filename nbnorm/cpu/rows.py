@@ -13,6 +13,7 @@ from nbnorm.cpu.channel import (
     affine,
     coefficients,
     coefficients_of,
+    factors,
     lost,
     merge,
     scales,
@@ -164,7 +165,7 @@ def stats(x, grid, c0, c1, k, partial):
 @ordered
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    hi, a, b = affine(norm, c0, c1, computed(x))
+    hi, u, a, b = affine(norm, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
@@ -173,34 +174,56 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
             for c in range(c0, c1):
                 i = c - c0
                 x_, residual_ = piece(x, n, c, s, size), piece(residual, n, c, s, size)
-                args, outs = (x_, residual_, hi[i], a[i], b[i], low), (piece(y, n, c, s, size),)
+                args, outs = (x_, residual_, hi[i], u[i], a[i], b[i], low), (piece(y, n, c, s, size),)
                 each_to(size, element.normalise, args, outs, streamed)
     fence(streamed)
 
 
 @ordered
-def add_gradient_piece(dy, x, y, hi, a, b, unit, zero, s, t):
-    """Add g and g (x - hi) unit, g = dy masked by ReLU, to the lanes s and t."""
+def add_gradient_piece(dy, x, y, hi, u, a, b, scale, zero, s, t):
+    """Add g and g (x u - hi) scale, g = dy masked by ReLU, to the lanes s and t."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         dy_, x_ = four(line(dy), i, LANES, 0, 0, LANES), four(line(x), i, LANES, 0, 0, LANES)
         y_ = four(line(y), i, LANES, 0, 0, LANES)
-        each(LANES, element.add_gradient_rows, (dy_, x_, y_, hi, a, b, unit, zero, s, t))
+        each(LANES, element.add_gradient_rows, (dy_, x_, y_, hi, u, a, b, scale, zero, s, t))
     for i in range(whole, x.size, LANES):
         size = min(LANES, x.size - i)
         dy_, x_ = piece(line(dy), i, 0, 0, size), piece(line(x), i, 0, 0, size)
         y_ = piece(line(y), i, 0, 0, size)
-        each(size, element.add_gradient_row, (dy_, x_, y_, hi, a, b, unit, zero, s, t))
+        each(size, element.add_gradient_row, (dy_, x_, y_, hi, u, a, b, scale, zero, s, t))
+
+
+@ordered
+def sums_again(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
+    """Sums of g and of g (x u - hi) scale over chunk k of channel c, in float64."""
+    s_sum, t_sum = 0.0, 0.0
+    begin, end = tiles(grid, k)
+    for t in range(begin, end):
+        n0, n1, s, size = locate(grid, t)
+        for n in range(n0, n1):
+            dy_, x_, y_ = piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size)
+            for i in range(size):
+                g = np.float64(element.gradient(i, dy_, x_, y_, hi, u, a, b, zero))
+                s_sum += g
+                t_sum += g * ((np.float64(load(x_, i)) * u - hi) * scale)
+    return s_sum, t_sum
+
+
+@ordered
+def overflowed(partial, k, c):
+    """Whether the sums of chunk k of a channel are not finite."""
+    return not np.abs(partial[0, k, c]) + np.abs(partial[1, k, c]) < np.inf
 
 
 @ordered
 def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
-    """partial[:, k, c] = sum dy, sum dy (x - hi) unit of chunk k, dy masked by y > 0.
+    """partial[:, k, c] = sum dy, sum dy (x u - hi) scale of chunk k, dy masked by y > 0.
 
     The mask is recomputed where norm holds beta, read where y is given.
     """
-    hi, a, b = affine(norm, c0, c1, computed(x))
-    unit = scales(norm, c0, c1, hi)
+    hi, u, a, b = affine(norm, c0, c1, computed(x))
+    scale = scales(norm, c0, c1, u)
     zero = hi.dtype.type(0)
     s_lanes, t_lanes = np.zeros(LANES, hi.dtype), np.zeros(LANES, hi.dtype)
     wide = np.empty(LANES)
@@ -213,17 +236,24 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             for n in range(n0, n1):
                 add_gradient_piece(
                     piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size),
-                    hi[i], a[i], element.at(b, i), unit[i], zero, s_lanes, t_lanes,
+                    hi[i], u[i], a[i], element.at(b, i), scale[i], zero, s_lanes, t_lanes,
                 )  # fmt: skip
             partial[0, k, c] += total(s_lanes, wide)
             partial[1, k, c] += total(t_lanes, wide)
+    for c in range(c0, c1):
+        if overflowed(partial, k, c):
+            i = c - c0
+            partial[0, k, c], partial[1, k, c] = sums_again(
+                dy, x, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], zero
+            )
 
 
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
-    hi, a, b = affine(norm, c0, c1, computed(x))
-    hpq = coefficients(norm, sums, count, c0, c1, hi)
+    hi, u, a, b = affine(norm, c0, c1, computed(x))
+    v, f = factors(norm, sums, count, c0, c1, u)
+    hpq = coefficients(norm, sums, count, c0, c1, u, v)
     zero = hi.dtype.type(0)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
@@ -234,6 +264,9 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
                 dy_, x_ = piece(dy, n, c, s, size), piece(x, n, c, s, size)
                 y_ = piece(y, n, c, s, size)
                 outs = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
-                args = dy_, x_, y_, hi[i], a[i], element.at(b, i), coefficients_of(hpq, i), zero
+                args = (
+                    dy_, x_, y_, hi[i], u[i], a[i], element.at(b, i), coefficients_of(hpq, i),
+                    v[i], f[i], zero,
+                )  # fmt: skip
                 each_to(size, element.differentiate, args, outs, streamed)
     fence(streamed)
