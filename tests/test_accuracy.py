@@ -335,3 +335,163 @@ def test_nan_and_inf_change_no_bit_of_another_channel(shape, layout, place, bad)
             assert not np.isfinite(found[1]["mean"][1])
         if poisoned == "dy" and place == "everywhere":
             assert not np.isfinite(found[0]["masked dx"][:, 1]).any()
+
+
+FULL_RANGE = [(4, 2, 20, 20), (40, 3), (4, 6, 7, 7), (5, 3, 12, 12)]
+full_range = pytest.mark.parametrize("shape", FULL_RANGE, ids=str)
+narrow = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+
+
+def as_dtype(values, dtype):
+    """Round to a dtype by its name; what float32 does not hold must not be asked for."""
+    if dtype == "bfloat16":
+        return np.asarray(values, "float32").astype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.asarray(values, dtype)
+
+
+def largest(dtype):
+    """The greatest finite number of a dtype."""
+    return {"float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}.get(
+        dtype, float(np.finfo("float32").max)
+    )
+
+
+def draw_full_range(shape, dtype, extreme, seed=0):
+    """Return x within +-extreme that has both of them in every channel, gamma, beta and dy."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, shape) * extreme
+    x[0], x[-1] = extreme, -extreme
+    gamma, beta = rng.uniform(0.5, 2, shape[1]), rng.normal(size=shape[1])
+    dy = rng.normal(size=shape)
+    return as_dtype(x, dtype), gamma.astype("float32"), beta.astype("float32"), as_dtype(dy, dtype)
+
+
+@narrow
+@full_range
+def test_values_over_the_whole_range(shape, dtype):
+    x, gamma, beta, dy = draw_full_range(shape, dtype, largest(dtype))
+    assert_accurate(x, gamma, beta, dy, axis=1)
+
+
+@full_range
+def test_subnormal_values_without_eps(shape):
+    x, gamma, beta, dy = draw_full_range(shape, "float32", 1e-42)
+    assert_accurate(x, gamma, beta, np.float32(1e-5) * dy, axis=1, eps=0.0)
+
+
+@pytest.mark.parametrize("size", [1e36, largest("float32")])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@full_range
+def test_gradients_over_the_whole_range(shape, activation, size):
+    """Sums of dy leave float32; x is so large that dx does not."""
+    x, gamma, beta, _ = draw_full_range(shape, "float32", 1e6)
+    dy = draw_full_range(shape, "float32", size, seed=1)[0]
+    beta *= np.float32(0.1)
+    forward = reference.batch_norm_forward(x, gamma, beta)
+    options = {"beta": beta, "activation": activation} if activation else {}
+    got = nbnorm.batch_norm_backward(dy, x, gamma, forward.mean, forward.rstd, **options)
+    want = reference.batch_norm_backward(dy, x, gamma, forward.mean, forward.rstd, **options)
+    arriving = np.where(forward.y > 0, dy, 0) if activation else dy
+    error = dx_tolerance(arriving, x, gamma, forward.mean, forward.rstd, axis=1)
+    assert_within(got.dx, want.dx, error, "dx")
+    sums = nbnorm.batch_norm_backward_reduce(
+        dy, x, forward.mean, forward.rstd, gamma=gamma, **options
+    )
+    errors = sums_tolerance(arriving.astype("float64"), x, forward.mean, forward.rstd, axis=1)
+    for sum_, wanted, error in zip(sums, (want.dbeta, want.dgamma), errors, strict=True):
+        assert_within(sum_, wanted, error * 2.0**29, "sums")  # float64 terms, float32's units
+
+
+@narrow
+@full_range
+@pytest.mark.parametrize("training", [False, True])
+def test_means_at_the_end_of_the_range(shape, dtype, training):
+    """x - mean is twice the greatest number; with fixed statistics y is still finite."""
+    most = largest(dtype)
+    x = np.full(shape, -most)
+    x[0] = most
+    x = as_dtype(x, dtype)
+    mean, var = np.full(shape[1], most), np.full(shape[1], (most / 3) ** 2)
+    dy = as_dtype(np.random.default_rng(0).normal(size=shape), dtype)
+    gamma, beta = np.full(shape[1], 2, "float32"), np.ones(shape[1], "float32")
+    got = nbnorm.batch_norm_inference(x, gamma, beta, mean, var)
+    want = reference.batch_norm_inference(x, gamma, beta, mean, var)
+    assert_within(got, want, y_tolerance(x, gamma, beta, mean, var**-0.5, axis=1), "y")
+    for activation in (None, "relu"):
+        options = {"beta": beta, "activation": activation, "training": training}
+        got = nbnorm.batch_norm_backward(dy, x, gamma, mean, var**-0.5, **options)
+        want = reference.batch_norm_backward(dy, x, gamma, mean, var**-0.5, **options)
+        arriving = as_dtype(np.where(want.dx != 0, dy, 0), dtype) if not training else dy
+        error = dx_tolerance(arriving, x, gamma, mean, var**-0.5, axis=1, training=training)
+        assert_within(got.dx, want.dx, error, "dx")
+
+
+@pytest.mark.parametrize(
+    ("scale", "gamma"), [(1e-42, 1e-30), (1e30, 1e-20), (1e37, 1e-7), (1e-30, 1e10)]
+)
+@full_range
+def test_gamma_takes_the_factor_out_of_range(shape, scale, gamma):
+    """gamma rstd is beyond float32, y is not."""
+    x, sign, _, dy = draw_full_range(shape, "float32", scale)
+    assert_accurate(x, np.float32(gamma) * sign, None, dy * np.float32(1e-5), axis=1, eps=0.0)
+
+
+@full_range
+def test_constant_channel_at_the_end_of_the_range(shape):
+    most = largest("float32")
+    x = np.full(shape, most, "float32")
+    gamma, beta = np.full(shape[1], most, "float32"), np.arange(shape[1], dtype="float32")
+    y = nbnorm.batch_norm_forward(x, gamma, beta).y
+    assert_same_bits(y, np.broadcast_to(spread(beta, x, 1).astype("float32"), shape))
+
+
+@full_range
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_extreme_channels_change_no_bit_of_another(shape, bad):
+    """Channel 0 has a unit of its own, or none that helps."""
+    x, gamma, beta, dy = draw(shape, 1, "float32")
+    residual = dy[::-1].copy()
+    clean = run_everything(x, dy, residual, gamma, beta, 1)
+    for value in (3e38, 1e-40, bad):
+        x[:, 0] = (np.sign(x[:, 0]) if np.isfinite(value) else 1) * np.float32(value)
+        found = run_everything(x, dy, residual, gamma, beta, 1)
+        for ours, theirs in zip(found, clean, strict=True):
+            for name, result in theirs.items():
+                axis = 1 if result.ndim == len(shape) else 0
+                rest = range(1, shape[1])
+                assert_same_bits(np.take(ours[name], rest, axis), np.take(result, rest, axis), name)
+
+
+@pytest.mark.parametrize("shape", [(50, 1), (1, 1, 400)], ids=str)
+def test_range_of_float64(shape):
+    """What docs/numerics.md states: float64 holds the sum of squares, or the channel is NaN."""
+    rng = np.random.default_rng(0)
+    values = np.sign(rng.normal(size=shape))
+    values.flat[:2] = 1, -1
+    m = values.size
+    beta = np.ones(1)
+
+    def forward(scale):
+        return nbnorm.batch_norm_forward(values * scale, beta=beta, eps=0.0).y - 1
+
+    expected = (values - values.mean()) / values.std()
+    most = 1.3e154 / np.sqrt(m) / values.std()
+    for scale in (most, 1e100, 1e-100, 2e-153):
+        np.testing.assert_allclose(forward(scale), expected, rtol=0, atol=1e-14)
+    for scale in (most * 1.1, 1e154, 1e300):
+        assert np.isnan(forward(scale)).all()
+    np.testing.assert_allclose(forward(1e-160), expected, rtol=0, atol=1e-3)
+    assert not forward(1e-163).any()
+
+
+@pytest.mark.parametrize("shape", [(512, 3), (1, 3, 512)], ids=str)
+def test_mean_of_dy_that_float32_does_not_hold(shape):
+    """x_hat is 1 or -1 and every sum is exact: what is left is how the mean of dy is taken off."""
+    x, dy = np.ones(shape, "float32"), np.full(shape, 2.0**16, "float32")
+    along = 0 if len(shape) == 2 else 2
+    np.moveaxis(x, along, 0)[::2] = -1
+    np.moveaxis(dy, along, 0)[:2] += 2.0**-2
+    mean, rstd = np.zeros(3), np.ones(3)
+    got = nbnorm.batch_norm_backward(dy, x, None, mean, rstd)
+    want = reference.batch_norm_backward(dy, x, None, mean, rstd)
+    np.testing.assert_allclose(got.dx, want.dx, rtol=0, atol=1e-8)
