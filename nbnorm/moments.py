@@ -123,6 +123,8 @@ class Moments(NamedTuple):
     def rstd(self, eps: float) -> Array:
         """Return 1 / sqrt(biased variance + eps), 0 where that sum or the count is 0.
 
+        NaN where M2 is Inf: float64 cannot hold the squares of values beyond 1e154 or so.
+
         Parameters
         ----------
         eps : float
@@ -147,6 +149,7 @@ class Moments(NamedTuple):
         """
         count, _, m2 = _taken(self)
         rstd = rstd_of(_var(count, m2, 0), eps)
+        rstd = np.where(m2 == np.inf, np.nan, rstd)
         return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
 
 

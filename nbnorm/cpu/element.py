@@ -75,7 +75,9 @@ def centred(j, g, x, hi, u, hpq, v):
     if hpq is None:
         return times(g, at(v, j))
     h, p, q = hpq
-    return less(g, at(h, j), at(v, j)) - normalised(load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j))
+    return less(g, at(h, j), at(v, j)) - normalised(
+        load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j)
+    )
 
 
 @ordered

@@ -174,7 +174,10 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
             for c in range(c0, c1):
                 i = c - c0
                 x_, residual_ = piece(x, n, c, s, size), piece(residual, n, c, s, size)
-                args, outs = (x_, residual_, hi[i], u[i], a[i], b[i], low), (piece(y, n, c, s, size),)
+                args, outs = (
+                    (x_, residual_, hi[i], u[i], a[i], b[i], low),
+                    (piece(y, n, c, s, size),),
+                )
                 each_to(size, element.normalise, args, outs, streamed)
     fence(streamed)
 

@@ -44,7 +44,8 @@ def finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd):
         rest = cuda.fma(-s, s / m, q)
         rest = 0.0 if rest < 0.0 else rest
         m2[c] = rest
-        rstd[c] = rstd_of(rest / m, eps)
+        # An M2 that float64 does not hold says nothing of the spread: y is NaN rather than beta.
+        rstd[c] = math.nan if rest == math.inf else rstd_of(rest / m, eps)
 
 
 @kernel()

@@ -129,6 +129,20 @@ def moments_of(computed: Any, number: int, step: int) -> Any:
 def gradients_of(computed: Any, number: int, step: int) -> Any:
     """Return `gradients` for batches of `number` values, `step` apart."""
     zero = computed(0)
+    narrow = computed == types.float32
+    most = float(np.finfo(np.float32).max)
+
+    @device
+    def gradients64(g, x, start, count, hi, unit):
+        """`gradients` in float64, for sums or an x - hi that float32 does not hold."""
+        s = 0.0
+        t = 0.0
+        for i in range(number):
+            if i < count:
+                d = types.float64(x[start + i * step]) - types.float64(hi)
+                s += types.float64(g[start + i * step])
+                t = cuda.fma(types.float64(g[start + i * step]), d * types.float64(unit), t)
+        return s, t
 
     @device
     def gradients(g, x, start, count, hi, unit):
@@ -139,6 +153,8 @@ def gradients_of(computed: Any, number: int, step: int) -> Any:
             if i < count:
                 s += g[start + i * step]
                 t = cuda.fma(g[start + i * step], (x[start + i * step] - hi) * unit, t)
+        if narrow and not (abs(s) <= most and abs(t) <= most):
+            return gradients64(g, x, start, count, hi, unit)
         return types.float64(s), types.float64(t)
 
     return gradients
