@@ -529,6 +529,23 @@ def test_channels_of_all_scales_do_not_disturb_each_other(arena, shape, dtype, e
     Run(arena, recipe, x=x).check()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@both
+def test_sums_of_dy_may_leave_float32(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype)
+    x, dy = recipe.x(), recipe.like_x(5)
+    x = (x.astype(np.float64) * 1e6).astype(x.dtype)
+    dy = (np.abs(dy.astype(np.float64)) * 3e37).astype(dy.dtype)
+    run = Run(arena, recipe, x=x, dy=dy)
+    wanted = reference.batch_norm_backward(dy, x, run.gamma, run.mean, run.rstd)
+    # Units of float32 at sums that only float64 holds.
+    errors = sums_tolerance(dy.astype(np.float64), x, run.mean, run.rstd, axis=1)
+    assert_within(run.sums[0], wanted.dbeta, errors[0] * 2.0**29, "sum dy")
+    assert_within(run.sums[1], wanted.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
+    error = dx_tolerance(dy, x, run.gamma, run.mean, run.rstd, axis=1)
+    assert_within(run.dx, wanted.dx, error, "dx")
+
+
 @dtypes
 @both
 def test_a_first_value_that_is_an_outlier_costs_no_digits(arena, shape, dtype):
