@@ -224,11 +224,12 @@ def _collecting(layer: BatchNorm) -> "Iterator[Pairwise]":
         finally:
             layer.training, layer.num_batches_tracked = training, tracked
 
-    vars(layer).update(_normalise=collect, forward=train)
-    try:
+    try:  # at once: an interrupt may come at any line
+        vars(layer).update(_normalise=collect, forward=train)
         yield seen
     finally:
-        del layer._normalise, layer.forward
+        for name in ("_normalise", "forward"):
+            vars(layer).pop(name, None)
 
 
 class Pairwise:
