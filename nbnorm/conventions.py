@@ -440,7 +440,7 @@ def _weight_of_new(convention: Convention, momentum: float | None) -> float | No
     """Return momentum as nbnorm has it."""
     if convention.weighs == "new" and momentum is None:
         return None
-    value = _checks.number(momentum, convention.momentum[0])
+    value = _checks.finite(momentum, convention.momentum[0])
     return value if convention.weighs == "new" else 1 - value
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import DTYPES, Array, NDArray
+from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
 from nbnorm.functional import (
     Axis,
@@ -239,7 +240,6 @@ class _Ranks:
         row = np.zeros(_HEADER_LENGTH)
         row[: len(header)] = list(header)
         table = self.gather(row)
-        # By bits, as a momentum of NaN does not differ from itself.
         agreed = table.view(np.int64)[:, :_AGREED]
         if error is not None or call is None or (agreed != agreed[0]).any():
             self._refuse(table, error)
@@ -470,7 +470,7 @@ def sync_batch_norm_backward(
     count: int,
     *,
     comm: Communicator,
-    beta: Array | None = None,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
@@ -499,8 +499,9 @@ def sync_batch_norm_backward(
         ``training=False``.
     comm : Communicator
         As in the forward.
-    beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
+        None where the forward had none, unless `y` is. Elsewhere it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
         dresidual is returned.

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import Array, NDArray, on_its_device
+from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Target
 from nbnorm.moments import Moments
 
@@ -210,8 +211,8 @@ def check_forward(
     mean_ = frame.per_channel(running_mean, "running_mean")
     var_ = frame.per_channel(running_var, "running_var")
     residual_ = frame.like_x(residual, "residual")
-    eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
-    taken = _checks.correction(correction)
+    eps, momentum = _checks.epsilon(eps), _checks.finite(momentum, "momentum")
+    taken = _checks.finite(correction, "correction")
     relu = _checks.relu(activation)
     if training:
         if alone:
@@ -220,9 +221,7 @@ def check_forward(
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)
             _checks.mutable(running_var, "running_var", instead)
-            _checks.running_to_update(mean_, var_, instead)
-            _checks.apart(mean_, "running_mean", frame.x, "x")
-            _checks.apart(var_, "running_var", frame.x, "x")
+            _checks.running_to_update(frame.inputs, instead)
     out_ = frame.out(out, inplace="x")
     return frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_
 
@@ -453,7 +452,7 @@ def batch_norm_backward(
     mean: Array,
     rstd: Array,
     *,
-    beta: Array | None = None,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
@@ -476,8 +475,9 @@ def batch_norm_backward(
         As in the forward.
     mean, rstd : array of the shape of the channel axes
         As the forward returned them.
-    beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
+        None where the forward had none, unless `y` is. Elsewhere it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
         dresidual is returned. Without it the mask is recomputed from x and nothing is read.
@@ -504,7 +504,8 @@ def batch_norm_backward(
     TypeError
         dy, x or y not floating or of different dtypes; parameters or statistics not floating.
     ValueError
-        Shapes, axis, activation, output_mask or out that do not fit.
+        Shapes, axis, activation, output_mask or out that do not fit; an activation without either
+        beta or y.
 
     Notes
     -----
@@ -578,10 +579,11 @@ def check_backward(
 ) -> BackwardCall:
     """Check and take the arguments of a backward call; compute nothing."""
     frame = Frame(x, axis)
+    relu = _checks.relu(activation)
+    beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    relu = _checks.relu(activation)
     want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
     wanted = want_dx, want_dgamma, want_dbeta, want_dresidual and y is not None
     out_ = frame.out(out, inplace="dy")
@@ -595,8 +597,8 @@ def batch_norm_backward_reduce(
     mean: Array,
     rstd: Array,
     *,
-    gamma: Array | None = None,
-    beta: Array | None = None,
+    gamma: Array | None = NOT_GIVEN,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
     activation: str | None = None,
     axis: Axis = 1,
@@ -611,8 +613,9 @@ def batch_norm_backward_reduce(
         What went into the forward.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
-    gamma, beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on them.
+    gamma, beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on them: there they must be
+        given, None where the forward had none, unless `y` is. Elsewhere they may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, for the mask where a residual was added.
     activation : {None, "relu"}
@@ -643,10 +646,12 @@ def batch_norm_backward_reduce(
     (array([1.5]), array([-0.5]))
     """
     frame = Frame(x, axis)
+    relu = _checks.relu(activation)
+    gamma = _checks.given(gamma, "gamma", relu and y is None)
+    beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    relu = _checks.relu(activation)
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
     else:
@@ -673,7 +678,7 @@ def batch_norm_backward_apply(
     sum_dy_xhat: Array,
     count: int,
     *,
-    beta: Array | None = None,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
     activation: str | None = None,
     axis: Axis = 1,
@@ -697,8 +702,9 @@ def batch_norm_backward_apply(
         Sums of `batch_norm_backward_reduce`, added up over every part of the batch.
     count : int
         Values per channel in all those parts.
-    beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
+        None where the forward had none, unless `y` is. Elsewhere it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, for the mask where a residual was added.
     activation : {None, "relu"}
@@ -734,13 +740,14 @@ def batch_norm_backward_apply(
            [-0.09375]])
     """
     frame = Frame(x, axis)
+    relu = _checks.relu(activation)
+    beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
     m = _checks.count(count, frame.x)
-    relu = _checks.relu(activation)
     out_ = frame.out(out, inplace="dy")
     dx = frame.target(out_)
     if not frame.empty:

@@ -250,8 +250,9 @@ def update_running_stats(
         instead = "update_running_stats(..., inplace=False) returns new ones"
         _checks.mutable(running_mean, "running_mean", instead)
         _checks.mutable(running_var, "running_var", instead)
-        _checks.running_to_update(running["running_mean"], running["running_var"], instead)
-    momentum = _checks.number(momentum, "momentum")
+        batch = {f"moments.{n}": take_floating(getattr(moments, n), n) for n in ("mean", "m2")}
+        _checks.running_to_update(running | batch, instead)
+    momentum = _checks.finite(momentum, "momentum")
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if count > 0:
@@ -274,7 +275,7 @@ def move(running: Sequence[NDArray], batch: Sequence[NDArray], momentum: float) 
 
 def _var(count: int, m2: NDArray, correction: float) -> NDArray:
     """Return M2 / (count - correction), 0 for no values; refuse too few of them."""
-    correction = _checks.correction(correction)
+    correction = _checks.finite(correction, "correction")
     if count == 0:
         return np.zeros_like(m2)
     _checks.enough_values(count, correction, "{}", count)

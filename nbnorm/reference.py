@@ -29,6 +29,7 @@ import math
 import numpy as np
 
 from nbnorm._arrays import NDArray
+from nbnorm._checks import NOT_GIVEN, given
 from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
 
@@ -86,7 +87,7 @@ def batch_norm_inference(
 @_quiet
 def batch_norm_backward(
     dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
-    beta: OptArray = None, y: OptArray = None, training: bool = True, axis: Axis = 1,
+    beta: OptArray = NOT_GIVEN, y: OptArray = None, training: bool = True, axis: Axis = 1,
     activation: str | None = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
 ) -> BatchNormBackward:  # fmt: skip
@@ -175,8 +176,8 @@ def batch_norm_apply(
 
 @_quiet
 def batch_norm_backward_reduce(
-    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = None,
-    beta: OptArray = None, y: OptArray = None, activation: str | None = None, axis: Axis = 1,
+    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
+    beta: OptArray = NOT_GIVEN, y: OptArray = None, activation: str | None = None, axis: Axis = 1,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
@@ -190,7 +191,7 @@ def batch_norm_backward_reduce(
 @_quiet
 def batch_norm_backward_apply(
     dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
-    sum_dy_xhat: NDArray, count: int, *, beta: OptArray = None, y: OptArray = None,
+    sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
     activation: str | None = None, axis: Axis = 1, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i put into one (docs/math.md). Returns dx."""
@@ -291,6 +292,7 @@ def _through_activation(
     if activation is None:
         return dy
     if y is None:
+        gamma, beta = given(gamma, "gamma", needed=True), given(beta, "beta", needed=True)
         y = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis)
     return np.where(y > 0, dy, 0)
 
