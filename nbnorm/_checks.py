@@ -24,21 +24,21 @@ def axes(axis: Any) -> Shape:
         raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}") from None
 
 
-def channel_axes(shape: Shape, given: Shape) -> tuple[Shape, Shape, int]:
+def channel_axes(shape: Shape, given: Shape, name: str = "x") -> tuple[Shape, Shape, int]:
     """Return the channel axes, ascending and not negative, their shape, and values per channel."""
     ndim = len(shape)
     axis = given[0] if len(given) == 1 else given
     if ndim < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {shape}")
+        raise ValueError(f"{name} must have at least 2 dimensions, got shape {shape}")
     if not all(-ndim <= i < ndim for i in given):
-        raise ValueError(f"axis {axis} is out of range for x of shape {shape}")
+        raise ValueError(f"axis {axis} is out of range for {name} of shape {shape}")
     axes = sorted(i % ndim for i in given)
     if len(set(axes)) < len(axes):
-        raise ValueError(f"axis {axis} names an axis of x of shape {shape} twice")
+        raise ValueError(f"axis {axis} names an axis of {name} of shape {shape} twice")
     if not axes:
         raise ValueError("axis is an empty tuple, expected at least one channel axis")
     if len(axes) == ndim:
-        raise ValueError(f"axis {axis} leaves no axis of x of shape {shape} to reduce")
+        raise ValueError(f"axis {axis} leaves no axis of {name} of shape {shape} to reduce")
     m = prod(n for i, n in enumerate(shape) if i not in axes)
     return tuple(axes), tuple(shape[i] for i in axes), m
 
@@ -63,8 +63,7 @@ def kept_not_reduced(axis: int | Shape, others: Shape) -> str:
     """Say how to get what `axis` would mean if it named the axes to reduce."""
     instead = others[0] if len(others) == 1 else others
     return (
-        "; axis names the channel axes, which are kept: "
-        f"to reduce over {axis}, pass axis={instead}"
+        f"; axis names the channel axes, which are kept: to reduce over {axis}, pass axis={instead}"
     )
 
 
@@ -254,10 +253,10 @@ def number(value: Any, name: str) -> float:
 
 def finite(value: Any, name: str) -> float:
     """Return a real number that is finite as a float."""
-    value = number(value, name)
-    if not -math.inf < value < math.inf:
+    number_ = number(value, name)
+    if not -math.inf < number_ < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
-    return value
+    return number_
 
 
 def relu(activation: str | None) -> bool:
