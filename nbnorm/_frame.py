@@ -147,7 +147,7 @@ class Frame:
             return Target(array, self._turned(array).reshape(layout.shape))
         return Target(array, self.memory.empty(layout.shape, self.x.dtype))
 
-    def settle(self, target: Target, out: Array | None = None) -> Array:
+    def settle(self, target: Target, out: Array | None = None) -> Any:
         """Hand a result back: as the out that was passed, else as an array of x's library."""
         if not (target.written.base is target.array or self.empty or self._fits(target.array)):
             turned = self._turned(target.array)

@@ -14,7 +14,7 @@ def warmup(
     *shapes: tuple[int, ...],
     dtype: DTypeLike = np.float32,
     axis: int | tuple[int, ...] = 1,
-    activation: str | None = None,
+    activation: functional.Activation = None,
     residual: bool = False,
     training: bool = True,
 ) -> None:

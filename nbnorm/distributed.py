@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,10 +26,13 @@ from nbnorm._arrays import DTYPES, Array, NDArray
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
 from nbnorm.functional import (
+    Activation,
     Axis,
     BackwardCall,
     ForwardCall,
     Mask,
+    OrNone,
+    X,
     apply_to,
     batch_norm_backward,
     batch_norm_forward,
@@ -281,7 +284,7 @@ def _disagreement(headers: list[_Header]) -> str:
 # Forward
 
 
-class SyncBatchNormForward(NamedTuple):
+class SyncBatchNormForward(NamedTuple, Generic[X]):
     """Result of `sync_batch_norm_forward`.
 
     Attributes
@@ -296,14 +299,14 @@ class SyncBatchNormForward(NamedTuple):
         this rank's x.
     """
 
-    y: Array
+    y: X
     mean: Array
     rstd: Array
     count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
 
 
 def sync_batch_norm_forward(
-    x: Array,
+    x: X,
     gamma: Array | None = None,
     beta: Array | None = None,
     running_mean: Array | None = None,
@@ -316,9 +319,9 @@ def sync_batch_norm_forward(
     correction: int = 1,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> SyncBatchNormForward:
+) -> SyncBatchNormForward[X]:
     """`batch_norm_forward` of the batch that the ranks of a communicator have together.
 
     In training every rank has to call it. The ranks may have batches of different sizes, and empty
@@ -441,7 +444,7 @@ def _merged(ranks: _Ranks, counts: list[int], own: Moments) -> Moments:
 # Backward
 
 
-class SyncBatchNormBackward(NamedTuple):
+class SyncBatchNormBackward(NamedTuple, Generic[X]):
     """Result of `sync_batch_norm_backward`; what was not asked for is None.
 
     Attributes
@@ -455,15 +458,15 @@ class SyncBatchNormBackward(NamedTuple):
         Gradient of the residual, like x. None where the forward's y was not given.
     """
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
-    dresidual: Array | None
+    dx: X | OrNone
+    dgamma: Array | OrNone
+    dbeta: Array | OrNone
+    dresidual: X | OrNone
 
 
 def sync_batch_norm_backward(
     dy: Array,
-    x: Array,
+    x: X,
     gamma: Array | None,
     mean: Array,
     rstd: Array,
@@ -474,10 +477,10 @@ def sync_batch_norm_backward(
     y: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
-    activation: str | None = None,
+    activation: Activation = None,
     output_mask: Mask = (True, True, True, True),
     out: Array | None = None,
-) -> SyncBatchNormBackward:
+) -> SyncBatchNormBackward[X]:
     """Gradients of `sync_batch_norm_forward`.
 
     In training every rank has to call it. dx is the gradient of the sum of all ranks' losses, as
@@ -581,7 +584,7 @@ def _backward_call(count: int, *arguments: Any) -> tuple[tuple[BackwardCall, int
 
 def _backward(
     ranks: _Ranks, call: BackwardCall, m: int, out: Array | None
-) -> SyncBatchNormBackward:
+) -> SyncBatchNormBackward[Any]:
     """Compute what is wanted; the ranks agree on dx, the rest is each rank's own affair."""
     frame, dy, gamma, mean, rstd, beta, y, relu, wanted, out_ = call
     want_dx, want_dgamma, want_dbeta, want_dresidual = wanted

@@ -5,7 +5,7 @@ Every check comes before the first kernel: an error leaves every array as it was
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,10 +16,17 @@ from nbnorm._frame import Frame, Target
 from nbnorm.moments import Moments
 
 Axis = int | tuple[int, ...]
+Activation = Literal["relu"] | None
 Mask = tuple[bool, bool, bool, bool]
 
+# The type of x, which its results have. Statistics have x's library, but float64 and another shape,
+# which Python's types cannot say: they are Any.
+X = TypeVar("X")
+# What is None where it was not asked for: a check for None at every use would help nobody.
+OrNone = Any
 
-class BatchNormForward(NamedTuple):
+
+class BatchNormForward(NamedTuple, Generic[X]):
     """Result of `batch_norm_forward`.
 
     Attributes
@@ -31,12 +38,12 @@ class BatchNormForward(NamedTuple):
         shape of the channel axes.
     """
 
-    y: Array
+    y: X
     mean: Array
     rstd: Array
 
 
-class BatchNormBackward(NamedTuple):
+class BatchNormBackward(NamedTuple, Generic[X]):
     """Result of `batch_norm_backward`; what was not asked for is None.
 
     Attributes
@@ -49,15 +56,15 @@ class BatchNormBackward(NamedTuple):
         Gradient of the residual, like x. None where the forward's y was not given.
     """
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
-    dresidual: Array | None
+    dx: X | OrNone
+    dgamma: Array | OrNone
+    dbeta: Array | OrNone
+    dresidual: X | OrNone
 
 
 @on_its_device("x")
 def batch_norm_forward(
-    x: Array,
+    x: X,
     gamma: Array | None = None,
     beta: Array | None = None,
     running_mean: Array | None = None,
@@ -69,9 +76,9 @@ def batch_norm_forward(
     correction: int = 1,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> BatchNormForward:
+) -> BatchNormForward[X]:
     """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
 
     y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the mean
@@ -196,7 +203,7 @@ def check_forward(
     correction: int,
     axis: Axis,
     residual: Array | None,
-    activation: str | None,
+    activation: Activation,
     out: Array | None,
     *,
     alone: bool = True,
@@ -234,7 +241,7 @@ _UPDATED_IN_PLACE = "it is updated in place; pass one that can be written to"
 
 @on_its_device("x")
 def batch_norm_inference(
-    x: Array,
+    x: X,
     gamma: Array | None,
     beta: Array | None,
     mean: Array,
@@ -243,9 +250,9 @@ def batch_norm_inference(
     eps: float = 1e-5,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> Array:
+) -> X:
     """Normalise x with population statistics.
 
     y = act(gamma (x - mean) / sqrt(var + eps) + beta [+ residual]).
@@ -301,12 +308,13 @@ def batch_norm_inference(
     out_ = frame.out(out, inplace="x")
     rstd = frame.backend.rstd(frame.statistic(var_), eps)
     y = apply_to(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
-    return frame.settle(y, out)
+    settled: X = frame.settle(y, out)
+    return settled
 
 
 @on_its_device("x")
 def batch_norm_apply(
-    x: Array,
+    x: X,
     gamma: Array | None,
     beta: Array | None,
     mean: Array,
@@ -314,9 +322,9 @@ def batch_norm_apply(
     *,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> Array:
+) -> X:
     """Normalise x with a given mean and rstd: the second half of the training forward.
 
     Parameters
@@ -369,7 +377,8 @@ def batch_norm_apply(
     out_ = frame.out(out, inplace="x")
     statistics = frame.statistic(mean_), frame.statistic(rstd_)
     y = apply_to(frame, gamma_, beta_, *statistics, residual_, relu, out_)
-    return frame.settle(y, out)
+    settled: X = frame.settle(y, out)
+    return settled
 
 
 def apply_to(
@@ -447,7 +456,7 @@ def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
 @on_its_device("x")
 def batch_norm_backward(
     dy: Array,
-    x: Array,
+    x: X,
     gamma: Array | None,
     mean: Array,
     rstd: Array,
@@ -456,10 +465,10 @@ def batch_norm_backward(
     y: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
-    activation: str | None = None,
+    activation: Activation = None,
     output_mask: Mask = (True, True, True, True),
     out: Array | None = None,
-) -> BatchNormBackward:
+) -> BatchNormBackward[X]:
     """Gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
@@ -573,7 +582,7 @@ def check_backward(
     beta: Array | None,
     y: Array | None,
     axis: Axis,
-    activation: str | None,
+    activation: Activation,
     output_mask: Mask,
     out: Array | None,
 ) -> BackwardCall:
@@ -600,7 +609,7 @@ def batch_norm_backward_reduce(
     gamma: Array | None = NOT_GIVEN,
     beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     axis: Axis = 1,
 ) -> tuple[Array, Array]:
     """Sum dy and sum dy x_hat of every channel: the first half of the training backward.
@@ -670,7 +679,7 @@ def batch_norm_backward_reduce(
 @on_its_device("x")
 def batch_norm_backward_apply(
     dy: Array,
-    x: Array,
+    x: X,
     gamma: Array | None,
     mean: Array,
     rstd: Array,
@@ -680,10 +689,10 @@ def batch_norm_backward_apply(
     *,
     beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     axis: Axis = 1,
     out: Array | None = None,
-) -> Array:
+) -> X:
     """Gradient of x from the two sums: the second half of the training backward.
 
     dx = gamma rstd (dy - sum_dy / count - x_hat sum_dy_xhat / count).
@@ -764,4 +773,5 @@ def batch_norm_backward_apply(
             dx.written,
             None,
         )
-    return frame.settle(dx, out)
+    settled: X = frame.settle(dx, out)
+    return settled

@@ -19,7 +19,7 @@ from nbnorm._arrays import (
     overwrite,
     take_floating,
 )
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, X, batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, update_running_stats
 
 
@@ -116,7 +116,7 @@ class BatchNorm:
         track_running_stats: bool = True,
         correction: int = 1,
         axis: int | tuple[int, ...] = 1,
-        activation: str | None = None,
+        activation: Activation = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         shape = _channel_shape(num_features, axis)
@@ -145,7 +145,7 @@ class BatchNorm:
         self._device: int | None = None  # the GPU that parameters and statistics lie on
         self._saved: Saved | None = None
 
-    def forward(self, x: Array, residual: Array | None = None) -> Array:
+    def forward(self, x: X, residual: Array | None = None) -> X:
         """Normalise x: by its own statistics in training, by the running ones in evaluation.
 
         Parameters
@@ -173,6 +173,7 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
+        y: X
         y, mean, rstd, values = self._normalise(
             x,
             training,
@@ -193,7 +194,7 @@ class BatchNorm:
         self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
         return y
 
-    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+    def __call__(self, x: X, residual: Array | None = None) -> X:
         """`forward`."""
         return self.forward(x, residual)
 
@@ -215,7 +216,7 @@ class BatchNorm:
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
 
-    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
+    def backward(self, dy: Array) -> Any:
         """Return the gradient of the last forward's input; those of the parameters go to `grads`.
 
         After a forward in evaluation mode with running statistics, these count as constants.

@@ -2,12 +2,16 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import Array, NDArray, home_of, on_its_device, take_floating
+
+# Types of running statistics: what goes in comes out.
+Mean = TypeVar("Mean")
+Var = TypeVar("Var")
 
 
 class Moments(NamedTuple):
@@ -184,14 +188,14 @@ def rstd_of(var: NDArray, eps: float) -> NDArray:
 
 @on_its_device("running_mean")
 def update_running_stats(
-    running_mean: Array,
-    running_var: Array,
+    running_mean: Mean,
+    running_var: Var,
     moments: Moments,
     *,
     momentum: float = 0.1,
     correction: int = 1,
     inplace: bool = True,
-) -> tuple[Array, Array]:
+) -> tuple[Mean, Var]:
     """Move the running statistics towards those of a batch.
 
     Each becomes ``(1 - momentum) * running + momentum * batch``, computed in float64 and rounded

@@ -34,7 +34,6 @@ from tolerances import assert_same_bits
 import nbnorm
 from nbnorm import Moments
 
-
 RUNNING = {"running_mean", "running_var"}
 
 

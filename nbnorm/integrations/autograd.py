@@ -13,7 +13,7 @@ from autograd.extend import defvjp_argnums, primitive
 from autograd.tracer import getval, isbox
 
 from nbnorm._arrays import Array, NDArray
-from nbnorm.functional import Axis, Mask, batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, Axis, Mask, batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 
@@ -31,7 +31,7 @@ def batch_norm(
     correction: int = 1,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
 ) -> Array:
     """`nbnorm.batch_norm_forward` for functions that autograd differentiates.
 
@@ -163,7 +163,7 @@ def _gradients(
     y: NDArray | None,
     training: bool,
     axis: Axis,
-    activation: str | None,
+    activation: Activation,
     mask: Mask,
 ) -> tuple[NDArray, ...]:
     """Return those of dx, dgamma, dbeta and dresidual that mask asks for."""

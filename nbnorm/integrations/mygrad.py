@@ -7,7 +7,7 @@ from mygrad import Tensor, execute_op
 from mygrad.operation_base import Operation
 
 from nbnorm._arrays import NDArray
-from nbnorm.functional import Axis, batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, Axis, batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 
@@ -27,7 +27,7 @@ def batch_norm(
     correction: int = 1,
     axis: Axis = 1,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     constant: bool | None = None,
 ) -> Tensor:
     """`nbnorm.batch_norm_forward` of tensors, through which mygrad back-propagates.
@@ -125,7 +125,7 @@ class _BatchNorm(Operation):
         names: tuple[str, ...],
         training: bool,
         axis: Axis,
-        activation: str | None,
+        activation: Activation,
         **others: Any,
     ) -> NDArray:
         """Return y."""
