@@ -342,19 +342,20 @@ def sync_batch_norm_forward(
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
-        Weight of the new statistic.
+        Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         The running variance takes M2 / (m - correction), m being the count of all ranks.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Where to write y. It may be x itself, which is **gone** then, and the backward pass needs
+        it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
 
     Returns
     -------
@@ -492,7 +493,7 @@ def sync_batch_norm_backward(
     dy : array of x's shape and dtype
         Gradient of this rank's y. Any strides, broadcast ones too.
     x : array, at least 2-d
-        What went into the forward on this rank.
+        What went into the forward on this rank: not what ``out=x`` has left there, which is y.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
@@ -511,7 +512,7 @@ def sync_batch_norm_backward(
     training : bool, default True
         False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     activation : {None, "relu"}
         As in the forward.
     output_mask : 4 bools, default all True

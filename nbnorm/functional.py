@@ -88,32 +88,38 @@ def batch_norm_forward(
     ----------
     x : array, at least 2-d
         float32, float64, float16 or bfloat16 (of ml_dtypes), the last two computed in float32 and
-        rounded once; NumPy, or anything with ``__dlpack__`` in CPU memory. Any strides; an
-        array that has no (N, C, S) view (cropped images, negative steps) is copied once.
+        rounded once; NumPy's, CuPy's, or anything with ``__dlpack__``, in CPU memory or, with the
+        extra ``cuda``, on a GPU. Any strides; an array that has no (N, C, S) view (cropped images,
+        negative steps) is copied once.
     gamma, beta : array of the shape of the channel axes, optional
         Scale and shift: float32, float64, float16 or bfloat16. None: 1 and 0.
     running_mean, running_var : array of the shape of the channel axes, optional
         Population statistics, both or neither. In training they are updated **in place**, with
-        the variance M2 / (m - correction); otherwise they normalise and are left alone.
+        the variance M2 / (m - correction), and may share memory with no other array of the call;
+        otherwise they normalise and are left alone.
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
         Weight of the new statistic: running = (1 - momentum) running + momentum batch. PyTorch's
-        convention; 1 - momentum is Keras's.
+        convention; 1 - momentum is Keras's. Any finite number: outside of [0, 1] this extrapolates,
+        and a running variance may become negative, which gives NaN where it normalises.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         1: running_var takes the unbiased variance (PyTorch, cuDNN, Caffe, the paper); 0: the
         biased one (Keras, ONNX, Flax).
     axis : int or tuple of int, default 1
-        Channel axes, which keep their own statistics: 1 for NCHW and NC, -1 for channels-last,
-        (1, 2, 3) for every activation of its own.
+        Channel axes: those that **keep** statistics of their own, 1 for NCHW and NC, -1 for
+        channels-last, (1, 2, 3) for every activation of its own. All others are reduced: what is
+        ``axis=(0, 2, 3)`` of `numpy.var`, `jax.nn.standardize` or `keras.ops.moments` is
+        ``axis=1`` here.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last. NaN passes through.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Where to write y. It may be x itself, which is **gone** then, and `batch_norm_backward`
+        needs it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
 
     Returns
     -------
@@ -126,9 +132,9 @@ def batch_norm_forward(
         x not floating, masked, of non-native byte order or no array at all; residual of another
         dtype; parameters or statistics not floating.
     ValueError
-        Shapes, axis, eps, activation or out that do not fit; one running statistic without the
-        other; read-only ones in training; a single value per channel in training with
-        ``correction=1``.
+        Shapes, axis, eps, activation or out that do not fit; a momentum that is not finite; one
+        running statistic without the other; in training, ones that are read-only or share memory
+        with another array of the call, and a single value per channel with ``correction=1``.
 
     Notes
     -----
@@ -268,7 +274,7 @@ def batch_norm_inference(
     eps : float, default 1e-5
         Added to the variance.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
@@ -337,13 +343,14 @@ def batch_norm_apply(
         Mean and 1 / sqrt(biased variance + eps), any floating dtype; float64 keeps the accuracy
         of `batch_norm_forward` where the mean is large.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Where to write y. It may be x itself, which is **gone** then, and the backward functions
+        need it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
 
     Returns
     -------
@@ -415,7 +422,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     x : array, at least 2-d
         Any floating dtype of `batch_norm_forward`.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
 
     Returns
     -------
@@ -479,7 +486,7 @@ def batch_norm_backward(
     dy : array of x's shape and dtype
         Gradient of y. Any strides, broadcast ones too.
     x : array, at least 2-d
-        What went into the forward.
+        What went into the forward: not what ``out=x`` has left there, which is y.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
@@ -493,7 +500,7 @@ def batch_norm_backward(
     training : bool, default True
         False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     activation : {None, "relu"}
         As in the forward.
     output_mask : 4 bools, default all True
@@ -619,7 +626,7 @@ def batch_norm_backward_reduce(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        What went into the forward.
+        What went into the forward: not what ``out=x`` has left there, which is y.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     gamma, beta : array of the shape of the channel axes, or None
@@ -630,7 +637,7 @@ def batch_norm_backward_reduce(
     activation : {None, "relu"}
         As in the forward.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
 
     Returns
     -------
@@ -702,7 +709,7 @@ def batch_norm_backward_apply(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        What went into the forward.
+        What went into the forward: not what ``out=x`` has left there, which is y.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
@@ -719,7 +726,7 @@ def batch_norm_backward_apply(
     activation : {None, "relu"}
         As in the forward.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     out : array of x's shape and dtype, optional
         Where to write dx. It may be dy itself; it may not otherwise overlap an input.
 

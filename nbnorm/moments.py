@@ -209,8 +209,9 @@ def update_running_stats(
     moments : Moments
         Moments of the batch, or of several merged.
     momentum : float, default 0.1
-        Weight of the new batch statistic (PyTorch's convention; 1 minus that of Keras). The range
-        is not checked.
+        Weight of the new batch statistic (PyTorch's convention; 1 minus that of Keras). Any finite
+        number: outside of [0, 1] this extrapolates, and a running variance may become negative,
+        which gives NaN where it normalises.
     correction : int, default 1
         The batch variance is M2 / (count - correction): 1 for the unbiased one (PyTorch, cuDNN,
         Caffe, the paper), 0 for the biased one (Keras, ONNX, Flax).
@@ -228,8 +229,9 @@ def update_running_stats(
     TypeError
         Statistics that are not floating arrays, a momentum or correction that is no number.
     ValueError
-        ``0 < count <= correction``, a correction that is not finite, arrays of another shape than
-        the moments, read-only arrays with ``inplace=True``. Nothing has been written then.
+        ``0 < count <= correction``, a momentum or correction that is not finite, arrays of another
+        shape than the moments; with ``inplace=True``, arrays that are read-only or share memory
+        with each other or the moments. Nothing has been written then.
 
     Examples
     --------

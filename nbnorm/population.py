@@ -40,7 +40,8 @@ def population_stats(
         which is gone through once and may differ in all but the channel axes; one dask array, whose
         blocks are taken as they are, but for the channel axes, which are brought together.
     axis : int or tuple of int, default 1
-        Channel axes, of each array.
+        Channel axes of each array: those that **keep** their statistics, not those that are
+        reduced.
     chunk : int, default 8388608
         How many values to take at a time. An array is cut along the axes that are reduced, the
         outermost in memory first.

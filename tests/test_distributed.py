@@ -189,6 +189,11 @@ def _spoilt():
         {"x": (shared := data()), "running_mean": shared[0, 0].reshape(-1)[:8]},
         {"x": (other := data()), "running_var": other[0, 0].reshape(-1)[:8]},
         {"running_mean": (third := per_channel()), "running_var": third},
+        {"gamma": (fourth := per_channel()), "running_var": fourth[:]},
+        {"beta": (fifth := per_channel()), "running_mean": fifth},
+        {"residual": (sixth := data()), "running_var": sixth[0, 0].reshape(-1)[:8]},
+        {"momentum": np.nan},
+        {"momentum": -np.inf},
     ):
         yield "batch_norm_forward", spoilt
     for spoilt in (
@@ -199,6 +204,7 @@ def _spoilt():
         {"rstd": per_channel(length=9)},
         {"output_mask": (True,) * 3},
         {"output_mask": (1, 1, 1, 2)},
+        {"beta": distributed.NOT_GIVEN, "y": None},
     ):
         yield "batch_norm_backward", spoilt
 

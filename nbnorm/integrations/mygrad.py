@@ -48,13 +48,13 @@ def batch_norm(
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
-        Weight of the new statistic.
+        Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         1: running_var takes the unbiased variance; 0: the biased one.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array_like of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
