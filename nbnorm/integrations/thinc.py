@@ -36,7 +36,8 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     momentum : float, default 0.1
         Weight of the new batch in the running statistics.
     axis : int, default -1
-        The axis that **keeps** its statistics; all others are reduced. The last one is the width of thinc's arrays.
+        The axis that **keeps** its statistics; all others are reduced. The last one is the width
+        of thinc's arrays.
     activation : {None, "relu"}
         Applied last, at no further pass over memory.
 
