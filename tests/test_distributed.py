@@ -384,8 +384,12 @@ def test_layer_is_a_batch_norm():
     layer = SyncBatchNorm((2, 3), comm=SelfComm(), axis=(1, 2), activation="relu")
     assert isinstance(layer, nbnorm.BatchNorm)
     assert repr(layer).startswith("SyncBatchNorm((2, 3), eps=1e-05, ")
+    assert repr(layer.eval()).endswith("training=False)")
     with pytest.raises(RuntimeError, match="backward called before forward"):
         layer.backward(np.ones((4, 2, 3), "float32"))
+    x = np.random.default_rng(0).normal(size=(4, 2, 3)).astype("float32")
+    same = SyncBatchNorm((2, 3), comm=SelfComm(), axis=(1, 2), activation="relu")
+    assert_same_bits(layer.train()(x, x), same.forward(x, x))
     other = nbnorm.BatchNorm((2, 3), axis=(1, 2))
     other.load_state_dict(layer.state_dict())
     with pytest.raises(TypeError, match="unexpected keyword"):
