@@ -374,6 +374,7 @@ def test_statistics_are_moved_and_inverted(driver, backend):
 
 # -- what is read of numba-cuda's insides ----------------------------------------------------------
 
+
 @under_the_driver
 def test_what_numba_cuda_keeps_inside_is_read_in_any_form_it_has_had(driver, backend):
     from cuda.bindings import driver as bindings
