@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+RESULTS = "results.jsonl"
 
 OPS = ("forward", "backward", "inference")
 # Tensors of x's size that an op must read or write at least, in units of those a copy does.
@@ -21,7 +22,7 @@ def others(names: Iterable[str]) -> list[str]:
 
 def file() -> Path:
     """The file of results."""
-    return Path(os.environ.get("GPU_RESULTS", "gpu-results"), "results.jsonl")
+    return Path(os.environ.get("GPU_RESULTS", "gpu-results"), RESULTS)
 
 
 def add(what: str, **record: Any) -> None:

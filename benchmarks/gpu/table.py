@@ -27,6 +27,7 @@ turns; the least of them. *Share*: of a copy's bandwidth, counting the bytes tha
 same layout.
 """
 _VERDICT = re.compile(r"^(.+?): (tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED) +\[ *\d+%\]")
+_KERNEL = re.compile(r"nbnorm4cuda\d+([a-z]+(?:\d+\w+?_3clocals_3e)?\d+[a-z_]+)B")
 
 
 class Row(NamedTuple):
@@ -173,20 +174,16 @@ def _ratio(value: float | None, to: float | None) -> str:
 
 
 def profile(file: Path) -> str:
-    """What Nsight Compute saw of each kernel; its file begins with lines of its own."""
+    """What Nsight Compute saw, a line for each kernel and grid; the first one says the units."""
     if not file.exists():
         return ""
     lines = [line for line in file.read_text().splitlines() if line.startswith('"')]
-    seen: dict[str, list[str]] = {}
+    head, seen = ["kernel", "grid"], {}
     for row in csv.DictReader(lines):
-        name = re.search(r"nbnorm4cuda\d+(\w+?)B\w*v", row.get("Kernel Name", ""))
-        metrics = {k: v for k, v in row.items() if k and ("__" in k)}
-        cells = [
-            row.get("Kernel Name", "")[:60] if name is None else name[1],
-            row.get("Grid Size", ""),
-        ]
-        seen[" ".join(cells)] = [*cells, *metrics.values()]
-        head = ["kernel", "grid", *(k.partition(".")[0] for k in metrics)]
+        key = row["Kernel Name"], row["Grid Size"]
+        numbers = {name: number for name, number in row.items() if name and "__" in name}
+        head[2:] = [name.partition(".")[0] for name in numbers]
+        seen[key] = [".".join(_KERNEL.findall(key[0])[:1] or key[:1]), key[1], *numbers.values()]
     return markdown([head, *seen.values()]) if seen else ""
 
 

@@ -100,13 +100,13 @@ ACCESSES += [(dtype, how) for dtype in DTYPES[:1] + HALVES for how in ("kept", "
 @pytest.fixture
 def bare_memory(on_device):
     """Every array has memory of its own, so that compute-sanitizer knows where it ends."""
-    cuda = on_device.cupy.cuda
     if on_device.simulated:
         yield
         return
-    cuda.set_allocator(None)
+    cupy = on_device.cupy
+    cupy.cuda.set_allocator(None)
     yield
-    cuda.set_allocator(cuda.get_default_memory_pool().malloc)
+    cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
 
 
 @traversals
@@ -190,7 +190,7 @@ def test_cases(number, dtype, keeps):
 
 LARGE = [
     *[((32, 256, 56, 56), "C"), ((32, 256, 56, 56), "channels last"), ((32, 64, 112, 112), "C")],
-    *[((32, 2048, 7, 7), "C"), ((16, 3, 512, 512), "C"), ((7, 1, 1513, 1511), "C")],
+    *[((32, 2048, 7, 7), "C"), ((16, 3, 512, 512), "C"), ((7, 1, 701, 703), "C")],
     *[((65_536, 200), "C"), ((2, 40_000, 5, 5), "C")],
 ]
 # More than 2^31 values: by rows, by columns. Of float16, the smallest.
@@ -251,9 +251,10 @@ def step_of(shape, dtype, layout="C", offset=1.0):
 )
 def test_large(shape, layout, dtype, on_device):
     shape = sized(shape, on_device)
-    step = step_of(shape, dtype, layout, offset=1e4 if dtype.startswith("float32") else 1.0)
+    step = step_of(shape, dtype, layout, offset=1e4 if dtype == "float32" else 1.0)
     forward, got = step()
-    some = sorted({0, shape[1] // 2, shape[1] - 1})
+    some = sorted({0, shape[1] // 2, shape[1] - 1})  # what the oracle has time for
+    some = some[-1:] if prod(shape) // shape[1] > 1 << 21 else some
     x, dy, gamma, beta = (
         np.ascontiguousarray(a[:, some] if a.ndim > 1 else a[some]) for a in vars(step).values()
     )
@@ -430,6 +431,7 @@ def captured(on_device, call):
             graph = stream.end_capture()
 
     def replay(pool=pool):
+        cuda.Device().synchronize()  # x is there: the stream does not wait for the default one
         graph.launch(stream)
         stream.synchronize()
 
