@@ -63,7 +63,7 @@ smoke() {
     for dtype in "${dtypes[@]}"; do
         for traversal in rows columns; do
             [ "$dry $traversal" = "--dry rows" ] && continue
-            tests "smoke $dtype $traversal" 60 "smoke and $dtype and $traversal" $on_gpu &
+            tests "smoke $dtype $traversal" 60 "smoke and [$dtype and $traversal" $on_gpu &
         done
     done
     wait
@@ -73,12 +73,12 @@ short() { benchmark short 75 short --seconds 65; }
 
 # Most of this is compiling and the oracle, on the CPU: side by side.
 correct() {
-    local file
-    for dtype in "${dtypes[@]}"; do tests "cases $dtype" 170 "cases and $dtype" $on_gpu & done
+    local file cupys="not libraries and not torch and not jax and not array_api"
+    for dtype in "${dtypes[@]}"; do tests "cases $dtype" 170 "cases and -$dtype]" $on_gpu & done
     for part in large repeat torch graph; do tests $part 170 "$part" $on_gpu & done
     if [ ! "$dry" ]; then
         for file in accuracy errors halves metamorphic moments properties results; do
-            tests "suite $file" 170 "test" "tests/test_$file.py" &
+            tests "suite $file" 170 "$cupys" "tests/test_$file.py" &
         done
     fi
     wait
@@ -86,10 +86,12 @@ correct() {
 
 # Each process compiles all kernels of a dtype once, which takes longer than what is checked.
 sanitize() {
+    local few=
+    [ "$dry" ] && few=" and kept"
     for tool in memcheck racecheck; do
         [ "$dry" ] || before=(compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20)
         for dtype in "${dtypes[@]}"; do
-            tests "$tool $dtype" 120 "smoke and $dtype" $on_gpu &
+            tests "$tool $dtype" 120 "smoke and [$dtype$few" $on_gpu &
         done
         [ "$dry" ] && break
     done
