@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable
 
+from benchmarks.markdown import markdown
 from benchmarks.peers import OPS, PEERS, is_ours, ours_for
 from benchmarks.runs import Row, Run, describe
 from benchmarks.shapes import RESNET50, name_of
@@ -95,16 +96,6 @@ def resnet_sums(rows: list[Row]) -> dict[str, float]:
         if all(name in row.times for row in layers)
     }
     return sums | {"floor": total(lambda row: row.floor)}
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Return a table, its columns aligned for reading as it is."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width for width in widths]
-    return "".join(
-        "| " + " | ".join(map(str.ljust, line, widths)) + " |\n"
-        for line in [lines[0], rule, *lines[1:]]
-    )
 
 
 def _by_op(run: Run, dtype: str) -> dict[str, list[Row]]:

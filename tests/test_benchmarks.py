@@ -5,6 +5,8 @@ function: compare.py checks it, as every peer, before it times it.
 """
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +21,8 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of what is installed
 
 from benchmarks import compare, floor, runs, tables, timing  # noqa: E402
 from benchmarks.checking import as_array, check  # noqa: E402
+from benchmarks.gpu import records  # noqa: E402
+from benchmarks.gpu import table as gpu_table  # noqa: E402
 from benchmarks.peers import OPS, PEERS, Batch, LeftOut, installed, is_ours, ours_for  # noqa: E402
 from benchmarks.shapes import RESNET50  # noqa: E402
 
@@ -184,3 +188,111 @@ def test_comparison_prints_and_writes(tmp_path):
     assert "best of all peers / nbnorm" in text
     assert "python benchmarks/compare.py --op forward" in text
     assert tables.report(runs.Run.read(tmp_path / "speed.json")) == text
+
+
+# -- the check of a GPU ---------------------------------------------------------------------------
+
+STEPS_THAT_GO_WRONG = """#!/bin/bash
+case "$*" in
+    *gpu.table*) exec {python} "$@" ;;
+    *"versions"*) echo "GPU: MISSING: none"; exit {versions} ;;
+    *"smoke and [float64 and rows"*) echo "tests/cuda/a.py::test_smoke[b] FAILED [ 50%]"; exit 1 ;;
+    *"-k large"*) sleep 100 ;;
+    *"-m pytest"*) echo "tests/cuda/a.py::test_smoke[c] PASSED [100%]" ;;
+esac
+"""
+
+
+def gpu_check(folder, *arguments, versions=0, limit="170"):
+    """Run check.sh with a Python whose steps end as they are told, and less patience."""
+    script = folder / "benchmarks" / "gpu" / "check.sh"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "benchmarks" / "gpu" / "check.sh").read_text()
+    assert "170" in text
+    script.write_text(text.replace("170", limit))
+    (folder / "python").write_text(
+        STEPS_THAT_GO_WRONG.format(python=sys.executable, versions=versions)
+    )
+    (folder / "python").chmod(0o755)
+    child = subprocess.run(
+        ["bash", script, *arguments],
+        env={**os.environ, "PYTHON": folder / "python", "PYTHONPATH": str(ROOT)},
+        cwd=folder, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    return child.returncode, child.stdout
+
+
+def test_a_step_that_fails_or_hangs_keeps_none_from_running(tmp_path):
+    code, said = gpu_check(tmp_path, "results", "smoke", "short", "correct", "profile", limit="1")
+    assert code == 1
+    assert "smoke float64 rows: exit status 1" in said
+    assert "large: exit status 124" in said
+    for step in ("smoke bfloat16 columns", "short", "graph", "suite results"):
+        assert f"{step}: exit status 0" in said
+    text = (tmp_path / "results" / "table.md").read_text()
+    assert re.search(r"^\| smoke float64 rows +\| 1 +\| \d+ +\| 0 +\| 1 +\| 0 ", text, re.M)
+    assert re.search(r"^\| large +\| out of time ", text, re.M)
+    assert "- smoke float64 rows: tests/cuda/a.py::test_smoke[b] FAILED" in text
+
+
+def test_a_machine_without_what_is_needed_stops_the_check_at_once(tmp_path):
+    code, said = gpu_check(tmp_path, "results", versions=1)
+    assert code == 1
+    assert "stopped: see " in said
+    assert said.count("exit status") == 2  # of versions, as it ran and in the table
+    assert "- versions: GPU: MISSING: none" in said
+
+
+def test_a_check_of_which_all_is_right_ends_with_0(tmp_path):
+    code, _ = gpu_check(tmp_path, "results", "short")
+    assert code == 0
+    assert gpu_check(tmp_path, "--smoke")[0] == 1
+    assert (tmp_path / "gpu-results" / "table.md").exists()
+
+
+def test_tests_that_none_of_ran_are_no_pass(tmp_path):
+    for options in (["--backend", "cupy"], ["--backend", "read-only", "-k", "no_such_name"]):
+        child = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *options, "tests/test_plan.py"],
+            cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert child.returncode != 0, child.stdout
+
+
+def test_what_was_timed_on_a_gpu_makes_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPU_RESULTS", str(tmp_path))
+    times = {"copy": 10.0, "nbnorm": 20.0, "nbnorm channels-last": 40.0, "nbnorm, read twice": 30.0}
+    times |= {"PyTorch": 60.0, "PyTorch channels-last": 50.0}
+    for shape in RESNET50:
+        for op in ("forward", "backward"):
+            row = {name: [least, 2 * least, 5.0] for name, least in times.items()}
+            records.add("row", part="timings", shape=shape, dtype="float32", op=op, times=row)
+    records.add("left out", name="torch.compile", reason="why")
+    with (tmp_path / records.RESULTS).open("a") as file:
+        file.write('{"what": "cut o')
+    found = records.read(tmp_path / records.RESULTS)
+    rows = gpu_table.rows_of(found)
+    assert len(rows) == 2 * len(RESNET50)
+    line = re.search(r"^\| 32 \| float32 \| forward +\| (.*) \|$", gpu_table.summary(rows), re.M)[1]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells == ["12", "1.06", "2.12", "2.65", "0.50", "2.50x", "2.50x, 32x64x112x112"]
+    line = re.search(r"^\| 32x64x112x112 +\| (.*) \|$", gpu_table.table(rows[:1]), re.M)[1]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells == ["10.0", "20.0", "0.50", "40.0", "0.25", "5.00", "1.50x", "3.00x", "1.25x"]
+    assert rows[1].share(30.0) == 0.5  # backward moves half as much again as a copy
+    assert list(gpu_table.failures(found, "")) == ["- left out: torch.compile: why"]
+
+
+def test_kernels_that_were_profiled_are_listed(tmp_path):
+    file = tmp_path / "profile.csv"
+    assert gpu_table.profile(file) == ""
+    kernel = "_ZN6nbnorm4cuda4rows5build12_3clocals_3e5statsB2v1B7tailLE"
+    file.write_text(
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","Grid Size","dram__bytes_read.sum","gpu__time_duration.sum"\n'
+        '"","","","Mbyte","us"\n'
+        f'"0","{kernel}","(6,1,1)","103","40.1"\n'
+    )
+    text = gpu_table.profile(file)
+    assert re.search(r"^\| .*rows.*stats.*\| \(6,1,1\) \| 103 +\| 40.1 +\|$", text, re.M), text
+    assert json.dumps("dram__bytes_read").strip('"') in text
