@@ -123,10 +123,16 @@ def test_what_cannot_be_rebuilt_is_compiled_again(folder, content):
 
 
 def test_a_file_that_cannot_be_read_is_compiled_again(folder, monkeypatch):
+    read = Path.read_bytes
+
     def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.suffix == ".nbc":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
 
     loaded()
+    (file,) = kept(folder)
+    file.write_bytes(b"what cannot be read may be anything")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", refuse)
         assert not loaded()
@@ -237,6 +243,7 @@ def interrupted(function, line):
         return True
     finally:
         sys.settrace(tracing)
+    assert line >= 0, "the interrupt was swallowed"
     return False
 
 
