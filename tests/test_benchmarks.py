@@ -192,10 +192,12 @@ def test_what_is_published_has_no_more_digits_than_it_knows():
 def test_asv_imports_suites_without_what_may_be_missing():
     conf = json.loads((ROOT / "benchmarks" / "asv.conf.json").read_text())
     suites = ROOT / "benchmarks" / conf["benchmark_dir"]
-    everywhere = {path for path in ROOT.glob("benchmarks/**/bench_*.py")}
+    everywhere = set(ROOT.glob("benchmarks/**/bench_*.py"))
     assert everywhere == set(suites.glob("bench_*.py")) != set()
-    missing = ("torch", "jax", "flax", "keras", "onnx", "onnxruntime", "autograd", "mygrad", "thinc",
-               "dask", "h5py", "cupy", "mpi4py", "pytest", "hypothesis", "matplotlib", "tqdm")  # fmt: skip
+    missing = (
+        *("torch", "jax", "flax", "keras", "onnx", "onnxruntime", "autograd", "mygrad", "thinc"),
+        *("dask", "h5py", "cupy", "mpi4py", "pytest", "hypothesis", "matplotlib", "tqdm"),
+    )
     code = f"""
 import importlib, pkgutil, sys
 class Missing:

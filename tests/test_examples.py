@@ -222,7 +222,8 @@ def test_population_stats_has_less_memory_than_data(tmp_path):
     assert child.returncode == 0, child.stderr
     assert "341 pictures, 256 MiB" in child.stdout
     assert len(re.findall(r"MemoryError$", child.stdout, re.M)) == 2, child.stdout
-    rows = re.findall(r"^(?:red|green|blue)((?: +[\d.]+ +[\d.]+ +[\d.e+-]+){2})$", child.stdout, re.M)
+    numbers = r"((?: +\d+\.\d +\d+\.\d +[\d.e+-]+){2})"
+    rows = re.findall(rf"^(?:red|green|blue){numbers}$", child.stdout, re.M)
     assert len(rows) == 3, child.stdout
     for row in rows:
         mean, _, mean_error, var, _, var_error = map(float, row.split())
