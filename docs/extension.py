@@ -81,7 +81,7 @@ def scripts_listed(gallery):
         gallery,
     )
     before, toctree, after = gallery.partition(".. toctree::")
-    return f"{before}Scripts\n-------\n\n{''.join(scripts)}\n\n{toctree}{after}"
+    return f"{before}.. rubric:: Scripts\n\n{''.join(scripts)}\n\n{toctree}{after}"
 
 
 def draws(name):
