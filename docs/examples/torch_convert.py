@@ -89,7 +89,7 @@ def main():
             f"{right.float().mean().item():12.1%}{seconds:10.1f}"
         )
         first.append(losses[0])
-    print(f"the first losses differ by {abs(first[1] - first[0]):.0e}")
+    print(f"the first losses differ by {abs(first[1] - first[0]):.1g}")
 
 
 if __name__ == "__main__":
