@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_child
 from numpy.testing import assert_array_equal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,24 @@ def test_an_op_has_a_floor():
     assert tuple(floor.FLOORS) == OPS
 
 
+NUMBER = r"(?:[\d,]+|(?=[\d.]{1,4} )[1-9]\d*\.\d+|0\.0*\d{1,3})"
+
+
+@pytest.mark.parametrize(
+    ("value", "three", "times"),
+    [
+        (0.00045512, "0.000455", "0.000455"),
+        (0.55432, "0.554", "0.55"),
+        (2.0, "2", "2.00"),
+        (54.6789, "54.7", "54.7"),
+        (1234.5, "1,230", "1,230"),
+    ],
+)
+def test_numbers_for_people_have_three_digits(value, three, times):
+    assert tables.number(value) == three
+    assert tables.multiple(value) == times
+
+
 def row(op, shape, **milliseconds):
     """A row by hand, whose floor is 1 ms."""
     times = {name: timing.Times(value, 2 * value) for name, value in milliseconds.items()}
@@ -140,10 +159,10 @@ def test_tables_say_what_was_measured(run):
     for text in ["CPU, 2 CPUs", "    a command", "JAX: why", "PyTorch channels-last / nbnorm ch"]:
         assert text in report
     line = re.search(r"^\| 32x64x112x112 +\| (.*)$", report, re.M)[1]
-    cells = ["1000.0000", "2000.000 4000.000 2.00 fl", "4000.000 8000.000 4.00 fl"]
+    cells = ["1,000", "2,000 4,000 2.00 fl", "4,000 8,000 4.00 fl"]
     assert re.split(r" +\| ?", line)[:3] == cells
-    assert "6000.000 12000.000 3.00x" in line
-    assert "8000.000 16000.000 2.00x" in line
+    assert "6,000 12,000 3.00x" in line
+    assert "8,000 16,000 2.00x" in line
     means = re.search(r"^\| PyTorch channels-last +\| (.*\)) +\|$", tables.section(run), re.M)[1]
     assert means == "2.00x (2.00x, 32x64x112x112)"
     assert "0.50x, 60x100" in tables.section(run)
@@ -161,6 +180,40 @@ def test_the_readme_is_what_its_data_give():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     published = runs.Run.read(ROOT / "docs" / "speed.json")
     assert tables.with_section(readme, tables.section(published)) == readme
+
+
+def test_what_is_published_has_no_more_digits_than_it_knows():
+    published = runs.Run.read(ROOT / "docs" / "speed.json")
+    for text in (tables.section(published), tables.page(published), tables.report(published)):
+        text = text.replace(runs.describe(published.conditions), "")  # versions
+        numbers = re.findall(r"\d[\d,]*\.\d+", text)
+        assert len(numbers) > 30
+        long = [n for n in numbers if len(re.sub(r"^[0.]+|[.,]", "", n)) > 3]
+        assert not long
+
+
+def test_asv_imports_suites_without_what_may_be_missing():
+    conf = json.loads((ROOT / "benchmarks" / "asv.conf.json").read_text())
+    suites = ROOT / "benchmarks" / conf["benchmark_dir"]
+    everywhere = set(ROOT.glob("benchmarks/**/bench_*.py"))
+    assert everywhere == set(suites.glob("bench_*.py")) != set()
+    missing = (
+        *("torch", "jax", "flax", "keras", "onnx", "onnxruntime", "autograd", "mygrad", "thinc"),
+        *("dask", "h5py", "cupy", "mpi4py", "pytest", "hypothesis", "matplotlib", "tqdm"),
+    )
+    code = f"""
+import importlib, pkgutil, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path[:] = [{str(suites.parent)!r}, *(path for path in sys.path if path != {str(ROOT)!r})]
+package = importlib.import_module({suites.name!r})
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+"""
+    run_child("-c", code)
 
 
 def test_the_chart_draws_a_bar_for_everyone(run, tmp_path):
@@ -183,8 +236,8 @@ def test_comparison_prints_and_writes(tmp_path):
     assert child.returncode == 0, child.stderr
     text = (tmp_path / "table.md").read_text()
     cells = re.search(r"^\| 60x100 +\| (.*) \|$", text, re.M)[1].split(" | ")
-    assert float(cells[0]) > 0
-    assert re.fullmatch(r"\d+\.\d{3} \d+\.\d{3} \d+\.\d\d fl *", cells[1])
+    assert float(cells[0].replace(",", "")) > 0
+    assert re.fullmatch(rf"{NUMBER} {NUMBER} {NUMBER} fl *", cells[1])
     assert "best of all peers / nbnorm" in text
     assert "python benchmarks/compare.py --op forward" in text
     assert tables.report(runs.Run.read(tmp_path / "speed.json")) == text
