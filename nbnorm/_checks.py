@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm._arrays import NDArray, mirror, place_of
+from nbnorm._arrays import NDArray, has_lazy_sign, mirror, place_of
 
 Shape = tuple[int, ...]
 
@@ -128,9 +128,19 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
 
 
 def mutable(given: Any, name: str, instead: str) -> None:
-    """Refuse an array of a library that forbids writing to its arrays: CuPy does not say so."""
+    """Refuse an array that would not be written to, though NumPy or CuPy could.
+
+    JAX forbids writing to its arrays, and a tensor with torch's negative bit comes as a copy.
+    """
+    if type(given) is np.ndarray:
+        return
     if type(given).__module__.partition(".")[0] in ("jax", "jaxlib"):
         raise ValueError(f"{name} is read-only; {instead}")
+    if has_lazy_sign(given):
+        raise ValueError(
+            f"{name} is a tensor with the negative bit (is_neg()), which cannot be written to; "
+            f"pass {name}.resolve_neg()"
+        )
 
 
 def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
