@@ -146,17 +146,28 @@ def overwrite(array: Array, values: NDArray) -> None:
 def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Run a function on the device of its argument `name`, on the stream that its library works on.
 
-    What is in CPU memory has neither. Of moments, their mean counts.
+    What is in CPU memory has neither. Of moments, their mean counts. Where torch.compile is in use,
+    it is told to call the function rather than to trace it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         position = list(signature(function).parameters).index(name)
         ndarray, gpu, backend = np.ndarray, on_gpu, cuda_backend
+        modules, untraced, reason = sys.modules, dict[str, Callable[_P, _R]](), _NOT_TRACED
 
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             x = args[position] if len(args) > position else kwargs.get(name)
             if type(x) is ndarray:
                 return function(*args, **kwargs)
+            if "torch._dynamo" not in modules:
+                return run(*args, **kwargs)
+            if "run" not in untraced:
+                disable = modules["torch"].compiler.disable
+                untraced["run"] = disable(run, reason=reason)
+            return untraced["run"](*args, **kwargs)
+
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            x = args[position] if len(args) > position else kwargs.get(name)
             x = getattr(x, "mean", x) if name == "self" else x
             if not gpu(x):
                 return function(*args, **kwargs)
@@ -166,9 +177,14 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         # With the module's own globals: doctest looks for them to tell what belongs to a module.
         code, scope, closure = call.__code__, function.__globals__, call.__closure__
         found: Callable[_P, _R] = wraps(function)(FunctionType(code, scope, closure=closure))
+        vars(found).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_NOT_TRACED)
         return found
 
     return decorate
+
+
+# What torch.compile says of a call that it is asked to trace: kernels work on memory.
+_NOT_TRACED = "nbnorm computes on memory; nbnorm.integrations.torch can be compiled"
 
 
 def cuda_backend(name: str) -> ModuleType:

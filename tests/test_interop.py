@@ -452,6 +452,18 @@ def test_tensors_that_stand_for_others():
             transformed(torch.ones(4, 6, 3))
 
 
+def test_compiled_code_calls_and_does_not_trace():
+    torch = pytest.importorskip("torch")
+    x = torch.randn(6, 3)
+
+    def twice(x):
+        return 2 * nbnorm.batch_norm_forward(x).y
+
+    assert torch.equal(torch.compile(twice, backend="eager")(x), twice(x))
+    with pytest.raises(Exception, match=r"nbnorm\.integrations\.torch can be compiled"):
+        torch.compile(twice, backend="eager", fullgraph=True)(x)
+
+
 def test_jax_tracers():
     jax = pytest.importorskip("jax")
     x = jax.numpy.arange(12.0).reshape(4, 3)
