@@ -460,6 +460,7 @@ def test_compiled_code_calls_and_does_not_trace():
         return 2 * nbnorm.batch_norm_forward(x).y
 
     assert torch.equal(torch.compile(twice, backend="eager")(x), twice(x))
+    torch.compiler.reset()
     with pytest.raises(Exception, match=r"nbnorm\.integrations\.torch can be compiled"):
         torch.compile(twice, backend="eager", fullgraph=True)(x)
 
