@@ -1,1 +1,1 @@
-"""Benchmarks: peers and shapes, a table of both (compare.py), and suites for asv (bench_*.py)."""
+"""Benchmarks: peers and shapes, a table of both (compare.py), and suites for asv."""

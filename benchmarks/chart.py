@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.peers import OPS, PEERS, is_ours
 from benchmarks.runs import Run
-from benchmarks.tables import resnet_sums
+from benchmarks.tables import number, resnet_sums
 
 OURS, OTHERS, FLOOR = "#1f5fa8", "#b4b8be", "#c0392b"
 TITLES = {
@@ -49,7 +49,7 @@ def _bars(panel: Axes, title: str, total: dict[str, float]) -> None:
         color=[OURS if is_ours(name) else OTHERS for name in names],
         height=0.75,
     )
-    panel.bar_label(bars, fmt="%.0f", padding=3, color="#444444")
+    panel.bar_label(bars, fmt=number, padding=3, color="#444444")
     panel.axvline(total["floor"], color=FLOOR, linewidth=1)
     panel.annotate(
         "floor", (total["floor"], 1), xycoords=("data", "axes fraction"), xytext=(2, 2),

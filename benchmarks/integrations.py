@@ -21,7 +21,7 @@ import numba
 
 from benchmarks.runs import conditions, describe
 from benchmarks.shapes import name_of, shape_of
-from benchmarks.tables import markdown, with_section
+from benchmarks.tables import markdown, multiple, number, with_section
 from benchmarks.timing import Times, alternate
 
 HOSTS = ("torch", "autograd", "mygrad", "thinc", "onnx")
@@ -44,7 +44,8 @@ def measure(
         for shape in shapes:
             name = module.name()
             times[name, shape] = found = alternate(module.calls(shape), rounds)
-            print(f"{name} {name_of(shape)}: {found}", file=sys.stderr)
+            least = ", ".join(f"{who} {number(1e3 * t.least)} ms" for who, t in found.items())
+            print(f"{name} {name_of(shape)}: {least}", file=sys.stderr)
     return times, missing
 
 
@@ -56,7 +57,7 @@ def table(times: dict[tuple[str, tuple[int, ...]], dict[str, Times]]) -> str:
         cells = []
         for shape in shapes:
             own, ours = (1e3 * times[host, shape][who].least for who in ("host", "nbnorm"))
-            cells.append(f"{own:.3g} / {ours:.3g} = {own / ours:.2f}x")
+            cells.append(f"{number(own)} / {number(ours)} = {multiple(own / ours)}x")
         lines.append([host, *cells])
     return markdown(lines)
 

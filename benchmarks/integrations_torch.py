@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.shapes import name_of, shape_of
+from benchmarks.tables import multiple, number
 from benchmarks.timing import alternate
 from nbnorm.integrations.torch import batch_norm, convert
 
@@ -119,9 +120,9 @@ def resnet(batch: int, side: int, rounds: int) -> None:
         base = times["PyTorch"]
         for name, own in times.items():
             print(
-                f"  {name:<21} least {min(own) * 1e3:6.1f}   median"
-                f" {statistics.median(own) * 1e3:6.1f}   {min(base) / min(own):.2f}x"
-                f" ({statistics.median(base) / statistics.median(own):.2f}x)"
+                f"  {name:<21} least {number(min(own) * 1e3):>6}   median"
+                f" {number(statistics.median(own) * 1e3):>6}   {multiple(min(base) / min(own))}x"
+                f" ({multiple(statistics.median(base) / statistics.median(own))}x)"
             )
 
 
@@ -158,10 +159,10 @@ def function(shapes: list[tuple[int, ...]], rounds: int) -> None:
             least = {name: time.least * 1e3 for name, time in times.items()}
             print(
                 f"  {name_of(shape) + ' channels-last' * last:<28}"
-                f" PyTorch {least['PyTorch']:8.3f}  nbnorm {least['nbnorm']:8.3f}"
-                f"  {least['PyTorch'] / least['nbnorm']:5.2f}x   with ReLU"
-                f" {least['PyTorch, ReLU']:8.3f} {least['nbnorm, ReLU']:8.3f}"
-                f"  {least['PyTorch, ReLU'] / least['nbnorm, ReLU']:5.2f}x"
+                f" PyTorch {number(least['PyTorch']):>6}  nbnorm {number(least['nbnorm']):>6}"
+                f"  {multiple(least['PyTorch'] / least['nbnorm']):>5}x   with ReLU"
+                f" {number(least['PyTorch, ReLU']):>6} {number(least['nbnorm, ReLU']):>6}"
+                f"  {multiple(least['PyTorch, ReLU'] / least['nbnorm, ReLU']):>5}x"
             )
 
 

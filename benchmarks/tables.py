@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable
 
+from benchmarks.markdown import markdown
 from benchmarks.peers import OPS, PEERS, is_ours, ours_for
 from benchmarks.runs import Row, Run, describe
 from benchmarks.shapes import RESNET50, name_of
@@ -97,14 +98,14 @@ def resnet_sums(rows: list[Row]) -> dict[str, float]:
     return sums | {"floor": total(lambda row: row.floor)}
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """Return a table, its columns aligned for reading as it is."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width for width in widths]
-    return "".join(
-        "| " + " | ".join(map(str.ljust, line, widths)) + " |\n"
-        for line in [lines[0], rule, *lines[1:]]
-    )
+def number(value: float) -> str:
+    """Return a number with three digits, as people read it."""
+    return f"{float(f'{value:.3g}'):,g}" if value < 1e6 else f"{value:.2e}"
+
+
+def multiple(value: float) -> str:
+    """Return how many times: two digits behind the point, three in all."""
+    return f"{value:.2f}" if 0.1 <= value < 10 else number(value)
 
 
 def _by_op(run: Run, dtype: str) -> dict[str, list[Row]]:
@@ -136,7 +137,7 @@ def _mean_and_least(
 ) -> tuple[str, str, str]:
     row = worst(rows, key=value)
     mean = statistics.geometric_mean(map(value, rows))
-    return f"{mean:.2f}", f"{value(row):.2f}", name_of(row.shape)
+    return multiple(mean), multiple(value(row)), name_of(row.shape)
 
 
 def _table(rows: list[Row]) -> str:
@@ -146,12 +147,12 @@ def _table(rows: list[Row]) -> str:
     for row in rows:
         cells = dict.fromkeys(names, "-")
         for name, (least, median) in row.times.items():
-            cells[name] = f"{1e3 * least:.3f} {1e3 * median:.3f} " + (
-                f"{least / row.floor:.2f} fl"
+            cells[name] = f"{number(1e3 * least)} {number(1e3 * median)} " + (
+                f"{multiple(least / row.floor)} fl"
                 if is_ours(name)
-                else f"{row.ratio(name, ours_for(name, row.op)):.2f}x"
+                else f"{multiple(row.ratio(name, ours_for(name, row.op)))}x"
             )
-        lines.append([name_of(row.shape), f"{1e3 * row.floor:.4f}", *cells.values()])
+        lines.append([name_of(row.shape), number(1e3 * row.floor), *cells.values()])
     return markdown(lines)
 
 
@@ -179,7 +180,7 @@ def _summary(rows: list[Row]) -> str:
     text = markdown(lines)
     sums = resnet_sums(rows)
     if sums:
-        listed = "; ".join(f"{name} {1e3 * total:.0f}" for name, total in sums.items())
+        listed = "; ".join(f"{name} {number(1e3 * total)}" for name, total in sums.items())
         text += f"\nThe 53 batch norms of ResNet-50 at N = 32, ms: {listed}.\n"
     return text
 
@@ -192,7 +193,7 @@ def _sums(by_op: dict[str, list[Row]]) -> str:
     names = [name for name in [*PEERS, "floor"] if any(name in total for total in sums.values())]
     lines = [["", *sums]]
     for name in names:
-        cells = (f"{1e3 * sums[op][name]:.0f}" if name in sums[op] else "-" for op in sums)
+        cells = (number(1e3 * sums[op][name]) if name in sums[op] else "-" for op in sums)
         lines.append([name, *cells])
     return markdown(lines)
 
@@ -227,16 +228,19 @@ def _shapes(rows: list[Row], ours: Iterable[str]) -> str:
     others = _others(rows)
     lines = [["shape", "floor", *ours, *others]]
     for row in rows:
-        cells = [f"{1e3 * row.times[n].least:.3g}" if n in row.times else "-" for n in ours]
+        cells = [number(1e3 * row.times[n].least) if n in row.times else "-" for n in ours]
         for name in others:
             us = ours_for(name, row.op)
-            cells.append(f"{row.ratio(name, us):.2f}x" if name in row.times else "-")
-        lines.append([name_of(row.shape), f"{1e3 * row.floor:.3g}", *cells])
+            cells.append(f"{multiple(row.ratio(name, us))}x" if name in row.times else "-")
+        lines.append([name_of(row.shape), number(1e3 * row.floor), *cells])
     return markdown(lines)
 
 
 def _left_out(run: Run) -> list[str]:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in run.left_out.items())
+    reasons = "; ".join(
+        reason if reason.startswith(name) else f"{name}: {reason}"
+        for name, reason in run.left_out.items()
+    )
     return [f"Left out: {reasons}.\n"] if reasons else []
 
 

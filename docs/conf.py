@@ -48,10 +48,12 @@ sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "generated/examples",
     "filename_pattern": "plot_",  # the others are shown and not run
-    "default_thumb_file": str(Path(__file__).parent / "_static" / "program.svg"),
+    "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "capture_repr": (),  # what is printed, and pictures
-    "ignore_pattern": r"/(perceptron|runs)\.py$",  # what examples share
+    "ignore_pattern": r"^(perceptron|runs)\.py$",  # what examples share, linked to in the header
+    "copyfile_regex": r"(perceptron|runs)\.py$",
+    "remove_config_comments": True,
     "min_reported_time": 60,
     "notebook_extensions": set(),
     "show_signature": False,
@@ -67,8 +69,10 @@ html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Reg
 html_css_files = ["site.css"]
 html_sidebars = {page: [] for page in ("benchmarks", "experiments", "index", "quickstart")}
 html_theme_options = {
+    # In one row, with seven pages: an icon rather than a field to search in.
+    "navbar_persistent": ["search-button"],
     "navbar_end": ["theme-switcher"],
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "footer_start": ["copyright"],
     "footer_end": [],
     "show_prev_next": False,

@@ -49,8 +49,10 @@ def headers_are_rst(app):
 
 
 def read(app, document, source):
-    """Make a page of an example's docstring, and have other pages link to such pages."""
-    if document.startswith(GALLERY):
+    """Make a page of an example's docstring, a list of scripts, and links to such pages."""
+    if document == f"{GALLERY}index":
+        source[0] = scripts_listed(source[0])
+    elif document.startswith(GALLERY):
         source[0] = re.sub(
             r"(?s)(\n\.\. _sphx_glr_\S+:\n\n)(.*?)(?=\n\n\.\. GENERATED FROM)",
             lambda match: match[1] + titled(match[2]),
@@ -60,6 +62,32 @@ def read(app, document, source):
     else:
         source[0] = re.sub(r"\]\(examples/(\w+)\.(?:py|rst)\)", rf"]({GALLERY}\1.rst)", source[0])
         source[0] = source[0].replace(f"{GALLERY}GALLERY_HEADER", f"{GALLERY}index")
+
+
+def scripts_listed(gallery):
+    """Take the cards of programs that draw nothing out of the gallery, and list them below it."""
+    scripts = []
+
+    def card(match):
+        if draws(match[1]):
+            return match[0]
+        scripts.append(f"- :doc:`/{GALLERY}{match[1]}`\n")
+        return ""
+
+    gallery = re.sub(
+        r'(?s)\.\. raw:: html\n\n    <div class="sphx-glr-thumbcontainer"'
+        rf".*?:doc:`/{GALLERY}(\w+)`.*?\n    </div>\n\n\n",
+        card,
+        gallery,
+    )
+    before, toctree, after = gallery.partition(".. toctree::")
+    return f"{before}.. rubric:: Scripts\n\n{''.join(scripts)}\n\n{toctree}{after}"
+
+
+def draws(name):
+    """Say whether an example has a picture: a plot, or one that names the result it draws."""
+    text = (DOCS / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    return name.startswith("plot_") or "\n# sphinx_gallery_thumbnail_path = " in text
 
 
 def titled(docstring):

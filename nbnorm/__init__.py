@@ -1,5 +1,9 @@
 """Batch normalization (Ioffe & Szegedy 2015) as kernels for arrays."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from nbnorm._warmup import warmup
 from nbnorm.config import show_config
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
@@ -18,6 +22,12 @@ from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, update_running_stats
 from nbnorm.pool import set_pool_limit
 from nbnorm.population import population_stats, recalibrate
+
+if _TYPE_CHECKING:
+    from nbnorm import conventions as conventions
+    from nbnorm import distributed as distributed
+    from nbnorm import integrations as integrations
+    from nbnorm import reference as reference
 
 __version__ = "0.1.0"
 
@@ -43,3 +53,15 @@ __all__ = [
     "update_running_stats",
     "warmup",
 ]
+
+_SUBMODULES = ("conventions", "distributed", "integrations", "reference")  # imported on first use
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SUBMODULES:
+        return _import_module(f"nbnorm.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

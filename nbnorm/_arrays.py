@@ -40,11 +40,14 @@ def take(obj: Array, name: str) -> NDArray:
     elif is_cupy(type(obj)):
         array = _aligned(obj, name)
     elif hasattr(obj, "__dlpack__"):
+        _refuse_stand_in(obj, name)
         array = _from_dlpack(obj, name)
     else:
+        # A list, a DataFrame, an xarray or dask array: what NumPy can make an array of.
+        convertible = isinstance(obj, list | tuple) or hasattr(obj, "__array__")
         raise TypeError(
-            f"{name} must be a NumPy array, a CuPy array or an object with __dlpack__, "
-            f"got {type(obj).__module__}.{type(obj).__qualname__}"
+            f"{name} must be a NumPy array, a CuPy array or an object with __dlpack__, got "
+            f"{_class_name(obj)}" + f"; np.asarray({name}) makes an array of it" * convertible
         )
     if not array.dtype.isnative:
         raise TypeError(f"{name} has non-native byte order ({array.dtype.str}); byteswap it first")
@@ -57,7 +60,8 @@ def take_floating(obj: Array, name: str) -> NDArray:
         return obj
     array = take(obj, name)
     if array.dtype not in _KNOWN and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}, expected one of {_or(DTYPES)}")
+        remedy = f"; convert it with {name}.astype(np.float32)" * (array.dtype.kind in "biu")
+        raise TypeError(f"{name} has dtype {array.dtype}, expected one of {_or(DTYPES)}{remedy}")
     return array
 
 
@@ -142,17 +146,28 @@ def overwrite(array: Array, values: NDArray) -> None:
 def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Run a function on the device of its argument `name`, on the stream that its library works on.
 
-    What is in CPU memory has neither. Of moments, their mean counts.
+    What is in CPU memory has neither. Of moments, their mean counts. Where torch.compile is in use,
+    it is told to call the function rather than to trace it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         position = list(signature(function).parameters).index(name)
         ndarray, gpu, backend = np.ndarray, on_gpu, cuda_backend
+        modules, untraced, reason = sys.modules, dict[str, Callable[_P, _R]](), _NOT_TRACED
 
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             x = args[position] if len(args) > position else kwargs.get(name)
             if type(x) is ndarray:
                 return function(*args, **kwargs)
+            if "torch._dynamo" not in modules:
+                return run(*args, **kwargs)
+            if "run" not in untraced:
+                disable = modules["torch"].compiler.disable
+                untraced["run"] = disable(run, reason=reason)
+            return untraced["run"](*args, **kwargs)
+
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            x = args[position] if len(args) > position else kwargs.get(name)
             x = getattr(x, "mean", x) if name == "self" else x
             if not gpu(x):
                 return function(*args, **kwargs)
@@ -162,9 +177,14 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         # With the module's own globals: doctest looks for them to tell what belongs to a module.
         code, scope, closure = call.__code__, function.__globals__, call.__closure__
         found: Callable[_P, _R] = wraps(function)(FunctionType(code, scope, closure=closure))
+        vars(found).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_NOT_TRACED)
         return found
 
     return decorate
+
+
+# What torch.compile says of a call that it is asked to trace: kernels work on memory.
+_NOT_TRACED = "nbnorm computes on memory; nbnorm.integrations.torch can be compiled"
 
 
 def cuda_backend(name: str) -> ModuleType:
@@ -219,13 +239,46 @@ def _home(cls: type) -> Any:
 
 def _library_of(cls: type) -> Any:
     """Return the module with `from_dlpack` that made arrays of this class; it is imported."""
-    # The longest package prefix that offers from_dlpack: torch, array_api_strict, jax.numpy.
-    root = cls.__module__.partition(".")[0]
-    for module in ({"jaxlib": "jax.numpy", "jax": "jax.numpy"}.get(root, root), root):
-        library = sys.modules.get(module)
-        if library is not None and hasattr(library, "from_dlpack"):
-            return library
+    # The longest package prefix that offers from_dlpack: torch, array_api_strict, jax.numpy. Of
+    # a class that somebody has derived from a library's, the library is where its base is from.
+    for base in cls.__mro__:
+        root = base.__module__.partition(".")[0]
+        for module in ({"jaxlib": "jax.numpy", "jax": "jax.numpy"}.get(root, root), root):
+            library = sys.modules.get(module)
+            if library is not None and hasattr(library, "from_dlpack"):
+                return library
     raise TypeError(f"cannot return arrays of {cls.__module__}.{cls.__qualname__}: no from_dlpack")
+
+
+def has_lazy_sign(obj: Array) -> bool:
+    """Whether an array is a torch tensor whose values are yet to be negated: conj().imag is one."""
+    negative = getattr(obj, "is_neg", None)
+    return negative is not None and bool(negative())
+
+
+def _refuse_stand_in(obj: Array, name: str) -> None:
+    """Refuse what has no values: it stands for an array while a function is transformed."""
+    if any(
+        f"{cls.__module__}.{cls.__name__}" == "jax._src.core.Tracer" for cls in type(obj).__mro__
+    ):
+        raise TypeError(
+            f"{name} is a JAX tracer, which has no values inside jax.jit, grad or vmap; "
+            "call nbnorm there through jax.pure_callback"
+        )
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(obj, torch.Tensor):
+        return
+    own = type(obj).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # FakeTensor, DTensor
+    if own or torch._C._functorch.is_functorch_wrapped_tensor(obj):
+        kind = _class_name(obj) if own else "tensor of torch.func (grad, vmap)"
+        raise TypeError(
+            f"{name} is a {kind}, which has no memory of its own; "
+            "nbnorm.integrations.torch can be transformed, compiled and traced"
+        )
+
+
+def _class_name(obj: object) -> str:
+    return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
 
 def _from_dlpack(obj: Array, name: str) -> NDArray:
@@ -245,6 +298,8 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
         # x says which device the call is for; another array can only be on the wrong one.
         refusal = TypeError if name == "x" else ValueError
         raise refusal(f"{name} is in no memory that is computed on (DLPack device type {kind})")
+    if has_lazy_sign(obj):  # DLPack drops the bit
+        obj = obj.resolve_neg()
     library: Any = np if kind in _HOST else cuda_backend(name).memory
     half = dtype.endswith("bfloat16")
     try:

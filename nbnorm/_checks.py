@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from nbnorm._arrays import NDArray, mirror, place_of
+from nbnorm._arrays import NDArray, has_lazy_sign, mirror, place_of
 
 Shape = tuple[int, ...]
 
@@ -24,21 +24,21 @@ def axes(axis: Any) -> Shape:
         raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}") from None
 
 
-def channel_axes(shape: Shape, given: Shape) -> tuple[Shape, Shape, int]:
+def channel_axes(shape: Shape, given: Shape, name: str = "x") -> tuple[Shape, Shape, int]:
     """Return the channel axes, ascending and not negative, their shape, and values per channel."""
     ndim = len(shape)
     axis = given[0] if len(given) == 1 else given
     if ndim < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {shape}")
+        raise ValueError(f"{name} must have at least 2 dimensions, got shape {shape}")
     if not all(-ndim <= i < ndim for i in given):
-        raise ValueError(f"axis {axis} is out of range for x of shape {shape}")
+        raise ValueError(f"axis {axis} is out of range for {name} of shape {shape}")
     axes = sorted(i % ndim for i in given)
     if len(set(axes)) < len(axes):
-        raise ValueError(f"axis {axis} names an axis of x of shape {shape} twice")
+        raise ValueError(f"axis {axis} names an axis of {name} of shape {shape} twice")
     if not axes:
         raise ValueError("axis is an empty tuple, expected at least one channel axis")
     if len(axes) == ndim:
-        raise ValueError(f"axis {axis} leaves no axis of x of shape {shape} to reduce")
+        raise ValueError(f"axis {axis} leaves no axis of {name} of shape {shape} to reduce")
     m = prod(n for i, n in enumerate(shape) if i not in axes)
     return tuple(axes), tuple(shape[i] for i in axes), m
 
@@ -48,10 +48,23 @@ def channel_shape(
 ) -> None:
     """Refuse a parameter or statistic that does not have the shape of the channel axes."""
     if array.shape != expected:
-        raise ValueError(
+        message = (
             f"{name} has shape {array.shape}, expected {expected} "
             f"for x of shape {x.shape} and axis {axis}"
         )
+        channels = {i % x.ndim for i in axes(axis)}
+        others = tuple(i for i in range(x.ndim) if i not in channels)
+        if array.shape == tuple(x.shape[i] for i in others):
+            message += kept_not_reduced(axis, others)
+        raise ValueError(message)
+
+
+def kept_not_reduced(axis: int | Shape, others: Shape) -> str:
+    """Say how to get what `axis` would mean if it named the axes to reduce."""
+    instead = others[0] if len(others) == 1 else others
+    return (
+        f"; axis names the channel axes, which are kept: to reduce over {axis}, pass axis={instead}"
+    )
 
 
 def same_shape(array: NDArray, name: str, x: NDArray) -> None:
@@ -115,16 +128,42 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
 
 
 def mutable(given: Any, name: str, instead: str) -> None:
-    """Refuse an array of a library that forbids writing to its arrays: CuPy does not say so."""
+    """Refuse an array that would not be written to, though NumPy or CuPy could.
+
+    JAX forbids writing to its arrays, and a tensor with torch's negative bit comes as a copy.
+    """
+    if type(given) is np.ndarray:
+        return
     if type(given).__module__.partition(".")[0] in ("jax", "jaxlib"):
         raise ValueError(f"{name} is read-only; {instead}")
+    if has_lazy_sign(given):
+        raise ValueError(
+            f"{name} is a tensor with the negative bit (is_neg()), which cannot be written to; "
+            f"pass {name}.resolve_neg()"
+        )
 
 
-def running_to_update(running_mean: NDArray, running_var: NDArray, instead: str) -> None:
-    """Refuse running statistics that cannot be updated in place, one after the other."""
-    writable(running_mean, "running_mean", instead)
-    writable(running_var, "running_var", instead)
-    apart(running_mean, "running_mean", running_var, "running_var")
+def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
+    """Refuse running statistics that cannot be updated in place: `arrays` are all of the call.
+
+    What shares memory with them would be another in the backward pass than it was in the forward.
+    """
+    mean, var = arrays["running_mean"], arrays["running_var"]
+    writable(mean, "running_mean", instead)
+    writable(var, "running_var", instead)
+    apart(mean, "running_mean", var, "running_var")
+    # Most arrays own their memory: one step for each of those. CuPy's say so of any memory.
+    owned = type(mean) is np.ndarray and mean.flags.owndata and var.flags.owndata
+    for name, other in arrays.items():
+        if name in _RUNNING:
+            continue
+        if owned and other.flags.owndata and other is not mean and other is not var:
+            continue
+        apart(mean, "running_mean", other, name)
+        apart(var, "running_var", other, name)
+
+
+_RUNNING = frozenset(("running_mean", "running_var"))
 
 
 def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
@@ -177,6 +216,31 @@ def _overlap(a: NDArray, b: NDArray) -> bool:
         return True
 
 
+class _NotGiven:
+    """Default of an argument for which None means something."""
+
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+NOT_GIVEN: Any = _NotGiven()
+
+
+def given(array: Any, name: str, needed: bool) -> Any:
+    """Return a parameter that ReLU's mask is computed from, None where it was left out.
+
+    Refuse it to be left out where the mask is `needed`: without the forward's it would be wrong.
+    """
+    if array is not NOT_GIVEN:
+        return array
+    if needed:
+        raise ValueError(
+            f"{name} is not given, and the mask of activation='relu' depends on it; "
+            f"pass the forward's {name}= ({name}=None if it had none), or its y="
+        )
+    return None
+
+
 def epsilon(eps: float) -> float:
     """Return eps as a float; refuse a negative one, NaN and infinity."""
     value = number(eps, "eps")
@@ -195,6 +259,14 @@ def number(value: Any, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
+
+
+def finite(value: Any, name: str) -> float:
+    """Return a real number that is finite as a float."""
+    number_ = number(value, name)
+    if not -math.inf < number_ < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number_
 
 
 def relu(activation: str | None) -> bool:
@@ -250,11 +322,3 @@ def count(value: Any, x: NDArray) -> int:
     if m < (x.size > 0):
         raise ValueError(f"count must be positive for x of shape {x.shape}, got {m}")
     return m
-
-
-def correction(value: Any) -> float:
-    """Return what is taken from m in the running variance."""
-    taken = number(value, "correction")
-    if not math.isfinite(taken):
-        raise ValueError(f"correction must be finite, got {value}")
-    return taken

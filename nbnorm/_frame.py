@@ -54,6 +54,8 @@ class Frame:
     ----------
     x : ndarray
         x as NumPy sees it, in its own shape.
+    inputs : dict of str to ndarray
+        x and the others that have been checked, by name.
     m, channels : int
         Values per channel, number of channels.
     empty : bool
@@ -70,7 +72,7 @@ class Frame:
     def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
         self.x = taken = take_floating(x, "x")
         self._given = x
-        self._inputs = {"x": taken}
+        self.inputs = {"x": taken}
         if type(taken) is not np.ndarray:
             self.backend = cuda_backend("x")
             self.memory = self.backend.memory
@@ -88,7 +90,7 @@ class Frame:
             self._same_place(array, taken, name)
         _checks.same_dtype(taken, name, self.x)
         _checks.same_shape(taken, name, self.x)
-        self._inputs[name] = taken
+        self.inputs[name] = taken
         return taken
 
     def like_x(self, array: Array | None, name: str) -> NDArray | None:
@@ -105,7 +107,7 @@ class Frame:
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
         _checks.channel_shape(taken, name, self._channels, self.x, self._axis)
-        self._inputs[name] = taken
+        self.inputs[name] = taken
         return taken
 
     def out(self, out: Array | None, inplace: str) -> NDArray | None:
@@ -116,7 +118,7 @@ class Frame:
         _checks.mutable(out, "out", "pass one that can be written to, or none")
         if taken is not out or self.backend is not cpu:
             self._same_place(out, taken, "out")
-        _checks.output(taken, self.x, self._inputs.items(), inplace)
+        _checks.output(taken, self.x, self.inputs.items(), inplace)
         return taken
 
     def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
@@ -145,7 +147,7 @@ class Frame:
             return Target(array, self._turned(array).reshape(layout.shape))
         return Target(array, self.memory.empty(layout.shape, self.x.dtype))
 
-    def settle(self, target: Target, out: Array | None = None) -> Array:
+    def settle(self, target: Target, out: Array | None = None) -> Any:
         """Hand a result back: as the out that was passed, else as an array of x's library."""
         if not (target.written.base is target.array or self.empty or self._fits(target.array)):
             turned = self._turned(target.array)

@@ -14,7 +14,7 @@ def warmup(
     *shapes: tuple[int, ...],
     dtype: DTypeLike = np.float32,
     axis: int | tuple[int, ...] = 1,
-    activation: str | None = None,
+    activation: functional.Activation = None,
     residual: bool = False,
     training: bool = True,
 ) -> None:
@@ -74,8 +74,9 @@ def warmup(
             axis=axis, activation=activation, residual=added, correction=0,
         )  # fmt: skip
         functional.batch_norm_backward(
-            x, x, None, mean, rstd, axis=axis, activation=activation, y=y if residual else None
-        )
+            x, x, None, mean, rstd,
+            beta=None, axis=axis, activation=activation, y=y if residual else None,
+        )  # fmt: skip
 
 
 def _parameters_of(dtype: np.dtype[Any]) -> type[np.floating[Any]]:

@@ -207,8 +207,9 @@ def load(
     prefix : str, default ""
         What the names of this layer's arrays begin with. Others in the mapping are left alone.
     axis : int or tuple of int, optional
-        Channel axis or axes of the inputs, one for each dimension of the arrays. The framework's
-        default: -1 for keras and flax, 1 for the others.
+        Channel axis or axes of the inputs, those that **keep** their statistics and are not
+        reduced: one for each dimension of the arrays. The framework's default: -1 for keras and
+        flax, 1 for the others.
     **hyperparameters
         The framework's own keywords, with the framework's defaults:
         ``CONVENTIONS[framework].hyperparameters()``.
@@ -227,7 +228,7 @@ def load(
         nor a sequence, or not of a floating dtype; a momentum that is no number.
     ValueError
         An unknown framework, missing or unexpected names, shapes that differ or do not fit `axis`,
-        an eps or a factor of Caffe's that is negative or not finite.
+        an eps or a factor of Caffe's that is negative or not finite, a momentum that is not finite.
 
     Notes
     -----
@@ -440,7 +441,7 @@ def _weight_of_new(convention: Convention, momentum: float | None) -> float | No
     """Return momentum as nbnorm has it."""
     if convention.weighs == "new" and momentum is None:
         return None
-    value = _checks.number(momentum, convention.momentum[0])
+    value = _checks.finite(momentum, convention.momentum[0])
     return value if convention.weighs == "new" else 1 - value
 
 

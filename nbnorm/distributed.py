@@ -17,18 +17,22 @@ import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import DTYPES, Array, NDArray
+from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
 from nbnorm.functional import (
+    Activation,
     Axis,
     BackwardCall,
     ForwardCall,
     Mask,
+    OrNone,
+    X,
     apply_to,
     batch_norm_backward,
     batch_norm_forward,
@@ -239,7 +243,6 @@ class _Ranks:
         row = np.zeros(_HEADER_LENGTH)
         row[: len(header)] = list(header)
         table = self.gather(row)
-        # By bits, as a momentum of NaN does not differ from itself.
         agreed = table.view(np.int64)[:, :_AGREED]
         if error is not None or call is None or (agreed != agreed[0]).any():
             self._refuse(table, error)
@@ -281,7 +284,7 @@ def _disagreement(headers: list[_Header]) -> str:
 # Forward
 
 
-class SyncBatchNormForward(NamedTuple):
+class SyncBatchNormForward(NamedTuple, Generic[X]):
     """Result of `sync_batch_norm_forward`.
 
     Attributes
@@ -296,14 +299,14 @@ class SyncBatchNormForward(NamedTuple):
         this rank's x.
     """
 
-    y: Array
+    y: X
     mean: Array
     rstd: Array
     count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
 
 
 def sync_batch_norm_forward(
-    x: Array,
+    x: X,
     gamma: Array | None = None,
     beta: Array | None = None,
     running_mean: Array | None = None,
@@ -316,9 +319,9 @@ def sync_batch_norm_forward(
     correction: int = 1,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> SyncBatchNormForward:
+) -> SyncBatchNormForward[X]:
     """`batch_norm_forward` of the batch that the ranks of a communicator have together.
 
     In training every rank has to call it. The ranks may have batches of different sizes, and empty
@@ -339,19 +342,20 @@ def sync_batch_norm_forward(
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
-        Weight of the new statistic.
+        Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         The running variance takes M2 / (m - correction), m being the count of all ranks.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Where to write y. It may be x itself, which is **gone** then, and the backward pass needs
+        it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
 
     Returns
     -------
@@ -441,7 +445,7 @@ def _merged(ranks: _Ranks, counts: list[int], own: Moments) -> Moments:
 # Backward
 
 
-class SyncBatchNormBackward(NamedTuple):
+class SyncBatchNormBackward(NamedTuple, Generic[X]):
     """Result of `sync_batch_norm_backward`; what was not asked for is None.
 
     Attributes
@@ -455,29 +459,29 @@ class SyncBatchNormBackward(NamedTuple):
         Gradient of the residual, like x. None where the forward's y was not given.
     """
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
-    dresidual: Array | None
+    dx: X | OrNone
+    dgamma: Array | OrNone
+    dbeta: Array | OrNone
+    dresidual: X | OrNone
 
 
 def sync_batch_norm_backward(
     dy: Array,
-    x: Array,
+    x: X,
     gamma: Array | None,
     mean: Array,
     rstd: Array,
     count: int,
     *,
     comm: Communicator,
-    beta: Array | None = None,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
-    activation: str | None = None,
+    activation: Activation = None,
     output_mask: Mask = (True, True, True, True),
     out: Array | None = None,
-) -> SyncBatchNormBackward:
+) -> SyncBatchNormBackward[X]:
     """Gradients of `sync_batch_norm_forward`.
 
     In training every rank has to call it. dx is the gradient of the sum of all ranks' losses, as
@@ -489,7 +493,7 @@ def sync_batch_norm_backward(
     dy : array of x's shape and dtype
         Gradient of this rank's y. Any strides, broadcast ones too.
     x : array, at least 2-d
-        What went into the forward on this rank.
+        What went into the forward on this rank: not what ``out=x`` has left there, which is y.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
@@ -499,15 +503,16 @@ def sync_batch_norm_backward(
         ``training=False``.
     comm : Communicator
         As in the forward.
-    beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
+        None where the forward had none, unless `y` is. Elsewhere it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
         dresidual is returned.
     training : bool, default True
         False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     activation : {None, "relu"}
         As in the forward.
     output_mask : 4 bools, default all True
@@ -580,7 +585,7 @@ def _backward_call(count: int, *arguments: Any) -> tuple[tuple[BackwardCall, int
 
 def _backward(
     ranks: _Ranks, call: BackwardCall, m: int, out: Array | None
-) -> SyncBatchNormBackward:
+) -> SyncBatchNormBackward[Any]:
     """Compute what is wanted; the ranks agree on dx, the rest is each rank's own affair."""
     frame, dy, gamma, mean, rstd, beta, y, relu, wanted, out_ = call
     want_dx, want_dgamma, want_dbeta, want_dresidual = wanted

@@ -5,20 +5,28 @@ Every check comes before the first kernel: an error leaves every array as it was
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import Array, NDArray, on_its_device
+from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Target
 from nbnorm.moments import Moments
 
 Axis = int | tuple[int, ...]
+Activation = Literal["relu"] | None
 Mask = tuple[bool, bool, bool, bool]
 
+# The type of x, which its results have. Statistics have x's library, but float64 and another shape,
+# which Python's types cannot say: they are Any.
+X = TypeVar("X")
+# What is None where it was not asked for: a check for None at every use would help nobody.
+OrNone = Any
 
-class BatchNormForward(NamedTuple):
+
+class BatchNormForward(NamedTuple, Generic[X]):
     """Result of `batch_norm_forward`.
 
     Attributes
@@ -30,12 +38,12 @@ class BatchNormForward(NamedTuple):
         shape of the channel axes.
     """
 
-    y: Array
+    y: X
     mean: Array
     rstd: Array
 
 
-class BatchNormBackward(NamedTuple):
+class BatchNormBackward(NamedTuple, Generic[X]):
     """Result of `batch_norm_backward`; what was not asked for is None.
 
     Attributes
@@ -48,15 +56,15 @@ class BatchNormBackward(NamedTuple):
         Gradient of the residual, like x. None where the forward's y was not given.
     """
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
-    dresidual: Array | None
+    dx: X | OrNone
+    dgamma: Array | OrNone
+    dbeta: Array | OrNone
+    dresidual: X | OrNone
 
 
 @on_its_device("x")
 def batch_norm_forward(
-    x: Array,
+    x: X,
     gamma: Array | None = None,
     beta: Array | None = None,
     running_mean: Array | None = None,
@@ -68,9 +76,9 @@ def batch_norm_forward(
     correction: int = 1,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> BatchNormForward:
+) -> BatchNormForward[X]:
     """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
 
     y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the mean
@@ -80,32 +88,38 @@ def batch_norm_forward(
     ----------
     x : array, at least 2-d
         float32, float64, float16 or bfloat16 (of ml_dtypes), the last two computed in float32 and
-        rounded once; NumPy, or anything with ``__dlpack__`` in CPU memory. Any strides; an
-        array that has no (N, C, S) view (cropped images, negative steps) is copied once.
+        rounded once; NumPy's, CuPy's, or anything with ``__dlpack__``, in CPU memory or, with the
+        extra ``cuda``, on a GPU. Any strides; an array that has no (N, C, S) view (cropped images,
+        negative steps) is copied once.
     gamma, beta : array of the shape of the channel axes, optional
         Scale and shift: float32, float64, float16 or bfloat16. None: 1 and 0.
     running_mean, running_var : array of the shape of the channel axes, optional
         Population statistics, both or neither. In training they are updated **in place**, with
-        the variance M2 / (m - correction); otherwise they normalise and are left alone.
+        the variance M2 / (m - correction), and may share memory with no other array of the call;
+        otherwise they normalise and are left alone.
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
         Weight of the new statistic: running = (1 - momentum) running + momentum batch. PyTorch's
-        convention; 1 - momentum is Keras's.
+        convention; 1 - momentum is Keras's. Any finite number: outside of [0, 1] this extrapolates,
+        and a running variance may become negative, which gives NaN where it normalises.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         1: running_var takes the unbiased variance (PyTorch, cuDNN, Caffe, the paper); 0: the
         biased one (Keras, ONNX, Flax).
     axis : int or tuple of int, default 1
-        Channel axes, which keep their own statistics: 1 for NCHW and NC, -1 for channels-last,
-        (1, 2, 3) for every activation of its own.
+        Channel axes: those that **keep** statistics of their own, 1 for NCHW and NC, -1 for
+        channels-last, (1, 2, 3) for every activation of its own. All others are reduced: what is
+        ``axis=(0, 2, 3)`` of `numpy.var`, `jax.nn.standardize` or `keras.ops.moments` is
+        ``axis=1`` here.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last. NaN passes through.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Where to write y. It may be x itself, which is **gone** then, and `batch_norm_backward`
+        needs it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
 
     Returns
     -------
@@ -118,9 +132,9 @@ def batch_norm_forward(
         x not floating, masked, of non-native byte order or no array at all; residual of another
         dtype; parameters or statistics not floating.
     ValueError
-        Shapes, axis, eps, activation or out that do not fit; one running statistic without the
-        other; read-only ones in training; a single value per channel in training with
-        ``correction=1``.
+        Shapes, axis, eps, activation or out that do not fit; a momentum that is not finite; one
+        running statistic without the other; in training, ones that are read-only or share memory
+        with another array of the call, and a single value per channel with ``correction=1``.
 
     Notes
     -----
@@ -195,7 +209,7 @@ def check_forward(
     correction: int,
     axis: Axis,
     residual: Array | None,
-    activation: str | None,
+    activation: Activation,
     out: Array | None,
     *,
     alone: bool = True,
@@ -210,8 +224,8 @@ def check_forward(
     mean_ = frame.per_channel(running_mean, "running_mean")
     var_ = frame.per_channel(running_var, "running_var")
     residual_ = frame.like_x(residual, "residual")
-    eps, momentum = _checks.epsilon(eps), _checks.number(momentum, "momentum")
-    taken = _checks.correction(correction)
+    eps, momentum = _checks.epsilon(eps), _checks.finite(momentum, "momentum")
+    taken = _checks.finite(correction, "correction")
     relu = _checks.relu(activation)
     if training:
         if alone:
@@ -220,9 +234,7 @@ def check_forward(
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)
             _checks.mutable(running_var, "running_var", instead)
-            _checks.running_to_update(mean_, var_, instead)
-            _checks.apart(mean_, "running_mean", frame.x, "x")
-            _checks.apart(var_, "running_var", frame.x, "x")
+            _checks.running_to_update(frame.inputs, instead)
     out_ = frame.out(out, inplace="x")
     return frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_
 
@@ -235,7 +247,7 @@ _UPDATED_IN_PLACE = "it is updated in place; pass one that can be written to"
 
 @on_its_device("x")
 def batch_norm_inference(
-    x: Array,
+    x: X,
     gamma: Array | None,
     beta: Array | None,
     mean: Array,
@@ -244,9 +256,9 @@ def batch_norm_inference(
     eps: float = 1e-5,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> Array:
+) -> X:
     """Normalise x with population statistics.
 
     y = act(gamma (x - mean) / sqrt(var + eps) + beta [+ residual]).
@@ -262,7 +274,7 @@ def batch_norm_inference(
     eps : float, default 1e-5
         Added to the variance.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
@@ -302,12 +314,13 @@ def batch_norm_inference(
     out_ = frame.out(out, inplace="x")
     rstd = frame.backend.rstd(frame.statistic(var_), eps)
     y = apply_to(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
-    return frame.settle(y, out)
+    settled: X = frame.settle(y, out)
+    return settled
 
 
 @on_its_device("x")
 def batch_norm_apply(
-    x: Array,
+    x: X,
     gamma: Array | None,
     beta: Array | None,
     mean: Array,
@@ -315,9 +328,9 @@ def batch_norm_apply(
     *,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     out: Array | None = None,
-) -> Array:
+) -> X:
     """Normalise x with a given mean and rstd: the second half of the training forward.
 
     Parameters
@@ -330,13 +343,14 @@ def batch_norm_apply(
         Mean and 1 / sqrt(biased variance + eps), any floating dtype; float64 keeps the accuracy
         of `batch_norm_forward` where the mean is large.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Where to write y. It may be x itself, which is **gone** then, and the backward functions
+        need it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
 
     Returns
     -------
@@ -370,7 +384,8 @@ def batch_norm_apply(
     out_ = frame.out(out, inplace="x")
     statistics = frame.statistic(mean_), frame.statistic(rstd_)
     y = apply_to(frame, gamma_, beta_, *statistics, residual_, relu, out_)
-    return frame.settle(y, out)
+    settled: X = frame.settle(y, out)
+    return settled
 
 
 def apply_to(
@@ -407,7 +422,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     x : array, at least 2-d
         Any floating dtype of `batch_norm_forward`.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
 
     Returns
     -------
@@ -448,19 +463,19 @@ def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
 @on_its_device("x")
 def batch_norm_backward(
     dy: Array,
-    x: Array,
+    x: X,
     gamma: Array | None,
     mean: Array,
     rstd: Array,
     *,
-    beta: Array | None = None,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
-    activation: str | None = None,
+    activation: Activation = None,
     output_mask: Mask = (True, True, True, True),
     out: Array | None = None,
-) -> BatchNormBackward:
+) -> BatchNormBackward[X]:
     """Gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
@@ -471,20 +486,21 @@ def batch_norm_backward(
     dy : array of x's shape and dtype
         Gradient of y. Any strides, broadcast ones too.
     x : array, at least 2-d
-        What went into the forward.
+        What went into the forward: not what ``out=x`` has left there, which is y.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
         As the forward returned them.
-    beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
+        None where the forward had none, unless `y` is. Elsewhere it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
         dresidual is returned. Without it the mask is recomputed from x and nothing is read.
     training : bool, default True
         False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     activation : {None, "relu"}
         As in the forward.
     output_mask : 4 bools, default all True
@@ -504,7 +520,8 @@ def batch_norm_backward(
     TypeError
         dy, x or y not floating or of different dtypes; parameters or statistics not floating.
     ValueError
-        Shapes, axis, activation, output_mask or out that do not fit.
+        Shapes, axis, activation, output_mask or out that do not fit; an activation without either
+        beta or y.
 
     Notes
     -----
@@ -572,16 +589,17 @@ def check_backward(
     beta: Array | None,
     y: Array | None,
     axis: Axis,
-    activation: str | None,
+    activation: Activation,
     output_mask: Mask,
     out: Array | None,
 ) -> BackwardCall:
     """Check and take the arguments of a backward call; compute nothing."""
     frame = Frame(x, axis)
+    relu = _checks.relu(activation)
+    beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    relu = _checks.relu(activation)
     want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
     wanted = want_dx, want_dgamma, want_dbeta, want_dresidual and y is not None
     out_ = frame.out(out, inplace="dy")
@@ -595,10 +613,10 @@ def batch_norm_backward_reduce(
     mean: Array,
     rstd: Array,
     *,
-    gamma: Array | None = None,
-    beta: Array | None = None,
+    gamma: Array | None = NOT_GIVEN,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     axis: Axis = 1,
 ) -> tuple[Array, Array]:
     """Sum dy and sum dy x_hat of every channel: the first half of the training backward.
@@ -608,17 +626,18 @@ def batch_norm_backward_reduce(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        What went into the forward.
+        What went into the forward: not what ``out=x`` has left there, which is y.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
-    gamma, beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on them.
+    gamma, beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on them: there they must be
+        given, None where the forward had none, unless `y` is. Elsewhere they may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, for the mask where a residual was added.
     activation : {None, "relu"}
         As in the forward.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
 
     Returns
     -------
@@ -643,10 +662,12 @@ def batch_norm_backward_reduce(
     (array([1.5]), array([-0.5]))
     """
     frame = Frame(x, axis)
+    relu = _checks.relu(activation)
+    gamma = _checks.given(gamma, "gamma", relu and y is None)
+    beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    relu = _checks.relu(activation)
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
     else:
@@ -665,7 +686,7 @@ def batch_norm_backward_reduce(
 @on_its_device("x")
 def batch_norm_backward_apply(
     dy: Array,
-    x: Array,
+    x: X,
     gamma: Array | None,
     mean: Array,
     rstd: Array,
@@ -673,12 +694,12 @@ def batch_norm_backward_apply(
     sum_dy_xhat: Array,
     count: int,
     *,
-    beta: Array | None = None,
+    beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     axis: Axis = 1,
     out: Array | None = None,
-) -> Array:
+) -> X:
     """Gradient of x from the two sums: the second half of the training backward.
 
     dx = gamma rstd (dy - sum_dy / count - x_hat sum_dy_xhat / count).
@@ -688,7 +709,7 @@ def batch_norm_backward_apply(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        What went into the forward.
+        What went into the forward: not what ``out=x`` has left there, which is y.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
@@ -697,14 +718,15 @@ def batch_norm_backward_apply(
         Sums of `batch_norm_backward_reduce`, added up over every part of the batch.
     count : int
         Values per channel in all those parts.
-    beta : array of the shape of the channel axes, optional
-        As in the forward; only the mask of ``activation="relu"`` depends on it.
+    beta : array of the shape of the channel axes, or None
+        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
+        None where the forward had none, unless `y` is. Elsewhere it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, for the mask where a residual was added.
     activation : {None, "relu"}
         As in the forward.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     out : array of x's shape and dtype, optional
         Where to write dx. It may be dy itself; it may not otherwise overlap an input.
 
@@ -734,13 +756,14 @@ def batch_norm_backward_apply(
            [-0.09375]])
     """
     frame = Frame(x, axis)
+    relu = _checks.relu(activation)
+    beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
     m = _checks.count(count, frame.x)
-    relu = _checks.relu(activation)
     out_ = frame.out(out, inplace="dy")
     dx = frame.target(out_)
     if not frame.empty:
@@ -757,4 +780,5 @@ def batch_norm_backward_apply(
             dx.written,
             None,
         )
-    return frame.settle(dx, out)
+    settled: X = frame.settle(dx, out)
+    return settled

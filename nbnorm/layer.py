@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from nbnorm import _checks
 from nbnorm._arrays import (
     DTYPES,
     Array,
@@ -18,7 +19,7 @@ from nbnorm._arrays import (
     overwrite,
     take_floating,
 )
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, X, batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, update_running_stats
 
 
@@ -56,7 +57,8 @@ class BatchNorm:
     correction : int, default 1
         The running variance averages M2 / (m - correction): 1 unbiased, 0 biased.
     axis : int or tuple of int, default 1
-        Channel axis or axes of the inputs.
+        Channel axis or axes of the inputs: those that **keep** statistics of their own, not those
+        that are reduced.
     activation : None or "relu", default None
         Fused activation, applied last.
     dtype : floating dtype, default float32
@@ -114,7 +116,7 @@ class BatchNorm:
         track_running_stats: bool = True,
         correction: int = 1,
         axis: int | tuple[int, ...] = 1,
-        activation: str | None = None,
+        activation: Activation = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         shape = _channel_shape(num_features, axis)
@@ -143,7 +145,7 @@ class BatchNorm:
         self._device: int | None = None  # the GPU that parameters and statistics lie on
         self._saved: Saved | None = None
 
-    def forward(self, x: Array, residual: Array | None = None) -> Array:
+    def forward(self, x: X, residual: Array | None = None) -> X:
         """Normalise x: by its own statistics in training, by the running ones in evaluation.
 
         Parameters
@@ -171,6 +173,7 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
+        y: X
         y, mean, rstd, values = self._normalise(
             x,
             training,
@@ -191,6 +194,10 @@ class BatchNorm:
         self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
         return y
 
+    def __call__(self, x: X, residual: Array | None = None) -> X:
+        """`forward`."""
+        return self.forward(x, residual)
+
     def _follow(self, x: Array) -> None:
         """Move parameters and statistics to where x lies, if they lie elsewhere."""
         device = device_of(x)
@@ -209,7 +216,7 @@ class BatchNorm:
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
 
-    def backward(self, dy: Array) -> Array | tuple[Array, Array]:
+    def backward(self, dy: Array) -> Any:
         """Return the gradient of the last forward's input; those of the parameters go to `grads`.
 
         After a forward in evaluation mode with running statistics, these count as constants.
@@ -283,7 +290,8 @@ class BatchNorm:
         TypeError
             A mean or M2 that is not a floating array.
         ValueError
-            The layer keeps no running statistics, too few values, a wrong shape.
+            The layer keeps no running statistics, or such that share memory with a parameter; too
+            few values, a wrong shape.
 
         Examples
         --------
@@ -307,6 +315,7 @@ class BatchNorm:
             zeros, zeros, Moments(moments.count, mean, m2),
             momentum=1.0, correction=self.correction, inplace=False,
         )  # fmt: skip
+        self._arrays_to_write()
         overwrite(self.running_mean, mean)
         overwrite(self.running_var, var)
 
@@ -318,6 +327,17 @@ class BatchNorm:
         dict of str to ndarray
             In CPU memory: "weight" and "bias" with `affine`; "running_mean", "running_var" and
             "num_batches_tracked" (int64, no axes) with `track_running_stats`.
+
+        Examples
+        --------
+        Into a layer of PyTorch's, whose ``state_dict()`` `load_state_dict` takes as it is:
+
+        >>> state = layer.state_dict()  # doctest: +SKIP
+        >>> module.load_state_dict(  # doctest: +SKIP
+        ...     {name: torch.as_tensor(array) for name, array in state.items()}
+        ... )
+
+        Of a bfloat16 layer, which PyTorch takes from no NumPy array, ``array.astype("f8")``.
         """
         state = {name: on_host(array).copy() for name, array in self._arrays().items()}
         if self.track_running_stats:
@@ -338,16 +358,17 @@ class BatchNorm:
         TypeError
             A value that is not a floating array; a count that is not an integer.
         ValueError
-            Missing or unexpected keys, a wrong shape, a negative count. Nothing has been written
-            then.
+            Missing or unexpected keys, a wrong shape, a negative count; running statistics of the
+            layer that share memory with its parameters. Nothing has been written then.
         """
-        arrays = self._arrays()
+        arrays = self._arrays_to_write()
         expected = [*arrays, *(["num_batches_tracked"] if self.track_running_stats else [])]
         missing = [name for name in expected if name not in state]
         unexpected = [name for name in state if name not in expected]
         if missing or unexpected:
             raise ValueError(f"state has missing keys {missing} and unexpected keys {unexpected}")
-        taken = {name: on_host(take_floating(state[name], name)) for name in arrays}
+        # Copies: the state may be made of the layer's own arrays, in another order.
+        taken = {name: on_host(take_floating(state[name], name)).copy() for name in arrays}
         for name, array in arrays.items():
             if taken[name].shape != array.shape:
                 raise ValueError(f"{name} has shape {taken[name].shape}, expected {array.shape}")
@@ -355,6 +376,13 @@ class BatchNorm:
             self.num_batches_tracked = _batch_count(state["num_batches_tracked"])
         for name, array in arrays.items():
             overwrite(array, taken[name])
+
+    def _arrays_to_write(self) -> dict[str, NDArray]:
+        """`_arrays`; refuse running statistics that share memory with a parameter."""
+        arrays = self._arrays()
+        if self.running_mean is not None:
+            _checks.running_to_update(arrays, "it is written in place")
+        return arrays
 
     def _arrays(self) -> dict[str, NDArray]:
         """Return the layer's own arrays under PyTorch's names."""
@@ -368,7 +396,7 @@ class BatchNorm:
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
             f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
-            f"dtype={self.dtype})"
+            f"dtype={self.dtype}, training={self.training})"
         )
 
 
@@ -379,7 +407,10 @@ def _channel_shape(
     shape = num_features if isinstance(num_features, tuple) else (num_features,)
     axes = axis if isinstance(axis, tuple) else (axis,)
     if len(shape) != len(axes):
-        raise ValueError(f"num_features is {num_features}, expected {len(axes)} for axis {axis}")
+        raise ValueError(
+            f"num_features is {num_features}, expected {len(axes)} for axis {axis}, "
+            "which names the channel axes, not those that are reduced"
+        )
     if any(operator.index(length) < 0 for length in shape):
         raise ValueError(f"num_features must not be negative, got {num_features}")
     return shape

@@ -2,12 +2,16 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import Array, NDArray, home_of, on_its_device, take_floating
+
+# Types of running statistics: what goes in comes out.
+Mean = TypeVar("Mean")
+Var = TypeVar("Var")
 
 
 class Moments(NamedTuple):
@@ -187,14 +191,14 @@ def rstd_of(var: NDArray, eps: float) -> NDArray:
 
 @on_its_device("running_mean")
 def update_running_stats(
-    running_mean: Array,
-    running_var: Array,
+    running_mean: Mean,
+    running_var: Var,
     moments: Moments,
     *,
     momentum: float = 0.1,
     correction: int = 1,
     inplace: bool = True,
-) -> tuple[Array, Array]:
+) -> tuple[Mean, Var]:
     """Move the running statistics towards those of a batch.
 
     Each becomes ``(1 - momentum) * running + momentum * batch``, computed in float64 and rounded
@@ -208,8 +212,9 @@ def update_running_stats(
     moments : Moments
         Moments of the batch, or of several merged.
     momentum : float, default 0.1
-        Weight of the new batch statistic (PyTorch's convention; 1 minus that of Keras). The range
-        is not checked.
+        Weight of the new batch statistic (PyTorch's convention; 1 minus that of Keras). Any finite
+        number: outside of [0, 1] this extrapolates, and a running variance may become negative,
+        which gives NaN where it normalises.
     correction : int, default 1
         The batch variance is M2 / (count - correction): 1 for the unbiased one (PyTorch, cuDNN,
         Caffe, the paper), 0 for the biased one (Keras, ONNX, Flax).
@@ -227,8 +232,9 @@ def update_running_stats(
     TypeError
         Statistics that are not floating arrays, a momentum or correction that is no number.
     ValueError
-        ``0 < count <= correction``, a correction that is not finite, arrays of another shape than
-        the moments, read-only arrays with ``inplace=True``. Nothing has been written then.
+        ``0 < count <= correction``, a momentum or correction that is not finite, arrays of another
+        shape than the moments; with ``inplace=True``, arrays that are read-only or share memory
+        with each other or the moments. Nothing has been written then.
 
     Examples
     --------
@@ -253,8 +259,9 @@ def update_running_stats(
         instead = "update_running_stats(..., inplace=False) returns new ones"
         _checks.mutable(running_mean, "running_mean", instead)
         _checks.mutable(running_var, "running_var", instead)
-        _checks.running_to_update(running["running_mean"], running["running_var"], instead)
-    momentum = _checks.number(momentum, "momentum")
+        batch = {f"moments.{n}": take_floating(getattr(moments, n), n) for n in ("mean", "m2")}
+        _checks.running_to_update(running | batch, instead)
+    momentum = _checks.finite(momentum, "momentum")
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if count > 0:
@@ -277,7 +284,7 @@ def move(running: Sequence[NDArray], batch: Sequence[NDArray], momentum: float) 
 
 def _var(count: int, m2: NDArray, correction: float) -> NDArray:
     """Return M2 / (count - correction), 0 for no values; refuse too few of them."""
-    correction = _checks.correction(correction)
+    correction = _checks.finite(correction, "correction")
     if count == 0:
         return np.zeros_like(m2)
     _checks.enough_values(count, correction, "{}", count)

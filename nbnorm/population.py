@@ -5,8 +5,9 @@ Both merge count, mean and M2 of parts: however they are cut, each value weighs 
 
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, moved_to
+from nbnorm._arrays import Array, moved_to, take_floating
 from nbnorm.functional import Axis, batch_norm_stats
 from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments
@@ -39,7 +40,8 @@ def population_stats(
         which is gone through once and may differ in all but the channel axes; one dask array, whose
         blocks are taken as they are, but for the channel axes, which are brought together.
     axis : int or tuple of int, default 1
-        Channel axes, of each array.
+        Channel axes of each array: those that **keep** their statistics, not those that are
+        reduced.
     chunk : int, default 8388608
         How many values to take at a time. An array is cut along the axes that are reduced, the
         outermost in memory first.
@@ -105,10 +107,14 @@ def population_stats(
         )
     merged = Pairwise()
     channels = None
-    with _bar(progress, _size(arrays)) as bar:
+    bar_of = _bar(progress)
+    with ExitStack() as shown:
+        bar = None
         for i, array in enumerate(arrays):
             try:
                 for piece in _pieces(array, axis, chunk):
+                    if bar is None:  # with the first piece that is right
+                        bar = shown.enter_context(bar_of(_size(arrays)))
                     moments = batch_norm_stats(piece, axis=axis)
                     shape = tuple(moments.mean.shape)
                     if channels not in (None, shape):
@@ -117,7 +123,7 @@ def population_stats(
                         )
                     channels = shape
                     merged.add(moments)
-                    if bar is not None:
+                    if progress:
                         bar.update(prod(piece.shape))
             except (TypeError, ValueError) as error:
                 error.add_note(f"(array {i} of data)")
@@ -224,11 +230,12 @@ def _collecting(layer: BatchNorm) -> "Iterator[Pairwise]":
         finally:
             layer.training, layer.num_batches_tracked = training, tracked
 
-    vars(layer).update(_normalise=collect, forward=train)
-    try:
+    try:  # at once: an interrupt may come at any line
+        vars(layer).update(_normalise=collect, forward=train)
         yield seen
     finally:
-        del layer._normalise, layer.forward
+        for name in ("_normalise", "forward"):
+            vars(layer).pop(name, None)
 
 
 class Pairwise:
@@ -262,12 +269,13 @@ def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
     """Statistics of a dask array: one graph, of which its scheduler returns C numbers."""
     from dask import delayed
 
-    axes, _, _ = _checks.channel_axes(data.shape, _checks.axes(axis))
+    axes, _, _ = _checks.channel_axes(data.shape, _checks.axes(axis), "data")
+    take_floating(np.empty(0, data.dtype), "data")
     stats_of = delayed(batch_norm_stats)
     merged = Pairwise()
     for block in data.rechunk(dict.fromkeys(axes, -1)).to_delayed().ravel():
         merged.add(stats_of(block, axis=axis))
-    with _bar(progress, of_dask=True):
+    with _bar(progress, of_dask=True)():
         stats: Moments = merged.total().compute()
     return stats
 
@@ -275,10 +283,9 @@ def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
 def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
     """Cut an array, along axes that are reduced, into pieces of `chunk` values at most."""
     if not hasattr(array, "shape"):
-        yield array  # to be refused like any other that is no array
-        return
+        take_floating(array, "data")  # which refuses what is no array
     shape = tuple(array.shape)
-    axes, _, _ = _checks.channel_axes(shape, _checks.axes(axis))
+    axes, _, _ = _checks.channel_axes(shape, _checks.axes(axis), "data")
     size, steps = prod(shape), list(shape)
     if size > chunk:
         # Along the innermost axis each page of a map would be read for every piece.
@@ -291,29 +298,29 @@ def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
         for length, step in zip(shape, steps, strict=True)
     )
     for index in product(*cuts):
-        yield array[index]
+        piece = array[index]
+        take_floating(piece, "data")
+        yield piece
+        del piece  # memory holds one
 
 
-def _bar(
-    progress: bool, total: int | None = None, *, of_dask: bool = False
-) -> AbstractContextManager[Any]:
-    """A progress bar, to be updated by numbers of values or by dask; None where there is none."""
-    bar: AbstractContextManager[Any] = nullcontext()
+def _bar(progress: bool, *, of_dask: bool = False) -> Callable[..., AbstractContextManager[Any]]:
+    """What shows a progress bar, to be updated by numbers of values, of this total, or by dask."""
     title = "population statistics"
+    if not progress:
+        return nullcontext
     try:
-        if progress and of_dask:
+        if of_dask:
             from tqdm.dask import TqdmCallback
 
-            bar = TqdmCallback(desc=title, unit=" tasks")
-        elif progress:
-            from tqdm.auto import tqdm
+            return partial(TqdmCallback, desc=title, unit=" tasks")
+        from tqdm.auto import tqdm
 
-            bar = tqdm(desc=title, total=total, unit=" values", unit_scale=True)
+        return lambda total: tqdm(desc=title, total=total, unit=" values", unit_scale=True)
     except ImportError as error:
         raise ImportError(
             'a progress bar needs tqdm: pip install "nbnorm-kernels[progress]"'
         ) from error
-    return bar
 
 
 def _size(arrays: Iterable[Array]) -> int | None:

@@ -29,7 +29,8 @@ import math
 import numpy as np
 
 from nbnorm._arrays import NDArray
-from nbnorm.functional import BatchNormBackward, BatchNormForward
+from nbnorm._checks import NOT_GIVEN, given
+from nbnorm.functional import Activation, BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
 
 Axis = int | tuple[int, ...]
@@ -44,8 +45,8 @@ def batch_norm_forward(
     x: NDArray, gamma: OptArray = None, beta: OptArray = None, running_mean: OptArray = None,
     running_var: OptArray = None, *, training: bool = True, momentum: float = 0.1,
     eps: float = 1e-5, correction: int = 1, axis: Axis = 1, residual: OptArray = None,
-    activation: str | None = None, out: OptArray = None,
-) -> BatchNormForward:  # fmt: skip
+    activation: Activation = None, out: OptArray = None,
+) -> BatchNormForward[NDArray]:  # fmt: skip
     """Algorithm 1, or with ``training=False`` the same map with the running statistics.
 
     Returns y of x's shape and mean and rstd = 1/sqrt(var + eps), shaped like the channel axes.
@@ -71,7 +72,7 @@ def batch_norm_forward(
 @_quiet
 def batch_norm_inference(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
-    axis: Axis = 1, residual: OptArray = None, activation: str | None = None, out: OptArray = None,
+    axis: Axis = 1, residual: OptArray = None, activation: Activation = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Algorithm 2, line 11, not yet rearranged into scale and shift (`fold_batch_norm`).
 
@@ -86,10 +87,10 @@ def batch_norm_inference(
 @_quiet
 def batch_norm_backward(
     dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
-    beta: OptArray = None, y: OptArray = None, training: bool = True, axis: Axis = 1,
-    activation: str | None = None,
+    beta: OptArray = NOT_GIVEN, y: OptArray = None, training: bool = True, axis: Axis = 1,
+    activation: Activation = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
-) -> BatchNormBackward:  # fmt: skip
+) -> BatchNormBackward[NDArray]:  # fmt: skip
     """Section 3, "the gradients of loss l": the six equations in the order of the paper.
 
     Returns dx and dresidual of x's shape, dgamma and dbeta shaped like the channel axes; None for
@@ -159,7 +160,7 @@ def update_running_stats(
 @_quiet
 def batch_norm_apply(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, *, axis: Axis = 1,
-    residual: OptArray = None, activation: str | None = None, out: OptArray = None,
+    residual: OptArray = None, activation: Activation = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Algorithm 1, lines 3 and 4, then the residual and the activation. Returns y."""
     xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
@@ -175,8 +176,8 @@ def batch_norm_apply(
 
 @_quiet
 def batch_norm_backward_reduce(
-    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = None,
-    beta: OptArray = None, y: OptArray = None, activation: str | None = None, axis: Axis = 1,
+    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
+    beta: OptArray = NOT_GIVEN, y: OptArray = None, activation: Activation = None, axis: Axis = 1,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
@@ -190,8 +191,8 @@ def batch_norm_backward_reduce(
 @_quiet
 def batch_norm_backward_apply(
     dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
-    sum_dy_xhat: NDArray, count: int, *, beta: OptArray = None, y: OptArray = None,
-    activation: str | None = None, axis: Axis = 1, out: OptArray = None,
+    sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
+    activation: Activation = None, axis: Axis = 1, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i put into one (docs/math.md). Returns dx."""
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
@@ -284,13 +285,14 @@ def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
 
 def _through_activation(
     dy: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
-    y: OptArray, activation: str | None, axis: Axis,
+    y: OptArray, activation: Activation, axis: Axis,
 ) -> NDArray:  # fmt: skip
     """Return dl/dy before the ReLU: dy where y > 0, y recomputed where it is not given."""
     dy = _wide(dy, x)
     if activation is None:
         return dy
     if y is None:
+        gamma, beta = given(gamma, "gamma", needed=True), given(beta, "beta", needed=True)
         y = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis)
     return np.where(y > 0, dy, 0)
 

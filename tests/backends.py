@@ -159,4 +159,5 @@ def missing(name):
         return f"CuPy cannot be used: {error}"
 
 
+ON_DEVICE = ("cupy", "simulator")  # where arrays are CuPy's, or look so
 EXCHANGES = {"read-only": lambda: ReadOnly, "cupy": lambda: OnDevice, "simulator": simulated}

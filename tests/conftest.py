@@ -1,5 +1,7 @@
 """Settings shared by all tests, and the backend that they run on."""
 
+from itertools import filterfalse
+
 import backends
 import pytest
 from hypothesis import Phase, settings
@@ -12,7 +14,7 @@ settings.load_profile("nbnorm")
 
 # What is about NumPy's memory, the CPU's threads or no backend at all.
 CPU_ONLY = (
-    *("benchmarks", "config", "conventions", "distributed", "docs", "examples", "interop"),
+    *("benchmarks", "cache", "config", "conventions", "distributed", "docs", "examples", "interop"),
     *("layer", "plan", "pool", "population", "reference", "site", "streaming", "threads"),
     "warmup",
     *("autograd", "mygrad", "torch"),
@@ -40,18 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
         nbnorm = settings.get_profile("nbnorm")
         settings.register_profile("simulator", nbnorm, max_examples=10, phases=phases)
         settings.load_profile("simulator")
-    if name != "numpy" and not backends.missing(name):
+    if missing := backends.missing(name):  # skipping all would look like passing
+        raise pytest.UsageError(f"--backend {name}: {missing}")
+    if name != "numpy":
         backends.install(backends.EXCHANGES[name]())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    name = config.getoption("--backend")
-    missing = backends.missing(name)
-    if missing:
-        for item in items:
-            item.add_marker(pytest.mark.skip(reason=missing))
-    if name in ("cupy", "simulator"):
-        for item in items:
-            file = item.path.stem.removeprefix("test_")
-            if file in CPU_ONLY or item.get_closest_marker("cpu_only"):
-                item.add_marker(pytest.mark.skip(reason=f"not about the backend {name}"))
+    if config.getoption("--backend") not in backends.ON_DEVICE:
+        return
+    config.hook.pytest_deselected(items=list(filter(_is_about_the_cpu, items)))
+    items[:] = filterfalse(_is_about_the_cpu, items)
+
+
+def _is_about_the_cpu(item: pytest.Item) -> bool:
+    file = item.path.stem.removeprefix("test_")
+    return file in CPU_ONLY or item.get_closest_marker("cpu_only") is not None

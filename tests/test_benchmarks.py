@@ -5,6 +5,8 @@ function: compare.py checks it, as every peer, before it times it.
 """
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_child
 from numpy.testing import assert_array_equal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +22,8 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of what is installed
 
 from benchmarks import compare, floor, runs, tables, timing  # noqa: E402
 from benchmarks.checking import as_array, check  # noqa: E402
+from benchmarks.gpu import records  # noqa: E402
+from benchmarks.gpu import table as gpu_table  # noqa: E402
 from benchmarks.peers import OPS, PEERS, Batch, LeftOut, installed, is_ours, ours_for  # noqa: E402
 from benchmarks.shapes import RESNET50  # noqa: E402
 
@@ -96,6 +101,24 @@ def test_an_op_has_a_floor():
     assert tuple(floor.FLOORS) == OPS
 
 
+NUMBER = r"(?:[\d,]+|(?=[\d.]{1,4} )[1-9]\d*\.\d+|0\.0*\d{1,3})"
+
+
+@pytest.mark.parametrize(
+    ("value", "three", "times"),
+    [
+        (0.00045512, "0.000455", "0.000455"),
+        (0.55432, "0.554", "0.55"),
+        (2.0, "2", "2.00"),
+        (54.6789, "54.7", "54.7"),
+        (1234.5, "1,230", "1,230"),
+    ],
+)
+def test_numbers_for_people_have_three_digits(value, three, times):
+    assert tables.number(value) == three
+    assert tables.multiple(value) == times
+
+
 def row(op, shape, **milliseconds):
     """A row by hand, whose floor is 1 ms."""
     times = {name: timing.Times(value, 2 * value) for name, value in milliseconds.items()}
@@ -136,10 +159,10 @@ def test_tables_say_what_was_measured(run):
     for text in ["CPU, 2 CPUs", "    a command", "JAX: why", "PyTorch channels-last / nbnorm ch"]:
         assert text in report
     line = re.search(r"^\| 32x64x112x112 +\| (.*)$", report, re.M)[1]
-    cells = ["1000.0000", "2000.000 4000.000 2.00 fl", "4000.000 8000.000 4.00 fl"]
+    cells = ["1,000", "2,000 4,000 2.00 fl", "4,000 8,000 4.00 fl"]
     assert re.split(r" +\| ?", line)[:3] == cells
-    assert "6000.000 12000.000 3.00x" in line
-    assert "8000.000 16000.000 2.00x" in line
+    assert "6,000 12,000 3.00x" in line
+    assert "8,000 16,000 2.00x" in line
     means = re.search(r"^\| PyTorch channels-last +\| (.*\)) +\|$", tables.section(run), re.M)[1]
     assert means == "2.00x (2.00x, 32x64x112x112)"
     assert "0.50x, 60x100" in tables.section(run)
@@ -157,6 +180,40 @@ def test_the_readme_is_what_its_data_give():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     published = runs.Run.read(ROOT / "docs" / "speed.json")
     assert tables.with_section(readme, tables.section(published)) == readme
+
+
+def test_what_is_published_has_no_more_digits_than_it_knows():
+    published = runs.Run.read(ROOT / "docs" / "speed.json")
+    for text in (tables.section(published), tables.page(published), tables.report(published)):
+        text = text.replace(runs.describe(published.conditions), "")  # versions
+        numbers = re.findall(r"\d[\d,]*\.\d+", text)
+        assert len(numbers) > 30
+        long = [n for n in numbers if len(re.sub(r"^[0.]+|[.,]", "", n)) > 3]
+        assert not long
+
+
+def test_asv_imports_suites_without_what_may_be_missing():
+    conf = json.loads((ROOT / "benchmarks" / "asv.conf.json").read_text())
+    suites = ROOT / "benchmarks" / conf["benchmark_dir"]
+    everywhere = set(ROOT.glob("benchmarks/**/bench_*.py"))
+    assert everywhere == set(suites.glob("bench_*.py")) != set()
+    missing = (
+        *("torch", "jax", "flax", "keras", "onnx", "onnxruntime", "autograd", "mygrad", "thinc"),
+        *("dask", "h5py", "cupy", "mpi4py", "pytest", "hypothesis", "matplotlib", "tqdm"),
+    )
+    code = f"""
+import importlib, pkgutil, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path[:] = [{str(suites.parent)!r}, *(path for path in sys.path if path != {str(ROOT)!r})]
+package = importlib.import_module({suites.name!r})
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+"""
+    run_child("-c", code)
 
 
 def test_the_chart_draws_a_bar_for_everyone(run, tmp_path):
@@ -179,8 +236,116 @@ def test_comparison_prints_and_writes(tmp_path):
     assert child.returncode == 0, child.stderr
     text = (tmp_path / "table.md").read_text()
     cells = re.search(r"^\| 60x100 +\| (.*) \|$", text, re.M)[1].split(" | ")
-    assert float(cells[0]) > 0
-    assert re.fullmatch(r"\d+\.\d{3} \d+\.\d{3} \d+\.\d\d fl *", cells[1])
+    assert float(cells[0].replace(",", "")) > 0
+    assert re.fullmatch(rf"{NUMBER} {NUMBER} {NUMBER} fl *", cells[1])
     assert "best of all peers / nbnorm" in text
     assert "python benchmarks/compare.py --op forward" in text
     assert tables.report(runs.Run.read(tmp_path / "speed.json")) == text
+
+
+# -- the check of a GPU ---------------------------------------------------------------------------
+
+STEPS_THAT_GO_WRONG = """#!/bin/bash
+case "$*" in
+    *gpu.table*) exec {python} "$@" ;;
+    *"versions"*) echo "GPU: MISSING: none"; exit {versions} ;;
+    *"smoke and [float64 and rows"*) echo "tests/cuda/a.py::test_smoke[b] FAILED [ 50%]"; exit 1 ;;
+    *"-k large"*) sleep 100 ;;
+    *"-m pytest"*) echo "tests/cuda/a.py::test_smoke[c] PASSED [100%]" ;;
+esac
+"""
+
+
+def gpu_check(folder, *arguments, versions=0, limit="170"):
+    """Run check.sh with a Python whose steps end as they are told, and less patience."""
+    script = folder / "benchmarks" / "gpu" / "check.sh"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "benchmarks" / "gpu" / "check.sh").read_text()
+    assert "170" in text
+    script.write_text(text.replace("170", limit))
+    (folder / "python").write_text(
+        STEPS_THAT_GO_WRONG.format(python=sys.executable, versions=versions)
+    )
+    (folder / "python").chmod(0o755)
+    child = subprocess.run(
+        ["bash", script, *arguments],
+        env={**os.environ, "PYTHON": folder / "python", "PYTHONPATH": str(ROOT)},
+        cwd=folder, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    return child.returncode, child.stdout
+
+
+def test_a_step_that_fails_or_hangs_keeps_none_from_running(tmp_path):
+    code, said = gpu_check(tmp_path, "results", "smoke", "short", "correct", "profile", limit="1")
+    assert code == 1
+    assert "smoke float64 rows: exit status 1" in said
+    assert "large: exit status 124" in said
+    for step in ("smoke bfloat16 columns", "short", "graph", "suite results"):
+        assert f"{step}: exit status 0" in said
+    text = (tmp_path / "results" / "table.md").read_text()
+    assert re.search(r"^\| smoke float64 rows +\| 1 +\| \d+ +\| 0 +\| 1 +\| 0 ", text, re.M)
+    assert re.search(r"^\| large +\| out of time ", text, re.M)
+    assert "- smoke float64 rows: tests/cuda/a.py::test_smoke[b] FAILED" in text
+
+
+def test_a_machine_without_what_is_needed_stops_the_check_at_once(tmp_path):
+    code, said = gpu_check(tmp_path, "results", versions=1)
+    assert code == 1
+    assert "stopped: see " in said
+    assert said.count("exit status") == 2  # of versions, as it ran and in the table
+    assert "- versions: GPU: MISSING: none" in said
+
+
+def test_a_check_of_which_all_is_right_ends_with_0(tmp_path):
+    code, _ = gpu_check(tmp_path, "results", "short")
+    assert code == 0
+    assert gpu_check(tmp_path, "--smoke")[0] == 1
+    assert (tmp_path / "gpu-results" / "table.md").exists()
+
+
+def test_tests_that_none_of_ran_are_no_pass(tmp_path):
+    for options in (["--backend", "cupy"], ["--backend", "read-only", "-k", "no_such_name"]):
+        child = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *options, "tests/test_plan.py"],
+            cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert child.returncode != 0, child.stdout
+
+
+def test_what_was_timed_on_a_gpu_makes_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPU_RESULTS", str(tmp_path))
+    times = {"copy": 10.0, "nbnorm": 20.0, "nbnorm channels-last": 40.0, "nbnorm, read twice": 30.0}
+    times |= {"PyTorch": 60.0, "PyTorch channels-last": 50.0}
+    for shape in RESNET50:
+        for op in ("forward", "backward"):
+            row = {name: [least, 2 * least, 5.0] for name, least in times.items()}
+            records.add("row", part="timings", shape=shape, dtype="float32", op=op, times=row)
+    records.add("left out", name="torch.compile", reason="why")
+    with (tmp_path / records.RESULTS).open("a") as file:
+        file.write('{"what": "cut o')
+    found = records.read(tmp_path / records.RESULTS)
+    rows = gpu_table.rows_of(found)
+    assert len(rows) == 2 * len(RESNET50)
+    line = re.search(r"^\| 32 \| float32 \| forward +\| (.*) \|$", gpu_table.summary(rows), re.M)[1]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells == ["12", "1.06", "2.12", "2.65", "0.50", "2.50x", "2.50x, 32x64x112x112"]
+    line = re.search(r"^\| 32x64x112x112 +\| (.*) \|$", gpu_table.table(rows[:1]), re.M)[1]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells == ["10.0", "20.0", "0.50", "40.0", "0.25", "5.00", "1.50x", "3.00x", "1.25x"]
+    assert rows[1].share(30.0) == 0.5  # backward moves half as much again as a copy
+    assert list(gpu_table.failures(found, "")) == ["- left out: torch.compile: why"]
+
+
+def test_kernels_that_were_profiled_are_listed(tmp_path):
+    file = tmp_path / "profile.csv"
+    assert gpu_table.profile(file) == ""
+    kernel = "_ZN6nbnorm4cuda4rows5build12_3clocals_3e5statsB2v1B7tailLE"
+    file.write_text(
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","Grid Size","dram__bytes_read.sum","gpu__time_duration.sum"\n'
+        '"","","","Mbyte","us"\n'
+        f'"0","{kernel}","(6,1,1)","103","40.1"\n'
+    )
+    text = gpu_table.profile(file)
+    assert re.search(r"^\| .*rows.*stats.*\| \(6,1,1\) \| 103 +\| 40.1 +\|$", text, re.M), text
+    assert json.dumps("dram__bytes_read").strip('"') in text

@@ -678,3 +678,10 @@ def test_the_pages_table_is_what_the_conventions_are():
         for name, convention in CONVENTIONS.items()
     }
     assert comp == ref
+
+
+@pytest.mark.parametrize("framework", CONVENTIONS)
+def test_a_momentum_that_is_not_finite_is_refused(framework):
+    keyword = CONVENTIONS[framework].momentum[0]
+    with pytest.raises(ValueError, match=f"^{keyword} must be finite, got nan"):
+        conventions.load(framework, {}, **{keyword: float("nan")})

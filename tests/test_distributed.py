@@ -189,6 +189,11 @@ def _spoilt():
         {"x": (shared := data()), "running_mean": shared[0, 0].reshape(-1)[:8]},
         {"x": (other := data()), "running_var": other[0, 0].reshape(-1)[:8]},
         {"running_mean": (third := per_channel()), "running_var": third},
+        {"gamma": (fourth := per_channel()), "running_var": fourth[:]},
+        {"beta": (fifth := per_channel()), "running_mean": fifth},
+        {"residual": (sixth := data()), "running_var": sixth[0, 0].reshape(-1)[:8]},
+        {"momentum": np.nan},
+        {"momentum": -np.inf},
     ):
         yield "batch_norm_forward", spoilt
     for spoilt in (
@@ -199,6 +204,7 @@ def _spoilt():
         {"rstd": per_channel(length=9)},
         {"output_mask": (True,) * 3},
         {"output_mask": (1, 1, 1, 2)},
+        {"beta": distributed.NOT_GIVEN, "y": None},
     ):
         yield "batch_norm_backward", spoilt
 
@@ -378,8 +384,12 @@ def test_layer_is_a_batch_norm():
     layer = SyncBatchNorm((2, 3), comm=SelfComm(), axis=(1, 2), activation="relu")
     assert isinstance(layer, nbnorm.BatchNorm)
     assert repr(layer).startswith("SyncBatchNorm((2, 3), eps=1e-05, ")
+    assert repr(layer.eval()).endswith("training=False)")
     with pytest.raises(RuntimeError, match="backward called before forward"):
         layer.backward(np.ones((4, 2, 3), "float32"))
+    x = np.random.default_rng(0).normal(size=(4, 2, 3)).astype("float32")
+    same = SyncBatchNorm((2, 3), comm=SelfComm(), axis=(1, 2), activation="relu")
+    assert_same_bits(layer.train()(x, x), same.forward(x, x))
     other = nbnorm.BatchNorm((2, 3), axis=(1, 2))
     other.load_state_dict(layer.state_dict())
     with pytest.raises(TypeError, match="unexpected keyword"):

@@ -211,3 +211,9 @@ assert not found, found
 
 def test_module_run_as_a_program_shows_the_configuration():
     assert nbnorm.__version__ in run_child("-m", "nbnorm")
+
+
+def test_who_cites_cites_this_version():
+    for name, line in (("README.md", "  version = {{{}}},"), ("CITATION.cff", "version: {}")):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert line.format(nbnorm.__version__) in lines, name

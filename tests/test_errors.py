@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 from refusals import (
     LARGE,
     OVER_X,
@@ -25,12 +26,26 @@ from refusals import (
     refuses,
     takers,
     taking,
+    target,
 )
 from strategies import lay_out
 from tolerances import assert_same_bits
 
 import nbnorm
 from nbnorm import Moments
+
+RUNNING = {"running_mean", "running_var"}
+
+
+def shared_memory():
+    """Pairs of arrays of shape (8,) with memory in common."""
+    whole = per_channel()
+    yield whole, whole
+    yield whole, whole[:]
+    yield whole[::-1], whole
+    longer = per_channel(length=9)
+    yield longer[:8], longer[1:]
+    yield longer.view()[1:], longer[:8]
 
 
 def test_valid_arguments_are_valid():
@@ -150,6 +165,31 @@ def test_parameters_and_statistics_of_another_shape(function, argument, shape):
     refuses(function, ValueError, f"^{re.escape(expected)}$", **{argument: array})
 
 
+AXIS_NAMES_WHAT_IS_KEPT = "; axis names the channel axes, which are kept: "
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"), takers(*[s for s in SMALL if s != "bias"], functions=OVER_X)
+)
+@pytest.mark.parametrize(
+    ("axis", "over", "instead", "shape"),
+    [
+        ((0, 2, 3), "(0, 2, 3)", "1", (8,)),
+        ((0, -2, -1), "(0, -2, -1)", "1", (8,)),
+        ((0, 1, 2), "(0, 1, 2)", "3", (4,)),
+        (0, "0", "(1, 2, 3)", (8, 4, 4)),
+    ],
+)
+def test_axes_that_were_meant_to_be_reduced(function, argument, axis, over, instead, shape):
+    arguments = VALID[function]()
+    kept = tuple(SHAPE[a] for a in range(4) if a in np.atleast_1d(axis) % 4)
+    right = {s: np.ones(kept, arguments[s].dtype) for s in SMALL if s in arguments}
+    end = f"{AXIS_NAMES_WHAT_IS_KEPT}to reduce over {over}, pass axis={instead}"
+    match = rf"^{argument} has shape {re.escape(str(shape))}, .*{re.escape(end)}$"
+    spoiled = right | {argument: np.ones(shape, right[argument].dtype)}
+    refuses(function, ValueError, match, axis=axis, **spoiled)
+
+
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (32,)])
 def test_parameters_of_another_shape_than_several_channel_axes(shape):
     x = data()
@@ -256,6 +296,50 @@ def test_read_only_running_statistics_are_fine_where_nothing_is_written():
     assert_same_bits(frozen, per_channel())
 
 
+def test_running_statistics_that_share_memory_with_anything_else_of_the_call():
+    """An update would change what backward takes for the forward's gamma, beta or residual."""
+    for statistic in ("running_mean", "running_var"):
+        for other in ("gamma", "beta", "running_mean", "running_var"):
+            if statistic == other:
+                continue
+            names = " and ".join(sorted((statistic, other), key=lambda n: n not in RUNNING))
+            names = "running_mean and running_var" if {statistic, other} == RUNNING else names
+            for shared in shared_memory():
+                spoiled = {statistic: shared[0], other: shared[1]}
+                match = f"^{names} share memory, and {names.split()[0]} is written"
+                refuses("batch_norm_forward", ValueError, match, **spoiled)
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+@pytest.mark.parametrize("argument", ["x", "residual", "out"])
+def test_running_statistics_inside_of_large_arrays(statistic, argument):
+    large = target()
+    match = rf"{statistic}.* share memory|out overlaps {statistic}"
+    spoiled = {argument: large, statistic: large[0, :, 1, 1]}
+    refuses("batch_norm_forward", ValueError, match, **spoiled)
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+@pytest.mark.parametrize("of_batch", ["mean", "m2"])
+def test_running_statistics_that_share_memory_with_the_moments(statistic, of_batch):
+    batch = Moments(32, per_channel("float64"), per_channel("float64"))
+    match = f"^{statistic} and moments.{of_batch} share memory"
+    spoiled = {"moments": batch, statistic: getattr(batch, of_batch)}
+    refuses("update_running_stats", ValueError, match, **spoiled)
+    nbnorm.update_running_stats(**VALID["update_running_stats"]() | spoiled, inplace=False)
+
+
+def test_running_statistics_may_share_memory_where_nothing_is_written():
+    shared = per_channel()
+    nbnorm.batch_norm_forward(data(), shared, shared, shared, shared, training=False)
+    nbnorm.batch_norm_forward(data(), shared, shared)
+
+
+def test_neighbours_in_one_memory_share_none():
+    gamma, beta, mean, var = per_channel(length=32).reshape(4, 8)
+    nbnorm.batch_norm_forward(data(), gamma, beta, mean, var)
+
+
 @pytest.mark.parametrize(
     ("shape", "axis", "correction", "values"),
     [
@@ -301,6 +385,49 @@ def test_too_few_values_to_update_running_statistics(count, correction, inplace)
 @pytest.mark.parametrize("eps", [-1e-5, np.nan, np.inf, -np.inf])
 def test_eps_that_is_negative_or_not_finite(function, eps):
     refuses(function, ValueError, r"^eps", eps=eps)
+
+
+@pytest.mark.parametrize("function", taking("momentum"))
+@pytest.mark.parametrize("momentum", [np.nan, np.inf, -np.inf, np.float32("nan")])
+def test_momentum_that_is_not_finite(function, momentum):
+    refuses(function, ValueError, r"^momentum must be finite", momentum=momentum)
+
+
+@pytest.mark.parametrize(("momentum", "mean", "var"), [(2.0, 6.0, 11.0), (-1.0, -3.0, -4.0)])
+def test_momentum_outside_of_0_and_1_extrapolates(momentum, mean, var):
+    x = np.array([[3.0 - np.sqrt(3)], [3.0], [3 + np.sqrt(3)]]).repeat(2, 0)  # mean 3
+    batch = Moments(6, np.array([3.0]), np.array([30.0]))  # unbiased variance 6
+    running = np.zeros(1), np.ones(1)
+    nbnorm.update_running_stats(*running, batch, momentum=momentum)
+    assert_array_equal(running, [[mean], [var]])
+    frozen = nbnorm.batch_norm_inference(x, None, None, *running)
+    assert np.isnan(frozen).all() == (var < 0)  # no such variance, and NaN shows it
+
+
+BACKWARD = [name for name in OVER_X if "backward" in name]
+
+
+@pytest.mark.parametrize("function", BACKWARD)
+def test_the_mask_of_relu_needs_beta_or_y_and_none_must_be_said(function):
+    arguments = VALID[function]()
+    without = {name: array for name, array in arguments.items() if name not in ("beta", "y")}
+    call = getattr(nbnorm, function)
+    with pytest.raises(ValueError, match=r"^beta is not given.*\(beta=None if it had none\), or"):
+        call(**without)
+    call(**without, beta=None)
+    call(**without, y=arguments["y"])
+    call(**without | {"activation": None})
+    with pytest.raises(ValueError, match=r"^beta is not given"):
+        call(**without | {"gamma": None})
+
+
+def test_the_mask_of_relu_in_the_sums_needs_gamma_too():
+    arguments = VALID["batch_norm_backward_reduce"]() | {"y": None}
+    gamma = arguments.pop("gamma")
+    with pytest.raises(ValueError, match=r"^gamma is not given.*\(gamma=None if it had none\)"):
+        nbnorm.batch_norm_backward_reduce(**arguments)
+    for said in (gamma, None):
+        nbnorm.batch_norm_backward_reduce(**arguments, gamma=said)
 
 
 @pytest.mark.parametrize("function", taking("activation"))

@@ -1,5 +1,7 @@
 """Arrays of other libraries: in without a copy, and back as what they were."""
 
+import importlib
+
 import numpy as np
 import pytest
 from children import run_child
@@ -369,6 +371,136 @@ def test_tensor_without_memory():
     torch = pytest.importorskip("torch")
     with pytest.raises((TypeError, ValueError), match=r"^x "):
         nbnorm.batch_norm_forward(torch.empty(SHAPE, device="meta"))
+
+
+def negated():
+    """A float32 tensor whose values are yet to be negated, and what they will be."""
+    torch = pytest.importorskip("torch")
+    values = torch.tensor([[1 + 2j, 3 + 4j], [5 + 7j, 2 + 9j]], dtype=torch.complex64).conj().imag
+    assert values.is_neg()
+    return values, values.resolve_neg()
+
+
+def test_tensors_that_are_yet_to_be_negated():
+    lazy, right = negated()
+    of_channel, of_channel_right = lazy[0], right[0]
+    running = [of_channel.resolve_neg().numpy().copy() ** 2 for _ in range(2)]
+    forward = nbnorm.batch_norm_forward
+    backward = nbnorm.batch_norm_backward
+    for got, ref in (
+        (forward(lazy, of_channel, of_channel), forward(right, of_channel_right, of_channel_right)),
+        (
+            backward(lazy, lazy, of_channel, running[0], running[1]),
+            backward(right, right, of_channel_right, running[0], running[1]),
+        ),
+        (nbnorm.batch_norm_stats(lazy)[1:], nbnorm.batch_norm_stats(right)[1:]),
+        (nbnorm.population_stats(lazy)[1:], nbnorm.population_stats(right)[1:]),
+        (
+            nbnorm.fold_batch_norm(of_channel, of_channel, of_channel, running[0]),
+            nbnorm.fold_batch_norm(
+                of_channel_right, of_channel_right, of_channel_right, running[0]
+            ),
+        ),
+    ):
+        for one, other in zip(got, ref, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    layer = nbnorm.BatchNorm(2, track_running_stats=False)
+    layer.load_state_dict({"weight": of_channel, "bias": of_channel})
+    np.testing.assert_array_equal(layer.parameters["bias"], of_channel_right.numpy())
+
+
+@pytest.mark.parametrize("name", ["out", "running_mean", "running_var"])
+def test_tensors_yet_to_be_negated_are_not_written(name):
+    lazy, right = negated()
+    running = {n: right[0].clone() for n in ("running_mean", "running_var")}
+    given = {**running, "out": right.clone(), name: lazy if name == "out" else lazy[0]}
+    with pytest.raises(ValueError, match=rf"^{name} is a tensor with the negative bit"):
+        nbnorm.batch_norm_forward(right, **given)
+    if name != "out":
+        moments = nbnorm.batch_norm_stats(right)
+        given = {**running, name: lazy[0]}
+        with pytest.raises(ValueError, match=rf"^{name} is a tensor with the negative bit"):
+            nbnorm.update_running_stats(moments=moments, **given)
+
+
+def test_subclass_of_tensor():
+    torch = pytest.importorskip("torch")
+
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.randn(6, 3)
+    for given in (x.as_subclass(Own), torch.nn.Parameter(x, requires_grad=False)):
+        y = nbnorm.batch_norm_forward(given).y
+        assert type(y) is torch.Tensor
+        assert torch.equal(y, nbnorm.batch_norm_forward(x).y)
+
+
+def test_tensors_that_stand_for_others():
+    torch = pytest.importorskip("torch")
+    fake = importlib.import_module("torch._subclasses.fake_tensor")
+    with fake.FakeTensorMode():
+        x = torch.ones(6, 3)
+    with pytest.raises(TypeError, match=r"^x is a .*FakeTensor.*nbnorm\.integrations\.torch"):
+        nbnorm.batch_norm_forward(x)
+
+    def total(x):
+        return nbnorm.batch_norm_forward(x).y.sum()
+
+    for transformed in (torch.func.grad(total), torch.func.vmap(total)):
+        with pytest.raises(TypeError, match=r"^x is a tensor of torch\.func.*integrations\.torch"):
+            transformed(torch.ones(4, 6, 3))
+
+
+def test_compiled_code_calls_and_does_not_trace():
+    torch = pytest.importorskip("torch")
+    x = torch.randn(6, 3)
+
+    def twice(x):
+        return 2 * nbnorm.batch_norm_forward(x).y
+
+    assert torch.equal(torch.compile(twice, backend="eager")(x), twice(x))
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"nbnorm\.integrations\.torch can be compiled"):
+        torch.compile(twice, backend="eager", fullgraph=True)(x)
+
+
+def test_jax_tracers():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.arange(12.0).reshape(4, 3)
+
+    def y(x):
+        return nbnorm.batch_norm_forward(x).y
+
+    for transformed in (jax.jit(y), jax.vmap(y), jax.grad(lambda x: y(x).sum())):
+        with pytest.raises(TypeError, match=r"^x is a JAX tracer.*jax\.pure_callback"):
+            transformed(x)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    got = jax.jit(lambda x: jax.pure_callback(y, like, x))(x)
+    np.testing.assert_array_equal(got, y(x))
+
+
+@pytest.mark.parametrize("x", [[[1.0, 2.0]], ((1.0, 2.0),)], ids=["list", "tuple"])
+def test_what_numpy_can_convert(x):
+    with pytest.raises(TypeError, match=r"^x must be .*; np\.asarray\(x\) makes an array of it$"):
+        nbnorm.batch_norm_forward(x)
+
+
+def test_frames_of_other_libraries():
+    class Frame:
+        """As pandas', xarray's and dask's: no DLPack, but a way to NumPy."""
+
+        def __array__(self, dtype=None, copy=None):
+            return drawn()
+
+    with pytest.raises(TypeError, match=r"Frame; np\.asarray\(gamma\) makes an array of it$"):
+        nbnorm.batch_norm_forward(drawn(), Frame())
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
+def test_integers_are_told_the_remedy(dtype):
+    with pytest.raises(TypeError, match=rf"^x has dtype {dtype}.*x\.astype\(np\.float32\)"):
+        nbnorm.batch_norm_forward(np.ones((4, 3), dtype))
 
 
 def test_subclass_of_ndarray(tmp_path):

@@ -360,12 +360,72 @@ def test_train_and_eval_return_the_layer():
 def test_repr_tells_all_options():
     assert repr(BatchNorm(3)) == (
         "BatchNorm(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, "
-        "correction=1, axis=1, activation=None, dtype=float32)"
+        "correction=1, axis=1, activation=None, dtype=float32, training=True)"
     )
-    assert repr(BatchNorm((3, 5), axis=(1, 2), activation="relu", momentum=None)) == (
+    assert repr(BatchNorm((3, 5), axis=(1, 2), activation="relu", momentum=None).eval()) == (
         "BatchNorm((3, 5), eps=1e-05, momentum=None, affine=True, track_running_stats=True, "
-        "correction=1, axis=(1, 2), activation='relu', dtype=float32)"
+        "correction=1, axis=(1, 2), activation='relu', dtype=float32, training=False)"
     )
+
+
+def test_a_layer_is_called_as_its_forward():
+    layer, ref = layer_of(activation="relu"), layer_of(activation="relu")
+    x, residual = draw(1), draw(2)
+    assert_array_equal(layer(x), ref.forward(x))
+    assert_array_equal(layer(x, residual), ref.forward(x, residual))
+    assert_array_equal(layer(x, residual=residual), ref.forward(x, residual=residual))
+    assert_same_state(layer, snapshot(ref))
+    with nbnorm.recalibrate(layer, ref):  # which puts another forward in its place
+        assert_array_equal(layer(x + 1), ref.forward(x + 1))
+    assert_same_state(layer, snapshot(ref))
+
+
+def test_forward_leaves_x_alone_which_backward_needs():
+    layer, x, residual = layer_of(activation="relu"), draw(1), draw(2)
+    layer(x, residual)
+    layer.backward(draw(3))
+    assert_array_equal(x, draw(1))
+    assert_array_equal(residual, draw(2))
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("view", [False, True])
+def test_running_statistics_that_are_a_parameter_are_refused(statistic, parameter, view):
+    layer, state = layer_of(), layer_of().state_dict()
+    shared = layer.parameters[parameter]
+    setattr(layer, statistic, shared[:] if view else shared)
+    before, x = snapshot(layer), draw(1)
+    gamma = {"weight": "gamma", "bias": "beta"}[parameter]
+    with pytest.raises(ValueError, match=f"^{statistic} and {gamma} share memory"):
+        layer(x)
+    for write in (
+        lambda: layer.load_state_dict(state),
+        lambda: layer.set_statistics(nbnorm.batch_norm_stats(x)),
+    ):
+        with pytest.raises(ValueError, match=f"^{statistic} and {parameter} share memory"):
+            write()
+    assert_same_state(layer, before)
+    layer.eval()(x)  # nothing is written
+
+
+def test_state_of_the_own_arrays_in_another_order():
+    layer = layer_of()
+    layer(draw(1))
+    before = layer.state_dict()
+    swapped = {"weight": layer.running_var, "running_var": layer.parameters["weight"]}
+    layer.load_state_dict(before | swapped)
+    assert_array_equal(layer.parameters["weight"], before["running_var"])
+    assert_array_equal(layer.running_var, before["weight"])
+
+
+def test_state_with_arrays_in_common_comes_apart():
+    """Exporters merge equal arrays; what counts is that the layer's are its own."""
+    shared, layer = np.full(3, 2.0), layer_of()
+    names = ("weight", "bias", "running_mean", "running_var")
+    layer.load_state_dict(dict.fromkeys(names, shared) | {"num_batches_tracked": 0})
+    layer(draw(1))
+    assert_array_equal(layer.parameters["weight"], shared)
 
 
 # state_dict and load_state_dict
@@ -409,6 +469,15 @@ def test_state_goes_to_torch_and_back(affine, track_running_stats):
     for name, array in back.state_dict().items():
         assert_array_equal(array, twin.state_dict()[name].numpy())
     assert back.num_batches_tracked == (2 if track_running_stats else 0)
+
+
+def test_state_of_bfloat16_goes_to_torch():
+    torch = pytest.importorskip("torch")
+    layer, twin = BatchNorm(3, dtype=ml_dtypes.bfloat16), torch.nn.BatchNorm2d(3).bfloat16()
+    layer.running_mean[...] = [0.1, 1e30, -3.0]
+    state = {name: torch.as_tensor(a.astype("f8")) for name, a in layer.state_dict().items()}
+    twin.load_state_dict(state)
+    assert_array_equal(twin.running_mean.float(), layer.running_mean.astype("f4"))
 
 
 def test_state_is_rounded_to_the_dtype_of_the_layer():

@@ -3,7 +3,9 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -91,19 +93,74 @@ def test_memory_lives_as_long_as_a_dlpack_view(x):
     np.testing.assert_array_equal(view, expected)
 
 
-def test_limit_and_what_has_been_idle_longest(x):
+def test_the_pool_holds_no_more_than_its_limit(x):
     nbnorm.set_pool_limit(2 * NBYTES + 200)
     results = [nbnorm.batch_norm_forward(x).y for _ in range(4)]
     where = [address(y) for y in results]
-    while results:
-        results.pop(0)
-    assert pool.idle()[0] <= 2 * NBYTES + 200
+    results.clear()
+    assert pool.idle()[0] == 2 * NBYTES
     again = [nbnorm.batch_norm_forward(x).y for _ in range(2)]
-    assert {address(y) for y in again} == set(where[2:])
+    assert {address(y) for y in again} == set(where[:2])
     del again
     assert nbnorm.set_pool_limit(0) == 2 * NBYTES + 200
     assert pool.idle() == (0, 0)
     assert nbnorm.batch_norm_forward(x).y.flags.owndata
+
+
+def in_use():
+    """Bytes of all results of the pool that live."""
+    pool.idle()  # takes back what is gone
+    return pool._pool._in_use()
+
+
+def bytes_(n):
+    return pool.empty((n,), np.dtype(np.uint8))
+
+
+def test_what_has_been_idle_longest_goes_first():
+    first, second = bytes_(4 << 20), bytes_(5 << 20)
+    del first
+    del second
+    third = bytes_(3 << 20)  # 12 MiB together, where 9 have been in use at most
+    assert pool.idle()[0] == 5 << 20
+    del third
+
+
+def test_no_more_is_idle_than_was_in_use_at_once():
+    rng = np.random.default_rng(0)
+    kept, sizes, most = [], [], 0
+    for size in rng.integers(pool.LEAST, 8 * pool.LEAST, 300):
+        kept.append(bytes_(int(size)))
+        sizes.append(pool._size_class(int(size)))
+        most = max(most, sum(sizes))
+        for i in sorted(rng.integers(0, len(kept), 2), reverse=True)[: len(kept) - 1]:
+            if i < len(kept):
+                del kept[i], sizes[i]
+        assert pool.idle()[0] + sum(sizes) <= most
+        assert in_use() == sum(sizes)
+
+
+@pytest.mark.parametrize("nbytes", [*range(1, 200), (1 << 21) - 1, 1 << 21, (1 << 21) + 1, 10**9])
+def test_size_classes_waste_a_fifth_at_most(nbytes):
+    size = pool._size_class(nbytes)
+    assert nbytes <= size <= max(1.25 * nbytes, nbytes + 1)
+    assert pool._size_class(size) == size
+
+
+def test_memory_that_is_wanted_elsewhere_is_not_kept_idle(monkeypatch):
+    del [bytes_(4 << 20) for _ in range(4)][:]
+    assert pool.idle()[0] == 16 << 20
+    allocate, idle, refused = np.empty, pool._pool.idle, []
+
+    def short(*args, **options):
+        if idle() > 0:
+            refused.append(args)
+            raise MemoryError
+        return allocate(*args, **options)
+
+    monkeypatch.setattr(np, "empty", short)
+    assert bytes_(6 << 20).nbytes == 6 << 20
+    assert refused
 
 
 def test_small_results_are_numpys_own():
@@ -128,12 +185,95 @@ def test_environment():
         run_child("-c", code, NBNORM_POOL_LIMIT="1 GB")
 
 
-def test_a_block_collected_while_the_lock_is_held_is_not_lost():
-    memory = pool._pool.take(NBYTES)
-    with pool._pool._lock:  # as when the collector runs within `take`
-        pool._pool.give(memory)
-    assert pool.idle()[0] == 0
-    assert pool._pool.take(NBYTES) is memory
+def test_memory_cannot_have_two_owners(x):
+    block = base_of(nbnorm.batch_norm_forward(x).y)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="copy the array on it"):
+            duplicate(block)
+
+
+def base_of(array):
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.base
+
+
+def interrupted_at(step, work):
+    """Do `work`, interrupted at the step-th instruction of the pool's code; whether it was."""
+    code, left = pool.__file__, step
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if frame.f_code.co_filename != code:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+def test_an_interrupt_at_any_instruction_neither_loses_nor_doubles_memory():
+    """Of a hit, a miss that drops idle memory, and a result that is returned in between."""
+    kept = []
+
+    def work():
+        kept.append(bytes_(4 << 20))
+        kept.append(bytes_(6 << 20))
+        del kept[0]
+        kept.append(bytes_(4 << 20))
+        pool.set_pool_limit(11 << 20)
+        kept.append(bytes_(7 << 20))
+
+    step = 1
+    while True:
+        nbnorm.set_pool_limit(0)
+        nbnorm.set_pool_limit(None)
+        done = not interrupted_at(step, work)
+        nbnorm.set_pool_limit(None)
+        pooled = [a for a in kept if isinstance(base_of(a), pool._Block)]
+        assert in_use() == sum(pool._size_class(a.nbytes) for a in pooled)
+        kept += [bytes_(n << 20) for n in (4, 6, 7, 4)]
+        spans = sorted((address(array), array.nbytes) for array in kept)
+        assert all(begin + size <= end for (begin, size), (end, _) in pairwise(spans))
+        del pooled
+        kept.clear()
+        assert in_use() == 0
+        if done:
+            break
+        step += 1
+    assert step > 200
+
+
+def test_a_result_that_lives_until_the_end_of_the_program():
+    code = """
+import sys, threading, numpy as np, nbnorm
+from nbnorm import pool
+class Node: pass
+def results(n): return [pool.empty((1 << 21,), np.dtype(np.float32)) for _ in range(n)]
+node = Node(); node.self, node.y = node, results(2)
+sys.modules["keeper"] = results(1)
+threading.local().y = results(1)
+nbnorm.kept = results(1)
+pool.kept = results(1)
+kept = results(2)
+"""
+    for _ in range(3):
+        assert (
+            run_child("-X", "dev", "-c", code + "\nimport atexit; atexit.register(results, 1)")
+            == ""
+        )
 
 
 def test_threads_never_get_the_same_memory():

@@ -325,12 +325,12 @@ for data, axis in ((mapped, 1), (strided, -1), ((x[None] for x in mapped), 1)):
         (None, {}, TypeError, r"^data must be .* got builtins\.NoneType"),
         ([], {}, ValueError, r"^data has no arrays"),
         (iter(()), {}, ValueError, r"^data has no arrays"),
-        ("text", {}, TypeError, r"^x must be a NumPy array.* got builtins\.str"),
-        ([1.0, 2.0], {}, TypeError, r"^x must be a NumPy array.* got builtins\.float"),
-        (np.zeros((4, 3), int), {}, TypeError, r"^x has dtype int64"),
-        (np.ma.zeros((4, 3)), {}, TypeError, r"^x is a masked array"),
-        (np.zeros((4, 3), ">f4"), {}, TypeError, r"^x has non-native byte order"),
-        (np.zeros(4), {}, ValueError, r"^x must have at least 2 dimensions, got shape \(4,\)"),
+        ("text", {}, TypeError, r"^data must be a NumPy array.* got builtins\.str"),
+        ([1.0, 2.0], {}, TypeError, r"^data must be a NumPy array.* got builtins\.float"),
+        (np.zeros((4, 3), int), {}, TypeError, r"^data has dtype int64"),
+        (np.ma.zeros((4, 3)), {}, TypeError, r"^data is a masked array"),
+        (np.zeros((4, 3), ">f4"), {}, TypeError, r"^data has non-native byte order"),
+        (np.zeros(4), {}, ValueError, r"^data must have at least 2 dimensions, got shape \(4,\)"),
         (np.zeros((4, 3)), {"axis": 2}, ValueError, r"^axis 2 is out of range"),
         (np.zeros((4, 3)), {"axis": (0, 1)}, ValueError, r"leaves no axis"),
         (np.zeros((4, 3)), {"axis": "1"}, TypeError, r"^axis must be an int"),
@@ -407,6 +407,21 @@ def test_progress_counts_values(bars, capsys):
     assert not shown.out
 
 
+@pytest.mark.parametrize("bad", [np.zeros((4, 3), int), np.zeros(4), "text", [None]])
+def test_no_bar_before_data_that_is_refused(bars, capsys, bad):
+    with pytest.raises((TypeError, ValueError)):
+        population_stats(bad, progress=True)
+    assert not bars
+    assert not capsys.readouterr().err
+
+
+def test_no_bar_before_a_dask_array_that_is_refused(da, capsys):
+    pytest.importorskip("tqdm", reason="progress bars need tqdm")
+    with pytest.raises(TypeError, match=r"^data has dtype int64"):
+        population_stats(da.ones((40, 3), dtype=int, chunks=10), progress=True)
+    assert not capsys.readouterr().err
+
+
 def test_no_progress_unless_asked_for(bars, capsys):
     population_stats(drawn((50, 3)))
     assert not bars
@@ -481,9 +496,9 @@ def test_what_blocks_of_dask_share_is_computed_once(da):
 
 
 def test_a_dask_array_that_is_wrong(da):
-    with pytest.raises(TypeError, match=r"^x has dtype int64"):
+    with pytest.raises(TypeError, match=r"^data has dtype int64"):
         population_stats(da.ones((40, 3), dtype=int, chunks=10))
-    with pytest.raises(ValueError, match=r"^axis 2 is out of range"):
+    with pytest.raises(ValueError, match=r"^axis 2 is out of range for data of"):
         population_stats(da.ones((40, 3), chunks=10), axis=2)
 
 

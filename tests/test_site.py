@@ -1,6 +1,8 @@
 """The site builds without a warning, needs nothing from elsewhere, and its links lead somewhere."""
 
 import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -25,7 +27,7 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.links, self.loads, self.places = [], [], set()
+        self.links, self.loads, self.places, self.pictures = [], [], set(), []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -36,6 +38,8 @@ class Page(HTMLParser):
             self.links.append(attributes["href"])
         elif tag in ("img", "script", "source", "video", "iframe") and attributes.get("src"):
             self.loads.append(attributes["src"])
+            if tag == "img":
+                self.pictures.append(attributes["src"])
         elif tag == "link" and attributes["href"] != "#":
             self.loads.append(attributes["href"])
 
@@ -91,8 +95,106 @@ def test_formulas_need_no_program_to_be_drawn(site):
     assert not any("mathjax" in address.lower() for address in site[path].loads)
 
 
+def start_of(site):
+    """Return the path of the start page."""
+    return min(site, key=lambda path: len(path.parts)).with_name("index.html")
+
+
 def test_every_task_is_one_click_from_the_start_page(site):
-    start = site[min(site, key=lambda path: len(path.parts)).with_name("index.html")]
+    start = site[start_of(site)]
     tasks = ("quickstart", "conventions", "freeze", "fold", "sync", "integrations", "population")
     for name in (*tasks, "gpu", "threads", "warmup", "api", "math", "numerics", "determinism"):
         assert any(link.startswith(f"{name}.html") for link in start.links), name
+
+
+# The gallery
+
+
+@pytest.fixture(scope="module")
+def gallery(site):
+    """The gallery's page, by its path and what is in it."""
+    path = start_of(site).parent / "generated" / "examples" / "index.html"
+    return path, site[path], path.read_text(encoding="utf-8")
+
+
+def test_every_card_has_a_picture_of_its_own(gallery):
+    path, page, text = gallery
+    import sphinx_gallery
+
+    cards = text.count('class="sphx-glr-thumbcontainer"')
+    pictures = [(path.parent / source).resolve().read_bytes() for source in page.pictures]
+    assert cards == len(pictures) == len(set(pictures)) > 8
+    static = Path(sphinx_gallery.__file__).parent / "_static"
+    for name in ("no_image.png", "broken_example.png"):
+        assert (static / name).read_bytes() not in pictures
+    for name in ("figure1", "figure2"):
+        assert any(f"sphx_glr_{name}_thumb" in source for source in page.pictures)
+
+
+def test_the_gallery_has_every_program_and_no_module_that_they_share(gallery):
+    _, page, text = gallery
+    programs = {path.stem for path in (DOCS / "examples").glob("*.py")} - {"perceptron", "runs"}
+    article = text[text.index("<article") : text.index("</article")]
+    assert set(re.findall(r'href="(\w+)\.html', article)) == programs
+    for name in ("perceptron", "runs"):
+        assert any(link.endswith(f"/{name}.py") for link in page.links), name
+
+
+# What it looks like, where there is a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+WIDTHS = (960, 1024, 1300, 1920)
+PROBE = """<script>addEventListener("load", () => {
+  const seen = (of) => [...document.querySelectorAll(of)].map((e) => e.getBoundingClientRect());
+  const middles = seen(".bd-header .navbar-item, .bd-header .nav-item")
+    .filter((box) => box.width).map((box) => Math.round((box.top + box.bottom) / 2));
+  const cut = [...document.querySelectorAll("dl.py pre")]
+    .filter((e) => e.scrollWidth > e.clientWidth).length;
+  document.documentElement.setAttribute("data-seen",
+    `${middles.length} items, apart ${Math.max(...middles) - Math.min(...middles)}, cut ${cut}`);
+})</script></body>"""
+
+
+def look(path, width, folder):
+    """Draw a page so wide; return how many items its head has, how far apart, and code cut off."""
+    probe = path.with_name("probe.html")
+    probe.write_text(path.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    try:
+        child = subprocess.run(
+            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}",
+             "--disable-background-networking", f"--window-size={width},900", "--dump-dom",
+             probe.as_uri()],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    finally:
+        probe.unlink()
+    found = re.search(r'data-seen="(\d+) items, apart (-?\d+), cut (\d+)"', child.stdout)
+    assert found, child.stderr
+    return map(int, found.groups())
+
+
+def test_the_navigation_fits_into_one_row(site, tmp_path):
+    start = start_of(site)
+    text = start.read_text(encoding="utf-8")
+    head = text[text.index("bd-header__inner") : text.index("</header")]
+    titles = [title.strip() for title in re.findall(r"nav-link[^>]*>([^<]+)</a>", head)]
+    assert "Quick start" in titles
+    # 8 pixels a letter and 16 between pages, and 230 for the name, search and theme.
+    assert sum(8 * len(title) + 16 for title in titles) < 960 - 230
+    assert "search-button-field" not in head
+    if BROWSER:
+        for width in WIDTHS:
+            items, apart, _ = look(start, width, tmp_path)
+            assert items > 7
+            assert apart < 16, f"{width} pixels"
+
+
+def test_code_of_the_reference_is_not_cut_off(site, tmp_path):
+    style = (start_of(site).parent / "_static" / "site.css").read_text(encoding="utf-8")
+    assert re.search(r"^dl\.py pre \{\n  white-space: pre-wrap;", style, re.M)
+    if BROWSER:
+        for path in site:
+            if path.name in ("nbnorm.batch_norm_forward.html", "nbnorm.BatchNorm.html"):
+                for width in (400, 1300):
+                    *_, cut = look(path, width, tmp_path)
+                    assert cut == 0, f"{path.name}, {width} pixels"

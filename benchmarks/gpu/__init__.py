@@ -1,1 +1,1 @@
-"""The CUDA backend on a GPU: is it right, repeatable, clean, and how fast; see check.sh."""
+"""The CUDA backend on a GPU: check.sh runs it all; tests/cuda/test_on_gpu.py says what is right."""

@@ -2,83 +2,53 @@
 
 Before each call a buffer of four times L2 is read, for long enough that the host has put the whole
 call on the stream before the GPU gets there: what is timed is the GPU's work alone, and neither the
-host's nor lines of the last call that wait to be written.
+host's nor lines of the last call that wait to be written. The least of the rounds counts.
 """
 
+import importlib.util
 import math
 import statistics
+import sys
 import time
 import traceback
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.large import seed_with
-from benchmarks.gpu.machine import Machine, Unavailable
-from benchmarks.gpu.peers import (
-    COPY,
-    OPS,
-    OURS,
-    PEERS,
-    Batch,
-    Call,
-    as_array,
-    is_ours,
-    torch_of,
-)
-from benchmarks.gpu.records import Records, say
+from benchmarks.gpu import records
+from benchmarks.gpu.peers import PEERS, Batch, Call, Machine
+from benchmarks.gpu.records import COPY, OPS, OURS, TWICE
 from benchmarks.shapes import RESNET50
 
-ROUNDS, LEAST_FLUSH_US = 7, 300.0
-ROW_SECONDS = 0.15  # more rounds, until a row has taken this long
-STAGES = ((32, "float32"), (32, "bfloat16"), (256, "bfloat16"), (256, "float32"), (32, "float16"),
-          (256, "float16"))  # fmt: skip
-# torch.compile takes seconds for each op and layout: at a few shapes, while there is time for it.
-COMPILED = ((32, 256, 56, 56), (32, 64, 112, 112))
+ROUNDS, ROW_SECONDS, LEAST_FLUSH_US = 7, 0.1, 300.0
+COMPILE_SECONDS = 40.0  # torch.compile takes seconds for each op and layout: at the short shapes
+SHORT, DRY = ((32, 256, 56, 56), (32, 64, 112, 112)), (2, 8, 8, 8)
+COMPILED = (*SHORT, DRY)
+STAGES = ((32, "float32"), (32, "bfloat16"), (256, "bfloat16"), (256, "float32"), (32, "float16"))
+ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # between libraries
 
-
-class Times(NamedTuple):
-    """Of one call, in microseconds; and of the host, to put it on the stream."""
-
-    least: float
-    median: float
-    host: float
-
-
-class Budget:
-    """Seconds that may go into compiling."""
-
-    def __init__(self, seconds: float) -> None:
-        self.left = seconds
-
-    def spend(self, call: Call) -> Any:
-        """Call; what it takes is taken off."""
-        begin = time.monotonic()
-        try:
-            return call()
-        finally:
-            self.left -= time.monotonic() - begin
+Times = tuple[float, float, float]  # microseconds: least, median; and of the host, median
 
 
 class Clock:
     """CUDA events on the default stream behind a flush of L2; dry: the host's clock."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+        self.machine, self._reads = machine, 1
         if machine.dry:
-            self.l2 = self.flush_us = 0.0
             return
         xp = machine.xp
         properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
-        self.l2 = float(properties.get("l2CacheSize", 0)) or 64e6
-        self._buffer = xp.ones(int(max(4 * self.l2, 256e6)) // 4, np.float32)
-        self._result = xp.empty((), np.float32)
-        self._reads = 1
+        size = max(4 * int(properties.get("l2CacheSize", 0)), 1 << 28)
+        self._buffer, self._result = xp.ones(size // 4, np.float32), xp.empty((), np.float32)
         self._flush()
-        self.flush_us = min(self._elapsed(self._flush)[0] for _ in range(5))
+        times = [self.once(self._flush, flush=False) for _ in range(5)]
+        machine.sync()
+        self.flush_us = min(self.between(*one) for one in times)
 
-    def at_least(self, microseconds: float) -> None:
-        """Make the flush take so long."""
+    def flush_for(self, microseconds: float) -> None:
+        """Make the flush take so long at least."""
         if not self.machine.dry:
             self._reads = math.ceil(max(microseconds, LEAST_FLUSH_US) / max(self.flush_us, 1.0))
 
@@ -86,187 +56,148 @@ class Clock:
         for _ in range(self._reads):
             self._buffer.max(out=self._result)
 
-    def _elapsed(self, call: Call) -> tuple[float, float]:
-        """Return microseconds on the GPU, and on the host, of a call."""
-        start, end, host = self.record(call, flush=False)
-        end.synchronize()
-        return self.between(start, end), host
-
-    def record(self, call: Call, *, flush: bool = True) -> tuple[Any, Any, float]:
-        """Put a flush and a call on the stream, between two events."""
+    def once(self, call: Call, *, flush: bool = True) -> tuple[Any, Any, float]:
+        """Put a call on the stream, between two events; microseconds that it took the host."""
         if self.machine.dry:
             begin = time.perf_counter()
             call()
             end = time.perf_counter()
             return begin, end, (end - begin) * 1e6
-        event = self.machine.xp.cuda.Event
-        start, end = event(), event()
+        start, end = self.machine.xp.cuda.Event(), self.machine.xp.cuda.Event()
         if flush:
             self._flush()
-        begin = time.perf_counter()
         start.record()
+        begin = time.perf_counter()
         call()
+        host = (time.perf_counter() - begin) * 1e6
         end.record()
-        return start, end, (time.perf_counter() - begin) * 1e6
+        return start, end, host
 
-    def between(self, start: Any, end: Any) -> float:
+    def between(self, start: Any, end: Any, _: float) -> float:
         """Return microseconds between two events that have happened."""
         if self.machine.dry:
-            return (end - start) * 1e6
+            return float(end - start) * 1e6
         return float(self.machine.xp.cuda.get_elapsed_time(start, end)) * 1e3
 
 
-def alternate(clock: Clock, calls: dict[str, Call], seconds: float) -> dict[str, Times]:
-    """Time calls in turns."""
-    host: dict[str, list[float]] = {name: [] for name in calls}
-    gpu: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():  # warm; how long the host takes says how long to flush
-        for _ in range(3):
-            host[name].append(clock.record(call, flush=False)[2])
+def in_turns(clock: Clock, calls: dict[str, Call]) -> dict[str, Times]:
+    """Time calls that take turns."""
+    taken: dict[str, list[tuple[Any, Any, float]]] = {name: [] for name in calls}
+    warm = [[clock.once(call, flush=False)[2] for _ in range(3)] for call in calls.values()]
     clock.machine.sync()
-    clock.at_least(1.5 * max(min(samples) for samples in host.values()))
-    begin, done = time.monotonic(), 0
-    while done < ROUNDS or time.monotonic() - begin < seconds:
-        taken = {name: clock.record(call) for name, call in calls.items()}
+    clock.flush_for(1.5 * max(map(min, warm)))
+    seconds = 0.0 if clock.machine.dry else ROW_SECONDS
+    begin = time.monotonic()
+    while len(taken[COPY]) < ROUNDS or time.monotonic() - begin < seconds:
+        for name, call in calls.items():
+            taken[name].append(clock.once(call))
         clock.machine.sync()
-        for name, (start, end, host_us) in taken.items():
-            gpu[name].append(clock.between(start, end))
-            host[name].append(host_us)
-        done += 1
-        if done >= ROUNDS and time.monotonic() - begin > 4 * seconds:
+    found = {}
+    for name, samples in taken.items():
+        gpu = [clock.between(*one) for one in samples]
+        host = statistics.median(one[2] for one in samples)
+        found[name] = min(gpu), statistics.median(gpu), host
+    return found
+
+
+class Budget:
+    """Seconds that are left, for all of it and for compiling."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.compiling = min(COMPILE_SECONDS, seconds / 4)
+
+    def over(self) -> bool:
+        """Whether all time is spent."""
+        return time.monotonic() > self._end
+
+
+def peers_for(part: str, shape: tuple[int, ...], op: str, budget: Budget) -> Iterator[str]:
+    """Names of who is timed: in the short part none that takes long to begin or matters less."""
+    for name, peer in PEERS.items():
+        less = peer.compiled or "without" in name
+        if op not in peer.ops or (less and part == "short"):
+            continue
+        if not peer.compiled or (budget.compiling > 0 and shape in COMPILED):
+            yield name
+
+
+def ready(batch: Batch, op: str, names: Iterator[str], budget: Budget) -> dict[str, Call]:
+    """Set up peers that compute the same as nbnorm; those that cannot are recorded."""
+    calls: dict[str, Call] = {}
+    expected: np.ndarray | None = None
+    for name in names:
+        if budget.over():
             break
-    return {
-        name: Times(min(gpu[name]), statistics.median(gpu[name]), statistics.median(host[name]))
-        for name in calls
-    }
+        begin = time.monotonic()
+        try:
+            call = PEERS[name].ops[op](batch)
+            got = None if name == COPY else batch.values(call())
+            call()
+            if name == OURS:
+                expected = got
+            elif got is not None and expected is not None:
+                agree(got, expected, batch.dtype.name)
+            calls[name] = call
+        except Exception as error:
+            left_out(name, error, shape=batch.shape, dtype=batch.dtype.name, op=op)
+        if PEERS[name].compiled:
+            budget.compiling -= time.monotonic() - begin
+    return calls
 
 
-def stages(dry: bool) -> list[tuple[tuple[int, ...], str]]:
+def agree(got: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+    """Whether two libraries computed the same: not how well."""
+    error = float(np.abs(got - expected).max())
+    if not error <= ALLOWED[dtype] * max(1.0, float(np.abs(expected).max())):
+        raise AssertionError(f"differs from nbnorm by {error}")
+
+
+def left_out(name: str, error: Exception, **where: Any) -> None:
+    """Record that somebody was not timed, and why."""
+    print(f"left out: {name} {where}\n{traceback.format_exc(limit=-4)}", flush=True)
+    reason = f"{type(error).__name__}: {str(error)[:200]}"
+    records.add("left out", name=name, reason=reason, **where)
+
+
+def shapes_of(part: str, *, dry: bool) -> list[tuple[tuple[int, ...], str]]:
     """Return shapes and dtypes, those that tell most first."""
     if dry:
-        return [((2, C, side, side), "float32") for C, side in ((8, 20), (16, 7))]
+        return [(DRY, "float32")]
+    if part != "timings":
+        return [(shape, dtype) for shape in SHORT for dtype in ("float32", "bfloat16")]
     heavy = sorted(RESNET50, key=lambda shape: -RESNET50[shape].count * math.prod(shape))
     return [((N, *shape[1:]), dtype) for N, dtype in STAGES for shape in heavy]
 
 
-def _calls(
-    batch: Batch, op: str, budget: Budget | None, records: Records, labels: dict[str, Any]
-) -> dict[str, Call]:
-    """Set up all peers; those that cannot are recorded as left out."""
-    calls: dict[str, Call] = {}
-    expected = None
-    for name, peer in PEERS.items():
-        if op not in peer.ops or (peer.compiled and (budget is None or budget.left <= 0)):
-            continue
-        try:
-            call, result = _first(peer.ops[op], batch, budget if peer.compiled else None)
-            if name == OURS:
-                expected = _some(batch.machine, result)
-            elif name != COPY and expected is not None:
-                _agree(_some(batch.machine, result), expected, batch.dtype.name)
-            calls[name] = call
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-            say(f"    left out: {name}: {reason}")
-            records.add(what="left out", **labels, name=name, reason=reason, ours=is_ours(name))
-            if not isinstance(error, Unavailable | AssertionError):
-                say(traceback.format_exc(limit=-3))
-    return calls
-
-
-def _first(setup: Any, batch: Batch, budget: Budget | None) -> tuple[Call, Any]:
-    """Set up a peer and call it once."""
-
-    def both() -> tuple[Call, Any]:
-        call = setup(batch)
-        return call, call()
-
-    return both() if budget is None else budget.spend(both)
-
-
-def _some(machine: Machine, result: Any) -> np.ndarray:
-    """Return the first and the last sample of a result."""
-    array = as_array(machine, result)
-    last = array.shape[0] - 1
-    return np.stack([machine.fetch(machine.wide(array[i : i + 1])) for i in (0, last)])
-
-
-def _agree(got: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    """Whether two libraries computed the same: not how well."""
-    allowed = {"float32": 1e-3, "float64": 1e-6, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
-    error = float(np.abs(got - expected).max())
-    if not error <= allowed * max(1.0, float(np.abs(expected).max())):
-        raise AssertionError(f"differs from nbnorm by {error}")
-
-
-def run(
-    machine: Machine, records: Records, seed: int, seconds: float, compile_seconds: float
-) -> None:
-    """Time as many shapes as there is time for."""
-    begin = time.monotonic()
-    seed_with(seed)
-    _prepare_torch(machine)
-    clock = Clock(machine)
-    records.add(what="clock", l2=clock.l2, flush_us=clock.flush_us, seconds=seconds)
-    budget = Budget(compile_seconds)
-    todo = stages(machine.dry)
-    for number, (shape, dtype) in enumerate(todo):
-        if time.monotonic() - begin > seconds:
-            say(f"out of time: {len(todo) - number} of {len(todo)} shapes were not timed")
-            records.add(what="not run", shapes=len(todo) - number)
-            return
-        compiling = budget if shape in COMPILED or machine.dry else None
-        _shape(machine, records, clock, shape, dtype, compiling, begin + seconds)
-        machine.tidy()
-        if not machine.alive():
-            say("the device no longer answers")
-            return
-
-
-def _prepare_torch(machine: Machine) -> None:
-    try:
-        torch = torch_of(machine)
+def run(part: str, seconds: float, *, dry: bool) -> None:
+    """Time as much as there is time for; leave with status 1 where nbnorm could not be timed."""
+    machine, budget = Machine(dry=dry), Budget(seconds)
+    if importlib.util.find_spec("torch"):
         import torch._functorch.config as functorch
 
         functorch.donated_buffer = False  # a backward is run again and again
-        torch.backends.cudnn.benchmark = False
-    except Exception as reason:
-        say(f"torch: {reason}")
-
-
-def _shape(
-    machine: Machine, records: Records, clock: Clock, shape: tuple[int, ...], dtype: str,
-    budget: Budget | None, deadline: float,
-) -> None:  # fmt: skip
-    for op in OPS:
-        if time.monotonic() > deadline:
-            return
-        labels = {"shape": shape, "dtype": dtype, "op": op}
-        try:
-            batch = Batch(machine, shape, dtype)
-            calls = _calls(batch, op, budget, records, labels)
-            if calls:
-                times = alternate(clock, calls, 0.0 if machine.dry else ROW_SECONDS)
-                records.add(what="row", **labels, times=times)
-                _say(labels, times)
-            del calls, batch
-        except Exception as error:
-            say(traceback.format_exc(limit=-4))
-            records.add(what="error", **labels, error=f"{type(error).__name__}: {error}")
-        _tidy(machine)
-        if not machine.alive():
-            return
-
-
-def _tidy(machine: Machine) -> None:
-    machine.tidy()
-    if not machine.dry:
-        try:
-            torch_of(machine).cuda.empty_cache()
-        except Unavailable:
-            return
-
-
-def _say(labels: dict[str, Any], times: dict[str, Times]) -> None:
-    figures = ", ".join(f"{name} {t.least:.1f}" for name, t in times.items())
-    say(f"{labels['op']} {labels['dtype']} {labels['shape']} us: {figures}")
+    clock, rows, failed = Clock(machine), 0, 0
+    todo = [(*of, op) for of in shapes_of(part, dry=dry) for op in OPS]
+    for number, (shape, dtype, op) in enumerate(todo):
+        if budget.over():
+            print(f"out of time: {len(todo) - number} of {len(todo)} rows", flush=True)
+            records.add("not run", part=part, rows=len(todo) - number)
+            break
+        batch = Batch(machine, shape, dtype)
+        if part == "profile":
+            names: Iterator[str] = (n for n in (OURS, TWICE) if op in PEERS[n].ops)
+        else:
+            names = peers_for(part, shape, op, budget)
+        calls = ready(batch, op, names, budget)
+        failed += OURS not in calls
+        rows += 1
+        if part != "profile" and COPY in calls and OURS in calls:
+            times = in_turns(clock, calls)
+            records.add("row", part=part, shape=shape, dtype=dtype, op=op, times=times)
+            figures = ", ".join(f"{name} {least:.1f}" for name, (least, *_) in times.items())
+            print(f"{op} {dtype} {shape} us: {figures}", flush=True)
+        del batch, calls
+        machine.tidy()
+    if failed or not rows:
+        sys.exit(f"nbnorm was not timed in {failed} of {rows} rows")

@@ -143,7 +143,7 @@ def main():
         seconds = time.perf_counter() - begin
         answers = scores(parameters, statistics, images[:TEST], training=False).argmax(axis=1)
         print(
-            f"{name:<12}{losses[0]:12.4f}{np.mean(losses[-20:]):12.4f}"
+            f"{name:<12}{losses[0]:12.3f}{np.mean(losses[-20:]):12.3f}"
             f"{np.mean(answers == labels[:TEST]):12.1%}{seconds:10.1f}"
         )
 

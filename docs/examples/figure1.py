@@ -22,6 +22,8 @@ end it is 0.917 against 0.905 (over seeds 0.912 to 0.927, and 0.899 to 0.911).
 With --results the figure is drawn from that file: seeds that it has are not run again.
 """
 
+# sphinx_gallery_thumbnail_path = "results/figure1.svg"
+
 import argparse
 import gzip
 import time
@@ -129,9 +131,10 @@ def print_table(steps, found):
     for name in NETWORKS:
         last = accuracies(found, name)[:, -1]
         times = np.median([run[name]["microseconds"] for run in found])
+        over = f", {last.min():.3f} to {last.max():.3f} over {len(last)} seeds"
         print(
-            f"{name}: {times:.0f} us a step; accuracy in the end {last.mean():.3f}, "
-            f"{last.min():.3f} to {last.max():.3f} over seeds: {len(last)}"
+            f"{name}: {times:.0f} us a step; accuracy in the end {last.mean():.3f}"
+            f"{over if len(last) > 1 else ''}"
         )
 
 

@@ -33,6 +33,8 @@ its rate does not diverge, but learns badly or not at all.
     python figure2.py --networks Baseline --rate 0.02   # one network at another rate
 """
 
+# sphinx_gallery_thumbnail_path = "results/figure2.svg"
+
 import argparse
 from pathlib import Path
 from typing import NamedTuple
@@ -194,19 +196,22 @@ def tested_at(steps):
 def table(steps, found):
     """Return lines of Figure 3: of the mean over seeds, steps to the baseline's best, and the best.
 
-    The last column has the best accuracy of each seed by itself, the least and the greatest.
+    With several seeds the last column has each seed's own best accuracy, least and greatest.
     """
     means = {name: np.mean([run["accuracy"] for run in of], axis=0) for name, of in found.items()}
     reference = "Baseline" if "Baseline" in means else next(iter(means))
     target = means[reference].max()
-    lines = [f"{'network':<15}{f'steps to {target:.2%}':>17}{'best accuracy':>15}   over seeds"]
+    several = max(map(len, found.values())) > 1
+    lines = [f"{'network':<15}{f'steps to {target:.1%}':>17}{'best accuracy':>15}"]
+    lines[0] += "   over seeds" if several else ""
     for name, mean in means.items():
         reached = np.flatnonzero(mean >= target)
         count = str(tested_at(steps)[reached[0]]) if reached.size else "-"
         best = [max(run["accuracy"]) for run in found[name]]
         gone = sum(run["diverged"] is not None for run in found[name])
         lines.append(
-            f"{name:<15}{count:>17}{mean.max():>15.2%}   {min(best):.1%} to {max(best):.1%}"
+            f"{name:<15}{count:>17}{mean.max():>15.1%}"
+            + (f"   {min(best):.1%} to {max(best):.1%}" if several else "")
             + (f", diverged: {gone} of {len(best)}" if gone else "")
         )
     return lines

@@ -145,7 +145,7 @@ def main():
         with mg.no_autodiff:
             answers = scores(layers, images[:TEST], training=False).data.argmax(axis=1)
         print(
-            f"{name:<12}{losses[0]:12.4f}{np.mean(losses[-20:]):12.4f}"
+            f"{name:<12}{losses[0]:12.3f}{np.mean(losses[-20:]):12.3f}"
             f"{np.mean(answers == labels[:TEST]):12.1%}{seconds:10.1f}"
         )
 

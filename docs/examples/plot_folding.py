@@ -82,7 +82,8 @@ for name, layer in LAYERS.items():
         unfolded, folded, expected = prepare(*layer, width)
         errors[name, width] = [np.abs(call() - expected).max() for call in (unfolded, folded)]
         times[name, width] = least_time(unfolded, folded)
-print(f"greatest error, unfolded and folded: {np.max(list(errors.values()), axis=0)}")
+greatest = np.max(list(errors.values()), axis=0)
+print("greatest error, unfolded and folded: {:.1e}, {:.1e}".format(*greatest))
 
 # %%
 # Both are as far from float64 as rounding takes them. Folding saves the larger part the narrower

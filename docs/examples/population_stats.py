@@ -101,12 +101,13 @@ def main():
         print(f"{colour:<8}", end="")
         for width, found, exact in zip((12, 14), (mean, var), exactly(count), strict=True):
             error = abs(Fraction(float(found)) - exact) / exact
-            print(f"{found:{width}.6f}{float(exact):12.6f}{float(error):10.1e}", end="")
+            print(f"{found:{width}.1f}{float(exact):12.1f}{float(error):10.1e}", end="")
         print()
 
     layer = BatchNorm(len(COLOURS), affine=False).eval()
     layer.set_statistics(stats)
-    print(f"\nlayer.running_mean {layer.running_mean}\nlayer.running_var  {layer.running_var}")
+    print(f"\nlayer.running_mean {layer.running_mean.round(1)}")
+    print(f"layer.running_var  {layer.running_var.round(1)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+# Before any kernel is imported, so that it knows the source which that is made from.
+from nbnorm.cpu import sources as sources  # isort: split
+
 from nbnorm import moments
 from nbnorm.cpu import kernels
 from nbnorm.cpu import memory as memory

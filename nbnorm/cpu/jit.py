@@ -1,30 +1,21 @@
-"""How kernels are compiled: the only file that says parallel, cache, nogil or fastmath."""
+"""How kernels are compiled: the only file that says parallel, nogil or fastmath."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
-import pickle
-import sys
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
-from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import llvmlite
 import numba
-from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import FunctionPass, register_pass
-from numba.core.serialize import dumps
 from numba.core.typed_passes import NopythonTypeInference
 from numba.extending import overload
 
+from nbnorm.cpu.disk import cache_of
 from nbnorm.cpu.threads import turn
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -196,66 +187,5 @@ def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _cached(function: Callable[..., Any], name: str, *, parallel: bool) -> Any:
     function = named(name)(function)
     dispatcher = numba.njit(parallel=parallel, **_OPTIONS)(function)
-    with suppress(RuntimeError):  # no folder can be written to: compile in every process
-        dispatcher._cache = _KernelCache(function, name)
+    dispatcher._cache = cache_of(function, name)
     return dispatcher
-
-
-class _KernelCache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache, but one file for each kernel, signature, machine and state of the source.
-
-    Numba keys an entry by the function's own file and by its pickled closure: an edited callee in
-    another file would go unnoticed, and a closure over compiled functions never hits. And it
-    numbers the files of a function through an index, where two processes that compile at the same
-    time can take the same number, and one then loads the other's kernel.
-    """
-
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        super().__init__(function)
-        self._kernel_name = name
-
-    def _path(self, sig: Any, codegen: Any) -> Path:
-        key = (*_VERSIONS, str(sig), codegen.magic_tuple(), _SOURCES)
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-        return Path(self.cache_path) / f"nbnorm-{self._kernel_name}-{digest}.nbc"
-
-    def _load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            reduced = pickle.loads(self._path(sig, target_context.codegen()).read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError):
-            return None
-        return self._impl.rebuild(target_context, reduced)
-
-    def _save_overload(self, sig: Any, data: Any) -> None:
-        if not self._impl.check_cachable(data):
-            return
-        path = self._path(sig, data.codegen)
-        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        with suppress(OSError):  # a full disk, a folder gone: the kernel is compiled all the same
-            try:
-                self._impl.locator.ensure_cache_path()
-                part.write_bytes(dumps(self._impl.reduce(data)))
-                part.replace(path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
-
-
-def _digest_of_sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-# Machine code calls into Numba and the interpreter.
-_VERSIONS = (
-    numba.__version__,
-    llvmlite.__version__,
-    sys.implementation.cache_tag,
-    getattr(sys, "abiflags", ""),  # not on Windows
-)
-
-# Taken now, with the import of what it describes: taken at the first compilation, an edit in
-# between would file the old kernel under the new source (seen: means wrong by 0.2).
-_SOURCES = _digest_of_sources()

@@ -161,5 +161,6 @@ def finish_all_sums(partial, norm, x, sums):
 
 
 def cache_folder() -> str | None:
-    """Return the folder that compiled kernels are kept in, None where none can be written to."""
-    return getattr(rows.stats.parallel._cache, "cache_path", None)
+    """Return the folder that compiled kernels are kept in, None where they are not."""
+    folder: str | None = rows.stats.parallel._cache.cache_path
+    return folder

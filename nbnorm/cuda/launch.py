@@ -19,6 +19,7 @@ from numba import cuda
 from numba.cuda import types
 
 from nbnorm.cuda.kernels import signature
+from nbnorm.cuda.loading import load
 from nbnorm.cuda.plan import CLUSTER
 
 _FORMATS = {types.int64: "q", types.float64: "d"}  # all else is an address
@@ -107,16 +108,14 @@ class _Bound:
 
     def __init__(self, kernel: Any, kinds: tuple[Any, ...], device: int, keeps: bool) -> None:
         with cuda.gpus[device]:
-            compiled = kernel.compile(types.void(*kinds))
-            self.loaded = compiled._codelibrary.get_cufunc()  # unloaded when it is collected
+            self.loaded = load(kernel, kinds)  # unloaded when it is collected
             if keeps:  # launches say how much they take of what there is
-                most = _limits(device)[0] - self.loaded.attrs.shared
-                error, *_ = driver.cuKernelSetAttribute(
-                    _MAXIMUM, most, self.loaded.kernel.handle, device
-                )
+                most = _limits(device)[0] - self.loaded.shared
+                of = driver.CUkernel(self.loaded.handle)
+                error, *_ = driver.cuKernelSetAttribute(_MAXIMUM, most, of, device)
                 if error:
                     raise RuntimeError(f"CUDA does not give a block {most} bytes: {_words(error)}")
-        self.function = driver.CUfunction(int(self.loaded.kernel.handle))
+        self.function = driver.CUfunction(self.loaded.handle)
         formats = [_FORMATS.get(kind, "P") for kind in kinds]
         self.arrays = [i for i, letter in enumerate(formats) if letter == "P"]
         struct = Struct("".join(formats))

@@ -13,7 +13,7 @@ from autograd.extend import defvjp_argnums, primitive
 from autograd.tracer import getval, isbox
 
 from nbnorm._arrays import Array, NDArray
-from nbnorm.functional import Axis, Mask, batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, Axis, Mask, batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 
@@ -31,7 +31,7 @@ def batch_norm(
     correction: int = 1,
     axis: Axis = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
 ) -> Array:
     """`nbnorm.batch_norm_forward` for functions that autograd differentiates.
 
@@ -51,13 +51,13 @@ def batch_norm(
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
-        Weight of the new statistic.
+        Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         1: running_var takes the unbiased variance; 0: the biased one.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : ndarray of x's shape and dtype, or a box of one, optional
         Added before the activation.
     activation : {None, "relu"}
@@ -163,7 +163,7 @@ def _gradients(
     y: NDArray | None,
     training: bool,
     axis: Axis,
-    activation: str | None,
+    activation: Activation,
     mask: Mask,
 ) -> tuple[NDArray, ...]:
     """Return those of dx, dgamma, dbeta and dresidual that mask asks for."""

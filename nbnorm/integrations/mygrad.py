@@ -7,7 +7,7 @@ from mygrad import Tensor, execute_op
 from mygrad.operation_base import Operation
 
 from nbnorm._arrays import NDArray
-from nbnorm.functional import Axis, batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, Axis, batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 
@@ -27,7 +27,7 @@ def batch_norm(
     correction: int = 1,
     axis: Axis = 1,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     constant: bool | None = None,
 ) -> Tensor:
     """`nbnorm.batch_norm_forward` of tensors, through which mygrad back-propagates.
@@ -48,13 +48,13 @@ def batch_norm(
     training : bool, default True
         Whether the statistics of this batch normalise it.
     momentum : float, default 0.1
-        Weight of the new statistic.
+        Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
         1: running_var takes the unbiased variance; 0: the biased one.
     axis : int or tuple of int, default 1
-        Channel axes.
+        Channel axes: those that **keep** their statistics, not those that are reduced.
     residual : array_like of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
@@ -125,7 +125,7 @@ class _BatchNorm(Operation):
         names: tuple[str, ...],
         training: bool,
         axis: Axis,
-        activation: str | None,
+        activation: Activation,
         **others: Any,
     ) -> NDArray:
         """Return y."""

@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from nbnorm._arrays import NDArray
+from nbnorm._frame import Frame
 from nbnorm.functional import batch_norm_forward, batch_norm_inference, batch_norm_stats
 
 __all__ = ["Backend", "BatchNormalization"]
@@ -87,6 +88,7 @@ class BatchNormalization(OpRun):
         version = run_params["opsets"][onnx_node.domain]
         schema = defs.get_schema("BatchNormalization", version, onnx_node.domain)
         self._version = schema.since_version
+        self._names = [declared.name for declared in schema.inputs]
         super().__init__(onnx_node, run_params, schema)
 
     def _run(
@@ -104,6 +106,9 @@ class BatchNormalization(OpRun):
             x = x[:, np.newaxis]
         axis = 1 if attributes.get("spatial", 1) else tuple(range(1, x.ndim))
         eps = attributes["epsilon"]
+        frame = Frame(x, axis)  # which refuses arrays under the names that the operator has
+        for name, array in zip(self._names[1:], (scale, bias, mean, var), strict=True):
+            frame.required(array, name)
         if not self._trains(attributes):
             y = batch_norm_inference(x, scale, bias, mean, var, eps=eps, axis=axis)
             return (y.reshape(shape),)

@@ -8,7 +8,7 @@ from thinc.types import FloatsXd
 from thinc.util import is_xp_array
 
 from nbnorm import _checks
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import Activation, batch_norm_backward, batch_norm_forward
 
 __all__ = ["BatchNorm"]
 
@@ -20,7 +20,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     eps: float = 1e-5,
     momentum: float = 0.1,
     axis: int = -1,
-    activation: str | None = None,
+    activation: Activation = None,
 ) -> Model[FloatsXd, FloatsXd]:
     """Batch normalization as a layer of thinc's (Ioffe & Szegedy 2015).
 
@@ -36,7 +36,8 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     momentum : float, default 0.1
         Weight of the new batch in the running statistics.
     axis : int, default -1
-        Axis of the channels; all others are reduced. The last one is the width of thinc's arrays.
+        The axis that **keeps** its statistics; all others are reduced. The last one is the width
+        of thinc's arrays.
     activation : {None, "relu"}
         Applied last, at no further pass over memory.
 

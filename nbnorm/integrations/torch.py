@@ -521,14 +521,22 @@ class _BatchNormModule(_BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum
         tracked = self.track_running_stats or not self.training
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        mean, var = running = (self.running_mean, self.running_var) if tracked else (None, None)
+        counted = (
+            self.training and self.track_running_stats and self.num_batches_tracked is not None
+        )
+        if counted and input.numel() > 0:  # an empty batch moves no average
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
+            if self.momentum is None and torch.compiler.is_compiling():
+                # A number cannot depend on a tensor there: take the batch's own statistics.
+                momentum = 1.0
+                mean, var = (torch.zeros_like(r, dtype=torch.float64) for r in running)
+            elif self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return batch_norm(
+        y = batch_norm(
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
+            mean,
+            var,
             self.weight,
             self.bias,
             self.training or (self.running_mean is None and self.running_var is None),
@@ -537,6 +545,11 @@ class _BatchNormModule(_BatchNorm):
             residual=residual,
             relu=self.relu or relu,
         )
+        if mean is not running[0]:
+            weight = 1.0 / self.num_batches_tracked.double()
+            for average, batch in zip(running, (mean, var), strict=True):
+                average.copy_((1.0 - weight) * average.double() + weight * batch)
+        return y
 
     def extra_repr(self) -> str:
         """Describe the module as PyTorch does, and ReLU where there is one."""
@@ -791,8 +804,9 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     TypeError
         model is no module; within the block, where an input is of a dtype that is not computed in.
     ValueError
-        model has no batch normalization with running statistics; at the end of the block, when
-        none has seen a value.
+        model has no batch normalization with running statistics; within the block, where a batch
+        has a single value per channel, as a last batch of one sample (``drop_last=True`` of a
+        DataLoader leaves it out); at the end of the block, when none has seen a value.
 
     Notes
     -----

@@ -17,6 +17,8 @@ import traceback
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from math import inf
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import driver as fake
 import numpy as np
@@ -368,6 +370,49 @@ def test_statistics_are_moved_and_inverted(driver, backend):
         assert types_of(move)["running_mean"] == types_of(move)["running_var"] == f"{dtype}*"
     (rstd,) = driver.during(backend.rstd, var, 1e-3)
     check(rstd, "channel.rstd_all", 2, var=var, eps=1e-3, rstd=driver.returned, C=C)
+
+
+# -- what is read of numba-cuda's insides ----------------------------------------------------------
+
+
+@under_the_driver
+def test_what_numba_cuda_keeps_inside_is_read_in_any_form_it_has_had(driver, backend):
+    from cuda.bindings import driver as bindings
+
+    from nbnorm.cuda.loading import load
+
+    for handle in (77, bindings.CUkernel(77), bindings.CUfunction(77)):
+        of = loadable(kernel=SimpleNamespace(handle=handle), attrs=SimpleNamespace(shared=512))
+        assert load(of, ())[1:] == (77, 512)
+
+
+@under_the_driver
+def test_versions_that_do_not_go_together_are_named(driver, backend):
+    from nbnorm.cuda.loading import load
+
+    for of in (loadable(), loadable(kernel=SimpleNamespace(handle=None)), SimpleNamespace()):
+        of.py_func = tensor
+        with pytest.raises(RuntimeError, match=r"kernel tensor.*numba-cuda \d+\.\d+.*cuda-core \d"):
+            load(of, ())
+
+
+@under_the_driver
+def test_a_compiler_that_is_not_there_is_named_with_the_remedy(driver, backend):
+    from cuda.pathfinder import DynamicLibNotFoundError
+    from numba.cuda.cudadrv.error import NvvmSupportError
+
+    from nbnorm.cuda.loading import load
+
+    for error in (NvvmSupportError("no libnvvm"), DynamicLibNotFoundError("no libnvvm\nlong")):
+        of = SimpleNamespace(compile=Mock(side_effect=error))
+        with pytest.raises(RuntimeError, match=r"set CUDA_HOME.*numba-cuda \d.*\(no libnvvm\)$"):
+            load(of, ())
+
+
+def loadable(**inside):
+    """A kernel that compiles to something with this inside."""
+    library = SimpleNamespace(get_cufunc=lambda: SimpleNamespace(**inside))
+    return SimpleNamespace(compile=lambda _: SimpleNamespace(_codelibrary=library))
 
 
 # -- how often the driver is called --------------------------------------------------------------

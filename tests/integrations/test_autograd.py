@@ -378,6 +378,12 @@ def test_forward_mode_is_refused():
         ({"eps": -1.0}, ValueError, "^eps must be finite"),
         ({"axis": 4}, ValueError, "^axis 4 is out of range"),
         ({"activation": "gelu"}, ValueError, "^activation must be"),
+        ({"momentum": float("nan")}, ValueError, "^momentum must be finite"),
+        (
+            {"gamma": (shared := onp.ones(3)), "running_var": shared},
+            ValueError,
+            "^running_var and gamma share memory",
+        ),
     ],
 )
 def test_errors_leave_the_statistics_alone(given, error, message):

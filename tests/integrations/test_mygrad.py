@@ -359,6 +359,12 @@ def test_tensors_that_are_written_to_afterwards(fused):
         ({"axis": 4}, ValueError, "^axis 4 is out of range"),
         ({"activation": "gelu"}, ValueError, "^activation must be"),
         ({"constant": 1}, TypeError, "^constant must be a bool or None, got 1"),
+        ({"momentum": float("nan")}, ValueError, "^momentum must be finite"),
+        (
+            {"gamma": (shared := mg.tensor(np.ones(3))), "running_var": shared.data},
+            ValueError,
+            "^running_var is read-only",  # mygrad locks what its tensors hold
+        ),
     ],
 )
 def test_errors_leave_the_statistics_alone(given, error, message):

@@ -384,8 +384,10 @@ def test_a_branch_of_a_condition_uses_it(calls):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"scale": np.ones(4, np.float32)}, ValueError, r"gamma has shape \(4,\), expected \(3,\)"),
-        ({"mean": np.ones(2, np.float32)}, ValueError, r"mean has shape \(2,\), expected \(3,\)"),
+        ({"scale": np.ones(4, np.float32)}, ValueError, r"^scale has shape \(4,\), expected \(3,"),
+        ({"bias": np.ones(4, np.float32)}, ValueError, r"^B has shape \(4,\), expected \(3,\)"),
+        ({"mean": np.ones(2, np.float32)}, ValueError, r"^input_mean has shape \(2,\), expected"),
+        ({"var": np.ones(2, np.float32)}, ValueError, r"^input_var has shape \(2,\), expected"),
         ({"x": np.ones((4, 3), np.int32)}, TypeError, "Issues with types"),
         ({"var": np.ones(3, np.int64)}, TypeError, "Issues with types"),
     ],

@@ -382,6 +382,11 @@ def test_a_network_learns():
             ValueError,
             "eps must be finite and not negative",
         ),
+        (
+            lambda _: BatchNorm(3, momentum=float("nan")).initialize().begin_update(drawn(0)),
+            ValueError,
+            "momentum must be finite, got nan",
+        ),
     ],
 )
 def test_what_is_refused(call, error, message):

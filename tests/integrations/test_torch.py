@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 from torch.autograd import forward_ad, gradcheck  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+import nbnorm  # noqa: E402
 import nbnorm.integrations.torch as integration  # noqa: E402
 from nbnorm.integrations.torch import (  # noqa: E402
     BatchNorm1d,
@@ -885,6 +886,42 @@ def test_what_is_converted():
     assert type(convert(convert(nn.BatchNorm1d(3)))) is BatchNorm1d
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got Tensor"):
         convert(torch.ones(3))
+
+
+def test_an_empty_batch_moves_no_average():
+    layer = BatchNorm1d(3, momentum=None)
+    ours = nbnorm.BatchNorm(3, momentum=None)
+    for batch in (torch.empty(0, 3), torch.full((4, 3), 9.81), torch.empty(0, 3), torch.ones(2, 3)):
+        layer(batch)
+        ours.forward(batch)
+    assert layer.num_batches_tracked == ours.num_batches_tracked == 2
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_array_equal(getattr(layer, name).numpy(), getattr(ours, name))
+
+
+def test_averages_of_a_compiled_module():
+    torch.compiler.reset()
+    layer = BatchNorm2d(3, momentum=None)
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(SHAPE) + 3
+        assert torch.equal(compiled(x), other(x))
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, other.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("momentum", [float("nan"), float("inf")])
+def test_momentum_that_is_not_finite(momentum):
+    with pytest.raises(ValueError, match=r"^momentum must be finite, got (nan|inf)"):
+        BatchNorm1d(3, momentum=momentum)(torch.randn(4, 3))
+
+
+def test_recalibrating_with_a_single_sample():
+    model = nn.Sequential(BatchNorm1d(3))
+    with pytest.raises(ValueError, match="more than 1 value"), recalibrate(model):
+        model(torch.randn(1, 3))
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
 
 
 def test_mode_options_and_hooks_stay():

@@ -9,9 +9,9 @@ from collections import deque
 from itertools import product
 
 import nbnorm
-from benchmarks.bench_passes import call_of
 from benchmarks.peers import OPS, Batch
 from benchmarks.shapes import shape_of
+from benchmarks.suites.bench_passes import call_of
 
 
 class Ops:

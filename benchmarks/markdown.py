@@ -1,0 +1,11 @@
+"""Tables in Markdown."""
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return a table, its columns aligned for reading as it is."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "".join(
+        "| " + " | ".join(map(str.ljust, line, widths)) + " |\n"
+        for line in [lines[0], rule, *lines[1:]]
+    )

@@ -1,0 +1,62 @@
+"""A kernel compiled and loaded on a device: the one file that knows what numba-cuda keeps inside.
+
+Numba's public way from a kernel to the driver is its own launch. What a launch of ours needs of the
+loaded kernel is read here, and has been read with numba-cuda 0.24 to 0.30.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from cuda.pathfinder import DynamicLibNotFoundError
+from numba.cuda import types
+from numba.cuda.cudadrv.error import NvvmSupportError
+
+_PACKAGES = ("numba-cuda", "numba", "llvmlite", "cuda-core", "cuda-bindings", "cuda-pathfinder")
+
+
+class Loaded(NamedTuple):
+    """A kernel on a device."""
+
+    owner: Any  # the kernel is unloaded when it is collected
+    handle: int  # the driver's, a CUkernel
+    shared: int  # bytes of shared memory that every block takes
+
+
+def load(kernel: Any, kinds: tuple[Any, ...]) -> Loaded:
+    """Compile a kernel for arguments of these types and load it on the current device."""
+    with _explained(kernel):
+        owner = kernel.compile(types.void(*kinds))._codelibrary.get_cufunc()
+        # cuda-core's handle is a number or an object of cuda-bindings, which is one as well.
+        return Loaded(owner, int(owner.kernel.handle), int(owner.attrs.shared))
+
+
+@contextmanager
+def _explained(kernel: Any) -> Iterator[None]:
+    """Say what is to be done where numba-cuda is another than this file knows, or lacks a part."""
+    try:
+        yield
+    except (NvvmSupportError, DynamicLibNotFoundError) as error:
+        reason = str(error).partition("\n")[0]  # all folders that were looked in follow
+        raise RuntimeError(
+            "CUDA's compiler is not all there: install nbnorm-kernels[cuda], or set CUDA_HOME to a "
+            f"CUDA toolkit, /usr/local/cuda say; {_versions()} ({reason})"
+        ) from error
+    except (AttributeError, TypeError) as error:
+        raise RuntimeError(
+            f"nbnorm could not load the kernel {kernel.py_func.__name__}, as these versions do not "
+            f"go together: {_versions()}; expected numba-cuda 0.30 or later ({error})"
+        ) from error
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
