@@ -13,6 +13,10 @@ class Mutant(NamedTuple):
 
 LAYOUT = "nbnorm/_layout.py"
 FRAME = "nbnorm/_frame.py"
+CHECKS = "nbnorm/_checks.py"
+CHANNEL = "nbnorm/cpu/channel.py"
+COLUMNS = "nbnorm/cpu/columns.py"
+ROWS = "nbnorm/cpu/rows.py"
 
 MUTANTS = [
     Mutant(LAYOUT, "(n > 0 and C * S >= SAMPLE)", "C * S >= SAMPLE", "test_layout.py"),
@@ -36,4 +40,14 @@ MUTANTS = [
         "test_layout.py",
     ),
     Mutant(LAYOUT, "if shape[i] > 1 and strides[i] != expected:", "if False:", "test_layout.py"),
+    Mutant(CHECKS, "i == j or n <= 1 for i, j, n", "True for i, j, n", "test_overlap.py"),
+    Mutant(CHECKS, "return len(places) < prod(shape)", "return False", "test_overlap.py"),
+    Mutant(CHECKS, "return True  # fewer places than elements", "pass", "test_overlap.py"),
+    Mutant(CHECKS, "except np.exceptions.TooHardError:  # not settled within bounds: refuse rather than corrupt\n        return True", "except np.exceptions.TooHardError:\n        return False", "test_overlap.py"),
+    Mutant("nbnorm/functional.py", '_checks.apart(var_, "running_var", frame.x, "x")', "pass", "test_overlap.py"),
+    Mutant("nbnorm/functional.py", '_checks.apart(mean_, "running_mean", frame.x, "x")', "pass", "test_overlap.py"),
+    Mutant(CHANNEL, "q[c] = l - lo * p_c", "q[c] = -lo * p_c", "test_digits.py::test_a_mean_of_dy_between_two_floats_is_taken_off_whole"),
+    Mutant(COLUMNS, "                    shift[c] = K64 + mean", "                    pass", "test_digits.py"),
+    Mutant(ROWS, "            shift = K + mean", "            pass", "test_digits.py"),
+    Mutant(COLUMNS, "RUN_ROWS = 32", "RUN_ROWS = 128", "test_digits.py"),
 ]

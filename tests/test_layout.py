@@ -59,7 +59,7 @@ assert SHORT[1] * SHORT[2] >= SAMPLE > TINY[1] * TINY[2]
 
 @pytest.mark.parametrize("shape", [LONG, SHORT, TINY], ids=str)
 def test_what_kernels_read_as_it_is(shape):
-    N, C, S = shape
+    _, C, S = shape
     seen = layout(shape)
 
     def fitting(n, c, s=1, itemsize=4):
@@ -78,7 +78,7 @@ def test_what_kernels_read_as_it_is(shape):
 
 @pytest.mark.parametrize("shape", [LONG, SHORT, TINY], ids=str)
 def test_strides_that_are_no_whole_values_do_not_fit(shape):
-    N, C, S = shape
+    _, C, S = shape
     good = (C * S * 4, S * 4, 4)
     for i, off in product(range(3), (1, 2, 3)):
         strides = tuple(step + off * (i == j) for j, step in enumerate(good))
