@@ -1,4 +1,7 @@
-"""What a kernel does with one value or channel, at the edges where a slip would go unseen."""
+"""What a kernel does with one value or channel, at the edges where a slip would go unseen.
+
+A function that only compiled code calls is run as Python, `py_func`.
+"""
 
 import numba
 import numpy as np
@@ -8,7 +11,7 @@ from tolerances import assert_same_bits
 
 import nbnorm
 from nbnorm import reference
-from nbnorm.cpu import channel, element
+from nbnorm.cpu import channel, columns, element
 from nbnorm.moments import Moments, update_running_stats
 
 SHAPES = {"rows": (2, 2, 20, 20), "columns": (60, 2)}
@@ -37,6 +40,9 @@ def test_relu_at_its_edge_forward(shape):
     assert_same_bits(y[number], wanted[number])
     plain = nbnorm.batch_norm_apply(x, None, None, np.zeros(2), np.ones(2))
     np.testing.assert_array_equal(plain[number], x[number])  # without one, Inf and -Inf stay
+    ones = np.ones_like(x)
+    added = nbnorm.batch_norm_apply(ones, None, None, np.zeros(2), np.ones(2), residual=x)
+    np.testing.assert_array_equal(added, 1 + x)
 
 
 @both
@@ -52,16 +58,20 @@ def test_relu_lets_no_gradient_pass_at_0(shape, from_y):
     assert_same_bits(got.dx, np.where(x > 0, np.float32(3), np.float32(0)))
     if from_y:
         assert_same_bits(got.dresidual, got.dx)
-    counts = (x > 0).sum(axis=tuple(a for a in range(x.ndim) if a != 1))
-    np.testing.assert_array_equal(got.dbeta, 3 * counts)
+    else:
+        assert got.dresidual is None
+    over = tuple(a for a in range(x.ndim) if a != 1)
+    np.testing.assert_array_equal(got.dbeta, 3 * (x > 0).sum(axis=over))
+    np.testing.assert_array_equal(got.dgamma, 3 * np.maximum(x, 0).sum(axis=over))
 
 
 def test_rstd_of_no_spread_is_0_and_else_follows_ieee():
-    assert channel.rstd_of(0.0, 0.0) == 0
-    assert channel.rstd_of(5e-324, 0.0) == 1 / np.sqrt(5e-324)
-    assert channel.rstd_of(0.0, 4.0) == 0.5
-    assert channel.rstd_of(np.inf, 1.0) == 0
-    assert np.isnan(channel.rstd_of(np.nan, 1.0))
+    rstd_of = channel.rstd_of.py_func
+    assert rstd_of(0.0, 0.0) == 0
+    assert rstd_of(5e-324, 0.0) == 1 / np.sqrt(5e-324)
+    assert rstd_of(0.0, 4.0) == 0.5
+    assert rstd_of(np.inf, 1.0) == 0
+    assert np.isnan(rstd_of(np.nan, 1.0))
 
 
 @both
@@ -125,10 +135,8 @@ def test_sums_taken_again_are_of_two_passes_and_rounded_once(shape, offset):
 def test_sums_one_after_the_other_carry_their_rounding():
     """Kahan's: 1 is lost beside 2^53, and comes back with the next."""
     s, rest = 2.0**53, 0.0
-    from nbnorm.cpu.columns import add_exactly
-
     for _ in range(8):
-        s, rest = add_exactly(s, 1.0 - rest)
+        s, rest = columns.add_exactly.py_func(s, 1.0 - rest)
     assert s - rest == 2.0**53 + 8
 
 
@@ -142,17 +150,17 @@ def test_a_constant_channel_has_no_m2_at_all(shape, value):
 
 
 def test_a_power_of_two_next_to_rstd_is_one():
-    like = np.empty(0, np.float32)
+    like, power_of_two = np.empty(0, np.float32), channel.power_of_two.py_func
     for rstd in (1.0, 1.99, 3.0, 1e-3, 316.0):
-        unit = channel.power_of_two(rstd, like)
+        unit = power_of_two(rstd, like)
         assert unit <= rstd < 2 * unit
         assert np.frexp(unit)[0] == 0.5
-    assert channel.power_of_two(0.0, like) == np.finfo(np.float32).tiny
-    assert channel.power_of_two(1e300, like) == 2.0**127
+    assert power_of_two(0.0, like) == np.finfo(np.float32).tiny
+    assert power_of_two(1e300, like) == 2.0**127
 
 
 def test_moments_of_one_value_and_of_many_merge():
-    count, delta, m2 = channel.merge(3.0, 1.0, 2.0, 1.0, 5.0, 0.0)
+    count, delta, m2 = channel.merge.py_func(3.0, 1.0, 2.0, 1.0, 5.0, 0.0)
     assert (count, delta, m2) == (4.0, 2.0, 14.0)
 
 
@@ -185,3 +193,18 @@ def test_an_empty_batch_and_a_full_one_merge():
     for merged in (empty.merge(full), full.merge(empty)):
         assert merged.count == 2
         assert_same_bits(merged.mean, np.ones(1))
+
+
+def test_a_count_of_none_is_for_empty_arrays():
+    x, zeros = np.ones((4, 2), np.float32), np.zeros(2)
+    with pytest.raises(ValueError, match=r"^count must be positive"):
+        nbnorm.batch_norm_backward_apply(x, x, None, zeros, zeros, zeros, zeros, 0)
+    nbnorm.batch_norm_backward_apply(x[:0], x[:0], None, zeros, zeros, zeros, zeros, 0)
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+@both
+def test_squares_beyond_the_range_of_float32(shape, scale):
+    x = (scale * (np.random.default_rng(0).normal(size=shape) + 3)).astype("float32")
+    want = reference.batch_norm_forward(x, eps=0.0)
+    np.testing.assert_allclose(nbnorm.batch_norm_stats(x).rstd(0.0), want.rstd, rtol=5e-7)

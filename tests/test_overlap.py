@@ -28,6 +28,7 @@ def test_out_that_begins_where_an_input_does_but_takes_longer_steps(function, ar
     [
         ((3, 4), (6, 4)),  # 12 = 2 * 6 = 3 * 4
         ((4, 4, 2), (6, 4, 9)),
+        ((2, 2, 4), (5, 4, 1)),  # each step leads past the one before, but not past all
         ((3, 4), (-6, 4)),
         ((2, 3), (2, 1)),
     ],
