@@ -33,13 +33,14 @@ def test_relu_at_its_edge_forward(shape):
     """0, both signs of it, the least numbers and NaN; -0 becomes 0."""
     tiny = np.float32(1e-45)
     x = np.resize(np.float32([0, -0.0, tiny, -tiny, np.nan, np.inf, -np.inf, 1, -1]), shape)
-    y = nbnorm.batch_norm_apply(x, None, None, np.zeros(2), np.ones(2), activation="relu")
-    wanted = np.where(np.isnan(x), x, np.maximum(x, np.float32(0)) + np.float32(0))
-    assert_same_bits(np.isnan(y), np.isnan(x))
+    beta = np.full(2, -0.0, np.float32)  # to which -0 may be added and stays
+    arguments = x, None, beta, np.zeros(2), np.ones(2)
+    y = nbnorm.batch_norm_apply(*arguments, activation="relu")
     number = ~np.isnan(x)
-    assert_same_bits(y[number], wanted[number])
-    plain = nbnorm.batch_norm_apply(x, None, None, np.zeros(2), np.ones(2))
-    np.testing.assert_array_equal(plain[number], x[number])  # without one, Inf and -Inf stay
+    assert_same_bits(np.isnan(y), ~number)
+    assert_same_bits(y[number], np.where(x > 0, x, np.float32(0))[number])
+    plain = nbnorm.batch_norm_apply(*arguments)
+    assert_same_bits(plain[number], x[number])  # without one, -0 and -Inf stay
     ones = np.ones_like(x)
     added = nbnorm.batch_norm_apply(ones, None, None, np.zeros(2), np.ones(2), residual=x)
     np.testing.assert_array_equal(added, 1 + x)
