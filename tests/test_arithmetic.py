@@ -209,3 +209,12 @@ def test_squares_beyond_the_range_of_float32(shape, scale):
     x = (scale * (np.random.default_rng(0).normal(size=shape) + 3)).astype("float32")
     want = reference.batch_norm_forward(x, eps=0.0)
     np.testing.assert_allclose(nbnorm.batch_norm_stats(x).rstd(0.0), want.rstd, rtol=5e-7)
+
+
+@both
+def test_squares_among_the_subnormal_numbers_round_a_mean_of_0(shape):
+    """Only the size of the sum of squares tells that they have no digits: d is about 0."""
+    values = np.float32(1e-22) * np.float32([1, -1, 1.7, -1.7])
+    x = np.moveaxis(np.resize(values, (2, shape[0], *shape[2:])), 0, 1).copy()
+    want = reference.batch_norm_forward(x, eps=0.0)
+    np.testing.assert_allclose(nbnorm.batch_norm_stats(x).rstd(0.0), want.rstd, rtol=5e-7)
