@@ -91,3 +91,12 @@ def test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only():
     x[::2] *= -1  # K is 0
     x[128] = 2.0**13
     assert_statistics(x)
+
+
+@pytest.mark.parametrize("shape", [(16384, 1), (1, 1, 2048)], ids=["columns", "rows"])
+def test_values_alike_but_the_first_ones_round_each_alike(shape):
+    """Rounding errors of one sign: round K they add up, round the mean they are small."""
+    for value in np.random.default_rng(0).uniform(-1, 1, 20):
+        x = np.full(shape, value)
+        x.reshape(-1)[: x.size // 64] = 1 / 3
+        assert_statistics(x)
