@@ -40,7 +40,7 @@ def layout_of(shape: Axes, strides: Axes, itemsize: int, channel_axes: Axes) -> 
     if _is_dense(shape, strides, itemsize, natural):
         memory = natural
     else:
-        memory = tuple(sorted(natural, key=lambda i: (shape[i] > 1, -strides[i])))
+        memory = tuple(sorted(natural, key=lambda i: -strides[i]))
     dense = memory if _is_dense(shape, strides, itemsize, memory) else None
     layout = _grouped(shape, memory, channel_axes, dense)
     if layout is not None and fits(layout, shape, strides, itemsize):

@@ -14,9 +14,9 @@ settings.load_profile("nbnorm")
 
 # What is about NumPy's memory, the CPU's threads or no backend at all.
 CPU_ONLY = (
-    *("benchmarks", "cache", "config", "conventions", "distributed", "docs", "examples", "interop"),
-    *("layer", "plan", "pool", "population", "reference", "site", "streaming", "threads"),
-    "warmup",
+    *("arithmetic", "benchmarks", "cache", "config", "conventions", "digits", "distributed"),
+    *("docs", "examples", "interop", "layer", "mutants", "plan", "pool", "population"),
+    *("reference", "site", "streaming", "threads", "warmup"),
     *("autograd", "mygrad", "torch"),
 )
 

@@ -81,6 +81,12 @@ def test_large_inputs_keep_all_threads_busy(shape, threads):
         assert units >= min(threads, N * C * S >> 18)
 
 
+def test_few_channels_are_still_shared_out_in_several_blocks_a_thread():
+    cut = plan(4, 16, 28 * 28, 4, 2, TYPICAL, 2)
+    assert cut.fused
+    assert cut.blocks == 8
+
+
 def test_small_inputs_are_serial_and_one_thread_is():
     assert not plan(60, 100, 1, 4, 64, TYPICAL, 2).parallel
     assert not plan(4096, 512, 1, 4, 1, TYPICAL, 2).parallel

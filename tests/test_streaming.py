@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 from children import run_child
-from strategies import BFLOAT16
+from strategies import BFLOAT16, lay_out
 from tolerances import assert_same_bits
 
 import nbnorm
@@ -128,6 +128,20 @@ def test_shared_passes_and_threads_stream_too(streaming):
         assert_same_bits(nbnorm.batch_norm_forward(array).y, expected.y, "y")
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 20, 20), (40, 64)], ids=str)
+def test_unaligned_results_are_not_streamed_to(shape, streaming):
+    """A vector stored past the cache has to be aligned, or the processor stops the program."""
+    x = drawn(shape, "float32", 0)
+    expected = nbnorm.batch_norm_forward(x)
+    streaming(True)
+    out = lay_out(np.zeros_like(x), "unaligned")
+    nbnorm.batch_norm_forward(x, out=out)
+    assert_same_bits(out, expected.y, "y")
+    nbnorm.batch_norm_backward(x, x, None, expected.mean, expected.rstd, out=out)
+    wanted = nbnorm.batch_norm_backward(x, x, None, expected.mean, expected.rstd).dx
+    assert_same_bits(out, wanted, "dx")
+
+
 STORES = """
 import numpy as np, nbnorm
 from nbnorm.cpu import kernels
@@ -138,17 +152,23 @@ for shape in ((3, 4, 20, 20), (40, 64)):
 for traversal in (kernels.rows, kernels.columns):
     for kernel in (traversal.forward, traversal.backward):
         (code,) = kernel.serial.inspect_asm().values()
+        (ir,) = kernel.serial.inspect_llvm().values()
         lines = code.splitlines()
-        print("vfmadd" in code, *{line.split()[0] for line in lines if "movnt" in line})
+        stores = {line.split()[0] for line in lines if "movnt" in line}
+        print("fence seq_cst" in ir, "vfmadd" in code, *stores)
 """
 
 
-def test_kernels_hold_streaming_stores_of_whole_vectors(tmp_path):
-    """A store value by value would take ten times as long, and no test of values would tell."""
+def test_kernels_hold_streaming_stores_of_whole_vectors_and_a_fence(tmp_path):
+    """A store value by value would take ten times as long, and no test of values would tell.
+
+    Nor would one see a missing fence here: another thread would now and then read what was before.
+    """
     # Code from a cache cannot be read.
     printed = run_child("-c", STORES, NUMBA_CACHE_DIR=str(tmp_path))
     for line in printed.splitlines():
-        multiplies_and_adds, *stores = line.split()
+        fenced, multiplies_and_adds, *stores = line.split()
+        assert fenced == "True"
         if multiplies_and_adds != "True":
             pytest.skip("the processor is not an x86 with fused multiply-add")
         assert stores

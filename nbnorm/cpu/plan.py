@@ -129,8 +129,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
 def _shares(items: int, most: int) -> tuple[int, int]:
     """How many chunks of at most so many items, and how many items each has but the last."""
     chunks = _ceil(items, most)
-    per = _ceil(items, chunks)
-    return _ceil(items, per), per
+    return chunks, _ceil(items, chunks)
 
 
 def _channels_of(units: int, C: int, chunks: int) -> int:

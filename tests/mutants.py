@@ -1,0 +1,365 @@
+"""Lines of nbnorm, each with a fault, and the tests that should notice it: see mutate.py."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str
+    original: str  # stands once in the file
+    mutated: str
+    tests: str  # arguments of pytest, in tests/
+    reason: str = ""  # why no test can notice
+
+
+def of(file, *groups):
+    """Return the mutants of a file, given as (tests, (original, mutated[, reason]), ...)."""
+    return [
+        Mutant(f"nbnorm/{file}.py", line[0], line[1], tests, *line[2:])
+        for tests, *lines in groups
+        for line in lines
+    ]
+
+
+LAYOUT = of(
+    "_layout",
+    (
+        "test_layout.py",
+        ("(n > 0 and C * S >= SAMPLE)", "C * S >= SAMPLE"),
+        ("if any(stride % itemsize for stride in strides):", "if False:"),
+        ("n > 0 and C * S >= SAMPLE", "n > 0"),
+        ("(c > S and S >= PLANE)", "c > S"),
+        ("(c > S and S >= PLANE)", "S >= PLANE"),
+        ("(S == 1 or s == 1)", "s == 1"),
+        ("(S == 1 or s == 1)", "True"),
+        ("(C == 1 or c == S", "(c == S"),
+        ("(N == 1 or n == C * S", "(n == C * S"),
+        ("strides[outer] != strides[inner] * shape[inner]", "False"),
+        (
+            "if long[begin:end] != channels:",
+            "if False:",
+            "axes apart or out of order merge to no stride that fits; None says so at once",
+        ),
+        ("sum(i < channel_axes[0] for i in long)", "0"),
+        ("shape[i] > 1 and strides[i] != expected", "strides[i] != expected"),
+        ("if shape[i] > 1 and strides[i] != expected:", "if False:"),
+    ),
+)
+
+FRAME = of(
+    "_frame",
+    (
+        "test_streaming.py::test_unaligned_results_are_not_streamed_to",
+        ("return self.memory.aligned(array) and (", "return (True) and ("),
+    ),
+    ("test_layout.py", ("turned[...] = target.written.reshape(turned.shape)", "pass")),
+    (
+        "test_results.py::test_bfloat16_parameters_give_bfloat16_gradients",
+        ("self.x.dtype if gamma is None else gamma.dtype", "self.x.dtype"),
+    ),
+)
+
+FUNCTIONAL = of(
+    "functional",
+    (
+        "test_overlap.py::test_running_statistics_within_x",
+        ('_checks.apart(mean_, "running_mean", frame.x, "x")', "pass"),
+        ('_checks.apart(var_, "running_var", frame.x, "x")', "pass"),
+    ),
+    (
+        "test_arithmetic.py::test_running_statistics_forward_are_those_of_update",
+        ("momentum, frame.m - taken)", "momentum, frame.m)"),
+        ("move(mean_, var_, mean, m2, momentum", "move(mean_, var_, mean, m2, 1 - momentum"),
+    ),
+    (
+        "test_arithmetic.py::test_relu_lets_no_gradient_pass_at_0",
+        ("want_dresidual and y is not None", "want_dresidual"),
+        ("if want_dx and training:", "if want_dx:"),
+        ("frame.parameter_gradient(sums[1], gamma_)", "frame.parameter_gradient(sums[0], gamma_)"),
+        ("frame.parameter_gradient(sums[0], gamma_)", "frame.parameter_gradient(sums[1], gamma_)"),
+    ),
+    (
+        "test_errors.py::test_too_few_values_per_channel",
+        ("        if alone:\n", "        if not alone:\n"),
+    ),
+)
+
+CHECKS = of(
+    "_checks",
+    (
+        "test_overlap.py",
+        ("i == j or n <= 1 for i, j, n", "True for i, j, n"),
+        ("return len(places) < prod(shape)", "return False"),
+        (
+            "return True  # fewer places than elements",
+            "pass",
+            "going through the places, which this saves, comes to the same",
+        ),
+        ("if step <= inside:", "if step < inside:"),
+        ("inside += step * (n - 1)", "inside = step * (n - 1)"),
+        ("(abs(step), n) for", "(step, n) for"),
+        ("refuse rather than corrupt\n        return True", "\n        return False"),
+    ),
+    (
+        "test_results.py::test_x_as_out_with_another_stride_along_an_axis_of_one",
+        ("i == j or n <= 1 for i, j, n", "i == j for i, j, n"),
+    ),
+    (
+        "test_results.py::test_out_that_overlaps_an_input",
+        ('["data"][0] == b.__array_interface__["data"][0]', '["data"][0]'),
+    ),
+    (
+        "test_results.py::test_read_only_out",
+        ("if not array.flags.writeable:", "if False:"),
+    ),
+    (
+        "test_results.py::test_running_statistics_that_share_memory",
+        ("if distinct and written.flags.owndata", "if written.flags.owndata"),
+    ),
+    (
+        "test_errors.py::test_arrays_of_another_dtype_than_x",
+        ("if out.dtype != x.dtype:", "if False:"),
+        ("if array.dtype != x.dtype:", "if False:"),
+    ),
+    (
+        "test_errors.py::test_eps_that_is_negative_or_not_finite",
+        ("if not 0 <= value < math.inf:", "if not 0 <= value:"),
+        ("if not 0 <= value < math.inf:", "if not value < math.inf:"),
+    ),
+    (
+        "test_errors.py::test_too_few_values_per_channel",
+        ("if 0 < m <= correction:", "if 0 < m < correction:"),
+    ),
+    (
+        "test_errors.py::test_axis_repeated test_errors.py::test_no_axis_left_to_reduce",
+        ("sorted(i % ndim for i in given)", "sorted(given)"),
+        ("if len(set(axes)) < len(axes):", "if False:"),
+        ("if len(axes) == ndim:", "if False:"),
+    ),
+    (
+        "test_errors.py::test_axis_out_of_range",
+        ("-ndim <= i < ndim", "-ndim <= i <= ndim"),
+        ("-ndim <= i < ndim", "-ndim - 1 <= i < ndim"),
+    ),
+    (
+        "test_arithmetic.py::test_a_count_of_none_is_for_empty_arrays",
+        ("if m < (x.size > 0):", "if m < 0:"),
+        ("if m < (x.size > 0):", "if m < 1:"),
+    ),
+)
+
+PLAN = of(
+    "cpu/plan",
+    (
+        "test_plan.py",
+        ("* itemsize > caches.last", "* itemsize >= caches.last"),
+        ("return chunks, _ceil(items, chunks)", "return chunks, most"),
+        ("min(block, C // (SHARES * threads))", "min(block, C)"),
+        ("threads > 1 and N * C * S >= SERIAL_BELOW", "threads > 1"),
+        ("threads > 1 and N * C * S >= SERIAL_BELOW", "N * C * S >= SERIAL_BELOW"),
+        ("        if fold == 1:\n", "        if True:\n"),
+        ("max(1, min(block, C)), max", "min(block, C), max"),
+        ("return max(1, SAMPLE // (C * S))", "return SAMPLE // (C * S)"),
+        ("return -(-a // b)", "return a // b"),
+    ),
+)
+
+CHANNEL = of(
+    "cpu/channel",
+    (
+        "test_digits.py::test_a_mean_of_dy_between_two_floats_is_taken_off_whole",
+        ("q[c] = l - lo * p_c", "q[c] = -lo * p_c"),
+    ),
+    (
+        "test_arithmetic.py::test_beta_takes_what_the_mean_has_beyond_its_float32",
+        ("b[c] = beta[c] - lo * a_c", "b[c] = beta[c]"),
+        ("(scaled - lo * sum_dy[c])", "scaled"),
+        ("q[c] = l - lo * p_c", "q[c] = l"),
+    ),
+    (
+        "test_arithmetic.py::test_rstd_of_no_spread_is_0_and_else_follows_ieee",
+        ("return 0.0 if spread == 0 else 1 / np.sqrt(spread)", "return 1 / np.sqrt(spread)"),
+        ("0.0 if spread == 0", "0.0 if spread <= 1e-300"),
+    ),
+    (
+        "test_arithmetic.py::test_squares_beyond_the_range_of_float32",
+        ("not (q <= limits.max) or", ""),
+    ),
+    (
+        "test_arithmetic.py::test_squares_among_the_subnormal_numbers_round_a_mean_of_0",
+        ("q < k * limits.tiny * 2.0**26 or", ""),
+    ),
+    (
+        "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
+        ("or k * d * d > m2 / 4", ""),
+    ),
+    (
+        "test_arithmetic.py::test_moments_of_one_value_and_of_many_merge",
+        ("delta + d * (k / total)", "delta + d * (count / total)"),
+        ("m2 + m2_k + d * d * (count * k / total)", "m2 + m2_k"),
+    ),
+    (
+        "test_digits.py::test_first_values_far_off_cost_the_later_ones_no_digit",
+        ("(shift_k[c] - shift[c]) + delta_k[c]", "delta_k[c]"),
+    ),
+    (
+        "test_arithmetic.py::test_a_power_of_two_next_to_rstd_is_one",
+        ("0x7FF0000000000000", "0x7FFFFFFFFFFFFFFF"),
+        ("min(max(np.int64(exponent).view(np.float64), least), 2.0**127)",
+         "max(np.int64(exponent).view(np.float64), least)"),
+        ("max(np.int64(exponent).view(np.float64), least)",
+         "np.int64(exponent).view(np.float64)"),
+    ),
+    (
+        "test_arithmetic.py::test_every_value_of_a_column_is_counted_once",
+        ("half = (n + 1) // 2", "half = n // 2"),
+    ),
+)  # fmt: skip
+
+ROWS = of(
+    "cpu/rows",
+    (
+        "test_arithmetic.py::test_every_value_of_a_row_is_counted_once",
+        ("each(size, element.add_row,", "each(size - 1, element.add_row,"),
+        ("each(size, element.add_gradient_row,", "each(size - 1, element.add_gradient_row,"),
+        ("((wide[0] + wide[4]) + (wide[2] + wide[6]))", "((wide[0] + wide[4]) + wide[2])"),
+    ),
+    (
+        "test_arithmetic.py::test_squares_beyond_the_range_of_float32",
+        ("if lost(m, mean, q, merged[2], s_lanes):", "if False:"),
+    ),
+    (
+        "test_digits.py::test_values_alike_but_the_first_ones_round_each_alike",
+        ("center = K + d / m", "center = K"),
+    ),
+    (
+        "test_digits.py::test_first_values_far_off_cost_the_later_ones_no_digit",
+        ("            shift = K + mean", "            pass"),
+        ("    each(LANES, element.fill, (0, lanes))\n", ""),
+        ("shift\n    merged = merge(count", "shift * 0\n    merged = merge(count"),
+    ),
+    (
+        "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
+        (
+            "return others == 0",
+            "return False",
+            "a dead channel's float64 sums are exact zeros too, and only take longer",
+        ),
+        ("return others == 0", "return True"),
+    ),
+)
+
+COLUMNS = of(
+    "cpu/columns",
+    (
+        "test_digits.py::test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only",
+        ("RUN_ROWS = 32", "RUN_ROWS = 128"),
+    ),
+    (
+        "test_digits.py::test_first_values_far_off_cost_the_later_ones_no_digit",
+        ("                    shift[c] = K64 + mean", "                    pass"),
+    ),
+    (
+        "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
+        ("gone[c] = lost(m, mean, q[c], new_merged[c], k)", "gone[c] = False"),
+        ("center = K + s / m", "center = K"),
+        ("q, q_rest = add_exactly(q, d * d - q_rest)", "q, q_rest = add_exactly(q, d * d)"),
+    ),
+    (
+        "test_arithmetic.py::test_sums_one_after_the_other_carry_their_rounding",
+        ("return grown, (grown - so_far) - value", "return grown, 0.0"),
+    ),
+    (
+        "test_arithmetic.py::test_every_value_of_a_column_is_counted_once",
+        ("(min(r1, N // fold) - r0) // 4 * 4", "(r1 - r0) // 4 * 4"),
+        ("        each(size, element.drain, (s, s64))\n", ""),
+        (
+            "        each(size, element.drain, (q, q64))\n",
+            "",
+            "squares of sum 0 count as lost and are taken again in float64: it takes longer",
+        ),
+        ("        each(hi.size, element.drain, (t, t64))\n", ""),
+    ),
+    (
+        "test_arithmetic.py::test_a_constant_channel_has_no_m2_at_all",
+        ("    if same:\n", "    if False:\n",
+         "a dead channel's second pass gives exact zeros too, and only takes longer"),
+    ),
+)  # fmt: skip
+
+ELEMENT = of(
+    "cpu/element",
+    (
+        "test_arithmetic.py::test_relu_at_its_edge_forward",
+        ("floor if v <= floor else v", "floor if v < floor else v"),
+        ("floor if v <= floor else v", "v if v > floor else floor"),
+        ("v += load(residual, j)", "v -= load(residual, j)"),
+    ),
+    (
+        "test_arithmetic.py::test_the_mask_is_strict",
+        ("return dy if y > 0 else zero", "return dy if y >= 0 else zero"),
+        ("return dy if v > least else zero", "return dy if v >= least else zero"),
+    ),
+    (
+        "test_arithmetic.py::test_every_value_of_a_row_is_counted_once",
+        ("(d0 + d1) + (d2 + d3)", "(d0 + d1) + d2"),
+        ("(d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)", "(d0 * d0 + d1 * d1) + d2 * d2"),
+        ("(g0 + g1) + (g2 + g3)", "(g0 + g1) + g2"),
+        ("(t0 + t1) + (t2 + t3)", "(t0 + t1) + t2"),
+    ),
+    (
+        "test_arithmetic.py::test_every_value_of_a_column_is_counted_once",
+        ("    wide[j] += sums[j]\n    sums[j] = 0", "    wide[j] += sums[j]"),
+    ),
+)
+
+STORAGE = of(
+    "cpu/storage",
+    (
+        "test_halves.py::test_rounding_at_between_and_beside_every_pattern",
+        (" + ((bits >> 16) & np.int32(1))", ""),
+        ("np.int32(0x7FFF)", "np.int32(0x8000)"),
+        ("return np.int16((quiet if value != value else rounded) >> 16)",
+         "return np.int16(bits >> 16)"),
+    ),
+    (
+        "test_halves.py::test_a_nan_of_any_payload_stays_one_in_bfloat16",
+        ("quiet if value != value else rounded", "rounded"),
+        ("bits | np.int32(0x400000)", "bits"),
+    ),
+    (
+        "test_halves.py::test_relu_stops_what_is_too_small_to_be_stored",
+        ("np.float32(2.0**-25)", "np.float32(0)"),
+        ("np.float32(2.0**-134)", "np.float32(2.0**-133)"),
+    ),
+)  # fmt: skip
+
+MOMENTS = of(
+    "moments",
+    (
+        "test_moments.py test_arithmetic.py::test_an_empty_batch_and_a_full_one_merge",
+        ("elif count_b > 0:", "else:"),
+        ("d * (count_b / total)", "d * (count / total)"),
+        ("d * d * (count * count_b / total)", "d * d"),
+        ("np.where(total == 0, 0.0,", "np.where(total < 0, 0.0,"),
+        ("rstd if count > 0 else np.zeros_like(rstd)", "rstd"),
+        ("(1.0 - momentum) * old.astype(np.float64)", "old.astype(np.float64)"),
+        ("m2 / float(count - correction)", "m2 / float(count)"),
+        ("    if count > 0:\n        move", "    if True:\n        move"),
+        ("[array.copy() for array in running.values()]", "list(running.values())"),
+        ("    if count < 0:\n", "    if False:\n"),
+    ),
+)
+
+INTRINSICS = of(
+    "cpu/intrinsics",
+    (
+        "test_streaming.py::test_kernels_hold_streaming_stores_of_whole_vectors_and_a_fence",
+        ('        builder.fence("seq_cst")\n', ""),
+        ('                store.set_metadata("nontemporal", hint)\n', ""),
+    ),
+)
+
+MUTANTS = [
+    *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
+    *(*STORAGE, *MOMENTS, *INTRINSICS),
+]

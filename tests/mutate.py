@@ -1,0 +1,88 @@
+"""Change one line of nbnorm at a time and see that a test notices: `python tests/mutate.py [word]`.
+
+The lines are in mutants.py; a word picks those of files or lines that contain it. Each mutant runs
+its own few tests on a copy of the package. It is killed where they fail, crash or never end. One
+that stays alive needs a reason in the table: that it changes time and no value, say.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mutants import MUTANTS
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 300  # seconds
+
+
+def run(tests, folder):
+    """Run tests on a copy; return "alive", "killed" or "no test ran"."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    # Bytecode is told from stale by seconds and size, which a mutant of the same second may have.
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        code = subprocess.run(
+            [*command, *tests.split()],
+            cwd=folder / "tests",
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=LIMIT,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return "killed"
+    if code == 0:
+        return "alive"
+    # 1 is a failed test, a negative number a signal; the rest is pytest's own trouble.
+    return "killed" if code == 1 or code < 0 else "no test ran"
+
+
+def judge(mutant, folder):
+    """Return what became of a mutant; leave the copy as it was."""
+    path = folder / mutant.file
+    source = path.read_text()
+    if source.count(mutant.original) != 1:
+        return "does not apply"
+    path.write_text(source.replace(mutant.original, mutant.mutated))
+    try:
+        return run(mutant.tests, folder)
+    finally:
+        path.write_text(source)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("word", nargs="?", default="", help="part of a file's name or of a line")
+    word = parser.parse_args().word
+    chosen = [m for m in MUTANTS if word in m.file or word in m.original]
+    found = {"killed": 0, "alive, with a reason": 0}
+    bad = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for part in ("nbnorm", "tests", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
+        everything = sorted({test for m in chosen for test in m.tests.split()})
+        if run(" ".join(everything), folder) != "alive":
+            sys.exit("the tests fail without any mutant: " + " ".join(everything))
+        for m in chosen:
+            begin = time.perf_counter()
+            result = judge(m, folder)
+            if result == "alive" and m.reason:
+                result = "alive, with a reason"
+            found[result] = found.get(result, 0) + 1
+            bad += result not in ("killed", "alive, with a reason")
+            line = f"{m.file}: {m.original.strip()!r} -> {m.mutated.strip()!r}"
+            print(f"{result:20} {time.perf_counter() - begin:4.0f} s  {line}", flush=True)
+    print(f"{len(chosen)} mutants:", ", ".join(f"{n} {result}" for result, n in found.items()))
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

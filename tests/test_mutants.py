@@ -1,0 +1,23 @@
+"""The table of mutants is in step with the source; `python tests/mutate.py` runs it."""
+
+import re
+from pathlib import Path
+
+from mutants import MUTANTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_line_stands_in_its_file_once():
+    for mutant in MUTANTS:
+        found = (ROOT / mutant.file).read_text().count(mutant.original)
+        assert found == 1, f"{mutant.original!r} stands {found} times in {mutant.file}"
+        assert mutant.mutated != mutant.original
+
+
+def test_every_test_is_there():
+    for mutant in MUTANTS:
+        for test in mutant.tests.split():
+            file, _, name = test.partition("::")
+            source = (ROOT / "tests" / file).read_text()
+            assert not name or re.search(rf"^def {name}\(", source, re.MULTILINE), test
