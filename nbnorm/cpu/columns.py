@@ -140,15 +140,18 @@ def add_exactly(so_far, value):
 
 @ordered
 def moments64(x, grid, n0, n1, c, K):
-    """Mean from K and M2 of x[n0:n1, c, :] in two passes, for sums lost in x's dtype."""
+    """Mean, as a value near it and the rest, and M2 of x[n0:n1, c, :] in two passes.
+
+    For sums that were lost in x's dtype.
+    """
     S = grid[2]
     m = (n1 - n0) * S
     s, _, same = sums64(x, grid, n0, n1, c, K)
     if same:
-        return 0.0, 0.0
+        return K, 0.0, 0.0
     center = K + s / m
     s, q, _ = sums64(x, grid, n0, n1, c, center)
-    return (center - K) + s / m, q - s * s / m
+    return center, s / m, q - s * s / m
 
 
 @ordered
@@ -216,11 +219,11 @@ def stats(x, grid, c0, c1, k, partial):
         for c in range(channels):
             if gone[c]:
                 K64 = np.float64(center[c])
-                mean, m2_tile = moments64(x, grid, n0, n1, c0 + c, K64)
+                near, rest, m2_tile = moments64(x, grid, n0, n1, c0 + c, K64)
                 if count == 0:  # a shift that far off would cost delta its digits
-                    shift[c] = K64 + mean
+                    shift[c] = near
                 _, new_delta[c], new_m2[c] = merge(
-                    count, delta[c], m2[c], m, K64 - shift[c] + mean, m2_tile
+                    count, delta[c], m2[c], m, (near - shift[c]) + rest, m2_tile
                 )
         count += m
         # Array assignments would bring in the text of an error message: half a second to compile.

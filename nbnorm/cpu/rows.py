@@ -103,14 +103,17 @@ def sums64(x, n0, n1, c, s, size, K):
 
 @ordered
 def moments64(x, n0, n1, c, s, size, K):
-    """Mean from K and M2 of a tile in two passes, for sums that were lost in x's dtype."""
+    """Mean, as a value near it and the rest, and M2 of a tile in two passes.
+
+    For sums that were lost in x's dtype.
+    """
     if constant(x, n0, n1, c, s, size, K):
-        return 0.0, 0.0
+        return K, 0.0, 0.0
     m = (n1 - n0) * size
     d, _ = sums64(x, n0, n1, c, s, size, K)
     center = K + d / m
     d, q = sums64(x, n0, n1, c, s, size, center)
-    return (center - K) + d / m, q - d * d / m
+    return center, d / m, q - d * d / m
 
 
 @ordered
@@ -139,11 +142,10 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     from_shift = np.float64(K) - shift
     merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
     if lost(m, mean, q, merged[2], s_lanes):
-        mean, m2_tile = moments64(x, n0, n1, c, s, size, np.float64(K))
+        near, rest, m2_tile = moments64(x, n0, n1, c, s, size, np.float64(K))
         if count == 0:  # a shift that far off would cost delta its digits
-            shift = K + mean
-            from_shift = np.float64(K) - shift
-        merged = merge(count, delta, m2, m, from_shift + mean, m2_tile)
+            shift = near
+        merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
     partial[0, k, c], partial[2, k, c], partial[3, k, c] = merged
     partial[1, k, c] = shift
 
