@@ -7,6 +7,9 @@ process, compiles.
 
 from collections import deque
 from itertools import product
+from math import prod
+
+import numpy as np
 
 import nbnorm
 from benchmarks.peers import OPS, Batch
@@ -52,3 +55,43 @@ class NewResults:
         results = deque(maxlen=held)
         for _ in range(rounds):
             results.append(nbnorm.batch_norm_forward(self.x).y)
+
+
+# Channels, and how many results, for each range of sizes.
+MIXED = {"0.3-1.8 MB": (16, 200), "2-8 MB": (64, 60), "40-60 MB": (1200, 6)}
+
+
+class MixedResults:
+    """Results of sizes that never repeat, with the pool and without: time and memory.
+
+    With the pool no pattern may take longer, nor keep more memory than was in use at once.
+    """
+
+    params = (list(MIXED), [1, 30], [True, False])
+    param_names = ("sizes", "held", "pool")
+
+    def setup_cache(self):
+        for C, _ in MIXED.values():
+            nbnorm.warmup((8, C, 40, 40))
+
+    def setup(self, sizes, held, pool):
+        C, number = MIXED[sizes]
+        rng = np.random.default_rng(0)
+        planes = (
+            rng.integers(24, 61, (number, 2)) if C < 1200 else rng.integers(34, 38, (number, 2))
+        )
+        self.x = Batch((8, C, 60, 60)).x.reshape(-1)
+        self.shapes = [(8, C, int(h), int(w)) for h, w in planes]
+        self.before = nbnorm.set_pool_limit(None if pool else 0)
+        self.time_loop(sizes, held, pool)
+
+    def teardown(self, sizes, held, pool):
+        nbnorm.set_pool_limit(self.before)
+
+    def time_loop(self, sizes, held, pool):
+        results = deque(maxlen=held)
+        for shape in self.shapes:
+            x = self.x[: prod(shape)].reshape(shape)
+            results.append(nbnorm.batch_norm_forward(x).y)
+
+    peakmem_loop = time_loop
