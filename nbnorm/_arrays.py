@@ -266,9 +266,10 @@ def _refuse_stand_in(obj: Array, name: str) -> None:
             "call nbnorm there through jax.pure_callback"
         )
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(obj, torch.Tensor):
+    tensor = getattr(torch, "Tensor", None)  # None of a torch that is being imported
+    if torch is None or tensor is None or not isinstance(obj, tensor):
         return
-    own = type(obj).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # FakeTensor, DTensor
+    own = type(obj).__torch_dispatch__ is not tensor.__torch_dispatch__  # FakeTensor, DTensor
     if own or torch._C._functorch.is_functorch_wrapped_tensor(obj):
         kind = _class_name(obj) if own else "tensor of torch.func (grad, vmap)"
         raise TypeError(
