@@ -525,7 +525,8 @@ class _BatchNormModule(_BatchNorm):
         counted = (
             self.training and self.track_running_stats and self.num_batches_tracked is not None
         )
-        if counted and input.numel() > 0:  # an empty batch moves no average
+        # An empty batch is none of those that are averaged; otherwise count it as PyTorch does.
+        if counted and (self.momentum is not None or input.numel() > 0):
             self.num_batches_tracked.add_(1)
             if self.momentum is None and torch.compiler.is_compiling():
                 # A number cannot depend on a tensor there: take the batch's own statistics.
