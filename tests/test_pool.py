@@ -5,7 +5,7 @@ import gc
 import pickle
 import sys
 import threading
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -254,6 +254,52 @@ def test_an_interrupt_at_any_instruction_neither_loses_nor_doubles_memory():
             break
         step += 1
     assert step > 200
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [lambda: bytes_(5 << 20), lambda: nbnorm.set_pool_limit(0)],
+    ids=["a result", "the limit"],
+)
+def test_a_signal_handler_may_use_the_pool_at_any_instruction(handler):
+    def work():
+        kept = [bytes_(4 << 20), bytes_(6 << 20)]
+        del kept[0]
+        kept += [bytes_(4 << 20), bytes_(7 << 20)]
+        assert not any(np.shares_memory(a, b) for a, b in combinations(kept, 2))
+
+    step = 1
+    while handled_at(step, work, handler):
+        assert in_use() == 0
+        nbnorm.set_pool_limit(0)
+        nbnorm.set_pool_limit(None)
+        step += 1
+    assert step > 100
+
+
+def handled_at(step, work, handler):
+    """Do `work`, with `handler` called at the step-th instruction of the pool's; whether it was."""
+    done = 0
+
+    def trace(frame, event, argument):
+        nonlocal done
+        if frame.f_code.co_filename != pool.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            done += 1
+            assert done < 100_000, "it goes on for ever"
+            if done == step:
+                handler()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return done >= step
 
 
 def test_a_result_that_lives_until_the_end_of_the_program():

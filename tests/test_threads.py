@@ -6,6 +6,7 @@ last tests.
 
 import hashlib
 import os
+import signal
 import threading
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
@@ -168,6 +169,55 @@ _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status))
 """
 
+WITHIN_A_TURN = """
+import faulthandler
+faulthandler.dump_traceback_later(60, exit=True)
+from test_threads import everything
+from nbnorm.cpu.threads import turn
+everything((16, 64, 28, 28), 1)
+with turn():  # as a signal handler does that comes between two lines of it
+    everything((16, 64, 28, 28), 1)
+print("done")
+"""
+
+# The loop is left by an interrupt alone: were one swallowed, it would go on until the time is up.
+INTERRUPTED = """
+import faulthandler, signal
+faulthandler.dump_traceback_later(120, exit=True)
+import numpy as np
+import nbnorm
+from nbnorm import pool
+x = np.random.default_rng(0).normal(size=(16, 64, 32, 32)).astype("float32")
+def step():
+    y, mean, rstd = nbnorm.batch_norm_forward(x)
+    return y, nbnorm.batch_norm_backward(y, x, None, mean, rstd).dx
+expected = [array.copy() for array in step()]
+armed, caught = False, 0
+def handler(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+def loop():
+    while True:
+        step()
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.0011, 0.0011)
+while caught < 500:
+    armed = True
+    try:
+        loop()
+    except KeyboardInterrupt:
+        caught += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+results = step()
+assert all((a == b).all() for a, b in zip(results, expected))
+del results
+idle = pool.idle()[0]
+assert pool._pool._in_use() == 0 and 0 < idle <= 2 * x.nbytes, idle
+print("done")
+"""
+
 
 def in_this_folder(code):
     return f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
@@ -190,6 +240,16 @@ def test_a_forked_child_can_call(layer, before):
         pytest.skip(f"Numba has no {layer} layer here")
     printed = run_child("-c", in_this_folder(FORKED), before, **environment_of(layer))
     assert printed.split() == ["0"]
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
+@pytest.mark.parametrize("code", [WITHIN_A_TURN, INTERRUPTED], ids=["within a turn", "interrupted"])
+def test_no_interrupt_hangs_a_program(layer, code):
+    if not has_layer(layer):
+        pytest.skip(f"Numba has no {layer} layer here")
+    if code is INTERRUPTED and not hasattr(signal, "setitimer"):
+        pytest.skip("no timer's signals on this system")
+    assert run_child("-c", in_this_folder(code), **environment_of(layer)).split() == ["done"]
 
 
 def has_layer(layer):

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import numba
 
 # The workqueue layer aborts the process where two threads run parallel kernels at the same time.
-_one_at_a_time = threading.Lock()
+# Reentrant: a signal handler or a finaliser with kernels of its own runs within a thread's turn.
+_one_at_a_time = threading.RLock()
 _no_wait = nullcontext()
 _serial_only = False
 
@@ -31,7 +32,7 @@ def turn() -> AbstractContextManager[object]:
 def _after_fork() -> None:
     """GNU OpenMP ends a child that uses threads its parent had started: stay serial in it."""
     global _one_at_a_time, _serial_only
-    _one_at_a_time = threading.Lock()
+    _one_at_a_time = threading.RLock()
     with suppress(ValueError):  # not started yet: the child starts its own
         _serial_only = _serial_only or numba.threading_layer() == "omp"
 
