@@ -856,9 +856,11 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
     """Have a module take its batches' statistics and keep no average; collect their moments."""
-    seen = Pairwise()
+    seen, collecting = Pairwise(), True
 
     def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], __: Tensor) -> None:
+        if not collecting:
+            return
         x = _array(inputs[0] if inputs else named["input"])
         moments = batch_norm_stats(x)
         if moments.count > 0:
@@ -868,19 +870,21 @@ def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
     modes: list[tuple[bool, bool]] = []
 
     def train(*_: object) -> None:
-        modes.append((norm.training, norm.track_running_stats))
-        norm.training, norm.track_running_stats = True, False
+        if collecting:
+            modes.append((norm.training, norm.track_running_stats))
+            norm.training, norm.track_running_stats = True, False
 
     def restore(*_: object) -> None:
-        norm.training, norm.track_running_stats = modes.pop()
+        if modes:
+            norm.training, norm.track_running_stats = modes.pop()
 
-    hooks = (
-        norm.register_forward_pre_hook(train),
-        norm.register_forward_hook(restore, always_call=True),
-        norm.register_forward_hook(see, with_kwargs=True),
-    )
-    try:
+    hooks: list[Any] = []
+    try:  # an interrupt at any line may leave a hook behind, which then does nothing
+        hooks.append(norm.register_forward_pre_hook(train))
+        hooks.append(norm.register_forward_hook(restore, always_call=True))
+        hooks.append(norm.register_forward_hook(see, with_kwargs=True))
         yield seen
     finally:
+        collecting = False
         for hook in hooks:
             hook.remove()

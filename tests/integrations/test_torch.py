@@ -1287,6 +1287,40 @@ def test_recalibration_that_fails_changes_nothing():
         pass
 
 
+def test_recalibration_interrupted_at_any_call_leaves_no_module_in_training():
+    """As by Ctrl-C: a signal's handler runs where a call has returned."""
+    code, step, left = integration._collecting.__wrapped__.__code__, 0, 0
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if frame.f_back is None or frame.f_back.f_code is not code:
+            return trace
+        left -= event == "return"
+        if left == 0:
+            left = -1
+            raise KeyboardInterrupt
+        return trace
+
+    while left <= 0:
+        step += 1
+        left = step
+        model = nn.Sequential(nn.BatchNorm1d(1)).eval()
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with recalibrate(model):
+                pass
+        except (KeyboardInterrupt, ValueError):
+            pass
+        finally:
+            sys.settrace(before)
+        x = torch.tensor([[1.0], [3.0]])
+        torch.testing.assert_close(model(x), x, atol=1e-4, rtol=1e-4)
+        assert not model[0].training
+        assert model[0].track_running_stats
+    assert step > 6
+
+
 def test_a_compiled_model_is_recalibrated():
     torch._dynamo.reset()
     batches, models = uneven(torch.float32), []
