@@ -262,8 +262,8 @@ def _refuse_stand_in(obj: Array, name: str) -> None:
         f"{cls.__module__}.{cls.__name__}" == "jax._src.core.Tracer" for cls in type(obj).__mro__
     ):
         raise TypeError(
-            f"{name} is a JAX tracer, which has no values inside jax.jit, grad or vmap; "
-            "call nbnorm there through jax.pure_callback"
+            f"{name} is a JAX tracer, which has no values; "
+            "call nbnorm through jax.pure_callback, which has no gradient"
         )
     torch = sys.modules.get("torch")
     tensor = getattr(torch, "Tensor", None)  # None of a torch that is being imported
