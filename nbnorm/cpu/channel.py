@@ -91,16 +91,16 @@ def size_of(value):
 
 
 @ordered
-def unit_for(a, most, like):
+def unit_for(a, least, most, like):
     """Power of two u for which v u, v = x - hi, and a / u are in the dtype's range as v a is.
 
-    1 where a is in that range itself; at most `most`, a power of two.
+    1 where a is in that range itself; `least` where a / u allows it, at most `most`.
     """
     tiny = np.float64(np.finfo(like.dtype).tiny)
     size = size_of(a)
     if not size < np.inf:
         return 1.0
-    unit = max(1.0, size * tiny)
+    unit = max(least, size * tiny)
     unit = unit if size == 0 else min(unit, size / tiny)
     return max(min(unit, most), tiny)
 
@@ -129,7 +129,7 @@ def affine_channel(c, mean, rstd, gamma, beta, hi, u, a, b):
     """See `affine`."""
     center, lo = split(mean[c], hi)
     a_c = np.float64(gamma[c]) * rstd[c]
-    unit = unit_for(a_c, most_for(center, hi), hi)
+    unit = unit_for(a_c, 1.0, most_for(center, hi), hi)
     hi[c] = center * unit
     u[c] = unit
     a[c] = in_range(a_c / unit, hi)
@@ -226,17 +226,23 @@ def finish_sums(partial, norm, c0, c1, x, sums):
 def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
     """v and f of `factors`."""
     a = np.float64(gamma[c]) * rstd[c]
-    most = np.inf
+    least, most = 1.0, np.inf
     if sums is not None:
         limits = np.finfo(u.dtype)
         tiny = np.float64(limits.tiny)
         mean_dy, mean_dy_xhat = sums[0, c0 + c] / count, sums[1, c0 + c] / count
-        most = u[c] / (2 * size_of(rstd[c] * mean_dy_xhat) * tiny)
+        p = size_of(rstd[c] * mean_dy_xhat)
+        most = u[c] / (2 * p * tiny)
         size = max(size_of(mean_dy), size_of(mean_dy_xhat))
         # x_hat is at most the root of count, and what is subtracted from dy so many times as large.
-        if np.float64(limits.max) * 2.0**-28 <= size < np.inf:
+        room = np.float64(limits.max) * 2.0**-28
+        if room <= size < np.inf:
             most = min(most, 2.0**-24)
-    v[c] = unit_for(a, most, u)
+        # p v / u must be a normal number, too. A dy of one value is count times its mean.
+        elif 0 < p < tiny * u[c]:
+            least = min(tiny * u[c] / p, size_of(room / size), 2.0**126)
+            least = max(least, 1.0)
+    v[c] = unit_for(a, least, most, u)
     f[c] = in_range(a / v[c], u)
 
 
