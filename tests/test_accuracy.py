@@ -185,7 +185,7 @@ def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
     dy = np.zeros_like(x)
     dy[0], dy[1] = 1e10, 1e-20
     gamma = np.full(1, 1e30)
-    y, mean, rstd = nbnorm.batch_norm_forward(x, gamma, eps=0.0)
+    _, mean, rstd = nbnorm.batch_norm_forward(x, gamma, eps=0.0)
     dx = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd)[0]
     want = reference.batch_norm_backward(dy, x, gamma, mean, rstd)[0]
     np.testing.assert_allclose(dx, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
