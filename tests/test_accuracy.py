@@ -172,23 +172,34 @@ def test_huge_and_tiny_scales_far_from_zero(shape, axis, scale, offset):
 def test_gradients_that_only_a_large_gamma_brings_back_into_range(
     shape, axis, x_scale, dy_scale, gamma
 ):
-    """rstd mean(dy x_hat) is subnormal or 0 in float32: without v, dx was off by all of itself."""
+    """rstd mean(dy x_hat) is subnormal or 0 in float32; so rounded, it left dx off by 77 %."""
     x, _, _, dy = draw(shape, axis, "float32")
     x, dy = (x * x_scale).astype("float32"), (dy * dy_scale).astype("float32")
     gamma = np.full(channels_of(shape, axis), gamma)
     assert_accurate(x, gamma, None, dy, axis=axis, eps=0.0)
 
 
-def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
-    """The mean of dy bounds v: mean(dy x_hat) says little of a dy where x is its mean."""
-    x = np.float32([0, 1e30, -1e30, 3e30, -3e30] * 200)[:, None]
-    dy = np.zeros_like(x)
-    dy[0], dy[1] = 1e10, 1e-20
-    gamma = np.full(1, 1e30)
+def assert_dx_near_the_reference(dy, x, gamma):
     _, mean, rstd = nbnorm.batch_norm_forward(x, gamma, eps=0.0)
     dx = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd)[0]
     want = reference.batch_norm_backward(dy, x, gamma, mean, rstd)[0]
     np.testing.assert_allclose(dx, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+
+
+def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
+    """The mean of dy bounds v: mean(dy x_hat) says little of a dy where x is its mean."""
+    x = np.float32([0, 1e30, -1e30, 3e30, -3e30] * 200)[:, None]
+    dy = np.zeros_like(x)
+    dy[0], dy[1] = 1e30, 1e-20
+    assert_dx_near_the_reference(dy, x, np.full(1, 1e30))
+
+
+def test_a_mean_of_dy_x_hat_that_is_nearly_0_keeps_v_in_range():
+    """p, of 1e-78, would ask for a v of 1e40."""
+    x = np.float32([1e26, 1e36, -1e36, -1e26] * 10)[:, None]
+    dy = np.zeros_like(x)
+    dy[0], dy[3] = 1e-30, -1e-30
+    assert_dx_near_the_reference(dy, x, np.full(1, 1e38))
 
 
 @cases

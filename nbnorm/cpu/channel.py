@@ -94,7 +94,8 @@ def size_of(value):
 def unit_for(a, least, most, like):
     """Power of two u for which v u, v = x - hi, and a / u are in the dtype's range as v a is.
 
-    1 where a is in that range itself; `least` where a / u allows it, at most `most`.
+    1 where a is in that range itself; at least `least`, which is 1 or more, where a / u allows it,
+    and at most `most`; both are powers of two.
     """
     tiny = np.float64(np.finfo(like.dtype).tiny)
     size = size_of(a)
@@ -234,14 +235,14 @@ def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
         p = size_of(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
         size = max(size_of(mean_dy), size_of(mean_dy_xhat))
-        # x_hat is at most the root of count, and what is subtracted from dy so many times as large.
+        # x_hat is at most the root of count, and what is subtracted from dy so many times as large;
+        # so is dy itself, count times its mean, where only one value of it is not 0.
         room = np.float64(limits.max) * 2.0**-28
-        if room <= size < np.inf:
+        if size < room:
+            if 0 < p < tiny * u[c]:  # p v / u must be a normal number
+                least = min(tiny * u[c] / p, size_of(room / size), 1 / tiny)
+        elif size < np.inf:
             most = min(most, 2.0**-24)
-        # p v / u must be a normal number, too. A dy of one value is count times its mean.
-        elif 0 < p < tiny * u[c]:
-            least = min(tiny * u[c] / p, size_of(room / size), 2.0**126)
-            least = max(least, 1.0)
     v[c] = unit_for(a, least, most, u)
     f[c] = in_range(a / v[c], u)
 

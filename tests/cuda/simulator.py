@@ -295,6 +295,9 @@ def _sqrt(value):
     return math.sqrt(value) if value >= 0 else math.nan  # Python raises, a GPU does not
 
 
+_math = SimpleNamespace(**{**vars(math), "sqrt": _sqrt})
+
+
 def _empty(shape):
     return np.empty(shape)  # looked up at every call: tests fill it with NaN
 
@@ -326,7 +329,7 @@ class _Importer:
     def exec_module(self, module):
         exec(compile(self._trees[module.__name__], module.__file__, "exec"), vars(module))
         if hasattr(module, "math"):
-            module.math = SimpleNamespace(**{**vars(math), "sqrt": _sqrt})
+            module.math = _math
 
 
 def load(**numbers):
