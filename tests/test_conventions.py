@@ -233,7 +233,8 @@ def test_a_checkpoint_computes_what_it_did(run, close, framework, options, dtype
     x = drawn(3, framework, options, dtype, n=5)
     arrays, ref_y = run(options, given(framework, options, dtype), batches, x)
     layer = load(framework, arrays, options)
-    assert layer.dtype == next(iter(arrays.values())).dtype
+    floating = {a.dtype for a in arrays.values() if a.dtype.kind == "f"}
+    assert floating == {layer.dtype}
     np.testing.assert_allclose(layer.eval().forward(x), ref_y, **close)
 
 
