@@ -118,12 +118,26 @@ def bytes_(n):
 
 
 def test_what_has_been_idle_longest_goes_first():
-    first, second = bytes_(4 << 20), bytes_(5 << 20)
+    first, second = bytes_(6 << 20), bytes_(5 << 20)
     del first
     del second
-    third = bytes_(3 << 20)  # 12 MiB together, where 9 have been in use at most
+    third = bytes_(2 << 20)  # 13 MiB together, where 11 have been in use at most
     assert pool.idle()[0] == 5 << 20
     del third
+
+
+def test_sizes_that_take_turns_share_memory():
+    """The smallest idle memory that fits, up to twice what is wanted."""
+    large, small = bytes_(8 << 20), bytes_(6 << 20)
+    places = {address(large): 8, address(small): 6}
+    del large, small
+    for wanted, given in [(8, 8), (7, 8), (6, 6), (5, 6), (3, 6), (4, 6), (7, 8)]:
+        array = bytes_(wanted << 20)
+        assert places.get(address(array)) == given
+        del array
+    assert pool.idle()[0] == 14 << 20
+    array = bytes_(5 << 19)
+    assert memory_of(array).size == 5 << 19, "more than half would be wasted"
 
 
 def test_no_more_is_idle_than_was_in_use_at_once():
@@ -131,7 +145,8 @@ def test_no_more_is_idle_than_was_in_use_at_once():
     kept, sizes, most = [], [], 0
     for size in rng.integers(pool.LEAST, 8 * pool.LEAST, 300):
         kept.append(bytes_(int(size)))
-        sizes.append(pool._size_class(int(size)))
+        sizes.append(memory_of(kept[-1]).size)
+        assert size <= sizes[-1] <= 2 * pool._size_class(int(size))
         most = max(most, sum(sizes))
         for i in sorted(rng.integers(0, len(kept), 2), reverse=True)[: len(kept) - 1]:
             if i < len(kept):
@@ -192,6 +207,10 @@ def test_memory_cannot_have_two_owners(x):
             duplicate(block)
 
 
+def memory_of(array):
+    return base_of(array)._memory
+
+
 def base_of(array):
     while isinstance(array.base, np.ndarray):
         array = array.base
@@ -233,6 +252,8 @@ def test_an_interrupt_at_any_instruction_neither_loses_nor_doubles_memory():
         kept.append(bytes_(6 << 20))
         del kept[0]
         kept.append(bytes_(4 << 20))
+        del kept[-1]
+        kept.append(bytes_(3 << 20))
         pool.set_pool_limit(11 << 20)
         kept.append(bytes_(7 << 20))
 
@@ -243,7 +264,7 @@ def test_an_interrupt_at_any_instruction_neither_loses_nor_doubles_memory():
         done = not interrupted_at(step, work)
         nbnorm.set_pool_limit(None)
         pooled = [a for a in kept if isinstance(base_of(a), pool._Block)]
-        assert in_use() == sum(pool._size_class(a.nbytes) for a in pooled)
+        assert in_use() == sum(memory_of(a).size for a in pooled)
         kept += [bytes_(n << 20) for n in (4, 6, 7, 4)]
         spans = sorted((address(array), array.nbytes) for array in kept)
         assert all(begin + size <= end for (begin, size), (end, _) in pairwise(spans))

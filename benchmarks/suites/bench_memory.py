@@ -57,8 +57,13 @@ class NewResults:
             results.append(nbnorm.batch_norm_forward(self.x).y)
 
 
-# Channels, and how many results, for each range of sizes.
-MIXED = {"0.3-1.8 MB": (16, 200), "2-8 MB": (64, 60), "40-60 MB": (1200, 6)}
+# Channels, smallest and largest side of a plane, and how many results.
+MIXED = {
+    "0.3-1.8 MB": (16, 24, 60, 200),
+    "2-7 MB": (16, 60, 120, 60),
+    "2-8 MB": (64, 24, 60, 60),
+    "40-60 MB": (1200, 34, 37, 6),
+}
 
 
 class MixedResults:
@@ -67,31 +72,32 @@ class MixedResults:
     With the pool no pattern may take longer, nor keep more memory than was in use at once.
     """
 
-    params = (list(MIXED), [1, 30], [True, False])
-    param_names = ("sizes", "held", "pool")
+    params = (list(MIXED), ["forward", "inference"], [1, 30], [True, False])
+    param_names = ("sizes", "op", "held", "pool")
 
     def setup_cache(self):
-        for C, _ in MIXED.values():
+        for C, *_ in MIXED.values():
             nbnorm.warmup((8, C, 40, 40))
 
-    def setup(self, sizes, held, pool):
-        C, number = MIXED[sizes]
-        rng = np.random.default_rng(0)
-        planes = (
-            rng.integers(24, 61, (number, 2)) if C < 1200 else rng.integers(34, 38, (number, 2))
-        )
-        self.x = Batch((8, C, 60, 60)).x.reshape(-1)
+    def setup(self, sizes, op, held, pool):
+        C, low, high, number = MIXED[sizes]
+        planes = np.random.default_rng(0).integers(low, high + 1, (number, 2))
         self.shapes = [(8, C, int(h), int(w)) for h, w in planes]
+        self.x = Batch((8, C, high, high)).x.reshape(-1)
+        mean, var = np.zeros(C, np.float32), np.ones(C, np.float32)
+        self.y = {
+            "forward": lambda x: nbnorm.batch_norm_forward(x).y,
+            "inference": lambda x: nbnorm.batch_norm_inference(x, mean, var),
+        }[op]
         self.before = nbnorm.set_pool_limit(None if pool else 0)
-        self.time_loop(sizes, held, pool)
+        self.time_loop(sizes, op, held, pool)
 
-    def teardown(self, sizes, held, pool):
+    def teardown(self, sizes, op, held, pool):
         nbnorm.set_pool_limit(self.before)
 
-    def time_loop(self, sizes, held, pool):
+    def time_loop(self, sizes, op, held, pool):
         results = deque(maxlen=held)
         for shape in self.shapes:
-            x = self.x[: prod(shape)].reshape(shape)
-            results.append(nbnorm.batch_norm_forward(x).y)
+            results.append(self.y(self.x[: prod(shape)].reshape(shape)))
 
     peakmem_loop = time_loop
