@@ -39,8 +39,10 @@ def take(obj: Array, name: str) -> NDArray:
         array = obj.view(np.ndarray)
     elif is_cupy(type(obj)):
         array = _aligned(obj, name)
+    elif stand_in := stand_in_of(type(obj)):  # type: ignore[arg-type]
+        raise TypeError(f"{name} is {stand_in}")
     elif hasattr(obj, "__dlpack__"):
-        _refuse_stand_in(obj, name)
+        _refuse_tensor(obj, name)
         array = _from_dlpack(obj, name)
     else:
         # A list, a DataFrame, an xarray or dask array: what NumPy can make an array of.
@@ -256,15 +258,37 @@ def has_lazy_sign(obj: Array) -> bool:
     return negative is not None and bool(negative())
 
 
-def _refuse_stand_in(obj: Array, name: str) -> None:
-    """Refuse what has no values: it stands for an array while a function is transformed."""
-    if any(
-        f"{cls.__module__}.{cls.__name__}" == "jax._src.core.Tracer" for cls in type(obj).__mro__
-    ):
-        raise TypeError(
-            f"{name} is a JAX tracer, which has no values; "
-            "call nbnorm through jax.pure_callback, which has no gradient"
-        )
+# What stands for an array while a function is transformed, recorded or differentiated, and the way
+# out.
+_STAND_INS = {
+    "jax._src.core.Tracer": (
+        "a JAX tracer, which has no values; "
+        "call nbnorm through jax.pure_callback, which has no gradient"
+    ),
+    "torch.fx.proxy.Proxy": (
+        "a torch.fx.Proxy, which has no values; "
+        "call nbnorm in a function marked by torch.fx.wrap, or in a leaf module of the tracer"
+    ),
+    "autograd.tracer.Box": (
+        "a box of autograd's, and no gradient would be recorded here; "
+        "use nbnorm.integrations.autograd"
+    ),
+    "mygrad.tensor_base.Tensor": (
+        "a tensor of mygrad's, and no gradient would be recorded here; "
+        "use nbnorm.integrations.mygrad, or pass its data"
+    ),
+}
+
+
+@lru_cache(maxsize=64)
+def stand_in_of(cls: type) -> str:
+    """Say what an object of this class is where it only stands for an array; otherwise nothing."""
+    names = (f"{base.__module__}.{base.__name__}" for base in cls.__mro__)
+    return next((_STAND_INS[name] for name in names if name in _STAND_INS), "")
+
+
+def _refuse_tensor(obj: Array, name: str) -> None:
+    """Refuse a tensor of torch's whose memory, if it has any, is not all that it means."""
     torch = sys.modules.get("torch")
     tensor = getattr(torch, "Tensor", None)  # None of a torch that is being imported
     if torch is None or tensor is None or not isinstance(obj, tensor):
@@ -275,6 +299,21 @@ def _refuse_stand_in(obj: Array, name: str) -> None:
         raise TypeError(
             f"{name} is a {kind}, which has no memory of its own; "
             "nbnorm.integrations.torch can be transformed, compiled and traced"
+        )
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise TypeError(
+            f"{name} is a tensor with values within a FakeTensorMode, which computes with none; "
+            "call nbnorm outside of it, or nbnorm.integrations.torch with fake tensors"
+        )
+    if obj._is_zerotensor():
+        raise TypeError(
+            f"{name} is a ZeroTensor, torch's zeros without memory; pass {name}.clone()"
+        )
+    forward = torch.autograd.forward_ad
+    if forward._current_level >= 0 and forward.unpack_dual(obj).tangent is not None:
+        raise TypeError(
+            f"{name} is a dual tensor of torch's forward mode, and its tangent would be lost here; "
+            f"pass {name}.detach(), or use torch.nn.functional.batch_norm"
         )
 
 

@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import pytest
 from children import run_child
+from refusals import LARGE, SMALL, VALID, refuses, takers
 from strategies import dtype_of
 from tolerances import assert_same_bits, assert_within, y_tolerance
 
@@ -421,6 +422,89 @@ def test_tensors_yet_to_be_negated_are_not_written(name):
         given = {**running, name: lazy[0]}
         with pytest.raises(ValueError, match=rf"^{name} is a tensor with the negative bit"):
             nbnorm.update_running_stats(moments=moments, **given)
+
+
+def zeros_without_memory(like):
+    """A ZeroTensor of an array's shape and dtype, as tangents of forward mode are."""
+    torch = pytest.importorskip("torch")
+    return torch._efficientzerotensor(like.shape, dtype=getattr(torch, str(like.dtype)))
+
+
+@pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL, "weight"))
+def test_zeros_without_memory(function, argument):
+    zeros = zeros_without_memory(VALID[function]()[argument])
+    message = rf"^{argument} is a ZeroTensor.*pass {argument}\.clone\(\)"
+    refuses(function, TypeError, message, **{argument: zeros})
+
+
+def test_zeros_without_memory_given_to_layers():
+    torch = pytest.importorskip("torch")
+    layer = nbnorm.BatchNorm(6)
+    before = layer.state_dict()
+    zeros = zeros_without_memory(drawn())
+    for given in ((zeros,), (torch.ones(SHAPE), zeros)):
+        with pytest.raises(TypeError, match=r"^(x|residual) is a ZeroTensor"):
+            layer(*given)
+    with pytest.raises(TypeError, match=r"^running_var is a ZeroTensor"):
+        layer.load_state_dict(before | {"running_var": zeros_without_memory(parameters()[0])})
+    with pytest.raises(TypeError, match=r"^data is a ZeroTensor"):
+        nbnorm.population_stats([zeros])
+    for name, array in layer.state_dict().items():
+        assert_same_bits(array, before[name], name)
+    layer(torch.ones(SHAPE))
+    with pytest.raises(TypeError, match=r"^dy is a ZeroTensor"):
+        layer.backward(zeros)
+    assert not layer(zeros.clone()).any()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL, "weight"))
+def test_tangents_of_forward_mode(function, argument):
+    """A level open is no reason to refuse: the tensor's tangent is."""
+    torch = pytest.importorskip("torch")
+    forward_ad = torch.autograd.forward_ad
+    given = torch.from_numpy(VALID[function]()[argument])
+    message = rf"^{argument} is a dual tensor.*{argument}\.detach\(\).*functional\.batch_norm"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given, torch.ones_like(given))
+        refuses(function, TypeError, message, **{argument: dual})
+        getattr(nbnorm, function)(**VALID[function]() | {argument: dual.detach()})
+
+
+@pytest.mark.parametrize("argument", ["x", "gamma", "running_mean", "out"])
+def test_tensors_with_values_where_all_are_fake(argument):
+    torch = pytest.importorskip("torch")
+    fake = importlib.import_module("torch._subclasses.fake_tensor")
+    given = torch.from_numpy(VALID["batch_norm_forward"]()[argument])
+    for allowed in (False, True):
+        with fake.FakeTensorMode(allow_non_fake_inputs=allowed):
+            message = rf"^{argument} is a tensor with values within a FakeTensorMode.*outside"
+            refuses("batch_norm_forward", TypeError, message, **{argument: given})
+
+
+@pytest.mark.parametrize("function", VALID)
+def test_proxies_of_symbolic_tracing(function):
+    fx = pytest.importorskip("torch.fx")
+    for argument in set(VALID[function]()) & {*LARGE, *SMALL, "weight"}:
+        proxy = fx.Proxy(fx.Graph().placeholder("given"))
+        message = rf"^{argument} is a torch\.fx\.Proxy.*torch\.fx\.wrap.*leaf module"
+        refuses(function, TypeError, message, **{argument: proxy})
+
+
+def test_a_leaf_of_symbolic_tracing_may_call():
+    torch = pytest.importorskip("torch")
+
+    class Leaf(torch.nn.Module):
+        def forward(self, x):
+            return nbnorm.batch_norm_forward(x).y
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return True
+
+    model, x = torch.nn.Sequential(Leaf()), torch.randn(6, 3)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(x), model(x))
 
 
 def test_subclass_of_tensor():

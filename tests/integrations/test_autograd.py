@@ -24,6 +24,7 @@ import autograd.numpy as np
 from autograd import elementwise_grad, grad, jacobian, make_jvp, make_vjp
 from autograd.test_util import check_grads
 
+import nbnorm
 import nbnorm.integrations.autograd as integration
 from nbnorm.integrations.autograd import batch_norm
 
@@ -394,6 +395,20 @@ def test_errors_leave_the_statistics_alone(given, error, message):
         grad(lambda x: np.sum(batch_norm(x, **arguments | given)))(b.x)
     assert_same_bits(b.running_mean, before[0])
     assert_same_bits(b.running_var, before[1])
+
+
+@pytest.mark.parametrize("name", ["x", "gamma", "residual"])
+def test_boxes_given_to_the_function_itself_are_sent_here(name):
+    b = drawn()
+    arguments = {"x": b.x, "gamma": b.gamma, "residual": b.x}
+
+    def loss(box):
+        return np.sum(nbnorm.batch_norm_forward(**arguments | {name: box}).y)
+
+    message = rf"^{name} is a box of autograd's.*use nbnorm\.integrations\.autograd$"
+    for differentiate_ in (grad, lambda f: grad(grad(f))):
+        with pytest.raises(TypeError, match=message):
+            differentiate_(loss)(arguments[name])
 
 
 # Around it

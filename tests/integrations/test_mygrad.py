@@ -22,6 +22,7 @@ mg = pytest.importorskip("mygrad", reason="the integration of mygrad needs mygra
 
 from mygrad.nnet import batchnorm  # noqa: E402
 
+import nbnorm  # noqa: E402
 import nbnorm.integrations.mygrad as integration  # noqa: E402
 from nbnorm.integrations.mygrad import batch_norm  # noqa: E402
 
@@ -350,7 +351,11 @@ def test_tensors_that_are_written_to_afterwards(fused):
     [
         ({"gamma": np.ones(4)}, ValueError, r"^gamma has shape \(4,\), expected \(3,\)"),
         ({"running_var": None}, ValueError, "^running_var is None"),
-        ({"running_mean": mg.zeros(3)}, TypeError, "^running_mean must be a NumPy array.* mygrad"),
+        (
+            {"running_mean": mg.zeros(3)},
+            TypeError,
+            "^running_mean is a tensor of mygrad.* its data",
+        ),
         ({"residual": np.ones((4, 3, 5, 1))}, ValueError, "^residual has shape"),
         ({"residual": np.ones((4, 3, 5, 6), "float32")}, TypeError, "^residual has dtype float32"),
         ({"x": np.ones((4, 3), int)}, TypeError, "^x has dtype int64"),
@@ -375,6 +380,18 @@ def test_errors_leave_the_statistics_alone(given, error, message):
         batch_norm(**arguments | given)
     assert_same_bits(b.running_mean, before[0])
     assert_same_bits(b.running_var, before[1])
+
+
+@pytest.mark.parametrize("name", ["x", "gamma", "out"])
+def test_tensors_given_to_the_function_itself_are_sent_here(name):
+    b = drawn()
+    arguments = {"x": b.x, "gamma": b.gamma, "out": np.empty_like(b.x)}
+    tensor = mg.tensor(arguments[name])
+    with pytest.raises(
+        TypeError, match=rf"^{name} is a .*mygrad.*use nbnorm\.integrations\.mygrad"
+    ):
+        nbnorm.batch_norm_forward(**arguments | {name: tensor})
+    nbnorm.batch_norm_forward(**arguments | {name: tensor.data})
 
 
 # Around it
