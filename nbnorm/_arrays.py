@@ -62,9 +62,21 @@ def take_floating(obj: Array, name: str) -> NDArray:
         return obj
     array = take(obj, name)
     if array.dtype not in _KNOWN and array.dtype.name != "bfloat16":
-        remedy = f"; convert it with {name}.astype(np.float32)" * (array.dtype.kind in "biu")
+        remedy = _remedy(obj, name, array.dtype.name)
         raise TypeError(f"{name} has dtype {array.dtype}, expected one of {_or(DTYPES)}{remedy}")
     return array
+
+
+def _remedy(obj: Array, name: str, dtype: str) -> str:
+    """Say how to make floats of an array of another dtype; nothing where that is not known."""
+    if "complex" in dtype:
+        return f"; pass {name}.real and {name}.imag, separately or stacked as channels"
+    if not dtype.startswith(("bool", "int", "uint")):
+        return ""
+    for method, argument in ("astype", "np.float32"), ("float", ""):
+        if hasattr(obj, method):
+            return f"; convert it with {name}.{method}({argument})"
+    return ""
 
 
 def is_cupy(cls: type) -> bool:
@@ -345,7 +357,9 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
     try:
         array: NDArray = library.from_dlpack(_bits(obj) if half else obj)
     except (BufferError, RuntimeError, ValueError) as error:
-        raise TypeError(f"{name} ({dtype}) cannot be viewed as an array: {error}") from error
+        remedy = _remedy(obj, name, dtype) * ("complex" in dtype)
+        message = f"{name} ({dtype}) cannot be viewed as an array: {error}{remedy}"
+        raise TypeError(message) from error
     if kind in _GPU:
         _aligned(array, name)
     return array.view(_bfloat16(name)) if half else array

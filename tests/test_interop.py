@@ -587,6 +587,35 @@ def test_integers_are_told_the_remedy(dtype):
         nbnorm.batch_norm_forward(np.ones((4, 3), dtype))
 
 
+@pytest.mark.parametrize(
+    ("library", "remedy"),
+    [
+        ("torch", r"; convert it with gamma\.float\(\)"),
+        ("jax.numpy", r"; convert it with gamma\.astype\(np\.float32\)"),
+        ("array_api_strict", ""),  # whose arrays have no method for it
+    ],
+)
+def test_integers_of_other_libraries_are_told_theirs(library, remedy):
+    xp = pytest.importorskip(library)
+    with pytest.raises(TypeError, match=rf"^gamma has dtype int32.* or bfloat16{remedy}$"):
+        nbnorm.batch_norm_forward(drawn(), xp.ones(6, dtype=xp.int32))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "torch, conjugated"])
+def test_complex_arrays_are_told_to_pass_their_parts(kind):
+    x = np.ones((4, 3), "complex64")
+    if kind != "numpy":
+        x = pytest.importorskip("torch").from_numpy(x)
+    if "conjugated" in kind:
+        x = x.conj()
+    with pytest.raises(
+        TypeError, match=r"^x .*complex64.*; pass x\.real and x\.imag, separately or"
+    ):
+        nbnorm.batch_norm_forward(x)
+    for part in (x.real, x.imag):
+        nbnorm.batch_norm_forward(part)
+
+
 def test_subclass_of_ndarray(tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, drawn())
