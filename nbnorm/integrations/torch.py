@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nbnorm._arrays import Array, _bfloat16
+from nbnorm._arrays import Array, _bfloat16, stand_in_of
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
 from nbnorm.population import Pairwise
 
@@ -76,11 +76,11 @@ def batch_norm(
     ------
     TypeError
         A dtype that is not computed in, or a residual of another than input's; an input that is no
-        Tensor; running statistics that require grad.
+        Tensor; running statistics that require grad; a ZeroTensor.
     ValueError
         Shapes that do not fit, one running statistic without the other, none where they
-        normalise, a single value per channel in training; in training under `torch.func.vmap`,
-        running statistics that are not mapped over.
+        normalise, a single value per channel in training; in training running statistics with the
+        negative bit (``is_neg()``), and under `torch.func.vmap` ones that are not mapped over.
     RuntimeError
         In a second derivative, of which there is none.
     NotImplementedError
@@ -115,6 +115,8 @@ def batch_norm(
     tensor([ 4., 40.])
     """
     if not isinstance(input, Tensor):
+        if what := stand_in_of(type(input)):  # type: ignore[arg-type]
+            raise TypeError(f"input is {what}")
         raise TypeError(f"input must be a torch.Tensor, got {type(input).__qualname__}")
     for name, running in ("running_mean", running_mean), ("running_var", running_var):
         if running is not None and running.requires_grad and torch.is_grad_enabled():
@@ -470,11 +472,14 @@ def _array(tensor: Tensor | None, *, resolve: bool = True) -> Array:
     tensor = tensor.detach()
     if resolve and tensor.is_neg():  # as of conj().imag: neither NumPy nor DLPack knows the bit
         tensor = tensor.resolve_neg()
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
         return tensor
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_bfloat16("input"))
-    return tensor.numpy()
+    try:
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(_bfloat16("input"))
+        return tensor.numpy()
+    except RuntimeError:  # nbnorm says of which argument, and the way out
+        return tensor
 
 
 def _tensor(array: Array) -> Tensor:

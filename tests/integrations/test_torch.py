@@ -305,7 +305,11 @@ def test_a_single_value_per_channel(shape):
         ({"running_var": None}, ValueError, "running_var is None"),
         ({"residual": torch.ones(4, 3, 5, 1)}, ValueError, "residual has shape"),
         ({"residual": torch.ones(SHAPE).double()}, TypeError, "residual has dtype float64"),
-        ({"input": torch.ones(SHAPE, dtype=torch.int32)}, TypeError, "x has dtype int32"),
+        (
+            {"input": torch.ones(SHAPE, dtype=torch.int32)},
+            TypeError,
+            r"x has dtype int32.*x\.float\(\)",
+        ),
         ({"input": torch.ones(3)}, ValueError, "at least 2 dimensions"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative"),
     ],
@@ -365,10 +369,44 @@ def test_tensors_whose_sign_is_a_bit():
     for ours, expected in zip(results[:2], results[2:], strict=True):
         for got, reference in zip(ours, expected, strict=True):
             close(got, reference)
-    before = running[0].clone()
-    with pytest.raises(RuntimeError, match="negative bit"):  # no copy is moved in its place
-        batch_norm(x, *running, training=True)
-    assert torch.equal(running[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_whose_sign_is_a_bit_are_not_moved(name, dtype):
+    """No copy is moved in their place."""
+    running = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    running[name] = torch._neg_view(torch.ones(3, dtype=dtype))
+    before = {n: t.clone() for n, t in running.items()}
+    with pytest.raises(ValueError, match=rf"^{name} is a .*negative bit.*{name}\.resolve_neg"):
+        batch_norm(torch.randn(SHAPE), **running, training=True)
+    assert all(torch.equal(running[n], before[n]) for n in running)
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "running_mean", "residual"])
+def test_zeros_without_memory(name):
+    arguments = {"input": torch.ones(SHAPE), "weight": torch.ones(3), "residual": torch.ones(SHAPE)}
+    arguments |= {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    arguments[name] = torch._efficientzerotensor(arguments[name].shape)
+    theirs = {"input": "x", "weight": "gamma"}
+    for training in (True, False):
+        with pytest.raises(TypeError, match=rf"^{theirs.get(name, name)} is a ZeroTensor"):
+            batch_norm(**arguments, training=training)
+    assert arguments["running_var"].eq(1).all()
+
+
+def normalised(x):
+    return batch_norm(x, None, None, training=True)
+
+
+torch.fx.wrap("normalised")
+
+
+def test_symbolic_trace_of_the_function():
+    with pytest.raises(TypeError, match=r"^input is a torch\.fx\.Proxy.*torch\.fx\.wrap"):
+        torch.fx.symbolic_trace(lambda x: batch_norm(x, None, None, training=True))
+    x = torch.randn(SHAPE)
+    assert torch.equal(torch.fx.symbolic_trace(lambda x: normalised(x))(x), normalised(x))
 
 
 def test_several_gradients_in_one_pass():
