@@ -412,7 +412,69 @@ DISK = of(
     ),
 )
 
+ARRAYS = of(
+    "_arrays",
+    (
+        "test_interop.py::test_zeros_without_memory",
+        ("if obj._is_zerotensor():", "if False:"),
+    ),
+    (
+        "test_interop.py::test_tangents_of_forward_mode",
+        ("forward.unpack_dual(obj).tangent is not None", "False"),
+        ("forward.unpack_dual(obj).tangent is not None", "True"),
+    ),
+    (
+        "test_interop.py::test_tensors_with_values_where_all_are_fake",
+        ("_TorchDispatchModeKey.FAKE) is not None", "_TorchDispatchModeKey.FAKE) == 0"),
+    ),
+    (
+        "test_interop.py::test_proxies_of_symbolic_tracing",
+        ('"torch.fx.proxy.Proxy": (', '"torch.fx.proxy": ('),
+    ),
+    (
+        "integrations/test_autograd.py::test_boxes_given_to_the_function_itself_are_sent_here",
+        ('"autograd.tracer.Box": (', '"autograd.tracer": ('),
+        ("for base in cls.__mro__)", "for base in (cls,))"),
+    ),
+    (
+        "integrations/test_mygrad.py::test_tensors_given_to_the_function_itself_are_sent_here",
+        ('"mygrad.tensor_base.Tensor": (', '"mygrad.tensor_base": ('),
+    ),
+    (
+        "test_interop.py::test_integers_of_other_libraries_are_told_theirs",
+        ('in ("astype", "np.float32"), ("float", ""):', 'in (("astype", "np.float32"),):'),
+        ('in ("astype", "np.float32"), ("float", ""):', 'in (("float", ""),):'),
+        ("if hasattr(obj, method):", "if True:"),
+    ),
+    (
+        "test_interop.py::test_complex_arrays_are_told_to_pass_their_parts",
+        ('if "complex" in dtype:', "if False:"),
+        (' * ("complex" in dtype)', " * False"),
+    ),
+)
+
+TORCH = of(
+    "integrations/torch",
+    (
+        "integrations/test_torch.py::test_statistics_whose_sign_is_a_bit_are_not_moved",
+        ("resolve=not training),  # a copy", "resolve=True),  # a copy"),
+        ("except RuntimeError:", "except KeyError:"),
+    ),
+    (
+        "integrations/test_torch.py::test_zeros_without_memory",
+        ("except RuntimeError:", "except KeyError:"),
+    ),
+    (
+        "integrations/test_torch.py::test_errors_leave_the_statistics_alone",
+        (" or not tensor.is_floating_point()", ""),
+    ),
+    (
+        "integrations/test_torch.py::test_symbolic_trace_of_the_function",
+        ("if what := stand_in_of(type(input)):", 'if what := "":'),
+    ),
+)
+
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK),
+    *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH),
 ]
