@@ -1,6 +1,8 @@
 """Arrays of other libraries: in without a copy, and back as what they were."""
 
 import importlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -562,6 +564,74 @@ def test_jax_tracers():
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     got = jax.jit(lambda x: jax.pure_callback(y, like, x))(x)
     np.testing.assert_array_equal(got, y(x))
+
+
+@pytest.fixture(scope="module")
+def jax_example():
+    """Names of the example of docs/integrations.md, and the same loss in JAX's own functions."""
+    jax = pytest.importorskip("jax")
+    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    section = page.partition("\n## JAX\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    names = {"__name__": "example"}
+    exec(compile(block, "integrations.md, JAX", "exec"), names)
+
+    def expected(x, gamma, beta):
+        axes = tuple(i for i in range(x.ndim) if i != 1)
+        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        gamma, beta = (array.reshape(mean.shape) for array in (gamma, beta))
+        return (((x - mean) / jax.numpy.sqrt(var + 1e-5) * gamma + beta) ** 3).sum()
+
+    return jax, names, expected
+
+
+def alike(got, expected):
+    """Compare gradients of JAX's own functions, which are in float32 throughout."""
+    for ours, theirs in zip(got, expected, strict=True):
+        assert type(ours) is type(theirs)
+        assert ours.dtype == theirs.dtype
+        scale = float(abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * scale)
+
+
+def test_the_example_of_jax_differentiates(jax_example):
+    jax, names, expected = jax_example
+    x, (gamma, beta) = drawn(), parameters()
+    arguments = tuple(map(jax.numpy.asarray, (x, gamma, beta)))
+    y = jax.jit(names["batch_norm"])(*arguments)
+    ref = nbnorm.batch_norm_forward(x, gamma, beta)
+    assert_same_bits(np.asarray(y), ref.y, "y")
+    grads = jax.jit(jax.grad(names["loss"], (0, 1, 2)))(*arguments)
+    alike(grads, jax.grad(expected, (0, 1, 2))(*arguments))
+    dy = jax.jit(lambda y: 3 * y**2)(y)
+    want = nbnorm.batch_norm_backward(np.asarray(dy), x, gamma, ref.mean, ref.rstd)
+    _, pulled = jax.vjp(names["batch_norm"], *arguments)
+    for ours, theirs in zip(pulled(dy), want[:3], strict=True):
+        assert_same_bits(np.asarray(ours), theirs)
+
+
+def test_the_example_of_jax_under_vmap(jax_example):
+    jax, names, expected = jax_example
+    xs = jax.numpy.asarray(drawn(shape=(3, *SHAPE)))
+    gamma, beta = map(jax.numpy.asarray, parameters())
+    got, want = (
+        jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None))(xs, gamma, beta)
+        for loss in (names["loss"], expected)
+    )
+    alike(got, want)
+
+
+def test_the_example_of_jax_has_one_derivative(jax_example):
+    jax, names, _ = jax_example
+    x, gamma, beta = map(jax.numpy.asarray, (drawn(), *parameters()))
+
+    def slope(x):
+        return jax.grad(names["loss"])(x, gamma, beta).sum()
+
+    with pytest.raises(ValueError, match="do not support JVP"):
+        jax.grad(slope)(x)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(names["loss"], (x, gamma, beta), (x, gamma, beta))
 
 
 @pytest.mark.parametrize("x", [[[1.0, 2.0]], ((1.0, 2.0),)], ids=["list", "tuple"])
