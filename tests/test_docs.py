@@ -213,6 +213,18 @@ def test_module_run_as_a_program_shows_the_configuration():
     assert nbnorm.__version__ in run_child("-m", "nbnorm")
 
 
+def test_one_least_version_of_numba_cuda():
+    """The error and the page name the version that pyproject.toml asks for; tests use no older."""
+    pattern = r"numba-cuda(?:\[cu13\])?(?:>=|==| | later than )(\d+)\.(\d+)"
+    files = "pyproject.toml", "nbnorm/cuda/loading.py", "docs/gpu.md", "tests/cuda/toolchain.txt"
+    asked, named, told, pinned = (
+        re.findall(pattern, (ROOT / file).read_text(encoding="utf-8")) for file in files
+    )
+    assert len(asked) == len(pinned) == 1
+    assert named == told == asked
+    assert tuple(map(int, pinned[0])) >= tuple(map(int, asked[0]))
+
+
 def test_who_cites_cites_this_version():
     for name, line in (("README.md", "  version = {{{}}},"), ("CITATION.cff", "version: {}")):
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
 """A kernel compiled and loaded on a device: the one file that knows what numba-cuda keeps inside.
 
-Numba's public way from a kernel to the driver is its own launch. What a launch of ours needs of the
-loaded kernel is read here, and has been read with numba-cuda 0.24 to 0.30.
+Numba's only public way to run a kernel is its own launch. The attributes that our launch needs of a
+loaded kernel are read here. They are not public: pyproject.toml says which numba-cuda has them.
 """
 
 from __future__ import annotations
