@@ -409,6 +409,10 @@ DISK = of(
             "                part.replace(path)",
             "                path.write_bytes(part.read_bytes())",
         ),
+        ("        _remove_leftovers(path.parent)\n", ""),
+        ("follow_symlinks=False).st_mtime > _LEFT:", "follow_symlinks=False).st_mtime > 0:"),
+        ("if _PART.fullmatch(entry.name):", "if _PART.match(entry.name):"),
+        ("suppress(OSError), os.scandir", "os.scandir"),
     ),
 )
 

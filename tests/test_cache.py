@@ -1,8 +1,10 @@
 """Kernels on disk: found again by their whole key, compiled anew where a file is not as written."""
 
+import os
 import pickle
 import shutil
 import sys
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -245,6 +247,56 @@ def interrupted(function, line):
         sys.settrace(tracing)
     assert line >= 0, "the interrupt was swallowed"
     return False
+
+
+def test_what_a_killed_process_left_is_removed(folder):
+    loaded()
+    (file,) = kept(folder)
+    digits = "0123456789abcdef" * 2
+
+    def left(name, seconds):
+        """A file of this name, written so many seconds ago."""
+        path = file.with_name(name)
+        path.write_bytes(b"half a kernel")
+        os.utime(path, (time.time() - seconds,) * 2)
+        return path
+
+    removed = [
+        left(f"{file.name}.{digits}", 4000),
+        left(f"nbnorm-b-{digits[:24]}.nbc.{digits}", 1e6),
+    ]
+    stay = [
+        left(f"{file.name}.{digits[::-1]}", 3000),  # somebody may still be writing it
+        left(f"{file.name}.{'0' * 32}", -4000),  # written by a clock that is ahead
+        # Not ours.
+        left(f"{file.name}.orig", 1e6),
+        left(f"{file.name}.{digits}.orig", 1e6),
+        left(f"{file.name}.{digits[1:]}", 1e6),
+        left(f"my-{file.name}.{digits}", 1e6),
+    ]
+    loaded(other)
+    assert not any(path.exists() for path in removed)
+    assert all(path.exists() for path in (file, *stay))
+
+
+@pytest.mark.parametrize("failing", ["scandir", "unlink"])
+def test_leftovers_that_cannot_be_removed_stay(folder, monkeypatch, failing):
+    loaded()
+    (file,) = kept(folder)
+    left = file.with_name(f"{file.name}.{'0' * 32}")
+    left.write_bytes(b"half a kernel")
+    os.utime(left, (0, 0))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk.os, failing, refuse)
+        assert not loaded(other)
+        assert left.exists()
+    assert loaded(other)
+    assert not loaded(other, dtype="f4")
+    assert not left.exists()
 
 
 def test_a_file_appears_whole(folder, monkeypatch):

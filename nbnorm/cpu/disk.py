@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +28,11 @@ _VERSIONS = (
     sys.implementation.cache_tag,
     getattr(sys, "abiflags", ""),  # not on Windows
 )
+
+# A file while it is written: the name it will have, then 32 random digits.
+_PART = re.compile(r"nbnorm-\w+-[0-9a-f]{24}\.nbc\.[0-9a-f]{32}")
+# Seconds. To write a file takes milliseconds: an older one was left by a process that was killed.
+_LEFT = 3600
 
 
 def cache_of(function: Callable[..., Any], name: str) -> Any:
@@ -80,6 +88,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
             return
         path, key = self._place(sig, data.codegen)
         content = dumps(self._numba.reduce(data))
+        _remove_leftovers(path.parent)
         # Not numbered by process: containers that share a folder have the same numbers.
         part = path.with_name(f"{path.name}.{uuid4().hex}")
         with suppress(OSError):  # a full disk, a folder gone: the kernel is compiled all the same
@@ -90,6 +99,16 @@ class KernelCache(NullCache):  # type: ignore[misc]
             finally:
                 with suppress(OSError):  # renamed, mostly; an interrupt goes on
                     part.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote; nothing where that fails."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _PART.fullmatch(entry.name):
+                with suppress(OSError):  # another process was here first
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT:
+                        os.unlink(entry.path)
 
 
 def _checksum(key: bytes, content: bytes) -> bytes:
