@@ -65,7 +65,8 @@ def set_pool_limit(nbytes: int | None) -> int:
     Notes
     -----
     A result from the pool has a ``base``, does not own its data and so cannot be resized in place.
-    Otherwise it is an ndarray like any other. Threads may share the pool.
+    Otherwise it is an ndarray like any other. Threads may share the pool; those that need new memory
+    at the same moment may together exceed the limit by what they need.
 
     Examples
     --------
