@@ -25,7 +25,7 @@ NDArray = np.ndarray[Any, np.dtype[Any]]
 _HOST, _GPU = (1, 3), (2, 13)
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-# By the dtype itself where it can be: its name is put together at every look, which takes 1.7 us.
+# Compared as dtypes where possible: NumPy makes a dtype's name anew at every look, in 1.7 us.
 _KNOWN = frozenset(np.dtype(name) for name in DTYPES[:3])
 
 
@@ -85,7 +85,7 @@ def is_cupy(cls: type) -> bool:
 
 
 def mirror(array: NDArray) -> NDArray:
-    """Return a NumPy array that lies where `array` does, never to be read: to ask about memory."""
+    """Return a NumPy array with `array`'s address and strides: to ask about memory, not to read."""
     return array if isinstance(array, np.ndarray) else np.asarray(_Mirror(array))
 
 
@@ -121,7 +121,7 @@ def on_gpu(obj: Array) -> bool:
 
 
 def device_of(obj: Array) -> int | None:
-    """The CUDA device that an array lies on; None of one in CPU memory."""
+    """The CUDA device that an array lies on; None for one in CPU memory."""
     if not on_gpu(obj):
         return None
     return int(obj.device.id if is_cupy(type(obj)) else obj.__dlpack_device__()[1])
@@ -148,7 +148,7 @@ def on_host(array: Array) -> NDArray:
 
 def overwrite(array: Array, values: NDArray) -> None:
     """Write values in CPU memory into an array that may be on a GPU, in its dtype."""
-    with np.errstate(all="ignore"):  # a statistic may overflow it
+    with np.errstate(all="ignore"):  # a statistic may overflow the dtype
         rounded = values.astype(array.dtype)
     if isinstance(array, np.ndarray):
         array[...] = rounded
@@ -160,8 +160,8 @@ def overwrite(array: Array, values: NDArray) -> None:
 def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Run a function on the device of its argument `name`, on the stream that its library works on.
 
-    What is in CPU memory has neither. Of moments, their mean counts. Where torch.compile is in use,
-    it is told to call the function rather than to trace it.
+    Arrays in CPU memory have neither. For moments, the device of their mean counts. Where
+    torch.compile is in use, it is told to call the function rather than to trace it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -253,8 +253,8 @@ def _home(cls: type) -> Any:
 
 def _library_of(cls: type) -> Any:
     """Return the module with `from_dlpack` that made arrays of this class; it is imported."""
-    # The longest package prefix that offers from_dlpack: torch, array_api_strict, jax.numpy. Of
-    # a class that somebody has derived from a library's, the library is where its base is from.
+    # The longest package prefix that offers from_dlpack: torch, array_api_strict, jax.numpy. A
+    # class that is derived from a library's own belongs to that library.
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         for module in ({"jaxlib": "jax.numpy", "jax": "jax.numpy"}.get(root, root), root):

@@ -1,4 +1,4 @@
-"""Every check of the public functions and its message: what the argument was, what was expected."""
+"""All checks of the public functions. Messages say what the argument was and should be."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
 
 
 def same_place(array: NDArray, name: str, x: NDArray) -> None:
-    """Refuse an array that is not on x's device."""
+    """Refuse an array that does not lie where x does, in CPU memory or on a GPU."""
     place, expected = place_of(array), place_of(x)
     if place != expected:
         raise ValueError(f"{name} is in {place}, expected {expected}, where x is")
 
 
 def same_device(array: Any, name: str, x: Any) -> None:
-    """Refuse an array that its library says is on another device than x, an array of the same."""
+    """Refuse an array of x's library that is on another device, as the library sees it."""
     if type(array) is not type(x) or not hasattr(x, "device"):
         return
     if array.device != x.device:
@@ -128,9 +128,9 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
 
 
 def mutable(given: Any, name: str, instead: str) -> None:
-    """Refuse an array that would not be written to, though NumPy or CuPy could.
+    """Refuse an array whose library does not allow writing to its memory.
 
-    JAX forbids writing to its arrays, and a tensor with torch's negative bit comes as a copy.
+    JAX's arrays are immutable, and a tensor with torch's negative bit is read from a copy.
     """
     if type(given) is np.ndarray:
         return
@@ -144,15 +144,15 @@ def mutable(given: Any, name: str, instead: str) -> None:
 
 
 def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
-    """Refuse running statistics that cannot be updated in place: `arrays` are all of the call.
+    """Refuse running statistics that cannot be updated in place; `arrays` are all of the call's.
 
-    What shares memory with them would be another in the backward pass than it was in the forward.
+    An array that shares memory with them would change between the forward and the backward pass.
     """
     mean, var = arrays["running_mean"], arrays["running_var"]
     writable(mean, "running_mean", instead)
     writable(var, "running_var", instead)
     apart(mean, "running_mean", var, "running_var")
-    # Most arrays own their memory: one step for each of those. CuPy's say so of any memory.
+    # Most arrays own their memory: one step for each of those. CuPy's arrays always claim to.
     owned = type(mean) is np.ndarray and mean.flags.owndata and var.flags.owndata
     for name, other in arrays.items():
         if name in _RUNNING:
@@ -167,9 +167,9 @@ _RUNNING = frozenset(("running_mean", "running_var"))
 
 
 def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
-    """Refuse an array to be written that shares memory with another."""
+    """Refuse an array that is to be written and shares memory with another."""
     distinct = written is not other
-    # CuPy's arrays say that they own memory which came by DLPack; a mirror never does.
+    # CuPy's arrays claim to own even memory that came by DLPack; a mirror never does.
     written, other = mirror(written), mirror(other)
     if distinct and written.flags.owndata and other.flags.owndata:
         return
@@ -178,7 +178,7 @@ def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
 
 
 def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inplace: str) -> None:
-    """Refuse an out of another shape or dtype than x, or one that overlaps an input.
+    """Refuse an `out` whose shape or dtype is not x's, or that overlaps an input.
 
     The input called `inplace` may be out itself: the same memory with the same strides.
     """
@@ -217,7 +217,7 @@ def _overlap(a: NDArray, b: NDArray) -> bool:
 
 
 class _NotGiven:
-    """Default of an argument for which None means something."""
+    """Default of an argument for which None has a meaning of its own."""
 
     def __repr__(self) -> str:
         return "<not given>"
@@ -227,9 +227,9 @@ NOT_GIVEN: Any = _NotGiven()
 
 
 def given(array: Any, name: str, needed: bool) -> Any:
-    """Return a parameter that ReLU's mask is computed from, None where it was left out.
+    """Return a parameter that ReLU's mask is computed from; None where it was left out.
 
-    Refuse it to be left out where the mask is `needed`: without the forward's it would be wrong.
+    Where the mask is `needed`, refuse to go on without the parameter: the mask would be wrong.
     """
     if array is not NOT_GIVEN:
         return array
@@ -262,7 +262,7 @@ def number(value: Any, name: str) -> float:
 
 
 def finite(value: Any, name: str) -> float:
-    """Return a real number that is finite as a float."""
+    """Return a finite real number as a float; refuse NaN and infinity."""
     number_ = number(value, name)
     if not -math.inf < number_ < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -293,9 +293,9 @@ def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:
 
 
 def enough_values(m: int, correction: float, got: str, *of_what: object) -> None:
-    """Refuse statistics of too few values for the variance that they are to give.
+    """Refuse a batch with too few values per channel for the corrected variance.
 
-    `got` says what there was, formatted with `of_what`.
+    `got`, formatted with `of_what`, says what was given.
     """
     if 0 < m <= correction:
         raise ValueError(
@@ -305,7 +305,7 @@ def enough_values(m: int, correction: float, got: str, *of_what: object) -> None
 
 
 def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
-    """Refuse one running statistic without the other, and none where they normalise."""
+    """Refuse one running statistic without the other, and their absence where they normalise."""
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
@@ -314,7 +314,7 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
 
 
 def count(value: Any, x: NDArray) -> int:
-    """Return the number of values per channel that sums were taken over."""
+    """Return the number of values per channel that the sums were taken over."""
     try:
         m = operator.index(value)
     except TypeError:

@@ -19,10 +19,11 @@ Axis = int | tuple[int, ...]
 Activation = Literal["relu"] | None
 Mask = tuple[bool, bool, bool, bool]
 
-# The type of x, which its results have. Statistics have x's library, but float64 and another shape,
-# which Python's types cannot say: they are Any.
+# The type of x, and of results like it. Statistics are of x's library too, but float64 and of
+# another shape, which Python's types cannot express: they are Any.
 X = TypeVar("X")
-# What is None where it was not asked for: a check for None at every use would help nobody.
+# A result that is None where it was not asked for. Any, so that type checkers do not demand a check
+# for None at every use.
 OrNone = Any
 
 
@@ -34,8 +35,8 @@ class BatchNormForward(NamedTuple, Generic[X]):
     y : array
         Normalised x: shape, dtype and order in memory of x.
     mean, rstd : array of float64
-        Statistics that normalised x, 1 / sqrt(biased variance + eps), for the backward pass; of the
-        shape of the channel axes.
+        The statistics that normalised x, for the backward pass: the mean and
+        1 / sqrt(biased variance + eps), of the shape of the channel axes.
     """
 
     y: X
@@ -110,9 +111,9 @@ def batch_norm_forward(
         biased one (Keras, ONNX, Flax).
     axis : int or tuple of int, default 1
         Channel axes: those that **keep** statistics of their own, 1 for NCHW and NC, -1 for
-        channels-last, (1, 2, 3) for every activation of its own. All others are reduced: what is
-        ``axis=(0, 2, 3)`` of `numpy.var`, `jax.nn.standardize` or `keras.ops.moments` is
-        ``axis=1`` here.
+        channels-last, (1, 2, 3) to normalise every activation on its own. All others are reduced:
+        ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`, `jax.nn.standardize` or
+        `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
@@ -189,8 +190,8 @@ def batch_norm_forward(
 
 
 # Everything about one forward call: frame, gamma, beta, running_mean, running_var, residual, eps,
-# momentum, correction, whether there is ReLU, out. A plain tuple, as a small call can do without
-# the third of a microsecond that a named one takes.
+# momentum, correction, whether there is ReLU, out. A plain tuple: a named one takes a third of a
+# microsecond more, which counts in a small call.
 ForwardCall = tuple[
     Frame, NDArray | None, NDArray | None, NDArray | None, NDArray | None, NDArray | None,
     float, float, float, bool, NDArray | None,
@@ -216,7 +217,7 @@ def check_forward(
 ) -> ForwardCall:
     """Check and take the arguments of a forward call; compute nothing.
 
-    Not `alone`: x is a part of the batch, and how many values there are is for others to check.
+    If not `alone`, x is only a part of the batch, and the caller checks the number of values.
     """
     frame = Frame(x, axis)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
@@ -453,7 +454,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
 
 
 def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
-    """Mean and M2 of frame.x, of shape (C,); 0 of no values."""
+    """Mean and M2 of frame.x, of shape (C,); zeros where x is empty."""
     if frame.empty:
         return frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
     mean, m2 = frame.backend.stats(frame.view(frame.x))
@@ -479,24 +480,24 @@ def batch_norm_backward(
     """Gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
-    with x_hat = (x - mean) rstd and dy set to 0 where ReLU held the value back.
+    with x_hat = (x - mean) rstd and, with ReLU, dy set to 0 where y > 0 does not hold.
 
     Parameters
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, broadcast ones too.
     x : array, at least 2-d
-        What went into the forward: not what ``out=x`` has left there, which is y.
+        The forward's input. If the forward wrote y over it (``out=x``), a copy made before that.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
         As the forward returned them.
     beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
-        None where the forward had none, unless `y` is. Elsewhere it may be left out.
+        As in the forward. The mask of ``activation="relu"`` depends on it: with ReLU pass it (None
+        where the forward had none), or `y`. Without ReLU it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
-        dresidual is returned. Without it the mask is recomputed from x and nothing is read.
+        dresidual is returned. Without `y` the mask is recomputed from x.
     training : bool, default True
         False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
     axis : int or tuple of int, default 1
@@ -506,8 +507,8 @@ def batch_norm_backward(
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
     out : array of x's shape and dtype, optional
-        Where to write dx, where that is wanted. It may be dy itself; it may not otherwise overlap
-        an input.
+        Where to write dx, if dx is wanted. It may be dy itself; it may not otherwise overlap an
+        input.
 
     Returns
     -------
@@ -626,12 +627,12 @@ def batch_norm_backward_reduce(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        What went into the forward: not what ``out=x`` has left there, which is y.
+        The forward's input. If the forward wrote y over it (``out=x``), a copy made before that.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     gamma, beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on them: there they must be
-        given, None where the forward had none, unless `y` is. Elsewhere they may be left out.
+        As in the forward. The mask of ``activation="relu"`` depends on them: with ReLU pass both
+        (None where the forward had none), or `y`. Without ReLU they may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, for the mask where a residual was added.
     activation : {None, "relu"}
@@ -709,7 +710,7 @@ def batch_norm_backward_apply(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        What went into the forward: not what ``out=x`` has left there, which is y.
+        The forward's input. If the forward wrote y over it (``out=x``), a copy made before that.
     gamma : array of the shape of the channel axes, or None
         As in the forward.
     mean, rstd : array of the shape of the channel axes
@@ -719,8 +720,8 @@ def batch_norm_backward_apply(
     count : int
         Values per channel in all those parts.
     beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
-        None where the forward had none, unless `y` is. Elsewhere it may be left out.
+        As in the forward. The mask of ``activation="relu"`` depends on it: with ReLU pass it (None
+        where the forward had none), or `y`. Without ReLU it may be left out.
     y : array of x's shape and dtype, optional
         The forward's result, for the mask where a residual was added.
     activation : {None, "relu"}

@@ -24,7 +24,7 @@ from nbnorm.moments import Moments, update_running_stats
 
 
 class Saved(NamedTuple):
-    """What backward needs of the last forward: references, not copies."""
+    """What backward needs from the last forward: references, not copies."""
 
     x: Array
     mean: Array
@@ -40,8 +40,8 @@ class BatchNorm:
     Parameters
     ----------
     num_features : int or tuple of int
-        Number of channels; where `axis` is a tuple, the lengths of those axes in ascending order
-        of axis.
+        Number of channels; where `axis` is a tuple, the lengths of those axes, in ascending order
+        of the axes.
     eps : float, default 1e-5
         Added to the variance.
     momentum : float or None, default 0.1
@@ -76,7 +76,7 @@ class BatchNorm:
     running_mean, running_var : ndarray or None
         Start at 0 and 1; None without `track_running_stats`.
     num_batches_tracked : int
-        Batches that went into the running statistics. An empty batch is none.
+        Number of batches that went into the running statistics. Empty batches do not count.
     training : bool
         Set by `train` and `eval`; starts as True.
 
@@ -212,14 +212,14 @@ class BatchNorm:
     def _normalise(
         self, x: Array, training: bool, **options: Any
     ) -> tuple[Array, Array, Array, int]:
-        """y, mean, rstd, and the number of values that a batch had."""
+        """Return y, mean, rstd, and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
 
     def backward(self, dy: Array) -> Any:
         """Return the gradient of the last forward's input; those of the parameters go to `grads`.
 
-        After a forward in evaluation mode with running statistics, these count as constants.
+        After a forward in evaluation mode running statistics, if kept, count as constants.
 
         Parameters
         ----------
@@ -288,10 +288,10 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            A mean or M2 that is not a floating array.
+            The mean or M2 is not a floating array.
         ValueError
-            The layer keeps no running statistics, or such that share memory with a parameter; too
-            few values, a wrong shape.
+            The layer keeps no running statistics, or they share memory with a parameter; too few
+            values, a wrong shape.
 
         Examples
         --------
@@ -337,7 +337,8 @@ class BatchNorm:
         ...     {name: torch.as_tensor(array) for name, array in state.items()}
         ... )
 
-        Of a bfloat16 layer, which PyTorch takes from no NumPy array, ``array.astype("f8")``.
+        PyTorch accepts no bfloat16 NumPy arrays: for a bfloat16 layer, give ``torch.as_tensor``
+        ``array.astype("f8")``.
         """
         state = {name: on_host(array).copy() for name, array in self._arrays().items()}
         if self.track_running_stats:
@@ -356,7 +357,7 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            A value that is not a floating array; a count that is not an integer.
+            A value is not a floating array; the count is not an integer.
         ValueError
             Missing or unexpected keys, a wrong shape, a negative count; running statistics of the
             layer that share memory with its parameters. Nothing has been written then.
@@ -367,7 +368,7 @@ class BatchNorm:
         unexpected = [name for name in state if name not in expected]
         if missing or unexpected:
             raise ValueError(f"state has missing keys {missing} and unexpected keys {unexpected}")
-        # Copies: the state may be made of the layer's own arrays, in another order.
+        # Copies: the state may hold the layer's own arrays, under other names.
         taken = {name: on_host(take_floating(state[name], name)).copy() for name in arrays}
         for name, array in arrays.items():
             if taken[name].shape != array.shape:

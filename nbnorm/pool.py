@@ -8,8 +8,8 @@ comes back when the array and all views of it have been collected.
 A block can be collected, and a signal handler can raise, at any line of any thread. So there is no
 lock here and no code of ours that runs at a collection: the interpreter appends the block's record
 to a queue, which is one operation in C. What is known about memory is kept in containers whose
-operations are whole or not at all, and sizes are added up from them rather than counted along. An
-interrupt can drop memory, which then goes back to the system, but neither lose track of it nor
+operations happen whole or not at all, and totals are summed from them rather than kept in counters.
+An interrupt can drop memory, which then goes back to the system, but neither lose track of it nor
 hand it out twice.
 """
 
@@ -30,8 +30,8 @@ import numpy as np
 
 from nbnorm._arrays import NDArray
 
-# Bytes: less comes from malloc's own store without new pages. Results of one size, one at a time,
-# took 1.05 of their time without the pool at 1 MiB, 1.03 at 2 and 1.01 at 4.
+# Bytes. Smaller results come from malloc's own store, without new pages. Results of one size, one
+# at a time, took 1.05 of their time without the pool at 1 MiB, 1.03 at 2 and 1.01 at 4.
 LEAST = 1 << 21
 LINE = 64  # bytes: results begin at a cache line, as streaming stores like it
 
@@ -58,15 +58,15 @@ def set_pool_limit(nbytes: int | None) -> int:
     Raises
     ------
     TypeError
-        nbytes is no integer.
+        nbytes is not an integer.
     ValueError
         nbytes is negative.
 
     Notes
     -----
     A result from the pool has a ``base``, does not own its data and so cannot be resized in place.
-    Otherwise it is an ndarray like any other. Threads may share the pool; those that need new memory
-    at the same moment may together exceed the limit by what they need.
+    Otherwise it is an ndarray like any other. Threads may share the pool; those that need new
+    memory at the same moment may together exceed the limit by what they need.
 
     Examples
     --------
@@ -88,10 +88,10 @@ def set_pool_limit(nbytes: int | None) -> int:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
-    """`numpy.empty` in C order, of pooled memory where it is large."""
+    """`numpy.empty` in C order, in pooled memory where the array is large."""
     try:
         return _empty(shape, dtype)
-    except MemoryError:  # there may be enough without what is idle here
+    except MemoryError:  # dropping what is idle may free enough
         _pool.shrink(0)
         return _empty(shape, dtype)
 
@@ -105,12 +105,12 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
 
 
 def idle() -> tuple[int, int]:
-    """Bytes that wait in the pool, and the limit."""
+    """Bytes that are idle in the pool, and the limit."""
     return _pool.idle(), _pool.limit
 
 
 class _Memory(NamedTuple):
-    """So many bytes from a cache line on, and the array that they are of."""
+    """`size` bytes that begin at a cache line, and the array that they are part of."""
 
     size: int
     interface: dict[str, Any]
@@ -118,7 +118,7 @@ class _Memory(NamedTuple):
 
 
 def _memory(size: int) -> _Memory:
-    """New memory, which it takes the system some time to have ready."""
+    """New memory, which the system takes some time to prepare."""
     array = np.empty(size + LINE, np.uint8)
     start = array.__array_interface__["data"][0]
     where = {"data": (start + -start % LINE, False), "shape": (size,)}
@@ -141,7 +141,7 @@ class _Block:
 
 
 class _Loan(weakref.ref[_Block]):
-    """Memory that a block has; queued by the interpreter when the block is gone."""
+    """Record of a block's memory; the interpreter queues it when the block is gone."""
 
     memory: _Memory | None = None  # an interrupt may come before it is set
 
@@ -164,10 +164,10 @@ class _Pool:
         self._numbers = count()
 
     def take(self, nbytes: int) -> _Block | None:
-        """A block of so many bytes or more; None where the pool may not grow that much.
+        """A block of `nbytes` or more; None where the pool may not grow that much.
 
-        Every step counts: a kernel leaves none of this in the caches, and what takes 7 us in a loop
-        by itself then takes 30.
+        Every step counts: a kernel drives all of this out of the caches, and what takes 7 us in a
+        loop by itself then takes 30.
         """
         size = _size_class(nbytes)
         if self._returned:
@@ -190,7 +190,7 @@ class _Pool:
         return block
 
     def _make_room(self, size: int) -> bool:
-        """Drop idle memory until so many bytes may be added; whether they may."""
+        """Drop idle memory until `size` bytes may be added; return whether they may."""
         self._lent.setdefault(size, {})
         self._idle.setdefault(size, deque())
         in_use, limit = self._in_use() + size, self.limit
@@ -200,7 +200,7 @@ class _Pool:
         return True
 
     def idle(self) -> int:
-        """Bytes that wait to be used again."""
+        """Bytes that are idle."""
         self._collect()
         return sum(size * len(waiting) for size, waiting in self._idle.copy().items())
 
@@ -216,7 +216,7 @@ class _Pool:
         """Move returned memory to what is idle.
 
         An interrupt, or another thread, may come between any two steps. A loan therefore stays
-        queued until all is done, and only who takes it off what is lent passes its memory on.
+        queued until all is done, and whoever takes it out of `_lent` alone passes its memory on.
         """
         while self._returned:
             try:
@@ -235,7 +235,7 @@ class _Pool:
         return sum(size * len(lent) for size, lent in self._lent.copy().items())
 
     def shrink(self, nbytes: int) -> None:
-        """Drop what has been idle longest until no more than so many bytes are idle."""
+        """Drop what has been idle longest until at most `nbytes` are idle."""
         excess = self.idle() - nbytes
         while excess > 0:
             with suppress(IndexError, ValueError):  # another thread took the last

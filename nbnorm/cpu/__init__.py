@@ -1,10 +1,10 @@
 """The CPU backend: functions over (N, C, S) arrays.
 
-x, dy, y, residual, dx and dresidual are NumPy arrays of shape (N, C, S), none of it 0, of one dtype
-(float32, float64, float16, bfloat16), in the layout that `_layout` promises. Everything of shape
-(C,) is contiguous and float64; gamma and beta may both be float32. Nothing is checked here. beta in
-the backward functions is given where the ReLU mask is to be recomputed from x, y where it is to be
-read.
+x, dy, y, residual, dx and dresidual are NumPy arrays of shape (N, C, S) without an axis of
+length 0, of one dtype (float32, float64, float16, bfloat16), in the layout that `_layout` promises.
+Everything of shape (C,) is contiguous and float64; gamma and beta may both be float32. Nothing is
+checked here. The backward functions recompute the ReLU mask from x where beta is given, and read it
+from y where that is given.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-# Before any kernel is imported, so that it knows the source which that is made from.
+# Before any kernel is imported: it takes the digest of the source that kernels are made from.
 from nbnorm.cpu import sources as sources  # isort: split
 
 from nbnorm import moments
@@ -176,7 +176,7 @@ def backward_apply(
     dx: NDArray | None,
     dresidual: NDArray | None,
 ) -> None:
-    """Write dx and dresidual, each where given; sums None: mean and rstd are constants."""
+    """Write dx and dresidual, each where given; with sums=None mean and rstd are constants."""
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
     norm = (mean, rstd, gamma, beta)
     _differentiate(
@@ -253,7 +253,7 @@ def backward(
 
 def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
     """Plan of a pass over x and others of its size, and the kernels of its traversal."""
-    # Not for what is done serially anyway: asking for the threads starts them.
+    # A small pass is serial anyway, and to ask for the number of threads starts them.
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
     cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
     return cut, kernels.rows if cut.traversal == "rows" else kernels.columns

@@ -30,11 +30,12 @@ def merge(count, delta, m2, k, delta_k, m2_k):
 
 @ordered
 def lost(k, d, q, m2, like):
-    """Whether sums of d = x - K and q = sum d^2 over k values lost too much to rounding.
+    """Whether sums of x - K and q, of its square, over k values lost too much to rounding.
 
-    d is the tile's mean from K, m2 what the chunk's M2 would become. Overflow and underflow of d^2,
-    and a K so far off (an outlier as first value, a drifting mean) that k d^2 counts next to M2:
-    tolerating 4 M2 rather than a quarter of it cost y and M2 another 4 units in the last place.
+    d is the tile's mean less K, m2 what the chunk's M2 would become. Sums are lost where squares
+    over- or underflow, and where K is so far off (an outlier as first value, a drifting mean) that
+    k d^2 exceeds a quarter of M2: a threshold of 4 M2 cost y and M2 another 4 units in the last
+    place.
     """
     limits = np.finfo(like.dtype)
     return not (q <= limits.max) or q < k * limits.tiny * 2.0**26 or k * d * d > m2 / 4
@@ -59,7 +60,7 @@ def rstd_of(var, eps):
 def finish_channel(c, count, shift, delta, m2, eps, mean, rstd):
     """Mean and rstd of a channel whose chunks are merged."""
     mean[c] = shift[c] + delta[c]
-    # An M2 that float64 does not hold says nothing of the spread: y is NaN rather than beta.
+    # Where M2 overflows float64 the spread is not known: y is NaN rather than beta.
     rstd[c] = np.nan if m2[c] == np.inf else rstd_of(m2[c] / count[c], eps)
 
 
@@ -85,17 +86,17 @@ def split(mean, like):
 
 @ordered
 def size_of(value):
-    """Power of two below |value|, a float64: 0 of subnormal numbers, Inf of Inf and NaN."""
+    """Greatest power of two up to |value|, in float64; 0 if subnormal, Inf if Inf or NaN."""
     bits = np.int64(np.float64(value).view(np.int64) & 0x7FF0000000000000)
     return np.int64(bits).view(np.float64)
 
 
 @ordered
 def unit_for(a, least, most, like):
-    """Power of two u for which v u, v = x - hi, and a / u are in the dtype's range as v a is.
+    """Power of two u for which (x - hi) u and a / u are in the dtype's range if (x - hi) a is.
 
-    1 where a is in that range itself; at least `least`, which is 1 or more, where a / u allows it,
-    and at most `most`; both are powers of two.
+    At least `least`, which is 1 or more, as far as a / u allows it; at most `most`; both are powers
+    of two. Where a is in the range itself, and `least` is 1, u is 1.
     """
     tiny = np.float64(np.finfo(like.dtype).tiny)
     size = size_of(a)
@@ -118,7 +119,7 @@ def most_for(hi, like):
 
 @ordered
 def in_range(value, like):
-    """A finite value as the nearest finite one of the dtype, so that 0 times it is 0."""
+    """The nearest finite value of the dtype, so that 0 times it is 0; Inf and NaN stay."""
     most = np.float64(np.finfo(like.dtype).max)
     if np.abs(value) < np.inf:
         return min(max(value, -most), most)
@@ -140,10 +141,10 @@ def affine_channel(c, mean, rstd, gamma, beta, hi, u, a, b):
 
 @ordered
 def affine(norm, c0, c1, like):
-    """hi, u, a, b of y = (x u - hi) a + b, in float64 and rounded once; no beta, no b.
+    """hi, u, a, b of y = (x u - hi) a + b, in float64 and rounded once; b is None if beta is.
 
-    hi is that of the mean times u, a power of two: 1 unless (x - hi) or gamma rstd leaves the range
-    of x's dtype. Where nothing does, u changes no bit.
+    hi is the mean's (see `split`) times u, a power of two: 1 unless x - hi or gamma rstd leaves the
+    range of x's dtype. Where nothing does, u changes no bit.
     """
     mean, rstd, gamma, beta = norm
     size = c1 - c0
@@ -171,7 +172,7 @@ def given(condition, value):
 
 @none_without("values")
 def part(values, begin, end):
-    """values[begin:end]; None of no values."""
+    """values[begin:end]; None for None."""
     return values[begin:end]
 
 
@@ -235,8 +236,8 @@ def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
         p = size_of(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
         size = max(size_of(mean_dy), size_of(mean_dy_xhat))
-        # x_hat is at most the root of count, and what is subtracted from dy so many times as large;
-        # so is dy itself, count times its mean, where only one value of it is not 0.
+        # What is subtracted from dy may be sqrt(count) times as large as these means, as x_hat is
+        # that at most; dy itself may be count times its mean, where only one value is not 0.
         room = np.float64(limits.max) * 2.0**-28
         if size < room:
             if 0 < p < tiny * u[c]:  # p v / u must be a normal number
@@ -249,7 +250,7 @@ def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
 
 @ordered
 def factors(norm, sums, count, c0, c1, u):
-    """v and f of dx = f (dy v - ...), v a power of two and f v = gamma rstd, as u and a of y."""
+    """v and f of dx = f (dy v - ...), f v being gamma rstd: for dx what u and a are for y."""
     size = c1 - c0
     v, f = np.empty_like(u), np.empty_like(u)
     each(size, factor_channel, (c0, norm[1][c0:c1], norm[2][c0:c1], sums, count, u, v, f))
@@ -269,7 +270,7 @@ def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, 
 
 @none_without("sums")
 def coefficients(norm, sums, count, c0, c1, u, v):
-    """h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q); None of no sums.
+    """h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q); None without sums.
 
     That is dy - mean(dy) - x_hat mean(dy x_hat), times v, with mean(dy) split as the mean of x is:
     dy - h is exact near the mean of dy.
@@ -283,7 +284,7 @@ def coefficients(norm, sums, count, c0, c1, u, v):
 
 @none_without("hpq")
 def coefficients_of(hpq, c):
-    """h, p, q of channel c of those that `coefficients` was asked for; None of None."""
+    """h, p, q of channel c, an index into what `coefficients` gave; None for None."""
     h, p, q = hpq
     return h[c], p[c], q[c]
 

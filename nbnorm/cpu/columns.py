@@ -6,8 +6,8 @@ sequence. `stats`, `apply`, `reduce` and `differentiate` do chunk k of the chann
 all channels where fold > 1); x[n, c0:c1, :] is contiguous. Arrays come as in rows.py.
 
 Each column keeps its own sum, so that no sum depends on where a block of channels begins. A loop
-over rows stands in one function with the loop over columns: to call a function costs two atomic
-operations for each array it is given, as long as the arithmetic on a short row.
+over rows stands in one function with the loop over columns: a function call costs two atomic
+operations for each array it is given, which takes as long as the arithmetic on a short row.
 """
 
 import numpy as np
@@ -30,9 +30,9 @@ from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.plan import PLANE_ALONE
 from nbnorm.cpu.storage import computed, load
 
-# Rows a tile: over fewer the merges take longer than the sums. Rows summed in x's dtype before
-# float64 takes over: over 128, an outlier among them left rstd wrong by 3e-7.
+# Rows in a tile: with fewer, merges take longer than sums.
 TILE_ROWS = 256
+# Rows summed in x's dtype before float64 takes over: with 128, an outlier left rstd wrong by 3e-7.
 RUN_ROWS = 32
 
 
@@ -52,7 +52,7 @@ def width(grid, r, c0, c1):
 
 @none_without("values")
 def by_columns(values, grid):
-    """A number for every column of those for every channel; as they are where that is the same."""
+    """Numbers for every column of those for every channel; no copy where the two are the same."""
     _, _, S, _, fold, _ = grid
     if S * fold == 1:
         return values
@@ -113,7 +113,7 @@ def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
 def sums64(x, grid, n0, n1, c, K):
     """Sum d and d^2 of x[n0:n1, c, :] in float64, and whether every d is 0.
 
-    One value after another, so with the rounding of each sum carried along (Kahan 1965).
+    Values are added one by one, so each sum carries its rounding error along (Kahan 1965).
     """
     s = 0.0
     q = 0.0
@@ -133,7 +133,7 @@ def sums64(x, grid, n0, n1, c, K):
 
 @ordered
 def add_exactly(so_far, value):
-    """Sum, and how much more than the value it grew by."""
+    """The sum, and by how much its growth exceeds the value."""
     grown = so_far + value
     return grown, (grown - so_far) - value
 
@@ -142,7 +142,7 @@ def add_exactly(so_far, value):
 def moments64(x, grid, n0, n1, c, K):
     """Mean, as a value near it and the rest, and M2 of x[n0:n1, c, :] in two passes.
 
-    For sums that were lost in x's dtype.
+    Used where the sums in x's dtype were lost.
     """
     S = grid[2]
     m = (n1 - n0) * S
@@ -179,7 +179,7 @@ def mean_so_far(c, shift, delta, k):
 
 @ordered
 def merge_tile(c, count, shift, delta, merged, m, k, d, q, new_delta, new_merged, gone):
-    """Moments with those of a tile's sums d and q merged, and whether the sums were lost."""
+    """Merge the moments of a tile, whose sums are d and q; say whether the sums were lost."""
     mean = d[c] / m
     delta_tile = k[c] - shift[c] + mean
     _, new_delta[c], new_merged[c] = merge(
@@ -237,7 +237,7 @@ def by_planes(grid, streamed):
     """Whether a chunk is normalised plane by plane, as rows are.
 
     A channel's coefficients are then numbers, not a column each: 14 x 14 planes in cache took 0.6
-    times as long. But planes that do not begin at a line cannot be streamed as well as long rows.
+    times as long. But planes that do not begin at a cache line stream worse than long rows.
     """
     _, _, S, _, fold, _ = grid
     return S >= PLANE_ALONE and fold == 1 and not streamed
@@ -306,14 +306,14 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 
 @none_without("hpq")
 def by_columns_each(hpq, grid):
-    """h, p, q of every column; None of None."""
+    """h, p, q of every column; None for None."""
     h, p, q = hpq
     return by_columns(h, grid), by_columns(p, grid), by_columns(q, grid)
 
 
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
+    """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     v_c, _ = factors(norm, sums, count, c0, c1, u_c)
     if by_planes(grid, streamed) or not (all_one(u_c) and all_one(v_c)):

@@ -38,7 +38,7 @@ _LEFT = 3600
 def cache_of(function: Callable[..., Any], name: str) -> Any:
     """Cache of a kernel; one that keeps nothing where there is no folder or source for it."""
     if sources.IMPORTED is not None:
-        with suppress(Exception):  # Numba has many reasons: a file in its place, no home, odd zips
+        with suppress(Exception):  # Numba may fail: a file in the folder's place, no home, odd zips
             return KernelCache(function, name)
     return NullCache()
 

@@ -15,7 +15,7 @@ from nbnorm.cpu.storage import load, store, stored_as_zero
 
 @by_types
 def at(value, j):
-    """value[j] of an array, the value itself of a number, None of None."""
+    """value[j] for an array, the value itself for a number, None for None."""
     if isinstance(value, types.Array):
         return lambda value, j: value[j]
     return lambda value, j: value
@@ -23,7 +23,7 @@ def at(value, j):
 
 @fused_by_types
 def less(x, hi, u):
-    """x u - hi; x - hi of no unit."""
+    """x u - hi; x - hi without a unit."""
     if isinstance(u, types.NoneType):
         return lambda x, hi, u: x - hi
     return lambda x, hi, u: x * u - hi
@@ -31,7 +31,7 @@ def less(x, hi, u):
 
 @by_types
 def times(value, unit):
-    """value unit; the value of no unit."""
+    """value unit; the value itself without a unit."""
     if isinstance(unit, types.NoneType):
         return lambda value, unit: value
     return lambda value, unit: value * unit
@@ -39,7 +39,7 @@ def times(value, unit):
 
 @none_without("b", fused=True)
 def normalised(x, hi, u, a, b):
-    """y before the activation; backward recomputes the ReLU mask by this very expression."""
+    """y before the activation; backward recomputes the ReLU mask by the same expression."""
     return less(x, hi, u) * a + b
 
 
@@ -90,7 +90,7 @@ def add_row(j, x, K, s, q):
 
 @ordered
 def add_rows(j, x, K, s, q):
-    """The same of four rows."""
+    """`add_row` for four rows."""
     d0 = load(x[0], j) - at(K, j)
     d1 = load(x[1], j) - at(K, j)
     d2 = load(x[2], j) - at(K, j)
@@ -108,7 +108,7 @@ def drain(j, sums, wide):
 
 @ordered
 def add_half(j, sums, wide, half):
-    """Half as many sums, in float64."""
+    """Add the upper half of the sums to the lower half, in float64."""
     wide[j] = np.float64(sums[j]) + np.float64(sums[j + half])
 
 
@@ -143,7 +143,7 @@ def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
 
 @ordered
 def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
-    """The same of four rows."""
+    """`add_gradient_row` for four rows."""
     g0 = gradient(j, dy[0], x[0], y[0], hi, u, a, b, zero)
     g1 = gradient(j, dy[1], x[1], y[1], hi, u, a, b, zero)
     g2 = gradient(j, dy[2], x[2], y[2], hi, u, a, b, zero)
@@ -160,7 +160,7 @@ def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
 def differentiate(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
     """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)), dresidual = g; g = dy masked by ReLU.
 
-    Each is written where it is wanted; dy may be either of them, and is read before.
+    Each is written where it is wanted. dy may be either of them: it is read first.
     """
     g = gradient(j, dy, x, y, hi, u, a, b, zero)
     d = centred(j, g, x, hi, u, hpq, v)

@@ -28,7 +28,7 @@ LINE = 64  # bytes of a cache line, and of a vector here; LLVM splits it for nar
 
 @intrinsic
 def piece(typing_context, view, n, c, s, size):
-    """x[n, c, s : s + size] of a view (memory, stride of n, stride of c); None of no view."""
+    """x[n, c, s : s + size] of a view (memory, stride of n, stride of c); None for None."""
     ints = (types.intp,) * 4
     if isinstance(view, types.NoneType):
         return types.none(view, *ints), _nothing
@@ -41,7 +41,7 @@ def piece(typing_context, view, n, c, s, size):
 
 @intrinsic
 def four(typing_context, view, n, step, c, s, size):
-    """The pieces at n, n + step, n + 2 step and n + 3 step; of no view, None four times."""
+    """The pieces at n, n + step, n + 2 step and n + 3 step; for None, None four times."""
     ints = (types.intp,) * 5
     if isinstance(view, types.NoneType):
         return types.UniTuple(types.none, 4)(view, *ints), _nothing
@@ -80,9 +80,10 @@ def _piece(context, builder, memory, view, n, c, s, size):
 
 @intrinsic
 def each(typing_context, size, body, args):
-    """body(j, *args) for every j < size; j alone may be written, of arrays that are read too.
+    """body(j, *args) for every j < size.
 
-    Arrays go to the body without their reference counts, which it would change for every j.
+    Of arrays that it also reads, the body may write element j only. It gets arrays without their
+    reference counts, which it would change for every j.
     """
     body_signature = typing_context.resolve_function_type(body, (types.intp, *args.types), {})
 
@@ -100,8 +101,8 @@ def each(typing_context, size, body, args):
 def each_to(typing_context, size, body, args, outs, streamed):
     """`each` of a body that writes to its last arguments, `outs`; past the cache if `streamed`.
 
-    What is streamed are whole vectors from the first line of memory on, if the outs agree where
-    that is. The body writes a vector to the stack, which LLVM turns into a register.
+    Whole vectors are streamed, from the first cache line on; none where the outs do not reach a
+    line at the same value. The body writes a vector to the stack, which LLVM turns into a register.
 
     One intrinsic, as a function would count references to args: an atomic operation waits for all
     streaming stores (channels-last inference took 9.0 ms rather than 3.3).
@@ -160,7 +161,7 @@ def each_to(typing_context, size, body, args, outs, streamed):
 
 
 def _before_line(builder, pointers, itemsize):
-    """Values before the first line of memory; -1 where the pointers do not agree."""
+    """Values before the first cache line; -1 where that is not the same for all pointers."""
     counts = []
     for pointer in pointers:
         address = builder.ptrtoint(pointer, ir.IntType(64))
@@ -205,7 +206,7 @@ def _loop(builder, begin, end, body):
 
 
 def _rebased(context, builder, kind, packed, rebase):
-    """Values of a tuple, its arrays not counted and their memory at rebase(memory)."""
+    """Values of a tuple, its arrays without reference counts and with memory at rebase(memory)."""
     values = []
     for i, item in enumerate(kind.types):
         value = builder.extract_value(packed, i)
@@ -222,7 +223,7 @@ def _rebased(context, builder, kind, packed, rebase):
 
 
 class _Distinct(ir.values.MDValue):  # type: ignore[misc]
-    """`distinct !{...}`, equal to no other node, as llvmlite makes none."""
+    """`distinct !{...}`, equal to no other node; llvmlite has none of these."""
 
     def __init__(self, module, operands, *, names_itself=False):
         super().__init__(module, operands, str(len(module.metadata)))
@@ -239,10 +240,10 @@ class _Distinct(ir.values.MDValue):  # type: ignore[misc]
 
 @intrinsic
 def sum_of(typing_context, values):
-    """Sum of a piece of float64: four vectors of eight side by side, all those in pairs, the rest.
+    """Sum of a piece of float64: in four vectors of eight, these added in pairs, then the rest.
 
-    LLVM may not reorder the sums of a plain loop, and adds value to value: 49 of them took as long
-    as 32 rows of 49 columns.
+    LLVM may not reorder the sum of a plain loop, and adds one value after another: 49 of them took
+    as long as 32 rows of 49 columns.
     """
 
     def codegen(context, builder, signature, args):
@@ -286,10 +287,10 @@ def sum_of(typing_context, values):
 
 @intrinsic
 def at_once(typing_context, value):
-    """The value, loaded without waiting for a condition that it is selected by.
+    """The value, loaded without waiting for the condition that selects it.
 
-    LLVM makes one masked load of the two. The processor then begins to read dy only when x is there
-    and compared.
+    LLVM would make one masked load of loading and selecting. The processor would then begin to read
+    dy only when x is there and compared.
     """
 
     def codegen(context, builder, signature, args):
@@ -322,7 +323,7 @@ def half_from_float(typing_context, value):
 
 @intrinsic
 def _fence(typing_context):
-    """Wait until all stores are seen, those past the cache too, which a lock's store would not."""
+    """Wait until all stores can be seen, those past the cache too: releasing a lock does not."""
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")

@@ -28,7 +28,7 @@ _INNERMOST = ("nbnorm.cpu.channel", "nbnorm.cpu.element", "nbnorm.cpu.storage")
 class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
     """Code of a function that only compiled code calls: no machine code is made of it by itself.
 
-    Numba makes some of every function, and of its callees again within each of their callers, and
+    Numba makes machine code of every function, by itself and again within each of its callers, and
     optimises all of it each time: a kernel of fifty functions, five levels deep, took 9 s to
     compile. What runs inside a loop must be optimised before it gets there, or the loop is not
     vectorised (some kernels took 20 times as long); the rest is optimised in the kernel alone.
@@ -48,7 +48,7 @@ class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
 
     @property
     def codegen(self) -> Any:
-        """Where Numba would set the environment of machine code that there is none of."""
+        """Where Numba would set the environment of machine code; there is none."""
         return SimpleNamespace(set_env=lambda name, environment: None)
 
 
@@ -138,7 +138,7 @@ class Kernel(NamedTuple):
     parallel: Any
 
     def twin(self, parallel: bool) -> Callable[..., None]:
-        """One of the twins, to be called: handing the arguments of a small call on took 0.2 us."""
+        """Return the twin to call. A method that passed the arguments on took 0.2 us more."""
         return self._in_turn if parallel else self.serial
 
     def _in_turn(self, *args: Any) -> None:

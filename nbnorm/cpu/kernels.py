@@ -3,7 +3,7 @@
 A kernel is one prange whose body is one call to a serial function; its serial twin makes the same
 calls in order. There are two ways through a pass. `stats` then `apply`, and `reduce` then
 `differentiate`, share out every (block, chunk) of the work. `forward` and `backward` give a thread
-a block of channels, which is still in its cache when it comes to be normalised.
+a block of channels for both steps: the block is still in its cache for the second one.
 """
 
 from types import ModuleType, SimpleNamespace

@@ -33,7 +33,7 @@ def plain(array: NDArray) -> bool:
 
 
 def constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
-    """Return an array of one value, which nobody writes to: a small one is made once."""
+    """Return an array of one value, never to be written to; small ones are made once."""
     if size > 1 << 12:
         return np.full(size, value, dtype)
     return _small_constant(size, value, dtype)

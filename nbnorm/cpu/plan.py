@@ -10,13 +10,13 @@ from typing import NamedTuple
 from nbnorm._layout import PLANE, SAMPLE
 from nbnorm.cpu.caches import Caches
 
-TILE_BYTES = 16 << 10  # bytes, as computed, of a row that is summed at once: a third of L1
-CHUNK = 1 << 18  # values a chunk: the share of work that threads split a channel into
-CHUNK_ROWS = 512  # rows not split into chunks: what is done once a channel is a tenth of the rest
+TILE_BYTES = 16 << 10  # bytes of a tile in the compute dtype: a third of L1
+CHUNK = 1 << 18  # values in a chunk: the share of work that threads split a channel into
+CHUNK_ROWS = 512  # rows that are not split: work per channel and chunk is a tenth of the rest
 
 SHARES = 4  # units of work for every thread, so that none waits long for the last one
 SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
-RUN_BYTES = 16 << 10  # bytes read in sequence that keep the memory busy
+RUN_BYTES = 16 << 10  # bytes to read in sequence, enough to keep the memory busy
 # Values of a plane that is normalised by itself, although summed by columns with others.
 PLANE_ALONE = 128
 # Bytes of a short-plane row: with coefficients for every column, more do not stay in L1 (7 x 7
@@ -27,8 +27,8 @@ COLUMNS = 8 << 10
 class Grid(NamedTuple):
     """How values are grouped for the innermost loops.
 
-    By rows, a tile is `tile` values of a row or, where `fold` > 1, so many whole rows. By columns,
-    a row of columns is `fold` samples, and `tile` a plane.
+    By rows, a tile is `tile` values of a row or, where `fold` > 1, `fold` whole rows. By columns,
+    a row of columns is `fold` samples, and `tile` is the size of a plane.
     """
 
     N: int
@@ -36,15 +36,15 @@ class Grid(NamedTuple):
     S: int
     tile: int
     fold: int
-    per: int  # tiles, or rows of columns, a chunk
+    per: int  # tiles, or rows of columns, in a chunk
 
 
 class Plan(NamedTuple):
     """Cut of a pass.
 
     `fused`: a thread takes whole channels through both halves, `block` of them at a time. A half by
-    itself takes `span` of them at a time, as long a way through memory as there is. `streamed`: the
-    output is too large to be found in cache by whoever reads it next, and is stored past it.
+    itself takes `span` of them at a time, for long runs through memory. `streamed`: the output is
+    stored past the cache, as it is too large for its next reader to find it there.
     """
 
     traversal: str
@@ -133,7 +133,7 @@ def _shares(items: int, most: int) -> tuple[int, int]:
 
 
 def _channels_of(units: int, C: int, chunks: int) -> int:
-    """How many channels to take at once for so many units of work, each channel being in chunks."""
+    """How many channels to take at once for `units` units of work, with channels in `chunks`."""
     return _ceil(C, _ceil(units, chunks))
 
 

@@ -22,8 +22,8 @@ from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
-# Chains that a tile is summed in, side by side: eight vectors of eight, enough to hide the time
-# that an addition takes. Few values a chain also means little rounding. `total` is written for 64.
+# A tile is summed in so many chains side by side: eight vectors of eight, enough to hide the time
+# that an addition takes. Short chains also round less. `total` is written for 64.
 LANES = 64
 
 
@@ -47,7 +47,7 @@ def locate(grid, t):
 
 @none_without("values")
 def line(values):
-    """A piece as a view whose samples are its values; None of no piece."""
+    """A piece as a view whose samples are its values; None for None."""
     return values, 1, 0
 
 
@@ -105,7 +105,7 @@ def sums64(x, n0, n1, c, s, size, K):
 def moments64(x, n0, n1, c, s, size, K):
     """Mean, as a value near it and the rest, and M2 of a tile in two passes.
 
-    For sums that were lost in x's dtype.
+    Used where the sums in x's dtype were lost.
     """
     if constant(x, n0, n1, c, s, size, K):
         return K, 0.0, 0.0
@@ -255,7 +255,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
 
 @ordered
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """dx and dresidual, each where given; sums (sum dy, sum dy x_hat) None: frozen statistics."""
+    """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     v, f = factors(norm, sums, count, c0, c1, u)
     hpq = coefficients(norm, sums, count, c0, c1, u, v)

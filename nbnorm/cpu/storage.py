@@ -23,13 +23,13 @@ def bfloat16_from_float(value):
     """Upper half of a float32, rounded; the carry of an overflow makes Inf."""
     bits = np.float32(value).view(np.int32)
     rounded = bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))
-    quiet = bits | np.int32(0x400000)  # a NaN whose payload would be cut off, or carried away
+    quiet = bits | np.int32(0x400000)  # a NaN stays one, whatever is cut off its payload
     return np.int16((quiet if value != value else rounded) >> 16)
 
 
 @by_types
 def load(values, j):
-    """values[j] in the dtype it is computed in; None of None."""
+    """values[j] in the dtype it is computed in; None for None."""
     if isinstance(values, types.NoneType):
         return lambda values, j: None
     if values.dtype == types.uint16:
@@ -58,7 +58,7 @@ def store(values, j, value):
 
 @by_types
 def stored_as_zero(values):
-    """Greatest value that `store` makes 0 of: half the least number, a tie, goes to even."""
+    """Greatest value that `store` rounds to 0: half the least number, a tie that goes to even."""
     if values.dtype == types.uint16:
         return lambda values: np.float32(2.0**-25)
     if values.dtype == types.int16:

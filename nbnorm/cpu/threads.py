@@ -25,7 +25,7 @@ def count() -> int:
 
 
 def turn() -> AbstractContextManager[object]:
-    """Return what to hold while a parallel kernel runs, once threads have been started."""
+    """Return the context that a parallel kernel runs in, once threads have been started."""
     return _one_at_a_time if numba.threading_layer() == "workqueue" else _no_wait
 
 
