@@ -9,13 +9,19 @@ from the mean, and the difference is off by some m 2^-53 of it.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from nbnorm.cuda.intrinsics import exponent_of, power_of
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.values import WARP, warp_sum
+
+# What `exponent_of` says of 0 and subnormal numbers, and of Inf and NaN.
+NONE, ENDLESS = -1023, 1024
 
 
 @device
@@ -74,41 +80,157 @@ def move(running_mean, running_var, mean, m2, momentum, divisor, C):
         running_var[c] = old * running_var[c] + momentum * (m2[c] / divisor)
 
 
-def coefficients(computed: Any) -> tuple[Any, Any, Any]:
-    """Return `affine`, `unit_of` and `gradient` for the dtype `computed`.
+@device
+def next_to(rstd):
+    """Exponent of the power of two next to rstd, in the range of float32's normal numbers."""
+    return min(max(exponent_of(rstd), -126), 126)
+
+
+def units(computed: Any) -> SimpleNamespace:
+    """Return the CPU's `unit_for`, `most_for` and `in_range` for the dtype `computed`; see there.
+
+    Powers of two are exponents here, for which any GPU's arithmetic is fast, and only asked for
+    where `usual` says that one may be needed.
+    """
+    limits = np.finfo(np.float32 if computed == types.float32 else np.float64)
+    least, finite = int(limits.minexp), float(limits.max)
+    # From here on x - hi may overflow: less than half the distance of the greatest two numbers.
+    far = int(limits.maxexp) - int(limits.nmant) - 2
+    room = int(limits.maxexp) - 29
+
+    @device
+    def usual(size):
+        """Whether a number of this size, and one twice as large, is a normal one of the dtype."""
+        return least <= size < -least or size == NONE
+
+    @device
+    def unit_for(a, lowest, most):
+        """Unit for which v u, v = x - hi, and a / u are in the dtype's range as v a is."""
+        size = exponent_of(a)
+        unit = min(max(lowest, size + least), size - least)
+        return max(min(unit, most, -least), least)
+
+    @device
+    def most_for(hi):
+        """Greatest unit for which hi and x - hi stay finite."""
+        size = exponent_of(hi)
+        return -1 if far <= size < ENDLESS else -1 - size - least
+
+    @device
+    def in_range(value):
+        """A finite value as the nearest finite one of the dtype, so that 0 times it is 0."""
+        if abs(value) < math.inf:
+            value = min(max(value, -finite), finite)
+        return computed(value)
+
+    @device
+    def bounds(p, size, unit):
+        """Least and greatest v for p = rstd mean(dy x_hat) and means of dy and dy x_hat of a size.
+
+        p v / u must be a normal number. x_hat is at most the root of count, and what is subtracted
+        from dy so many times as large; so is dy itself, count times its mean, where only one value
+        of it is not 0.
+        """
+        lowest, most = 0, unit - 1 - p - least
+        if size <= room:
+            if NONE < p < unit + least:
+                lowest = min(unit + least - p, room - size)
+        elif size < ENDLESS:
+            most = min(most, -24)
+        return lowest, most
+
+    return SimpleNamespace(
+        far=far, room=room, usual=usual, unit_for=unit_for, most_for=most_for, in_range=in_range,
+        bounds=bounds,
+    )  # fmt: skip
+
+
+def coefficients(computed: Any) -> SimpleNamespace:
+    """Return the functions below for the dtype `computed`.
 
     What they give is computed in float64 and rounded once.
     """
+    of, one = units(computed), computed(1)
+    far, room, usual, unit_for = of.far, of.room, of.usual, of.unit_for
+    most_for, in_range, bounds = of.most_for, of.in_range, of.bounds
+
+    @device
+    def plain_affine(mean, rstd, gamma, beta, c):
+        """hi, a, b of `affine` with u = 1, and whether that u will do."""
+        hi = types.float64(computed(mean[c]))
+        a = types.float64(gamma[c]) * rstd[c]
+        b = cuda.fma(hi - mean[c], a, types.float64(beta[c]))
+        fits = usual(exponent_of(a)) and exponent_of(hi) < far
+        return computed(hi), computed(a), computed(b), fits
 
     @device
     def affine(mean, rstd, gamma, beta, c):
-        """hi, a, b of y = (x - hi) a + b: x - hi is exact near the mean = hi + lo."""
-        hi = computed(mean[c])
-        a = gamma[c] * rstd[c]
-        lo = mean[c] - types.float64(hi)
-        return hi, computed(a), computed(cuda.fma(-lo, a, types.float64(beta[c])))
+        """hi, u, a, b of y = (x u - hi) a + b: x - hi is exact near the mean = hi + lo.
+
+        hi is that of the mean times u, a power of two: 1 unless x - hi or gamma rstd leaves the
+        dtype's range.
+        """
+        hi, a, b, fits = plain_affine(mean, rstd, gamma, beta, c)
+        if fits:
+            return hi, one, a, b
+        factor = types.float64(gamma[c]) * rstd[c]
+        unit = unit_for(factor, 0, most_for(hi))
+        # Further from rstd it would be for a gamma beyond float32, and leave `scale_of` no number.
+        unit = min(max(unit, next_to(rstd[c]) - 127), next_to(rstd[c]) + 126)
+        u = computed(power_of(unit))
+        return hi * u, u, in_range(factor * power_of(-unit)), b
 
     @device
-    def unit_of(rstd, c):
-        """Power of two next to rstd, in the range of normal numbers: (x - hi) unit is exact."""
-        _, exponent = math.frexp(rstd[c])
-        return computed(math.ldexp(1.0, min(max(exponent - 1, -126), 126)))
+    def scale_of(rstd, u, c):
+        """Power of two for which (x u - hi) scale is exact and of the size of x_hat."""
+        return computed(power_of(next_to(rstd[c]) - exponent_of(u)))
 
     @device
-    def gradient(mean, rstd, sums, C, count, c):
-        """h, p, q of dx / (gamma rstd) = (dy - h) - ((x - hi) p + q); see the CPU's."""
+    def means_of(rstd, sums, C, count, c):
+        """Sizes of p = rstd mean(dy x_hat), and of the greater one of mean(dy), mean(dy x_hat)."""
+        mean_dy, mean_dy_xhat = sums[c] / count, sums[C + c] / count
+        size = max(exponent_of(mean_dy), exponent_of(mean_dy_xhat))
+        return exponent_of(rstd[c] * mean_dy_xhat), size
+
+    @device
+    def plain_factor(rstd, sums, C, count, c):
+        """Whether v = 1 will do for these sums, where u = 1 does."""
+        p, size = means_of(rstd, sums, C, count, c)
+        return usual(p) and size <= room
+
+    @device
+    def factor(rstd, gamma, sums, C, count, u, training, c):
+        """v and f of dx = f (dy v - ...), v a power of two and f v = gamma rstd."""
+        a = types.float64(gamma[c]) * rstd[c]
+        fits = u == one and usual(exponent_of(a))
+        if fits and not (training and not plain_factor(rstd, sums, C, count, c)):
+            return one, computed(a)
+        lowest, most = 0, ENDLESS
+        if training:
+            p, size = means_of(rstd, sums, C, count, c)
+            lowest, most = bounds(p, size, exponent_of(u))
+        unit = unit_for(a, lowest, most)
+        return computed(power_of(unit)), in_range(a * power_of(-unit))
+
+    @device
+    def gradient(mean, rstd, sums, C, count, u, v, c):
+        """h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q); see the CPU's."""
         lo = mean[c] - types.float64(computed(mean[c]))
         mean_dy = sums[c] / count
-        h = computed(mean_dy)
+        h = types.float64(computed(mean_dy))
         p = rstd[c] * (sums[C + c] / count)
-        return h, computed(p), computed(cuda.fma(-lo, p, mean_dy - types.float64(h)))
+        q = cuda.fma(-lo, p, mean_dy - h) * types.float64(v)
+        p = p * power_of(exponent_of(v) - exponent_of(u))
+        return computed(h * types.float64(v)), computed(p), computed(q)
 
-    return affine, unit_of, gradient
+    return SimpleNamespace(
+        plain_affine=plain_affine, affine=affine, scale_of=scale_of, plain_factor=plain_factor,
+        factor=factor, gradient=gradient,
+    )  # fmt: skip
 
 
 def finishing(computed: Any) -> Any:
     """Return `finish_gradients`, which ends `reduce` for one channel."""
-    _, unit_of, _ = coefficients(computed)
 
     @device
     def finish_gradients(partial, c, C, chunks, mean, rstd, sums):
@@ -118,7 +240,7 @@ def finishing(computed: Any) -> Any:
         if cuda.threadIdx.x % WARP == 0:
             lo = mean[c] - types.float64(computed(mean[c]))
             sums[c] = s
-            sums[C + c] = rstd[c] * cuda.fma(-lo, s, t / types.float64(unit_of(rstd, c)))
+            sums[C + c] = rstd[c] * cuda.fma(-lo, s, t * power_of(-next_to(rstd[c])))
 
     return finish_gradients
 

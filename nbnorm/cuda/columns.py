@@ -23,6 +23,7 @@ from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL
 from nbnorm.cuda.values import (
     WARP,
+    centred,
     gradients_of,
     moments_of,
     normalised,
@@ -38,15 +39,17 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     """Kernels for tensors of a dtype that are read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
     load, store = memory_of(dtype, width)
-    load_one, _ = memory_of(dtype, 1)
+    load_one, store_one = memory_of(dtype, 1)
     # Vectors under way where two or three tensors are read at once.
     few = UNROLL if width <= 4 else UNROLL // 2
     fewer = UNROLL if width <= 4 else 1
     size, pair_size, fewer_size = UNROLL * width, few * width, fewer * width
     moments, gradients = moments_of(computed, UNROLL, width), gradients_of(computed, fewer, width)
-    affine, unit_of, gradient = coefficients(computed)
+    of = coefficients(computed)
+    plain_affine, affine, scale_of = of.plain_affine, of.affine, of.scale_of
+    plain_factor, factor, gradient = of.plain_factor, of.factor, of.gradient
     finish_gradients = finishing(computed)
-    zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
+    zero, one, least = computed(0), computed(1), computed(STORED_AS_ZERO.get(dtype, 0.0))
     cells = THREADS * width
 
     @device
@@ -75,10 +78,10 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         """Load `unroll` samples from n on, `at_once` apart; how many there are before end."""
         memory, n_stride, start = view
         count = 0
-        for u in range(unroll):
-            i = n + u * at_once
+        for r in range(unroll):
+            i = n + r * at_once
             if i < end:
-                load(memory, i * n_stride + start, values, u * width)
+                load(memory, i * n_stride + start, values, r * width)
                 count += 1
         return count
 
@@ -86,24 +89,54 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     def keep(kept, unroll, n, end, at_once, values):
         """Put aside what was fetched, neighbours side by side."""
         slab, lanes, first, start, apart = kept
-        for u in range(unroll):
-            i = n + u * at_once
+        for r in range(unroll):
+            i = n + r * at_once
             if i < end:
                 for w in range(width):
-                    slab[start + w * apart + (i - first) * lanes] = values[u * width + w]
+                    slab[start + w * apart + (i - first) * lanes] = values[r * width + w]
 
     @device
     def recall(kept, unroll, n, end, at_once, values):
         """Load what was kept, as `fetch` loads what was not."""
         slab, lanes, first, start, apart = kept
-        for u in range(unroll):
-            i = n + u * at_once
+        for r in range(unroll):
+            i = n + r * at_once
             if i < end:
                 for w in range(width):
-                    values[u * width + w] = slab[start + w * apart + (i - first) * lanes]
+                    values[r * width + w] = slab[start + w * apart + (i - first) * lanes]
 
     @device
     def drop(kept, unroll, n, end, at_once, values):
+        """Keep nothing."""
+
+    @device
+    def fetch_one(view, i, w):
+        """Column w of sample i."""
+        value = cuda.local.array(1, computed)
+        load_one(view[0], i * view[1] + view[2] + w, value, 0)
+        return value[0]
+
+    @device
+    def put_one(view, i, w, value):
+        """Store column w of sample i."""
+        values = cuda.local.array(1, computed)
+        values[0] = value
+        store_one(view[0], i * view[1] + view[2] + w, values, 0)
+
+    @device
+    def keep_one(kept, i, w, value):
+        """Put aside column w of sample i."""
+        slab, lanes, first, start, apart = kept
+        slab[start + w * apart + (i - first) * lanes] = value
+
+    @device
+    def recall_one(kept, i, w):
+        """Column w of sample i of what was kept."""
+        slab, lanes, first, start, apart = kept
+        return slab[start + w * apart + (i - first) * lanes]
+
+    @device
+    def drop_one(kept, i, w, value):
         """Keep nothing."""
 
     @device
@@ -159,10 +192,39 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         )
 
     @device
-    def affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b):
-        """`affine` of each of a thread's columns."""
+    def channel_of(mine, w):
+        """Channel of column w of a thread's."""
+        _, c0, S, column = mine
+        return c0 + quotient(column + w, S)
+
+    @device
+    def affines(mine, hi, a, b):
+        """hi, a, b of each of a thread's columns, with u = 1, and whether that will do for all."""
+        (mean, rstd, gamma, beta), _, _, _ = mine
+        plain = True
         for w in range(width):
-            hi[w], a[w], b[w] = affine(mean, rstd, gamma, beta, c0 + quotient(column + w, S))
+            c = channel_of(mine, w)
+            hi[w], a[w], b[w], fits = plain_affine(mean, rstd, gamma, beta, c)
+            plain = plain and fits
+        return plain
+
+    @device
+    def scales(mine, scale):
+        """`scale_of` each of a thread's columns, with u = 1."""
+        (_, rstd, _, _), _, _, _ = mine
+        for w in range(width):
+            scale[w] = scale_of(rstd, one, channel_of(mine, w))
+
+    @device
+    def gradients_each(mine, sums, C, count, h, p, q):
+        """h, p, q of each of a thread's columns, with v = 1, and whether that will do for all."""
+        (mean, rstd, _, _), _, _, _ = mine
+        plain = True
+        for w in range(width):
+            c = channel_of(mine, w)
+            h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, one, one, c)
+            plain = plain and plain_factor(rstd, sums, C, count, c)
+        return plain
 
     def summing(keep: Any) -> Any:
         @device
@@ -183,38 +245,86 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
         return moments_of_chunk
 
-    def normalising(fetch_x: Any) -> Any:
+    def normalising(fetch_x: Any, fetch_one_x: Any) -> Any:
         @device
-        def normalise_chunk(x, residual, y, n, end, at_once, hi, a, b, low, added):
-            """y = act((x - hi) a + b [+ residual])."""
+        def normalise_singly(x, residual, y, n, end, at_once, mine, low, added):
+            """`normalise_chunk` of columns some of which need a unit, one after the other."""
+            (mean, rstd, gamma, beta), _, _, _ = mine
+            for w in range(width):
+                hi, u, a, b = affine(mean, rstd, gamma, beta, channel_of(mine, w))
+                i = n
+                while i < end:
+                    value = normalised(fetch_one_x(x, i, w), hi, u, a, b)
+                    if added:
+                        value += fetch_one(residual, i, w)
+                    put_one(y, i, w, rectified(value, low))
+                    i += at_once
+
+        @device
+        def normalise_chunk(x, residual, y, n, end, at_once, mine, plain, hi, a, b, low, added):
+            """y = act((x u - hi) a + b [+ residual]); plain: u is 1."""
             values = cuda.local.array(pair_size, computed)
             more = cuda.local.array(pair_size, computed)
+            if not plain:
+                normalise_singly(x, residual, y, n, end, at_once, mine, low, added)
+                return
             while n < end:
                 fetch_x(x, few, n, end, at_once, values)
                 if added:
                     fetch(residual, few, n, end, at_once, more)
-                for u in range(few):
-                    i = n + u * at_once
+                for r in range(few):
+                    i = n + r * at_once
                     if i < end:
                         for w in range(width):
-                            value = normalised(values[u * width + w], hi[w], a[w], b[w])
+                            value = normalised(values[r * width + w], hi[w], one, a[w], b[w])
                             if added:
-                                value += more[u * width + w]
-                            values[u * width + w] = rectified(value, low)
-                        store(y[0], i * y[1] + y[2], values, u * width)
+                                value += more[r * width + w]
+                            values[r * width + w] = rectified(value, low)
+                        store(y[0], i * y[1] + y[2], values, r * width)
                 n += few * at_once
 
         return normalise_chunk
 
-    def reducing(keep: Any) -> Any:
+    def reducing(keep: Any, keep_one: Any) -> Any:
+        @device
+        def sums_again(dy, x, y, kept_g, n, end, at_once, mine, w, masked):
+            """Sums of `gradients_of_chunk` of column w, which needs a unit, in float64."""
+            (mean, rstd, gamma, beta), _, _, _ = mine
+            c = channel_of(mine, w)
+            hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+            unit, scale = types.float64(u), types.float64(scale_of(rstd, u, c))
+            s, t, output = 0.0, 0.0, zero
+            while n < end:
+                g, value = fetch_one(dy, n, w), fetch_one(x, n, w)
+                if masked == 2:
+                    output = fetch_one(y, n, w)
+                if masked:
+                    g = passed(g, value, output, hi, u, a, b, masked, least, zero)
+                keep_one(kept_g, n, w, g)
+                d = cuda.fma(types.float64(value), unit, -types.float64(hi))
+                s += types.float64(g)
+                t = cuda.fma(types.float64(g), d * scale, t)
+                n += at_once
+            return s, t
+
+        @device
+        def sums_singly(dy, x, y, kept_g, n, end, at_once, mine, masked, s, t):
+            """Replace what `gradients_of_chunk` has for columns that need a unit."""
+            (mean, rstd, gamma, beta), _, _, _ = mine
+            for w in range(width):
+                _, _, _, fits = plain_affine(mean, rstd, gamma, beta, channel_of(mine, w))
+                if not fits:
+                    s[w], t[w] = sums_again(dy, x, y, kept_g, n, end, at_once, mine, w, masked)
+
         @device
         def gradients_of_chunk(
-            dy, x, y, kept_g, kept_x, n, end, at_once, hi, a, b, unit, masked, s, t
+            dy, x, y, kept_g, kept_x, n, end, at_once, mine, plain, hi, a, b, scale, masked, s, t
         ):
-            """Sums of g and of g (x - hi) unit of this thread's columns, g = dy past ReLU."""
+            """Sums of g and of g (x u - hi) scale of this thread's columns, g = dy past ReLU."""
             g = cuda.local.array(fewer_size, computed)
             values = cuda.local.array(fewer_size, computed)
             outputs = cuda.local.array(fewer_size, computed)
+            begin = n
             for w in range(width):
                 s[w] = 0.0
                 t[w] = 0.0
@@ -224,62 +334,100 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 if masked == 2:
                     fetch(y, fewer, n, end, at_once, outputs)
                 if masked:
-                    for u in range(fewer):
+                    for r in range(fewer):
                         for w in range(width):
-                            j = u * width + w
+                            j = r * width + w
                             g[j] = passed(
-                                g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least, zero
-                            )
+                                g[j], values[j], outputs[j], hi[w], one, a[w], b[w], masked, least,
+                                zero,
+                            )  # fmt: skip
                 keep(kept_g, fewer, n, end, at_once, g)
                 keep(kept_x, fewer, n, end, at_once, values)
                 for w in range(width):
-                    s_more, t_more = gradients(g, values, w, count, hi[w], unit[w])
+                    s_more, t_more = gradients(g, values, w, count, hi[w], one, scale[w])
                     s[w] += s_more
                     t[w] += t_more
                 n += fewer * at_once
+            if not plain:
+                sums_singly(dy, x, y, kept_g, begin, end, at_once, mine, masked, s, t)
 
         return gradients_of_chunk
 
-    def differentiating(fetch_g: Any) -> Any:
+    def differentiating(fetch_g: Any, fetch_one_g: Any) -> Any:
+        @device
+        def differentiate_singly(
+            dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count, masked, training, outs
+        ):
+            """`differentiate_chunk` of columns some of which need a unit, one after the other."""
+            (mean, rstd, gamma, beta), _, _, _ = mine
+            for w in range(width):
+                c = channel_of(mine, w)
+                hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+                v, f = factor(rstd, gamma, sums, C, count, u, training, c)
+                h, p, q, output = zero, zero, zero, zero
+                if training:
+                    h, p, q = gradient(mean, rstd, sums, C, count, u, v, c)
+                i = n
+                while i < end:
+                    g, value = fetch_one_g(dy, i, w), fetch_one_g(x, i, w)
+                    if masked == 2:
+                        output = fetch_one(y, i, w)
+                    if masked:
+                        g = passed(g, value, output, hi, u, a, b, masked, least, zero)
+                    if outs & 2:
+                        put_one(dresidual, i, w, g)
+                    if outs & 1:
+                        d = centred(g, value, hi, u, h, p, q, v, training)
+                        put_one(dx, i, w, f * d)
+                    i += at_once
+
         @device
         def differentiate_chunk(
-            dy, x, y, dx, dresidual, n, end, at_once, hi, a, b, h, p, q, masked, training, outs
-        ):
+            dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
+            plain, hi, a, b, h, p, q, masked, training, outs,
+        ):  # fmt: skip
             """dx (outs & 1) and dresidual (outs & 2) of dy, or of dy past ReLU and masked 0."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
+            if not plain:
+                differentiate_singly(
+                    dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
+                    masked, training, outs,
+                )  # fmt: skip
+                return
             while n < end:
                 fetch_g(dy, few, n, end, at_once, g)
                 fetch_g(x, few, n, end, at_once, values)
                 if masked == 2:
                     fetch(y, few, n, end, at_once, outputs)
-                for u in range(few):
-                    i = n + u * at_once
+                for r in range(few):
+                    i = n + r * at_once
                     if i < end:
                         for w in range(width):
-                            j = u * width + w
+                            j = r * width + w
                             if masked:
                                 g[j] = passed(
-                                    g[j], values[j], outputs[j], hi[w], a[w], b[w], masked, least,
-                                    zero,
+                                    g[j], values[j], outputs[j], hi[w], one, a[w], b[w], masked,
+                                    least, zero,
                                 )  # fmt: skip
                         if outs & 2:
-                            store(dresidual[0], i * dresidual[1] + dresidual[2], g, u * width)
+                            store(dresidual[0], i * dresidual[1] + dresidual[2], g, r * width)
                         if outs & 1:
                             for w in range(width):
-                                j = u * width + w
-                                d = g[j]
-                                if training:
-                                    d = (d - h[w]) - normalised(values[j], hi[w], p[w], q[w])
+                                j = r * width + w
+                                d = centred(
+                                    g[j], values[j], hi[w], one, h[w], p[w], q[w], one, training
+                                )
                                 values[j] = a[w] * d
-                            store(dx[0], i * dx[1] + dx[2], values, u * width)
+                            store(dx[0], i * dx[1] + dx[2], values, r * width)
                 n += few * at_once
 
         return differentiate_chunk
 
-    moments_of_chunk, normalise_chunk = summing(drop), normalising(fetch)
-    gradients_of_chunk, differentiate_chunk = reducing(drop), differentiating(fetch)
+    moments_of_chunk, normalise_chunk = summing(drop), normalising(fetch, fetch_one)
+    gradients_of_chunk = reducing(drop, drop_one)
+    differentiate_chunk = differentiating(fetch, fetch_one)
 
     @kernel(2)
     def stats(x, xn, C, S, N, group, lanes, per, chunks, partial, mean, again):
@@ -317,12 +465,13 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
+        mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+            plain = affines(mine, hi, a, b)
         start = c0 * S + column
         normalise_chunk(
             (x, xn, start), (residual, rn, start), (y, yn, start), n, end, at_once,
-            hi, a, b, computed(floor), added,
+            mine, plain, hi, a, b, computed(floor), added,
         )  # fmt: skip
 
     @kernel(2)
@@ -330,7 +479,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         dy, dyn, x, xn, y, yn, C, S, N, group, lanes, per, chunks,
         mean, rstd, gamma, beta, masked, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum dy, sum dy (x - hi) unit of chunk k."""
+        """partial[:, c, k] = sum dy, sum dy (x u - hi) scale of chunk k."""
         g = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - g * chunks
         c0, columns, row, column, at_once = located(C, S, group, lanes, g)
@@ -339,17 +488,17 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
-        unit = cuda.local.array(width, computed)
+        scale = cuda.local.array(width, computed)
         s = cuda.local.array(width, types.float64)
         t = cuda.local.array(width, types.float64)
+        mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
-            for w in range(width):
-                unit[w] = unit_of(rstd, c0 + quotient(column + w, S))
+            plain = affines(mine, hi, a, b)
+            scales(mine, scale)
         start = c0 * S + column
         gradients_of_chunk(
             (dy, dyn, start), (x, xn, start), (y, yn, start), 0, 0, n, end, at_once,
-            hi, a, b, unit, masked, s, t,
+            mine, plain, hi, a, b, scale, masked, s, t,
         )  # fmt: skip
         put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
 
@@ -369,21 +518,21 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         h = cuda.local.array(width, computed)
         p = cuda.local.array(width, computed)
         q = cuda.local.array(width, computed)
+        mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+            plain = affines(mine, hi, a, b)
             if training:
-                for w in range(width):
-                    c = c0 + quotient(column + w, S)
-                    h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, c)
+                plain = gradients_each(mine, sums, C, count, h, p, q) and plain
         start = c0 * S + column
         differentiate_chunk(
             (dy, dyn, start), (x, xn, start), (y, yn, start),
             (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
-            hi, a, b, h, p, q, masked, training, outs,
+            mine, sums, C, count, plain, hi, a, b, h, p, q, masked, training, outs,
         )  # fmt: skip
 
-    keep_moments, normalise_kept = summing(keep), normalising(recall)
-    keep_gradients, differentiate_kept = reducing(keep), differentiating(recall)
+    keep_moments, normalise_kept = summing(keep), normalising(recall, recall_one)
+    keep_gradients = reducing(keep, keep_one)
+    differentiate_kept = differentiating(recall, recall_one)
 
     def resident(together: Any) -> SimpleNamespace:
         """Kernels that read memory once: `blocks` blocks keep a group, `each` chunks a block.
@@ -428,15 +577,16 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 finish_moments(partial, c0 + c, C, chunks, m, eps, mean, m2, rstd)
                 c += blocks * (cuda.blockDim.x // WARP)
             together()
+            mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
             if row < at_once and column < columns:
-                affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
+                plain = affines(mine, hi, a, b)
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
                 normalise_kept(
                     kept_at(slab, per, lanes, column, k, k - begin),
                     (residual, rn, start), (y, yn, start), n, end, at_once,
-                    hi, a, b, computed(floor), added,
+                    mine, plain, hi, a, b, computed(floor), added,
                 )  # fmt: skip
                 k += 1
 
@@ -457,16 +607,16 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             hi = cuda.local.array(width, computed)
             a = cuda.local.array(width, computed)
             b = cuda.local.array(width, computed)
-            unit = cuda.local.array(width, computed)
+            scale = cuda.local.array(width, computed)
             h = cuda.local.array(width, computed)
             p = cuda.local.array(width, computed)
             q = cuda.local.array(width, computed)
             s = cuda.local.array(width, types.float64)
             t = cuda.local.array(width, types.float64)
+            mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
             if row < at_once and column < columns:
-                affines(mean, rstd, gamma, beta, c0, S, column, hi, a, b)
-                for w in range(width):
-                    unit[w] = unit_of(rstd, c0 + quotient(column + w, S))
+                plain = affines(mine, hi, a, b)
+                scales(mine, scale)
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
@@ -474,7 +624,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     (dy, dyn, start), (x, xn, start), (y, yn, start),
                     kept_at(slab, per, lanes, column, k, k - begin),
                     kept_at(slab, per, lanes, column, k, k - begin + each),
-                    n, end, at_once, hi, a, b, unit, masked, s, t,
+                    n, end, at_once, mine, plain, hi, a, b, scale, masked, s, t,
                 )  # fmt: skip
                 put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
                 k += 1
@@ -485,9 +635,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 c += blocks * (cuda.blockDim.x // WARP)
             together()
             if row < at_once and column < columns:
-                for w in range(width):
-                    c = c0 + quotient(column + w, S)
-                    h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, c)
+                plain = gradients_each(mine, sums, C, count, h, p, q) and plain
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
@@ -495,7 +643,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     kept_at(slab, per, lanes, column, k, k - begin),
                     kept_at(slab, per, lanes, column, k, k - begin + each), (y, yn, start),
                     (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
-                    hi, a, b, h, p, q, 0, True, outs,
+                    mine, sums, C, count, plain, hi, a, b, h, p, q, 0, True, outs,
                 )  # fmt: skip
                 k += 1
 

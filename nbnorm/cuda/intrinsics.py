@@ -1,4 +1,4 @@
-"""What numba.cuda cannot say: vectors of 16 bytes, halves, 32-bit division, clusters of blocks.
+"""What numba.cuda cannot say: vectors of 16 bytes, halves, 32-bit division, exponents, clusters.
 
 The only file with LLVM and PTX in it. `memory_of` gives the load and the store of a storage dtype
 and a width, between memory (a raw pointer) and a thread's own array of the dtype it computes in.
@@ -119,6 +119,29 @@ def quotient(typing_context, a, b):
         return builder.zext(builder.udiv(a, b), _I64)
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def exponent_of(typing_context, value):
+    """e of 2^e <= |value| < 2^(e + 1), an int64: -1023 of 0 and subnormal, 1024 of Inf and NaN."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.trunc(builder.lshr(builder.bitcast(args[0], _I64), _I64(52)), _I32)
+        biased = builder.and_(bits, _I32(0x7FF))
+        return builder.sext(builder.sub(biased, _I32(1023)), _I64)
+
+    return types.int64(types.float64), codegen
+
+
+@intrinsic
+def power_of(typing_context, exponent):
+    """2^exponent, a float64, of exponents from -1022 to 1023."""
+
+    def codegen(context, builder, signature, args):
+        biased = builder.add(args[0], _I64(1023))
+        return builder.bitcast(builder.shl(biased, _I64(52)), _F64)
+
+    return types.float64(types.int64), codegen
 
 
 @intrinsic

@@ -24,6 +24,7 @@ from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL
 from nbnorm.cuda.values import (
     WARP,
     block_sum,
+    centred,
     gradients_of,
     moments_of,
     normalised,
@@ -41,7 +42,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     few = UNROLL if width <= 4 else UNROLL // 2
     size, pair_size = UNROLL * width, few * width
     moments, gradients = moments_of(computed, size, 1), gradients_of(computed, pair_size, 1)
-    affine, unit_of, gradient = coefficients(computed)
+    of = coefficients(computed)
+    affine, scale_of, factor, gradient = of.affine, of.scale_of, of.factor, of.gradient
     finish_gradients = finishing(computed)
     zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
 
@@ -53,45 +55,45 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         return c, k, k * per, min((k + 1) * per, total)
 
     @device
-    def place(view, v):
-        """Where vector v of a channel begins."""
+    def place(view, i):
+        """Where vector i of a channel begins."""
         _, vectors, n_stride, start = view
-        n = quotient(v, vectors)
-        return n * n_stride + start + (v - n * vectors) * width
+        n = quotient(i, vectors)
+        return n * n_stride + start + (i - n * vectors) * width
 
     @device
-    def fetch(view, unroll, v, end, values):
-        """Load `unroll` vectors from v on, a block apart; how many values there are before end."""
+    def fetch(view, unroll, i, end, values):
+        """Load `unroll` vectors from i on, a block apart; how many values there are before end."""
         count = 0
-        for u in range(unroll):
-            j = v + u * cuda.blockDim.x
+        for r in range(unroll):
+            j = i + r * cuda.blockDim.x
             if j < end:
-                load(view[0], place(view, j), values, u * width)
+                load(view[0], place(view, j), values, r * width)
                 count += width
         return count
 
     @device
-    def keep(kept, unroll, v, end, values):
+    def keep(kept, unroll, i, end, values):
         """Put aside what was fetched, neighbours side by side."""
         slab, per, first, start = kept
-        for u in range(unroll):
-            j = v + u * cuda.blockDim.x
+        for r in range(unroll):
+            j = i + r * cuda.blockDim.x
             if j < end:
                 for w in range(width):
-                    slab[start + w * per + j - first] = values[u * width + w]
+                    slab[start + w * per + j - first] = values[r * width + w]
 
     @device
-    def recall(kept, unroll, v, end, values):
+    def recall(kept, unroll, i, end, values):
         """Load what was kept, as `fetch` loads what was not."""
         slab, per, first, start = kept
-        for u in range(unroll):
-            j = v + u * cuda.blockDim.x
+        for r in range(unroll):
+            j = i + r * cuda.blockDim.x
             if j < end:
                 for w in range(width):
-                    values[u * width + w] = slab[start + w * per + j - first]
+                    values[r * width + w] = slab[start + w * per + j - first]
 
     @device
-    def drop(kept, unroll, v, end, values):
+    def drop(kept, unroll, i, end, values):
         """Keep nothing."""
 
     @device
@@ -117,66 +119,66 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             values = cuda.local.array(size, computed)
             s = 0.0
             q = 0.0
-            v = first + cuda.threadIdx.x
-            while v < end:
-                count = fetch(x, UNROLL, v, end, values)
-                keep(kept, UNROLL, v, end, values)
+            i = first + cuda.threadIdx.x
+            while i < end:
+                count = fetch(x, UNROLL, i, end, values)
+                keep(kept, UNROLL, i, end, values)
                 s_more, q_more = moments(values, 0, count, shift)
                 s += s_more
                 q += q_more
-                v += UNROLL * cuda.blockDim.x
+                i += UNROLL * cuda.blockDim.x
             return s, q
 
         return moments_of_chunk
 
     def normalising(fetch_x: Any) -> Any:
         @device
-        def normalise_chunk(x, residual, y, first, end, hi, a, b, low, added):
-            """y = act((x - hi) a + b [+ residual])."""
+        def normalise_chunk(x, residual, y, first, end, hi, u, a, b, low, added):
+            """y = act((x u - hi) a + b [+ residual])."""
             values = cuda.local.array(pair_size, computed)
             more = cuda.local.array(pair_size, computed)
-            v = first + cuda.threadIdx.x
-            while v < end:
-                fetch_x(x, few, v, end, values)
+            i = first + cuda.threadIdx.x
+            while i < end:
+                fetch_x(x, few, i, end, values)
                 if added:
-                    fetch(residual, few, v, end, more)
-                for u in range(few):
-                    j = v + u * cuda.blockDim.x
+                    fetch(residual, few, i, end, more)
+                for r in range(few):
+                    j = i + r * cuda.blockDim.x
                     if j < end:
-                        for w in range(u * width, (u + 1) * width):
-                            value = normalised(values[w], hi, a, b)
+                        for w in range(r * width, (r + 1) * width):
+                            value = normalised(values[w], hi, u, a, b)
                             if added:
                                 value += more[w]
                             values[w] = rectified(value, low)
-                        store(y[0], place(y, j), values, u * width)
-                v += few * cuda.blockDim.x
+                        store(y[0], place(y, j), values, r * width)
+                i += few * cuda.blockDim.x
 
         return normalise_chunk
 
     def reducing(keep: Any) -> Any:
         @device
-        def gradients_of_chunk(dy, x, y, kept_g, kept_x, first, end, hi, a, b, unit, masked):
-            """Sums of g and of g (x - hi) unit of this thread's values, g = dy past ReLU."""
+        def gradients_of_chunk(dy, x, y, kept_g, kept_x, first, end, hi, u, a, b, scale, masked):
+            """Sums of g and of g (x u - hi) scale of this thread's values, g = dy past ReLU."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
             s = 0.0
             t = 0.0
-            v = first + cuda.threadIdx.x
-            while v < end:
-                count = fetch(dy, few, v, end, g)
-                fetch(x, few, v, end, values)
+            i = first + cuda.threadIdx.x
+            while i < end:
+                count = fetch(dy, few, i, end, g)
+                fetch(x, few, i, end, values)
                 if masked == 2:
-                    fetch(y, few, v, end, outputs)
+                    fetch(y, few, i, end, outputs)
                 if masked:
                     for w in range(pair_size):
-                        g[w] = passed(g[w], values[w], outputs[w], hi, a, b, masked, least, zero)
-                keep(kept_g, few, v, end, g)
-                keep(kept_x, few, v, end, values)
-                s_more, t_more = gradients(g, values, 0, count, hi, unit)
+                        g[w] = passed(g[w], values[w], outputs[w], hi, u, a, b, masked, least, zero)
+                keep(kept_g, few, i, end, g)
+                keep(kept_x, few, i, end, values)
+                s_more, t_more = gradients(g, values, 0, count, hi, u, scale)
                 s += s_more
                 t += t_more
-                v += few * cuda.blockDim.x
+                i += few * cuda.blockDim.x
             return s, t
 
         return gradients_of_chunk
@@ -184,36 +186,35 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     def differentiating(fetch_g: Any) -> Any:
         @device
         def differentiate_chunk(
-            dy, x, y, dx, dresidual, first, end, hi, a, b, h, p, q, masked, training, outs
-        ):
+            dy, x, y, dx, dresidual, first, end,
+            hi, u, a, b, h, p, q, v, f, masked, training, outs,
+        ):  # fmt: skip
             """dx (outs & 1) and dresidual (outs & 2) of dy, or of dy past ReLU and masked 0."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
-            v = first + cuda.threadIdx.x
-            while v < end:
-                fetch_g(dy, few, v, end, g)
-                fetch_g(x, few, v, end, values)
+            i = first + cuda.threadIdx.x
+            while i < end:
+                fetch_g(dy, few, i, end, g)
+                fetch_g(x, few, i, end, values)
                 if masked == 2:
-                    fetch(y, few, v, end, outputs)
-                for u in range(few):
-                    j = v + u * cuda.blockDim.x
+                    fetch(y, few, i, end, outputs)
+                for r in range(few):
+                    j = i + r * cuda.blockDim.x
                     if j < end:
                         if masked:
-                            for w in range(u * width, (u + 1) * width):
+                            for w in range(r * width, (r + 1) * width):
                                 g[w] = passed(
-                                    g[w], values[w], outputs[w], hi, a, b, masked, least, zero
+                                    g[w], values[w], outputs[w], hi, u, a, b, masked, least, zero
                                 )
                         if outs & 2:
-                            store(dresidual[0], place(dresidual, j), g, u * width)
+                            store(dresidual[0], place(dresidual, j), g, r * width)
                         if outs & 1:
-                            for w in range(u * width, (u + 1) * width):
-                                d = g[w]
-                                if training:
-                                    d = (d - h) - normalised(values[w], hi, p, q)
-                                values[w] = a * d
-                            store(dx[0], place(dx, j), values, u * width)
-                v += few * cuda.blockDim.x
+                            for w in range(r * width, (r + 1) * width):
+                                d = centred(g[w], values[w], hi, u, h, p, q, v, training)
+                                values[w] = f * d
+                            store(dx[0], place(dx, j), values, r * width)
+                i += few * cuda.blockDim.x
 
         return differentiate_chunk
 
@@ -241,10 +242,10 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         From the last block to the first: what the statistics read last is still in the cache.
         """
         c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
-        hi, a, b = affine(mean, rstd, gamma, beta, c)
+        hi, u, a, b = affine(mean, rstd, gamma, beta, c)
         normalise_chunk(
             (x, vectors, xn, c * xc), (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
-            first, end, hi, a, b, computed(floor), added,
+            first, end, hi, u, a, b, computed(floor), added,
         )  # fmt: skip
 
     @kernel(2)
@@ -252,13 +253,13 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         dy, dyn, dyc, x, xn, xc, y, yn, yc, C, vectors, total, per, chunks,
         mean, rstd, gamma, beta, masked, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum dy, sum dy (x - hi) unit of chunk k."""
+        """partial[:, c, k] = sum dy, sum dy (x u - hi) scale of chunk k."""
         c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
         shared = cuda.shared.array(WARP, types.float64)
-        hi, a, b = affine(mean, rstd, gamma, beta, c)
+        hi, u, a, b = affine(mean, rstd, gamma, beta, c)
         s, t = gradients_of_chunk(
             (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc), 0, 0,
-            first, end, hi, a, b, unit_of(rstd, c), masked,
+            first, end, hi, u, a, b, scale_of(rstd, u, c), masked,
         )  # fmt: skip
         put(partial, C, c, k, chunks, s, t, shared)
 
@@ -270,14 +271,15 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     ):  # fmt: skip
         """dx (outs & 1) and dresidual (outs & 2); not training: statistics are constants."""
         c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
-        hi, a, b = affine(mean, rstd, gamma, beta, c)
+        hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+        v, f = factor(rstd, gamma, sums, C, count, u, training, c)
         h, p, q = zero, zero, zero
         if training:
-            h, p, q = gradient(mean, rstd, sums, C, count, c)
+            h, p, q = gradient(mean, rstd, sums, C, count, u, v, c)
         differentiate_chunk(
             (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc),
             (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
-            first, end, hi, a, b, h, p, q, masked, training, outs,
+            first, end, hi, u, a, b, h, p, q, v, f, masked, training, outs,
         )  # fmt: skip
 
     keep_moments, normalise_kept = summing(keep), normalising(recall)
@@ -314,14 +316,14 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             if cuda.threadIdx.x < WARP and begin == 0:
                 finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd)
             together()
-            hi, a, b = affine(mean, rstd, gamma, beta, c)
+            hi, u, a, b = affine(mean, rstd, gamma, beta, c)
             k = begin
             while k < stop:
                 first, end = k * per, min((k + 1) * per, total)
                 kept = slab, per, first, (k - begin) * per * width
                 normalise_kept(
                     kept, (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
-                    first, end, hi, a, b, computed(floor), added,
+                    first, end, hi, u, a, b, computed(floor), added,
                 )  # fmt: skip
                 k += 1
 
@@ -338,8 +340,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             begin = (cuda.blockIdx.x - c * blocks) * each
             stop = min(begin + each, chunks)
             half = each * per * width  # of the slab: g, then x
-            hi, a, b = affine(mean, rstd, gamma, beta, c)
-            unit = unit_of(rstd, c)
+            hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+            scale = scale_of(rstd, u, c)
             y_view = y, vectors, yn, c * yc
             k = begin
             while k < stop:
@@ -348,7 +350,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 s, t = keep_gradients(
                     (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), y_view,
                     (slab, per, first, start), (slab, per, first, start + half),
-                    first, end, hi, a, b, unit, masked,
+                    first, end, hi, u, a, b, scale, masked,
                 )  # fmt: skip
                 put(partial, C, c, k, chunks, s, t, shared)
                 k += 1
@@ -356,7 +358,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             if cuda.threadIdx.x < WARP and begin == 0:
                 finish_gradients(partial, c, C, chunks, mean, rstd, sums)
             together()
-            h, p, q = gradient(mean, rstd, sums, C, count, c)
+            v, f = factor(rstd, gamma, sums, C, count, u, True, c)
+            h, p, q = gradient(mean, rstd, sums, C, count, u, v, c)
             k = begin
             while k < stop:
                 first, end = k * per, min((k + 1) * per, total)
@@ -364,7 +367,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 differentiate_kept(
                     (slab, per, first, start), (slab, per, first, start + half), y_view,
                     (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
-                    first, end, hi, a, b, h, p, q, 0, True, outs,
+                    first, end, hi, u, a, b, h, p, q, v, f, 0, True, outs,
                 )  # fmt: skip
                 k += 1
 

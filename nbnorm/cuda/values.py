@@ -60,19 +60,28 @@ def rectified(value, floor):
 
 
 @device
-def normalised(x, hi, a, b):
-    """y before residual and activation; backward recomputes the ReLU mask by this expression."""
-    return cuda.fma(x - hi, a, b)
+def normalised(x, hi, u, a, b):
+    """y before residual and activation; backward recomputes the ReLU mask by this expression.
+
+    x u - hi is rounded once, u being a power of two; of u = 1 it is x - hi.
+    """
+    return cuda.fma(cuda.fma(x, u, -hi), a, b)
 
 
 @device
-def passed(g, x, y, hi, a, b, masked, least, zero):
+def centred(g, x, hi, u, h, p, q, v, training):
+    """dx / f, or g v where statistics are constants."""
+    return cuda.fma(g, v, -h) - normalised(x, hi, u, p, q) if training else g * v
+
+
+@device
+def passed(g, x, y, hi, u, a, b, masked, least, zero):
     """dy where ReLU let the value pass: recomputed from x (masked 1), or read from y (2).
 
     What is not above `least` was stored as 0.
     """
     if masked == 1:
-        return g if normalised(x, hi, a, b) > least else zero
+        return g if normalised(x, hi, u, a, b) > least else zero
     return g if y > zero else zero
 
 
@@ -133,28 +142,30 @@ def gradients_of(computed: Any, number: int, step: int) -> Any:
     most = float(np.finfo(np.float32).max)
 
     @device
-    def gradients64(g, x, start, count, hi, unit):
-        """`gradients` in float64, for sums or an x - hi that float32 does not hold."""
+    def gradients64(g, x, start, count, hi, u, scale):
+        """`gradients` in float64, for sums or an x_hat that float32 does not hold."""
+        hi, u, scale = types.float64(hi), types.float64(u), types.float64(scale)
         s = 0.0
         t = 0.0
         for i in range(number):
             if i < count:
-                d = types.float64(x[start + i * step]) - types.float64(hi)
+                d = cuda.fma(types.float64(x[start + i * step]), u, -hi)
                 s += types.float64(g[start + i * step])
-                t = cuda.fma(types.float64(g[start + i * step]), d * types.float64(unit), t)
+                t = cuda.fma(types.float64(g[start + i * step]), d * scale, t)
         return s, t
 
     @device
-    def gradients(g, x, start, count, hi, unit):
-        """Sums of g and of g (x - hi) unit of a batch."""
+    def gradients(g, x, start, count, hi, u, scale):
+        """Sums of g and of g (x u - hi) scale of a batch."""
         s = zero
         t = zero
         for i in range(number):
             if i < count:
                 s += g[start + i * step]
-                t = cuda.fma(g[start + i * step], (x[start + i * step] - hi) * unit, t)
+                d = cuda.fma(x[start + i * step], u, -hi)
+                t = cuda.fma(g[start + i * step], d * scale, t)
         if narrow and not (abs(s) <= most and abs(t) <= most):
-            return gradients64(g, x, start, count, hi, unit)
+            return gradients64(g, x, start, count, hi, u, scale)
         return types.float64(s), types.float64(t)
 
     return gradients

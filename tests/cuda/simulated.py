@@ -7,6 +7,7 @@ import inspect
 import sys
 from contextlib import contextmanager
 
+import ml_dtypes
 import numpy as np
 import pytest
 import simulator
@@ -151,10 +152,11 @@ def last_thread_first():
 class Run:
     """All functions of the backend over one set of arrays; what they return and write."""
 
-    def __init__(self, arena, recipe, mode="plain", *, x=None, dy=None, layouts=None):
+    def __init__(self, arena, recipe, mode="plain", *, x=None, dy=None, gamma=None, layouts=None):
         self._arena, self._layouts = arena, layouts or {}
         self.eps, self.relu = recipe.eps, mode != "plain"
-        self.gamma, self.beta = recipe.gamma(), recipe.beta()
+        self.gamma = recipe.gamma() if gamma is None else gamma
+        self.beta = recipe.beta()
         self.x = self._given("x", recipe.x() if x is None else x)
         self.dy = self._given("dy", recipe.like_x(5) if dy is None else dy)
         self.residual = None
@@ -530,12 +532,14 @@ def test_channels_of_all_scales_do_not_disturb_each_other(arena, shape, dtype, e
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("full", [False, True])
 @both
-def test_sums_of_dy_may_leave_float32(arena, shape, dtype):
+def test_sums_of_dy_may_leave_float32(arena, shape, dtype, full):
     recipe = Recipe(shape, 1, dtype)
     x, dy = recipe.x(), recipe.like_x(5)
     x = (x.astype(np.float64) * 1e6).astype(x.dtype)
     dy = (np.abs(dy.astype(np.float64)) * 3e37).astype(dy.dtype)
+    dy = over_the_range(dy) if full else dy
     run = Run(arena, recipe, x=x, dy=dy)
     wanted = reference.batch_norm_backward(dy, x, run.gamma, run.mean, run.rstd)
     # Units of float32 at sums that only float64 holds.
@@ -593,6 +597,151 @@ def test_nan_and_infinity_stay_in_their_channel(arena, shape, dtype, mode):
             assert np.isnan(found["dx"][:, 1]).all()
     if mode == "plain":
         assert np.isnan(found["sums"][:, 1]).all()
+
+
+# -- the range of numbers --------------------------------------------------------------------------
+
+EXTREMES = (  # scales of x, gamma and dy, and what leaves float32's range there
+    (np.inf, 1, 1),  # x - mean; x reaches from one end of the range to the other
+    (1e-39, 1, 1e-5),  # rstd
+    (1, 1, 1),
+    (1e30, 1e-20, 1),  # gamma rstd, which is too small,
+    (1e-30, 1e10, 1e-5),  # or too large
+    (1e37, 1e-7, 1),
+    (1e25, 1e20, 1e-20),  # rstd mean(dy x_hat), which gamma makes up for,
+    (1e37, 1e37, 1e-36),
+    (1e-30, 1e-18, 1e12),  # large too
+    (1e-40, 1e34, 1e-36),  # gamma rstd by far
+    (1, 0, 1),
+    (1, 1, 0),
+)
+in_reach = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+alone_and_mixed = pytest.mark.parametrize(
+    "shape", [(3, 16, 256), (50, 16, 1), (21, 16, 2)], ids=["rows", "columns", "columns of planes"]
+)
+
+
+def over_the_range(like):
+    """Values of either sign and any size, and both ends of the range in every channel."""
+    most = float(ml_dtypes.finfo(like.dtype).max)
+    values = np.random.default_rng(1).uniform(-1, 1, like.shape) * most
+    values[0], values[-1] = most, -most
+    return values.astype(np.float32).astype(like.dtype)
+
+
+def extremes(recipe):
+    """Return x, gamma and dy whose channels have the EXTREMES in turn."""
+    scales = np.resize(EXTREMES, (recipe.shape[1], 3))
+    whole = np.isinf(scales[:, 0])
+    x, gamma, dy = (a.astype(np.float64) for a in (recipe.x(), recipe.gamma(), recipe.like_x(5)))
+    x *= np.where(whole, 1, scales[:, 0])[:, None]
+    x, dy = (a.astype(np.float32).astype(dtype_of(recipe.dtype)) for a in (x, dy * scales[:, 2:]))
+    x[:, whole] = over_the_range(x)[:, whole]
+    return x, (gamma * scales[:, 1]).astype(np.float32), dy
+
+
+@modes
+@in_reach
+@alone_and_mixed
+def test_every_finite_x_is_normalised(arena, shape, dtype, mode):
+    """Channels that share a thread need different powers of two, or none."""
+    recipe = Recipe(shape, 1, dtype, eps=0.0)
+    x, gamma, dy = extremes(recipe)
+    run = Run(arena, recipe, mode, x=x, gamma=gamma, dy=dy).check()
+    with resident():
+        assert_same_results(run, Run(arena, recipe, mode, x=x, gamma=gamma, dy=dy))
+    ordinary = Run(arena, recipe, mode).results()
+    for name, values in run.results().items():
+        c = 2 if values.ndim == 1 else (slice(None), 2)
+        assert_same_bits(values[c], ordinary[name][c], f"{name} beside channels of any scale")
+
+
+@in_reach
+@alone_and_mixed
+@pytest.mark.parametrize("part", [1, 16])
+@pytest.mark.parametrize("training", [False, True])
+def test_x_minus_mean_may_be_twice_the_greatest_number(arena, shape, dtype, part, training):
+    recipe = Recipe(shape, 1, dtype)
+    x, dy, C = over_the_range(recipe.x()), recipe.like_x(5), shape[1]
+    most = float(ml_dtypes.finfo(dtype_of(dtype)).max)
+    mean, var = np.full(C, most / part), np.full(C, (most / 3) ** 2)
+    gamma, beta, rstd = np.full(C, 2, np.float32), np.ones(C, np.float32), var**-0.5
+    y, dx = arena.wanted(x), arena.wanted(x)
+    call("apply", x, gamma, beta, mean, rstd, None, False, y)
+    want = reference.batch_norm_apply(x, gamma, beta, mean, rstd)
+    assert_within(y, want, y_tolerance(x, gamma, beta, mean, rstd, axis=1), "y")
+    for shift in (None, beta):
+        sums = call("backward_reduce", dy, x, gamma, mean, rstd, shift, None)
+        arriving = dy if shift is None else np.where(y > 0, dy, 0).astype(dy.dtype)
+        want = reference.batch_norm_backward(arriving, x, gamma, mean, rstd, training=training)
+        wanted = want.dbeta, want.dgamma
+        errors = sums_tolerance(arriving, x, mean, rstd, axis=1)
+        for name, got, expected, error in zip("st", sums, wanted, errors, strict=True):
+            assert_within(got, expected, error, name)
+        given, count = sums if training else None, x.size // C
+        call("backward_apply", dy, x, gamma, mean, rstd, given, count, shift, None, dx, None)
+        error = dx_tolerance(arriving, x, gamma, mean, rstd, axis=1, training=training)
+        assert_within(dx, want.dx, error, "dx")
+
+
+@alone_and_mixed
+@pytest.mark.parametrize(("value", "eps"), [(np.finfo(np.float32).max, 1e-5), (2.0**102, 1e-20)])
+def test_a_constant_channel_of_large_numbers_gives_beta(arena, shape, value, eps):
+    """x - hi is 0; neither hi u nor a may be Inf."""
+    gamma = np.full(shape[1], np.finfo(np.float32).max)
+    run = Run(arena, Recipe(shape, 1, eps=eps), x=np.full(shape, value, np.float32), gamma=gamma)
+    assert_same_bits(run.y, np.broadcast_to(run.beta[:, None], shape).copy())
+
+
+@alone_and_mixed
+@pytest.mark.parametrize("gamma", [1e-200, 1e-90, 1e90, 1e200])
+def test_a_gamma_that_float32_does_not_hold_leaves_its_own_gradient_right(arena, shape, gamma):
+    recipe = Recipe(shape, 1, gamma_dtype="float64", beta_dtype="float64", eps=0.0)
+    x = recipe.x() * np.float32(1e10 if gamma > 1 else 1e-10)
+    run = Run(arena, recipe, x=x, gamma=np.full(shape[1], gamma))
+    assert not any(np.isnan(values).any() for values in run.results().values())
+    if gamma < 1:
+        y = np.broadcast_to(run.beta[:, None], shape).astype(np.float32)
+        assert_same_bits(run.y, y)
+    wanted = reference.batch_norm_backward(run.dy, run.x, run.gamma, run.mean, run.rstd).dgamma
+    _, error = sums_tolerance(run.dy, run.x, run.mean, run.rstd, axis=1)
+    assert_within(run.sums[1], wanted, error, "sum dy x_hat")
+
+
+def test_columns_of_dead_channels_are_read_in_vectors(arena):
+    """No gradient, no gamma and no spread at all need no power of two."""
+    recipe = Recipe((50, 16, 1), 1)
+    x, gamma, dy = recipe.x(), recipe.gamma(), recipe.like_x(5)
+    simulator.loads.clear()
+    Run(arena, recipe)
+    ordinary = simulator.loads.copy()
+    x[:, 0], gamma[1], dy[:, 2] = 1, 0, 0
+    simulator.loads.clear()
+    Run(arena, recipe, x=x, gamma=gamma, dy=dy).check()
+    assert simulator.loads == ordinary
+
+
+@pytest.mark.parametrize(
+    ("values", "dy", "gamma"),
+    [
+        # The mean of dy bounds v: mean(dy x_hat) says little of a dy where x is its mean.
+        ((0, 1e30, -1e30, 3e30, -3e30), {0: 1e30, 1: 1e-20}, 1e30),
+        # rstd mean(dy x_hat), of 1e-78, would ask for a v of 1e40.
+        ((1e26, 1e36, -1e36, -1e26), {0: 1e-30, 3: -1e-30}, 1e38),
+    ],
+    ids=["a large dy", "a mean of nearly 0"],
+)
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_large_gamma_takes_no_dy_out_of_range(arena, values, dy, gamma, by_rows):
+    values = np.resize(np.float32(values), 1280)
+    x = values.reshape((1, 1, -1) if by_rows else (-1, 1, 1))
+    gradient = np.zeros_like(x)
+    for place, value in dy.items():
+        gradient.flat[place] = value
+    recipe = Recipe(x.shape, 1, gamma_dtype="float64", beta_dtype="float64", eps=0.0)
+    run = Run(arena, recipe, x=x, dy=gradient, gamma=np.full(1, gamma))
+    want = reference.batch_norm_backward(gradient, x, run.gamma, run.mean, run.rstd).dx
+    np.testing.assert_allclose(run.dx, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
 # -- numbers of a channel --------------------------------------------------------------------------

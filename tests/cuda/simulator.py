@@ -210,6 +210,17 @@ def quotient(a, b):
     return a // b
 
 
+def exponent_of(value):
+    """e of 2^e <= |value| < 2^(e + 1): -1023 of 0 and subnormal numbers, 1024 of Inf and NaN."""
+    return (int(np.float64(value).view(np.int64)) >> 52 & 0x7FF) - 1023
+
+
+def power_of(exponent):
+    """2^exponent, which must be a normal number."""
+    assert -1023 < exponent < 1024, exponent
+    return np.float64(2.0**exponent)
+
+
 # -- nbnorm.cuda.launch --------------------------------------------------------------------------
 
 
@@ -338,6 +349,8 @@ def load(**numbers):
         "STORAGE": STORAGE,
         "memory_of": memory_of,
         "quotient": quotient,
+        "exponent_of": exponent_of,
+        "power_of": power_of,
         "cluster_barrier": cluster_barrier,
     }
     launch = {"address": address, "run": run, "limits": lambda: limits}
