@@ -478,7 +478,65 @@ TORCH = of(
     ),
 )
 
+EVERY_FINITE, TWICE, CONSTANT, TOO_LARGE, A_LARGE_GAMMA, DEAD = (
+    f"cuda/test_simulator.py::test_simulated[test_{name}]"
+    for name in (
+        "every_finite_x_is_normalised",
+        "x_minus_mean_may_be_twice_the_greatest_number",
+        "a_constant_channel_of_large_numbers_gives_beta",
+        "a_gamma_that_float32_does_not_hold_leaves_its_own_gradient_right",
+        "a_large_gamma_takes_no_dy_out_of_range",
+        "columns_of_dead_channels_are_read_in_vectors",
+    )
+)
+
+ON_GPU = of(
+    "cuda/channel",
+    (
+        EVERY_FINITE,
+        ("min(max(lowest, size + least), size - least)", "max(lowest, size + least)"),
+        ("min(max(lowest, size + least), size - least)", "min(lowest, size - least)"),
+        ("lowest, most = 0, unit - 1 - p - least", "lowest, most = 0, ENDLESS"),
+        ("return usual(p) and size <= room", "return size <= room"),
+    ),
+    (
+        TWICE,
+        ("exponent_of(hi) < far", "True"),
+        ("return -1 if far <= size < ENDLESS else -1 - size - least", "return -1 - size - least"),
+    ),
+    (
+        CONSTANT,
+        ("if abs(value) < math.inf:", "if False:"),
+        ("ENDLESS else -1 - size - least", "ENDLESS else ENDLESS"),
+    ),
+    (
+        TOO_LARGE,
+        ("min(unit, most, -least)", "min(unit, most)"),
+        ("max(unit, next_to(rstd[c]) - 127)", "unit"),
+        (", next_to(rstd[c]) + 126)", ", 500)"),
+    ),
+    (
+        A_LARGE_GAMMA,
+        ("if NONE < p < unit + least:", "if False:"),
+        ("min(unit + least - p, room - size)", "unit + least - p"),
+    ),
+    (
+        "cuda/test_simulator.py::test_simulated[test_sums_of_dy_may_leave_float32]",
+        ("most = min(most, -24)", "pass"),
+        ("return usual(p) and size <= room", "return usual(p)"),
+    ),
+    (DEAD, ("size < -least or size == NONE", "size < -least")),
+) + of(
+    "cuda/columns",
+    (
+        EVERY_FINITE,
+        ("keep_one(kept_g, n, w, g)", "pass"),
+        ("if not fits:", "if True:"),
+        ("if not plain:\n                sums_singly(", "if False:\n                sums_singly("),
+    ),
+)
+
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH),
+    *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
 ]
