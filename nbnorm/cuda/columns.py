@@ -6,7 +6,8 @@ are added up in shared memory. x[n] is contiguous; to a kernel a tensor comes as
 stride of n, in values. From there on it is a view of a thread's columns: (memory, stride of n,
 where they begin), or, where a block has put a chunk aside in shared memory, `kept_at`.
 
-What is done with a chunk is written once, as in rows.py.
+What is done with a chunk is written once, as in rows.py, and with units of 1. A thread one of whose
+columns needs others goes through its columns one after the other: `normalise_singly` and so on.
 """
 
 from __future__ import annotations
