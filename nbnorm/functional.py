@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from nbnorm import _checks
+from nbnorm import _checks, _shortcut
 from nbnorm._arrays import Array, NDArray, on_its_device
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Target
@@ -157,6 +157,13 @@ def batch_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
+    if type(x) is np.ndarray:
+        done = _shortcut.forward(
+            x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
+            residual, activation, out,
+        )  # fmt: skip
+        if done is not None:
+            return BatchNormForward._make(done)
     frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_ = check_forward(
         x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
         residual, activation, out,
@@ -307,6 +314,12 @@ def batch_norm_inference(
     array([[-1.],
            [ 1.]])
     """
+    if type(x) is np.ndarray:
+        done: X = _shortcut.inference(
+            x, gamma, beta, mean, var, eps, axis, residual, activation, out
+        )
+        if done is not None:
+            return done
     frame = Frame(x, axis)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
@@ -474,7 +487,7 @@ def batch_norm_backward(
     training: bool = True,
     axis: Axis = 1,
     activation: Activation = None,
-    output_mask: Mask = (True, True, True, True),
+    output_mask: Mask = _shortcut.ALL,
     out: Array | None = None,
 ) -> BatchNormBackward[X]:
     """Gradients of `batch_norm_forward`.
@@ -544,6 +557,13 @@ def batch_norm_backward(
     >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
     """
+    if type(x) is np.ndarray and (beta is not NOT_GIVEN or activation is None or y is not None):
+        done = _shortcut.backward(
+            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
+            activation, output_mask, out,
+        )  # fmt: skip
+        if done is not None:
+            return BatchNormBackward._make(done)
     frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, out_ = check_backward(
         dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
     )

@@ -17,6 +17,7 @@ import numpy as np
 from nbnorm.cpu import sources as sources  # isort: split
 
 from nbnorm import moments
+from nbnorm.cpu import entries as entries
 from nbnorm.cpu import kernels
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
@@ -257,6 +258,14 @@ def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
     cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
     return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
+
+
+def ordinary_plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> tuple[str, NDArray]:
+    """Traversal of a pass that is done serially, and `entries.Site` of it."""
+    cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
+    addresses = id(np.ndarray), id(dtype), id(_COMPILED[1]), id(None)
+    site = entries.Site(*cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *addresses)
+    return cut.traversal, np.array(site, np.int64)
 
 
 def _floor(relu: bool) -> float:

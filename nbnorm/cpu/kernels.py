@@ -125,6 +125,10 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
         reduce=reduce,
         differentiate=differentiate,
         backward=backward,
+        # What the entries of entries.py are made of.
+        apply_unit=apply_unit,
+        forward_block=forward_block,
+        backward_block=backward_block,
     )
 
 
@@ -145,13 +149,19 @@ def rstd_all(var, eps, rstd):
         rstd[c] = rstd_of(var[c], eps)
 
 
-@entry("move")
-def move(running_mean, running_var, mean, m2, momentum, divisor):
+@ordered
+def move_all(running_mean, running_var, mean, m2, momentum, divisor):
     """Running statistics towards those of a batch, whose variance is M2 / divisor."""
     old = 1.0 - momentum
     for c in range(mean.size):
         running_mean[c] = old * running_mean[c] + momentum * mean[c]
         running_var[c] = old * running_var[c] + momentum * (m2[c] / divisor)
+
+
+@entry("move")
+def move(running_mean, running_var, mean, m2, momentum, divisor):
+    """`move_all`, called from Python."""
+    move_all(running_mean, running_var, mean, m2, momentum, divisor)
 
 
 @entry("finish_all_sums")
