@@ -1,8 +1,9 @@
-"""Ordinary calls on NumPy arrays by one compiled function; None where a call is not ordinary.
+"""Ordinary calls on NumPy arrays with their checks compiled; None where a call is not ordinary.
 
-Checks and arithmetic of a small call take 2 us when compiled, and ten more as Python. What an entry
-(`nbnorm.cpu.entries`) does not recognise, wrong arguments among it, has been left untouched and
-goes through `functional`.
+Checks and arithmetic of a small call take 2 us when compiled, and ten more as Python: an entry
+(`nbnorm.cpu.entries`) does all of it. A large call is looked at by such an entry and computed by
+the backend, as any other. What is not recognised, wrong arguments among it, has been left untouched
+and goes through `functional`.
 """
 
 from __future__ import annotations
@@ -13,44 +14,57 @@ from typing import Any
 
 import numpy as np
 
+from nbnorm import cpu
+from nbnorm._arrays import NDArray
 from nbnorm._layout import layout_of
-from nbnorm.cpu import entries, ordinary_plan
+from nbnorm.cpu import entries
 from nbnorm.cpu.objects import readable
 from nbnorm.cpu.plan import SERIAL_BELOW
 
-_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _READABLE = readable()
 
 
 class _Site:
-    """What there is to know of calls on arrays of one shape, dtype and channel axis."""
+    """What there is to know of calls on arrays in C order of one shape, dtype and channel axis."""
 
-    __slots__ = ("C", "backward", "dtype", "forward", "inference", "numbers", "traversal")
+    __slots__ = (
+        "C", "backward", "dtype", "forward", "inference", "m", "numbers", "shape", "small",
+        "traversal",
+    )  # fmt: skip
 
-    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
-        self.traversal, self.numbers = ordinary_plan(shape, dtype)
-        self.C = shape[1]
-        self.dtype = dtype.name
-        self.forward: list[Any] = [None, None]  # without residual and with it
+    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], small: bool) -> None:
+        self.shape = shape
+        N, self.C, S = shape
+        self.m = N * S
+        self.dtype = dtype
+        self.small = small
+        self.traversal, self.numbers = cpu.ordinary_plan(shape, dtype)
+        # Entries of small calls: without a residual and with it; by where ReLU's mask is from.
+        self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
         self.backward: dict[str, Any] = {}
+
+    def view(self, array: NDArray | None) -> NDArray | None:
+        """Return an array of x's shape as (N, C, S)."""
+        return None if array is None else array.reshape(self.shape)
+
+    def parameter(self, array: NDArray | None, instead: float) -> NDArray:
+        """Return gamma or beta; where it is None, a number for every channel."""
+        return cpu.memory.constant(self.C, instead, self.dtype) if array is None else array
 
 
 @lru_cache(maxsize=1024)
 def _site(shape: tuple[int, ...], dtype: np.dtype[Any], axis: int) -> _Site | None:
-    """Return the site of small arrays in C order; None where there can be no ordinary call."""
-    if (
-        not (_READABLE and len(shape) >= 2 and -len(shape) <= axis < len(shape))
-        or not any(dtype is known for known in _DTYPES)
-        or not 0 < prod(shape) < SERIAL_BELOW
-    ):
+    """Return the site of calls on such arrays; None where none can be ordinary."""
+    if not (_READABLE and len(shape) >= 2 and -len(shape) <= axis < len(shape) and prod(shape)):
         return None
-    size, strides = dtype.itemsize, []
-    for n in reversed(shape):
-        strides.insert(0, size)
-        size *= n
+    strides = [dtype.itemsize]
+    for n in shape[:0:-1]:
+        strides.insert(0, strides[0] * n)
     layout = layout_of(shape, tuple(strides), dtype.itemsize, (axis % len(shape),))
-    return _Site(layout.shape, dtype) if layout.natural else None
+    small = prod(shape) < SERIAL_BELOW
+    return _Site(layout.shape, dtype, small) if layout.natural else None
 
 
 def forward(
@@ -69,11 +83,18 @@ def forward(
     out: Any,
 ) -> tuple[Any, Any, Any] | None:
     """y, mean and rstd of `batch_norm_forward`."""
-    if type(axis) is not int or type(eps) is not float or type(momentum) is not float:
+    dtype = x.dtype
+    if (
+        type(axis) is not int
+        or type(eps) is not float
+        or type(momentum) is not float
+        or type(correction) is not int
+        or not (dtype is _FLOAT32 or dtype is _FLOAT64)
+    ):
         return None
-    shape, dtype = x.shape, x.dtype
+    shape = x.shape
     site = _site(shape, dtype, axis)
-    if site is None or type(correction) is not int:
+    if site is None:
         return None
     if activation is None:
         floor = -inf
@@ -81,26 +102,68 @@ def forward(
         floor = 0.0
     else:
         return None
+    if not site.small:
+        return _large_forward(
+            site, x, gamma, beta, running_mean, running_var, bool(training), momentum, eps,
+            correction, residual, floor, out,
+        )  # fmt: skip
     added = residual is not None
     y = np.empty(shape, dtype) if out is None else out
     mean, rstd = np.empty(site.C), np.empty(site.C)
     if training:
         entry = site.forward[added]
         if entry is None:
-            entry = site.forward[added] = entries.forward(site.traversal, site.dtype, added)
+            entry = site.forward[added] = entries.forward(site.traversal, dtype.name, added)
         done = entry(
             x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
             eps, momentum, correction, floor,
         )  # fmt: skip
     else:
-        entry = site.inference[added]
-        if entry is None:
-            entry = site.inference[added] = entries.inference(site.traversal, site.dtype, added)
-        done = -inf < momentum < inf and entry(
+        entry = site.inference[added] or _inference_entry(site, added)
+        done = entry(
             x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
-            eps, floor,
+            eps, momentum, floor,
         )  # fmt: skip
     return (y, mean, rstd) if done else None
+
+
+def _inference_entry(site: _Site, added: bool) -> Any:
+    entry = site.inference[added] = entries.inference(site.traversal, site.dtype.name, added)
+    return entry
+
+
+def _large_forward(
+    site: _Site,
+    x: NDArray,
+    gamma: Any,
+    beta: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    correction: int,
+    residual: Any,
+    floor: float,
+    out: Any,
+) -> tuple[Any, Any, Any] | None:
+    if not entries.look_at_forward()(
+        x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
+        eps, momentum, correction, training,
+    ):  # fmt: skip
+        return None
+    y = cpu.memory.empty(x.shape, x.dtype) if out is None else out
+    scale, shift = site.parameter(gamma, 1.0), site.parameter(beta, 0.0)
+    relu = floor == 0.0
+    x_, residual_, y_ = site.view(x), site.view(residual), site.view(y)
+    if training:
+        mean, m2, rstd = cpu.forward(x_, scale, shift, eps, residual_, relu, y_)
+        if running_mean is not None:
+            cpu.move(running_mean, running_var, mean, m2, momentum, float(site.m - correction))
+    else:
+        mean, rstd = running_mean.astype(np.float64), cpu.rstd(running_var.astype(np.float64), eps)
+        cpu.apply(x_, scale, shift, mean, rstd, residual_, relu, y_)
+    return y, mean, rstd
 
 
 def inference(
@@ -116,9 +179,14 @@ def inference(
     out: Any,
 ) -> Any:
     """y of `batch_norm_inference`."""
-    if type(axis) is not int or type(eps) is not float:
+    dtype = x.dtype
+    if (
+        type(axis) is not int
+        or type(eps) is not float
+        or not (dtype is _FLOAT32 or dtype is _FLOAT64)
+    ):
         return None
-    shape, dtype = x.shape, x.dtype
+    shape = x.shape
     site = _site(shape, dtype, axis)
     if site is None:
         return None
@@ -128,12 +196,17 @@ def inference(
         floor = 0.0
     else:
         return None
+    if not site.small:
+        done = _large_forward(
+            site, x, gamma, beta, mean, var, False, 0.0, eps, 0, residual, floor, out
+        )
+        return done and done[0]
     added = residual is not None
-    entry = site.inference[added]
-    if entry is None:
-        entry = site.inference[added] = entries.inference(site.traversal, site.dtype, added)
+    entry = site.inference[added] or _inference_entry(site, added)
     y = np.empty(shape, dtype) if out is None else out
-    done = entry(x, gamma, beta, mean, var, residual, out, y, None, None, site.numbers, eps, floor)
+    done = entry(
+        x, gamma, beta, mean, var, residual, out, y, None, None, site.numbers, eps, 0.0, floor
+    )
     return y if done else None
 
 
@@ -155,35 +228,56 @@ def backward(
     out: Any,
 ) -> tuple[Any, Any, Any, Any] | None:
     """dx, dgamma, dbeta and dresidual of `batch_norm_backward`; beta is None where not given."""
-    if type(axis) is not int or not training:
+    dtype = x.dtype
+    if (
+        type(axis) is not int
+        or not training
+        or not (dtype is _FLOAT32 or dtype is _FLOAT64)
+        or (output_mask is not ALL and not _is_mask(output_mask))
+    ):
         return None
-    shape, dtype = x.shape, x.dtype
+    shape = x.shape
     site = _site(shape, dtype, axis)
     if site is None:
         return None
-    if output_mask is not ALL and not _is_mask(output_mask):
-        return None
     if activation is None:
         mask = "none"
-        if y is not None:
-            return None
     elif type(activation) is str and activation == "relu":
         mask = "beta" if y is None else "y"
     else:
         return None
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
-    if not want_dx or (mask == "y" and not want_dresidual):
+    if not want_dx or (y is not None and (mask == "none" or not want_dresidual)):
         return None
-    entry = site.backward.get(mask)
-    if entry is None:
-        entry = site.backward[mask] = entries.backward(site.traversal, site.dtype, mask)
-    dx = np.empty(shape, dtype) if out is None else out
-    dresidual = np.empty(shape, dtype) if mask == "y" else None
-    dgamma, dbeta = np.empty(site.C, dtype), np.empty(site.C, dtype)
-    if not entry(
-        dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, site.numbers
-    ):
-        return None
+    if not site.small:
+        if not entries.look_at_backward()(dy, x, gamma, mean, rstd, beta, y, out, site.numbers):
+            return None
+        dx = cpu.memory.empty(shape, dtype) if out is None else out
+        dresidual = cpu.memory.empty(shape, dtype) if mask == "y" else None
+        sums = cpu.backward(
+            site.view(dy),
+            site.view(x),
+            site.parameter(gamma, 1.0),
+            mean,
+            rstd,
+            site.parameter(beta, 0.0) if mask == "beta" else None,
+            site.view(y),
+            site.view(dx),
+            site.view(dresidual),
+        )
+        with np.errstate(over="ignore", invalid="ignore"):  # Inf is what IEEE makes of it
+            dbeta, dgamma = sums[0].astype(dtype), sums[1].astype(dtype)
+    else:
+        entry = site.backward.get(mask)
+        if entry is None:
+            entry = site.backward[mask] = entries.backward(site.traversal, dtype.name, mask)
+        dx = np.empty(shape, dtype) if out is None else out
+        dresidual = np.empty(shape, dtype) if mask == "y" else None
+        dgamma, dbeta = np.empty(site.C, dtype), np.empty(site.C, dtype)
+        if not entry(
+            dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, site.numbers
+        ):
+            return None
     return dx, dgamma if want_dgamma else None, dbeta if want_dbeta else None, dresidual
 
 

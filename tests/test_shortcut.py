@@ -203,7 +203,7 @@ def test_the_same_with_and_without(name, limit, monkeypatch):
         taken.append(result is not None)
         return result
 
-    @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(recipe=made_by)
     def compare(recipe):
         with monkeypatch.context() as patch:

@@ -171,6 +171,16 @@ def forward_is_ordinary(x, gamma, beta, running_mean, running_var, residual, out
 
 
 @ordered
+def forward_numbers_fit(site, eps, momentum, correction, training):
+    """Whether eps and momentum are in range and there are enough values for the variance."""
+    return (
+        0 <= eps < np.inf
+        and np.abs(momentum) < np.inf
+        and (not training or correction < site.N * site.S)
+    )
+
+
+@ordered
 def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site):
     """Whether a backward call is; out is None where a new array takes dx."""
     if not (
@@ -234,6 +244,35 @@ def _tensor(dtype: Any) -> tuple[Any, Any]:
     return tensor, absent
 
 
+@lru_cache(maxsize=1)
+def look_at_forward() -> Callable[..., Any]:
+    """Entry that only says whether a forward call is ordinary, for what threads then compute."""
+
+    def look(
+        x, gamma, beta, running_mean, running_var, residual, out, numbers, eps, momentum, correction,
+        training,
+    ):  # fmt: skip
+        site = site_of(numbers)
+        return forward_numbers_fit(site, eps, momentum, correction, training) and (
+            forward_is_ordinary(
+                x, gamma, beta, running_mean, running_var, residual, out, site, training
+            )
+        )
+
+    signature = types.boolean(*(anything,) * 8, *(types.float64,) * 3, types.boolean)
+    return entry_point(look, "entry_look_at_forward", signature)
+
+
+@lru_cache(maxsize=1)
+def look_at_backward() -> Callable[..., Any]:
+    """`look_at_forward` of a backward call."""
+
+    def look(dy, x, gamma, mean, rstd, beta, y, out, numbers):
+        return backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site_of(numbers))
+
+    return entry_point(look, "entry_look_at_backward", types.boolean(*(anything,) * 9))
+
+
 @lru_cache(maxsize=64)
 def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     """Entry of a training forward; whether a residual is `added` decides what is compiled."""
@@ -247,9 +286,9 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         numbers, eps, momentum, correction, floor,
     ):  # fmt: skip
         site = site_of(numbers)
-        m = float(site.N * site.S)
-        numbers_fit = 0 <= eps < np.inf and np.abs(momentum) < np.inf and correction < m
-        if not numbers_fit or not forward_is_ordinary(
+        if not forward_numbers_fit(
+            site, eps, momentum, correction, True
+        ) or not forward_is_ordinary(
             x, gamma, beta, running_mean, running_var, residual, out, site, True
         ):
             return False
@@ -266,7 +305,7 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             )
         if given(running_mean, site):
             running = values(running_mean, site.C, kind), values(running_var, site.C, kind)
-            move_all(*running, norm[0], m2, momentum, m - correction)
+            move_all(*running, norm[0], m2, momentum, site.N * site.S - correction)
         return True
 
     scalars = (types.float64,) * 4
@@ -284,10 +323,10 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
-        numbers, eps, floor,
+        numbers, eps, momentum, floor,
     ):  # fmt: skip
         site = site_of(numbers)
-        if not 0 <= eps < np.inf or not forward_is_ordinary(
+        if not forward_numbers_fit(site, eps, momentum, 0.0, False) or not forward_is_ordinary(
             x, gamma, beta, running_mean, running_var, residual, out, site, False
         ):
             return False
@@ -305,7 +344,7 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             apply_unit(x_, residual_, grid, site.C, site.chunks, norm, floor, False, y_, u)
         return True
 
-    signature = types.boolean(*(anything,) * 11, types.float64, types.float64)
+    signature = types.boolean(*(anything,) * 11, *(types.float64,) * 3)
     return entry_point(inference, f"entry_{traversal}_inference_{dtype}_{added}", signature)
 
 
