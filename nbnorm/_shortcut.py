@@ -9,7 +9,7 @@ and goes through `functional`.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import inf, prod
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -33,19 +33,19 @@ class _Site:
         "traversal",
     )  # fmt: skip
 
-    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], small: bool) -> None:
+    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
         self.shape = shape
         N, self.C, S = shape
         self.m = N * S
         self.dtype = dtype
-        self.small = small
+        self.small = self.m * self.C < SERIAL_BELOW  # done serially, and in one step
         self.traversal, self.numbers = cpu.ordinary_plan(shape, dtype)
         # Entries of small calls: without a residual and with it; by where ReLU's mask is from.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
         self.backward: dict[str, Any] = {}
 
-    def view(self, array: NDArray | None) -> NDArray | None:
+    def view(self, array: Any) -> Any:
         """Return an array of x's shape as (N, C, S)."""
         return None if array is None else array.reshape(self.shape)
 
@@ -57,14 +57,13 @@ class _Site:
 @lru_cache(maxsize=1024)
 def _site(shape: tuple[int, ...], dtype: np.dtype[Any], axis: int) -> _Site | None:
     """Return the site of calls on such arrays; None where none can be ordinary."""
-    if not (_READABLE and len(shape) >= 2 and -len(shape) <= axis < len(shape) and prod(shape)):
+    if not (_READABLE and len(shape) >= 2 and -len(shape) <= axis < len(shape)) or 0 in shape:
         return None
     strides = [dtype.itemsize]
     for n in shape[:0:-1]:
         strides.insert(0, strides[0] * n)
     layout = layout_of(shape, tuple(strides), dtype.itemsize, (axis % len(shape),))
-    small = prod(shape) < SERIAL_BELOW
-    return _Site(layout.shape, dtype, small) if layout.natural else None
+    return _Site(layout.shape, dtype) if layout.natural else None
 
 
 def forward(

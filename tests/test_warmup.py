@@ -5,6 +5,7 @@ import pytest
 from strategies import dtype_of
 
 import nbnorm
+from nbnorm.cpu import entries as shortcut
 from nbnorm.cpu import kernels
 
 
@@ -18,7 +19,13 @@ def compiled():
     }
     names = ("move", "rstd_all", "finish_all", "finish_all_sums")
     entries = {name: getattr(kernels, name) for name in names}
-    return {name: len(function.signatures) for name, function in (twins | entries).items()}
+    ordinary = {name: getattr(shortcut, name) for name in ENTRIES}
+    return {name: len(function.signatures) for name, function in (twins | entries).items()} | {
+        name: function.cache_info().currsize for name, function in ordinary.items()
+    }
+
+
+ENTRIES = ("forward", "inference", "backward", "look_at_forward", "look_at_backward")
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -21,6 +21,7 @@ from nbnorm.cpu import entries as entries
 from nbnorm.cpu import kernels
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
+from nbnorm.cpu.ordinary import Site
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
 
@@ -261,10 +262,10 @@ def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
 
 
 def ordinary_plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> tuple[str, NDArray]:
-    """Traversal of a pass that is done serially, and `entries.Site` of it."""
+    """Traversal of a pass that is done serially, and the numbers of its `ordinary.Site`."""
     cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
     addresses = id(np.ndarray), id(dtype), id(_COMPILED[1]), id(None)
-    site = entries.Site(*cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *addresses)
+    site = Site(*cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *addresses)
     return cut.traversal, np.array(site, np.int64)
 
 

@@ -1,210 +1,33 @@
 """Ordinary calls in one step: checks, arithmetic and running statistics in one compiled function.
 
-A call is ordinary where every array is exactly an ndarray in C order, x and what has its shape are
-float32 or float64, and so is what belongs to the channels; outputs share memory with nothing else.
-An entry does all of an ordinary call and returns True, or touches nothing and returns False:
-whoever asked then goes the general way, which alone explains what is wrong, if anything is. The
-arithmetic is that of kernels.py, in its order.
+An entry does all of an ordinary call (see `ordinary`) and returns True, or touches nothing and
+returns False: whoever asked then goes the general way, which alone explains what is wrong, if
+anything is. The arithmetic is that of kernels.py, in its order.
 
-An entry takes the objects that Python has. `site` holds what does not change from call to call of
-one shape: an int64 array of the numbers that `Site` names.
+An entry takes the objects that Python has. `numbers` is an int64 array of what does not change from
+call to call of one shape, `ordinary.Site`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import types
 
 from nbnorm.cpu import kernels
 from nbnorm.cpu.channel import rstd_of
-from nbnorm.cpu.jit import entry_point, named, ordered
-from nbnorm.cpu.objects import (
-    ORDINARY,
-    WRITABLE,
-    address,
-    anything,
-    data,
-    is_array,
-    is_vector,
-    same_shape,
-    size_of,
-    values,
+from nbnorm.cpu.jit import entry_point, ordered
+from nbnorm.cpu.objects import anything, values
+from nbnorm.cpu.ordinary import (
+    backward_is_ordinary,
+    forward_is_ordinary,
+    forward_numbers_fit,
+    given,
+    site_of,
 )
-
-
-class Site(NamedTuple):
-    """What an entry knows of x before it sees it."""
-
-    N: int
-    C: int
-    S: int
-    tile: int
-    fold: int
-    per: int
-    chunks: int
-    block: int
-    blocks: int
-    itemsize: int
-    # Addresses: the class, x's dtype, float64, None.
-    ndarray: int
-    dtype: int
-    float64: int
-    none: int
-
-
-@ordered
-def site_of(numbers):
-    """`Site` of the object that holds it."""
-    n = values(numbers, 14, np.int64)
-    return Site(
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]
-    )
-
-
-@ordered
-def given(obj, site):
-    """Whether an argument is not None."""
-    return address(obj) != site.none
-
-
-@ordered
-def parameter(obj, site, dtype, flags):
-    """Whether an argument is a vector with a value for every channel, or None."""
-    return not given(obj, site) or (
-        is_array(obj, site.ndarray, dtype, flags) and is_vector(obj, site.C)
-    )
-
-
-@ordered
-def like(obj, x, site, flags):
-    """Whether an argument is an array like x, or None."""
-    return not given(obj, site) or (
-        is_array(obj, site.ndarray, site.dtype, flags) and same_shape(obj, x)
-    )
-
-
-@ordered
-def ordinary(x, site):
-    """Whether x is what the site was made for."""
-    return is_array(x, site.ndarray, site.dtype, ORDINARY) and (
-        size_of(x) == site.N * site.C * site.S
-    )
-
-
-@ordered
-def bytes_of(obj, site, size):
-    """First byte of an argument of so many values, and the one after its last; 0 of None."""
-    if not given(obj, site):
-        return 0, 0
-    begin = data(obj)
-    return begin, begin + size * site.itemsize
-
-
-@ordered
-def apart(a, b):
-    """Whether two stretches of memory have no byte in common."""
-    return a[1] <= b[0] or b[1] <= a[0]
-
-
-@ordered
-def writable_apart(out, x, inplace, tensors, parameters, site):
-    """Whether `out`, like x, may be written: it is `inplace` or apart from it, and from others."""
-    if not (given(out, site) and like(out, x, site, WRITABLE)):
-        return False
-    size = site.N * site.C * site.S
-    there = bytes_of(out, site, size)
-    at = bytes_of(inplace, site, size)
-    if not (there == at or apart(there, at)):
-        return False
-    for tensor in tensors:
-        if not apart(there, bytes_of(tensor, site, size)):
-            return False
-    for vector in parameters:
-        if not apart(there, bytes_of(vector, site, site.C)):
-            return False
-    return True
-
-
-@ordered
-def statistics_apart(running_mean, running_var, tensors, parameters, site):
-    """Whether running statistics share memory with nothing else."""
-    mean, var = bytes_of(running_mean, site, site.C), bytes_of(running_var, site, site.C)
-    if not apart(mean, var):
-        return False
-    for tensor in tensors:
-        there = bytes_of(tensor, site, site.N * site.C * site.S)
-        if not (apart(mean, there) and apart(var, there)):
-            return False
-    for vector in parameters:
-        there = bytes_of(vector, site, site.C)
-        if not (apart(mean, there) and apart(var, there)):
-            return False
-    return True
-
-
-@ordered
-def forward_is_ordinary(x, gamma, beta, running_mean, running_var, residual, out, site, training):
-    """Whether a forward call is; out is None where a new array takes y."""
-    flags = WRITABLE if training else ORDINARY
-    if not (
-        ordinary(x, site)
-        and parameter(gamma, site, site.dtype, ORDINARY)
-        and parameter(beta, site, site.dtype, ORDINARY)
-        and parameter(running_mean, site, site.dtype, flags)
-        and parameter(running_var, site, site.dtype, flags)
-        and like(residual, x, site, ORDINARY)
-        and given(running_mean, site) == given(running_var, site)
-        and (training or given(running_mean, site))
-    ):
-        return False
-    if given(out, site) and not writable_apart(
-        out, x, x, (residual,), (gamma, beta, running_mean, running_var), site
-    ):
-        return False
-    if not (training and given(running_mean, site)):
-        return True
-    return statistics_apart(running_mean, running_var, (x, residual), (gamma, beta), site)
-
-
-@ordered
-def forward_numbers_fit(site, eps, momentum, correction, training):
-    """Whether eps and momentum are in range and there are enough values for the variance."""
-    return (
-        0 <= eps < np.inf
-        and np.abs(momentum) < np.inf
-        and (not training or correction < site.N * site.S)
-    )
-
-
-@ordered
-def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site):
-    """Whether a backward call is; out is None where a new array takes dx."""
-    if not (
-        ordinary(x, site)
-        and given(dy, site)
-        and like(dy, x, site, ORDINARY)
-        and like(y, x, site, ORDINARY)
-        and parameter(gamma, site, site.dtype, ORDINARY)
-        and parameter(beta, site, site.dtype, ORDINARY)
-        and given(mean, site)
-        and parameter(mean, site, site.float64, ORDINARY)
-        and given(rstd, site)
-        and parameter(rstd, site, site.float64, ORDINARY)
-    ):
-        return False
-    if not given(out, site):
-        return True
-    if not writable_apart(out, x, dy, (x, y), (gamma, beta), site):
-        return False
-    there = bytes_of(out, site, site.N * site.C * site.S)
-    for vector in (mean, rstd):
-        if not apart(there, (data(vector), data(vector) + 8 * site.C)):
-            return False
-    return True
 
 
 @ordered
@@ -249,8 +72,8 @@ def look_at_forward() -> Callable[..., Any]:
     """Entry that only says whether a forward call is ordinary, for what threads then compute."""
 
     def look(
-        x, gamma, beta, running_mean, running_var, residual, out, numbers, eps, momentum, correction,
-        training,
+        x, gamma, beta, running_mean, running_var, residual, out, numbers,
+        eps, momentum, correction, training,
     ):  # fmt: skip
         site = site_of(numbers)
         return forward_numbers_fit(site, eps, momentum, correction, training) and (
@@ -276,10 +99,10 @@ def look_at_backward() -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     """Entry of a training forward; whether a residual is `added` decides what is compiled."""
-    run, kind = getattr(kernels, traversal), getattr(np, dtype)
+    units, kind = getattr(kernels, f"{traversal}_units"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    forward_block, move_all = run.forward_block, kernels.move_all
+    forward_block, move_all = units.forward, kernels.move_all
 
     def forward(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -316,10 +139,10 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     """Entry of a forward with given mean and variance: rstd, and the mean as float64, as well."""
-    run, kind = getattr(kernels, traversal), getattr(np, dtype)
+    units, kind = getattr(kernels, f"{traversal}_units"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    apply_unit = run.apply_unit
+    apply_unit = units.apply
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -351,10 +174,10 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
     """Entry of a training backward; ReLU's mask is of "none", "beta", or "y" with a residual."""
-    run, kind = getattr(kernels, traversal), getattr(np, dtype)
+    units, kind = getattr(kernels, f"{traversal}_units"), getattr(np, dtype)
     view, absent = _tensor(kind)
     y_view = view if mask == "y" else absent
-    backward_block = run.backward_block
+    backward_block = units.backward
 
     @ordered
     def no_beta(beta, site, instead, dtype):

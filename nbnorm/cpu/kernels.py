@@ -22,8 +22,8 @@ def channels(block, u, C):
     return u * block, min((u + 1) * block, C)
 
 
-def _build(traversal: ModuleType) -> SimpleNamespace:
-    """Make the six kernels of a traversal; each is compiled at its first call."""
+def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Make the six kernels of a traversal, each compiled at its first call, and their units."""
     name = traversal.__name__.rpartition(".")[2]
     stats_chunk, apply_chunk = traversal.stats, traversal.apply
     reduce_chunk, differentiate_chunk = traversal.reduce, traversal.differentiate
@@ -125,15 +125,11 @@ def _build(traversal: ModuleType) -> SimpleNamespace:
         reduce=reduce,
         differentiate=differentiate,
         backward=backward,
-        # What the entries of entries.py are made of.
-        apply_unit=apply_unit,
-        forward_block=forward_block,
-        backward_block=backward_block,
-    )
+    ), SimpleNamespace(apply=apply_unit, forward=forward_block, backward=backward_block)
 
 
-rows = _build(_rows)
-columns = _build(_columns)
+rows, rows_units = _build(_rows)
+columns, columns_units = _build(_columns)
 
 
 @entry("finish_all")

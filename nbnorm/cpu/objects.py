@@ -38,7 +38,7 @@ register_model(Object)(models.OpaqueModel)
 anything = Object()
 
 
-@unbox(Object)
+@unbox(Object)  # type: ignore[untyped-decorator]
 def _address(kind: Any, obj: Any, c: Any) -> Any:
     return NativeValue(obj)
 
@@ -127,10 +127,10 @@ def same_shape(array, other):
     if half_word(address(other), _RANK) != rank:
         return False
     a, b = word(address(array), _SHAPE), word(address(other), _SHAPE)
+    others = 0
     for i in range(rank):
-        if word(a, i) != word(b, i):
-            return False
-    return True
+        others += word(a, i) != word(b, i)
+    return others == 0
 
 
 @ordered

@@ -1,0 +1,189 @@
+"""Whether a call is ordinary, told by compiled code of the objects that Python has.
+
+In an ordinary call every array is exactly an ndarray, in C order and of x's dtype, float32 or
+float64 (mean and rstd of a backward call are float64), parameters have one axis, and what is
+written shares memory with nothing else. The general way checks the same in Python, and says why.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nbnorm.cpu.jit import ordered
+from nbnorm.cpu.objects import (
+    ORDINARY,
+    WRITABLE,
+    address,
+    data,
+    is_array,
+    is_vector,
+    same_shape,
+    size_of,
+    values,
+)
+
+
+class Site(NamedTuple):
+    """What an entry knows of x before it sees it."""
+
+    N: int
+    C: int
+    S: int
+    tile: int
+    fold: int
+    per: int
+    chunks: int
+    block: int
+    blocks: int
+    itemsize: int
+    # Addresses: the class, x's dtype, float64, None.
+    ndarray: int
+    dtype: int
+    float64: int
+    none: int
+
+
+@ordered
+def site_of(numbers):
+    """`Site` of the object that holds it."""
+    n = values(numbers, 14, np.int64)
+    return Site(
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]
+    )
+
+
+@ordered
+def given(obj, site):
+    """Whether an argument is not None."""
+    return address(obj) != site.none
+
+
+@ordered
+def parameter(obj, site, dtype, flags):
+    """Whether an argument is a vector with a value for every channel, or None."""
+    return not given(obj, site) or (
+        is_array(obj, site.ndarray, dtype, flags) and is_vector(obj, site.C)
+    )
+
+
+@ordered
+def like(obj, x, site, flags):
+    """Whether an argument is an array like x, or None."""
+    return not given(obj, site) or (
+        is_array(obj, site.ndarray, site.dtype, flags) and same_shape(obj, x)
+    )
+
+
+@ordered
+def ordinary(x, site):
+    """Whether x is what the site was made for."""
+    return is_array(x, site.ndarray, site.dtype, ORDINARY) and (
+        size_of(x) == site.N * site.C * site.S
+    )
+
+
+@ordered
+def bytes_of(obj, site, size):
+    """First byte of an argument of so many values, and the one after its last; 0 of None."""
+    if not given(obj, site):
+        return 0, 0
+    begin = data(obj)
+    return begin, begin + size * site.itemsize
+
+
+@ordered
+def apart(a, b):
+    """Whether two stretches of memory have no byte in common."""
+    return a[1] <= b[0] or b[1] <= a[0]
+
+
+@ordered
+def writable_apart(out, x, inplace, tensors, parameters, site):
+    """Whether `out`, like x, may be written: it is `inplace` or apart from it, and from others."""
+    if not (given(out, site) and like(out, x, site, WRITABLE)):
+        return False
+    size = site.N * site.C * site.S
+    there = bytes_of(out, site, size)
+    at = bytes_of(inplace, site, size)
+    if not (there == at or apart(there, at)):
+        return False
+    shared = 0
+    for tensor in tensors:
+        shared += not apart(there, bytes_of(tensor, site, size))
+    for vector in parameters:
+        shared += not apart(there, bytes_of(vector, site, site.C))
+    return shared == 0
+
+
+@ordered
+def statistics_apart(running_mean, running_var, tensors, parameters, site):
+    """Whether running statistics share memory with nothing else."""
+    mean, var = bytes_of(running_mean, site, site.C), bytes_of(running_var, site, site.C)
+    shared = 0 if apart(mean, var) else 1
+    for tensor in tensors:
+        there = bytes_of(tensor, site, site.N * site.C * site.S)
+        shared += not (apart(mean, there) and apart(var, there))
+    for vector in parameters:
+        there = bytes_of(vector, site, site.C)
+        shared += not (apart(mean, there) and apart(var, there))
+    return shared == 0
+
+
+@ordered
+def forward_is_ordinary(x, gamma, beta, running_mean, running_var, residual, out, site, training):
+    """Whether a forward call is; out is None where a new array takes y."""
+    flags = WRITABLE if training else ORDINARY
+    if not (
+        ordinary(x, site)
+        and parameter(gamma, site, site.dtype, ORDINARY)
+        and parameter(beta, site, site.dtype, ORDINARY)
+        and parameter(running_mean, site, site.dtype, flags)
+        and parameter(running_var, site, site.dtype, flags)
+        and like(residual, x, site, ORDINARY)
+        and given(running_mean, site) == given(running_var, site)
+        and (training or given(running_mean, site))
+    ):
+        return False
+    if given(out, site) and not writable_apart(
+        out, x, x, (residual,), (gamma, beta, running_mean, running_var), site
+    ):
+        return False
+    if not (training and given(running_mean, site)):
+        return True
+    return statistics_apart(running_mean, running_var, (x, residual), (gamma, beta), site)
+
+
+@ordered
+def forward_numbers_fit(site, eps, momentum, correction, training):
+    """Whether eps and momentum are in range and there are enough values for the variance."""
+    return (
+        0 <= eps < np.inf
+        and np.abs(momentum) < np.inf
+        and (not training or correction < site.N * site.S)
+    )
+
+
+@ordered
+def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site):
+    """Whether a backward call is; out is None where a new array takes dx."""
+    if not (
+        ordinary(x, site)
+        and given(dy, site)
+        and like(dy, x, site, ORDINARY)
+        and like(y, x, site, ORDINARY)
+        and parameter(gamma, site, site.dtype, ORDINARY)
+        and parameter(beta, site, site.dtype, ORDINARY)
+        and given(mean, site)
+        and parameter(mean, site, site.float64, ORDINARY)
+        and given(rstd, site)
+        and parameter(rstd, site, site.float64, ORDINARY)
+    ):
+        return False
+    if not given(out, site):
+        return True
+    if not writable_apart(out, x, dy, (x, y), (gamma, beta), site):
+        return False
+    there = bytes_of(out, site, site.N * site.C * site.S)
+    return apart(there, (data(mean), data(mean) + 8 * site.C)) and (
+        apart(there, (data(rstd), data(rstd) + 8 * site.C))
+    )
