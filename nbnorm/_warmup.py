@@ -48,8 +48,8 @@ def warmup(
     Notes
     -----
     The functions run once on zeros, which takes the memory of one such call for each shape in turn.
-    With gradients wanted for some results only (``output_mask``), other kernels may be needed, and
-    with float64 parameters for x of another dtype.
+    Other kernels may be needed for arrays that are not in C order, for parameters or statistics of
+    another dtype than x, and where gradients are wanted for some results only (``output_mask``).
 
     Examples
     --------
