@@ -103,11 +103,28 @@ def arguments(recipe):
         )
         memories.append(memory)
     for name, (other, how) in recipe["same"].items():
-        array = arrays[other]
+        array, wanted = arrays[other], arrays[name]
+        if how == "overlapping":
+            if name != other and all(type(a) is np.ndarray for a in (array, wanted)):
+                arrays[other], arrays[name], memory = overlapping(array, wanted)
+                memories.append(memory)
+            continue
         if how != "it" and isinstance(array, np.ndarray) and array.ndim:
             array = array[:] if how == "view" else array[: max(len(array) - 1, 0)]
         arrays[name] = array
     return {**arrays, "axis": recipe["axis"], **recipe["others"]}, memories
+
+
+def overlapping(first, second):
+    """Copies of two arrays, of which the last bytes of one are the first of the other."""
+    shared = min(first.itemsize, second.itemsize)
+    memory = np.zeros(first.nbytes + second.nbytes - shared, np.uint8)
+    # Aligned, whatever their sizes are.
+    one = memory[second.nbytes - shared :].view(first.dtype).reshape(first.shape)
+    other = memory[: second.nbytes].view(second.dtype).reshape(second.shape)
+    other[...] = second
+    one[...] = first
+    return one, other, memory
 
 
 def outcome(call, recipe):
@@ -173,49 +190,108 @@ def backward(arrays):
     return nbnorm.batch_norm_backward(*first, **arrays)
 
 
+OTHER_SHAPES = [(), (9,), (3, 1), (9, 3), (9, 3, 4), (9, 3, 4, 1), (1, 9, 3, 2, 2), (9, 2, 3, 2)]
+
+# By function: how it is called, arrays like x, parameters and statistics, other arguments.
 CALLS = {
     "forward": (
         forward,
-        recipes(["residual", "out"], ["gamma", "beta", "running_mean", "running_var"], FORWARD),
+        ("residual", "out"),
+        ("gamma", "beta", "running_mean", "running_var"),
+        FORWARD,
     ),
-    "inference": (
-        inference,
-        recipes(["residual", "out"], ["gamma", "beta", "mean", "var"], INFERENCE),
-    ),
-    "backward": (
-        backward,
-        recipes(["dy", "y", "out"], ["gamma", "mean", "rstd", "beta"], BACKWARD),
-    ),
+    "inference": (inference, ("residual", "out"), ("gamma", "beta", "mean", "var"), INFERENCE),
+    "backward": (backward, ("dy", "y", "out"), ("gamma", "mean", "rstd", "beta"), BACKWARD),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("limit", [1 << 15, 1], ids=["small", "large"])
-def test_the_same_with_and_without(name, limit, monkeypatch):
-    call, made_by = CALLS[name]
-    monkeypatch.setattr(_shortcut, "SERIAL_BELOW", limit)
+@pytest.fixture(params=[1 << 15, 1], ids=["small", "large"])
+def compare(request, monkeypatch):
+    """Return a function that compares a call by both ways; it says whether it was ordinary."""
+    monkeypatch.setattr(_shortcut, "SERIAL_BELOW", request.param)
     _shortcut._site.cache_clear()
-    taken = []
-    shortcut = getattr(_shortcut, name)
 
-    def watched(*args):
-        result = shortcut(*args)
-        taken.append(result is not None)
-        return result
+    def compared(name, recipe):
+        call, shortcut, taken = CALLS[name][0], getattr(_shortcut, name), []
+
+        def watched(*args):
+            taken.append(shortcut(*args))
+            return taken[-1]
+
+        found = []
+        for way in watched, lambda *_: None:
+            with monkeypatch.context() as patch, np.errstate(all="ignore"):
+                patch.setattr(_shortcut, name, way)
+                found.append(outcome(call, recipe))
+        assert found[0] == found[1], recipe
+        return bool(taken) and taken[0] is not None
+
+    yield compared
+    _shortcut._site.cache_clear()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_same_with_and_without(name, compare):
+    ordinary = []
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(recipe=made_by)
-    def compare(recipe):
-        with monkeypatch.context() as patch:
-            patch.setattr(_shortcut, name, watched)
-            short = outcome(call, recipe)
-        with monkeypatch.context() as patch:
-            patch.setattr(_shortcut, name, NEVER[name])
-            general = outcome(call, recipe)
-        assert short == general
+    @given(recipe=recipes(*CALLS[name][1:]))
+    def draw(recipe):
+        ordinary.append(compare(name, recipe))
 
-    with np.errstate(all="ignore"):
-        compare()
-    _shortcut._site.cache_clear()
-    assert sum(taken) > 30, "hardly a call was ordinary"
-    assert taken.count(False) > 30
+    draw()
+    assert 30 < sum(ordinary) < len(ordinary) - 30
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
+    """Every argument in every way that it can be odd, and every two of them in one memory."""
+    _, like_x, per_channel, others = CALLS[name]
+    shape = (9, 3, 2, 2)
+    usual = {
+        "seed": 0,
+        "axis": 1,
+        "arrays": {"x": (shape, "f4", "C")}
+        | {n: (shape, "f4", "C") for n in like_x if not (n == "y" and activation is None)}
+        | {n: ((3,), "f8" if n in ("mean", "rstd") else "f4", "C") for n in per_channel},
+        "same": {},
+        "others": {n: wanted[0][0] for n, wanted in others.items()},
+    }
+    if name == "inference":
+        usual["arrays"]["mean"] = ((3,), "f4", "C")
+    usual["others"]["activation"] = activation
+    if name != "inference":
+        usual["others"]["training"] = training
+    assert compare(name, usual) is (name != "backward" or training)
+
+    def odd(part, **changed):
+        compare(name, usual | {part: usual[part] | changed})
+
+    arrays = usual["arrays"]
+    for n, (whole, dtype, _) in arrays.items():
+        compare(name, usual | {"arrays": {k: v for k, v in arrays.items() if k != n or k == "x"}})
+        for layout in LAYOUTS:
+            odd("arrays", **{n: (whole, dtype, layout)})
+        for other in ("f2", "f4", "f8", ">f4", "i4"):
+            odd("arrays", **{n: (whole, other, "C")})
+        for other in (
+            (),
+            (9,),
+            (3, 1),
+            (9, 3),
+            (9, 3, 4),
+            (9, 3, 4, 1),
+            (1, 9, 3, 2, 2),
+            (9, 2, 3, 2),
+        ):
+            odd("arrays", **{n: (other, dtype, "C")})
+        for other in arrays:
+            for how in ("it", "view", "shifted", "overlapping"):
+                compare(name, usual | {"same": {n: (other, how)}})
+    for n, (likely, unlikely) in others.items():
+        for value in (*likely, *unlikely):
+            odd("others", **{n: value})
+    for axis in (0, 2, -1, -3, -4, 4, (1,), (0, 1), True, 1.0, None, np.int64(1)):
+        compare(name, usual | {"axis": axis})
