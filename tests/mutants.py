@@ -536,7 +536,75 @@ ON_GPU = of(
     ),
 )
 
+ONE_ODD = "test_shortcut.py::test_one_thing_that_is_not_ordinary"
+
+SHORTCUT = of(
+    "_shortcut",
+    (
+        ONE_ODD,
+        ("type(axis) is not int\n        or type(eps) is not float\n        or type(momentum)",
+         "type(eps) is not float\n        or type(momentum)"),
+        ("or type(momentum) is not float\n", "\n"),
+        ("or type(correction) is not int\n", "\n"),
+        ("or not training\n", "\n"),
+        ("or (output_mask is not ALL and not _is_mask(output_mask))", ""),
+        ("all(type(wanted) is bool for wanted in output_mask)", "True"),
+        ("if not want_dx or", "if"),
+        ("and len(output_mask) == 4", ""),
+    ),
+)  # fmt: skip
+
+ORDINARY = of(
+    "cpu/ordinary",
+    (
+        ONE_ODD,
+        ("and is_vector(obj, site.C)", ""),
+        ("is_array(obj, site.ndarray, site.dtype, flags) and same_shape(obj, x)",
+         "is_array(obj, site.ndarray, site.dtype, flags)"),
+        ("a[1] <= b[0] or b[1] <= a[0]", "a[1] <= b[0]"),
+        ("a[1] <= b[0] or b[1] <= a[0]", "b[1] <= a[0]"),
+        ("if not (there == at or apart(there, at)):", "if False:"),
+        ("shared += not apart(there, bytes_of(tensor, site, size))", "shared += 0"),
+        ("shared += not apart(there, bytes_of(vector, site, site.C))", "shared += 0"),
+        ("shared = 0 if apart(mean, var) else 1", "shared = 0"),
+        ("there = bytes_of(tensor, site, site.N * site.C * site.S)", "there = 0, 0"),
+        ("there = bytes_of(vector, site, site.C)", "there = 0, 0"),
+        ("flags = WRITABLE if training else ORDINARY", "flags = ORDINARY"),
+        ("and given(running_mean, site) == given(running_var, site)", ""),
+        ("and (training or given(running_mean, site))", ""),
+        ("and parameter(running_var, site, site.dtype, flags)", ""),
+        ("and like(residual, x, site, ORDINARY)", ""),
+        ("0 <= eps < np.inf", "eps < np.inf"),
+        ("0 <= eps < np.inf", "0 <= eps"),
+        ("and np.abs(momentum) < np.inf", ""),
+        ("correction < site.N * site.S", "correction <= site.N * site.S"),
+        ("and given(dy, site)", ""),
+        ("and like(y, x, site, ORDINARY)", ""),
+        ("and parameter(rstd, site, site.float64, ORDINARY)",
+         "and parameter(rstd, site, site.dtype, ORDINARY)"),
+        ("if not writable_apart(out, x, dy, (x, y), (gamma, beta), site):",
+         "if not writable_apart(out, x, dy, (y,), (gamma, beta), site):"),
+        ("return apart(there, (data(mean), data(mean) + 8 * site.C)) and (", "return ("),
+    ),
+)  # fmt: skip
+
+OBJECTS = of(
+    "cpu/objects",
+    (
+        ONE_ODD,
+        ("ORDINARY = 0x101", "ORDINARY = 0x100"),
+        ("ORDINARY = 0x101", "ORDINARY = 0x001"),
+        ("WRITABLE = ORDINARY | 0x400", "WRITABLE = ORDINARY"),
+        ("and word(at, _DTYPE) == dtype", ""),
+        ("word(at, _CLASS) == ndarray", "word(at, _CLASS) != 0"),
+        ("if half_word(address(other), _RANK) != rank:", "if False:"),
+        ("return others == 0", "return True"),
+        ("half_word(at, _RANK) == 1 and ", ""),
+    ),
+)  # fmt: skip
+
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
     *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
+    *(*SHORTCUT, *ORDINARY, *OBJECTS),
 ]
