@@ -167,7 +167,7 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         position = list(signature(function).parameters).index(name)
         ndarray, gpu, backend = np.ndarray, on_gpu, cuda_backend
-        modules, untraced, reason = sys.modules, dict[str, Callable[_P, _R]](), _NOT_TRACED
+        modules, disabled, reason = sys.modules, dict[str, Callable[_P, _R]](), _NOT_TRACED
 
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             x = args[position] if len(args) > position else kwargs.get(name)
@@ -175,10 +175,10 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                 return function(*args, **kwargs)
             if "torch._dynamo" not in modules:
                 return run(*args, **kwargs)
-            if "run" not in untraced:
+            if "run" not in disabled:
                 disable = modules["torch"].compiler.disable
-                untraced["run"] = disable(run, reason=reason)
-            return untraced["run"](*args, **kwargs)
+                disabled["run"] = disable(run, reason=reason)
+            return disabled["run"](*args, **kwargs)
 
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             x = args[position] if len(args) > position else kwargs.get(name)
@@ -191,10 +191,15 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
         # With the module's own globals: doctest looks for them to tell what belongs to a module.
         code, scope, closure = call.__code__, function.__globals__, call.__closure__
         found: Callable[_P, _R] = wraps(function)(FunctionType(code, scope, closure=closure))
-        vars(found).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_NOT_TRACED)
-        return found
+        return untraced(found)
 
     return decorate
+
+
+def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Tell torch.compile to call a function rather than to trace it."""
+    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_NOT_TRACED)
+    return function
 
 
 # What torch.compile says of a call that it is asked to trace: kernels work on memory.

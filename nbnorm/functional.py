@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import Array, NDArray, on_its_device
+from nbnorm._arrays import Array, NDArray, on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Target
 from nbnorm.moments import Moments
@@ -63,7 +63,7 @@ class BatchNormBackward(NamedTuple, Generic[X]):
     dresidual: X | OrNone
 
 
-@on_its_device("x")
+@untraced
 def batch_norm_forward(
     x: X,
     gamma: Array | None = None,
@@ -163,7 +163,30 @@ def batch_norm_forward(
             residual, activation, out,
         )  # fmt: skip
         if done is not None:
-            return BatchNormForward._make(done)
+            return BatchNormForward(*done)
+    return _forward(
+        x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
+        residual, activation, out,
+    )  # fmt: skip
+
+
+@on_its_device("x")
+def _forward(
+    x: X,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    correction: int,
+    axis: Axis,
+    residual: Array | None,
+    activation: Activation,
+    out: Array | None,
+) -> BatchNormForward[X]:
+    """`batch_norm_forward` of any arrays."""
     frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_ = check_forward(
         x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
         residual, activation, out,
@@ -253,7 +276,7 @@ _UPDATE_BY_HAND = (
 _UPDATED_IN_PLACE = "it is updated in place; pass one that can be written to"
 
 
-@on_its_device("x")
+@untraced
 def batch_norm_inference(
     x: X,
     gamma: Array | None,
@@ -320,6 +343,23 @@ def batch_norm_inference(
         )
         if done is not None:
             return done
+    return _inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
+
+
+@on_its_device("x")
+def _inference(
+    x: X,
+    gamma: Array | None,
+    beta: Array | None,
+    mean: Array,
+    var: Array,
+    eps: float,
+    axis: Axis,
+    residual: Array | None,
+    activation: Activation,
+    out: Array | None,
+) -> X:
+    """`batch_norm_inference` of any arrays."""
     frame = Frame(x, axis)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
@@ -474,7 +514,7 @@ def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
     return mean, m2
 
 
-@on_its_device("x")
+@untraced
 def batch_norm_backward(
     dy: Array,
     x: X,
@@ -563,7 +603,28 @@ def batch_norm_backward(
             activation, output_mask, out,
         )  # fmt: skip
         if done is not None:
-            return BatchNormBackward._make(done)
+            return BatchNormBackward(*done)
+    return _backward(
+        dy, x, gamma, mean, rstd, beta, y, training, axis, activation, output_mask, out
+    )
+
+
+@on_its_device("x")
+def _backward(
+    dy: Array,
+    x: X,
+    gamma: Array | None,
+    mean: Array,
+    rstd: Array,
+    beta: Array | None,
+    y: Array | None,
+    training: bool,
+    axis: Axis,
+    activation: Activation,
+    output_mask: Mask,
+    out: Array | None,
+) -> BatchNormBackward[X]:
+    """`batch_norm_backward` of any arrays."""
     frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, out_ = check_backward(
         dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
     )
