@@ -148,8 +148,8 @@ def affine(norm, c0, c1, like):
     """
     mean, rstd, gamma, beta = norm
     size = c1 - c0
-    hi, u, a = np.empty(size, like.dtype), np.empty(size, like.dtype), np.empty(size, like.dtype)
-    b = given(beta, np.empty(size, like.dtype))
+    rows = np.empty((4, size), like.dtype)
+    hi, u, a, b = rows[0], rows[1], rows[2], given(beta, rows[3])
     args = mean[c0:c1], rstd[c0:c1], gamma[c0:c1], part(beta, c0, c1), hi, u, a, b
     each(size, affine_channel, args)
     return hi, u, a, b

@@ -193,11 +193,12 @@ def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed(x).dtype
-    center, K = np.empty(channels, dtype), np.empty(fold * channels * S, dtype)
-    s, q = np.empty_like(K), np.empty_like(K)
-    s64, q64 = np.empty(K.size), np.empty(K.size)
-    d, d2 = np.empty(channels), np.empty(channels)
-    new_delta, new_m2 = np.empty(channels), np.empty(channels)
+    # A small call is half allocations: one for the arrays of a kind.
+    center, columns = np.empty(channels, dtype), np.empty((3, fold * channels * S), dtype)
+    K, s, q = columns[0], columns[1], columns[2]
+    wide, of_tile = np.empty((2, K.size)), np.empty((4, channels))
+    s64, q64 = wide[0], wide[1]
+    d, d2, new_delta, new_m2 = of_tile[0], of_tile[1], of_tile[2], of_tile[3]
     gone = np.empty(channels, np.bool_)
     shift, delta, m2 = partial[1, k][c0:c1], partial[2, k][c0:c1], partial[3, k][c0:c1]
     begin, end = rows(grid, k)

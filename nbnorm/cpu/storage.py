@@ -71,6 +71,6 @@ def stored_as_zero(values):
 @by_types
 def computed(view):
     """Return an empty array of the dtype that a view's values are computed in."""
-    if view.types[0].dtype == types.float64:
-        return lambda view: np.empty(0, np.float64)
+    if view.types[0].dtype in (types.float32, types.float64):
+        return lambda view: view[0][:0]
     return lambda view: np.empty(0, np.float32)
