@@ -1,4 +1,4 @@
-"""Ordinary calls on NumPy arrays with their checks compiled; None where a call is not ordinary.
+"""Ordinary calls on NumPy arrays, with their checks compiled; None where a call is not ordinary.
 
 Checks and arithmetic of a small call take 2 us when compiled, and ten more as Python: an entry
 (`nbnorm.cpu.entries`) does all of it. A large call is looked at by such an entry and computed by
@@ -16,7 +16,7 @@ import numpy as np
 
 from nbnorm import cpu
 from nbnorm._arrays import NDArray
-from nbnorm._layout import layout_of
+from nbnorm._layout import Axes, Layout, fits, layout_of
 from nbnorm.cpu import entries
 from nbnorm.cpu.objects import readable
 from nbnorm.cpu.plan import SERIAL_BELOW
@@ -26,28 +26,42 @@ _READABLE = readable()
 
 
 class _Site:
-    """What there is to know of calls on arrays in C order of one shape, dtype and channel axis."""
+    """What there is to know of calls on arrays of one shape, strides, dtype and channel axis."""
 
     __slots__ = (
-        "C", "backward", "dtype", "forward", "inference", "m", "numbers", "shape", "small",
-        "traversal",
+        "C", "backward", "dense", "dtype", "forward", "inference", "m", "numbers", "order", "shape",
+        "small", "traversal", "turn",
     )  # fmt: skip
 
-    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
-        self.shape = shape
-        N, self.C, S = shape
+    def __init__(self, layout: Layout, lengths: Axes, strides: Axes, dtype: np.dtype[Any]) -> None:
+        self.shape = layout.shape
+        N, self.C, S = layout.shape
         self.m = N * S
         self.dtype = dtype
         self.small = self.m * self.C < SERIAL_BELOW  # done serially, and in one step
-        self.traversal, self.numbers = cpu.ordinary_plan(shape, dtype)
+        # x's axes by their place in memory, and back; None where that is their own order.
+        order = layout.order
+        self.order = None if layout.natural else order
+        self.dense = tuple(lengths[i] for i in order)
+        self.turn = tuple(map(order.index, range(len(order))))
+        self.traversal, self.numbers = cpu.ordinary_plan(layout.shape, dtype, (*lengths, *strides))
         # Entries of small calls: without a residual and with it; by where ReLU's mask is from.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
         self.backward: dict[str, Any] = {}
 
+    def new(self) -> NDArray:
+        """Return an array like x."""
+        empty = np.empty if self.small else cpu.memory.empty
+        array: NDArray = empty(self.dense, self.dtype)
+        return array if self.order is None else array.transpose(self.turn)
+
     def view(self, array: Any) -> Any:
-        """Return an array of x's shape as (N, C, S)."""
-        return None if array is None else array.reshape(self.shape)
+        """Return an array like x as (N, C, S)."""
+        if array is None:
+            return None
+        array = array if self.order is None else array.transpose(self.order)
+        return array.reshape(self.shape)
 
     def parameter(self, array: NDArray | None, instead: float) -> NDArray:
         """Return gamma or beta; where it is None, a number for every channel."""
@@ -55,15 +69,14 @@ class _Site:
 
 
 @lru_cache(maxsize=1024)
-def _site(shape: tuple[int, ...], dtype: np.dtype[Any], axis: int) -> _Site | None:
+def _site(shape: Axes, strides: Axes, dtype: np.dtype[Any], axis: int) -> _Site | None:
     """Return the site of calls on such arrays; None where none can be ordinary."""
     if not (_READABLE and len(shape) >= 2 and -len(shape) <= axis < len(shape)) or 0 in shape:
         return None
-    strides = [dtype.itemsize]
-    for n in shape[:0:-1]:
-        strides.insert(0, strides[0] * n)
-    layout = layout_of(shape, tuple(strides), dtype.itemsize, (axis % len(shape),))
-    return _Site(layout.shape, dtype) if layout.natural else None
+    layout = layout_of(shape, strides, dtype.itemsize, (axis % len(shape),))
+    if layout.dense != layout.order or not fits(layout, shape, strides, dtype.itemsize):
+        return None
+    return _Site(layout, shape, strides, dtype)
 
 
 def forward(
@@ -91,8 +104,7 @@ def forward(
         or not (dtype is _FLOAT32 or dtype is _FLOAT64)
     ):
         return None
-    shape = x.shape
-    site = _site(shape, dtype, axis)
+    site = _site(x.shape, x.strides, dtype, axis)
     if site is None:
         return None
     if activation is None:
@@ -107,7 +119,7 @@ def forward(
             correction, residual, floor, out,
         )  # fmt: skip
     added = residual is not None
-    y = np.empty(shape, dtype) if out is None else out
+    y = site.new() if out is None else out
     mean, rstd = np.empty(site.C), np.empty(site.C)
     if training:
         entry = site.forward[added]
@@ -151,7 +163,7 @@ def _large_forward(
         eps, momentum, correction, training,
     ):  # fmt: skip
         return None
-    y = cpu.memory.empty(x.shape, x.dtype) if out is None else out
+    y = site.new() if out is None else out
     scale, shift = site.parameter(gamma, 1.0), site.parameter(beta, 0.0)
     relu = floor == 0.0
     x_, residual_, y_ = site.view(x), site.view(residual), site.view(y)
@@ -185,8 +197,7 @@ def inference(
         or not (dtype is _FLOAT32 or dtype is _FLOAT64)
     ):
         return None
-    shape = x.shape
-    site = _site(shape, dtype, axis)
+    site = _site(x.shape, x.strides, dtype, axis)
     if site is None:
         return None
     if activation is None:
@@ -202,7 +213,7 @@ def inference(
         return done and done[0]
     added = residual is not None
     entry = site.inference[added] or _inference_entry(site, added)
-    y = np.empty(shape, dtype) if out is None else out
+    y = site.new() if out is None else out
     done = entry(
         x, gamma, beta, mean, var, residual, out, y, None, None, site.numbers, eps, 0.0, floor
     )
@@ -235,8 +246,7 @@ def backward(
         or (output_mask is not ALL and not _is_mask(output_mask))
     ):
         return None
-    shape = x.shape
-    site = _site(shape, dtype, axis)
+    site = _site(x.shape, x.strides, dtype, axis)
     if site is None:
         return None
     if activation is None:
@@ -251,8 +261,8 @@ def backward(
     if not site.small:
         if not entries.look_at_backward()(dy, x, gamma, mean, rstd, beta, y, out, site.numbers):
             return None
-        dx = cpu.memory.empty(shape, dtype) if out is None else out
-        dresidual = cpu.memory.empty(shape, dtype) if mask == "y" else None
+        dx = site.new() if out is None else out
+        dresidual = site.new() if mask == "y" else None
         sums = cpu.backward(
             site.view(dy),
             site.view(x),
@@ -270,8 +280,8 @@ def backward(
         entry = site.backward.get(mask)
         if entry is None:
             entry = site.backward[mask] = entries.backward(site.traversal, dtype.name, mask)
-        dx = np.empty(shape, dtype) if out is None else out
-        dresidual = np.empty(shape, dtype) if mask == "y" else None
+        dx = site.new() if out is None else out
+        dresidual = site.new() if mask == "y" else None
         dgamma, dbeta = np.empty(site.C, dtype), np.empty(site.C, dtype)
         if not entry(
             dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, site.numbers

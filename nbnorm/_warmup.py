@@ -48,8 +48,8 @@ def warmup(
     Notes
     -----
     The functions run once on zeros, which takes the memory of one such call for each shape in turn.
-    Other kernels may be needed for arrays that are not in C order, for parameters or statistics of
-    another dtype than x, and where gradients are wanted for some results only (``output_mask``).
+    Other kernels may be needed for arrays with gaps between their values, for parameters or
+    statistics of another dtype than x's, and where not all gradients are wanted (``output_mask``).
 
     Examples
     --------

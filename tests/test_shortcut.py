@@ -35,6 +35,8 @@ def made(rng, shape, dtype, layout, positive=False):
     if layout == "stepped":
         return memory[..., : 2 * shape[-1] : 2], memory
     array = np.array(whole, order="F" if layout == "F" else "C")
+    if layout == "channels-last":
+        return np.moveaxis(np.moveaxis(array, 1, -1).copy(), -1, 1), array
     if layout == "reversed":
         return array[::-1], array
     if layout == "offset":  # not aligned
@@ -241,6 +243,28 @@ def test_the_same_with_and_without(name, compare):
 
     draw()
     assert 30 < sum(ordinary) < len(ordinary) - 30
+
+
+@pytest.mark.parametrize("layout", ["C", "F", "channels-last", "offset", "stepped"])
+@pytest.mark.parametrize("name", CALLS)
+def test_all_arrays_in_one_order(name, layout, compare):
+    """Any order in which kernels walk memory, without gaps, is ordinary."""
+    _, like_x, per_channel, others = CALLS[name]
+    for shape in ((9, 3, 2, 2), (5, 4), (2, 3, 20, 20), (1, 3, 4), (4, 1, 1, 2)):
+        channels = shape[1:2]
+        recipe = {
+            "seed": 0,
+            "axis": 1,
+            "arrays": dict.fromkeys(("x", *like_x), (shape, "f4", layout))
+            | {n: (channels, "f8" if n in ("mean", "rstd") else "f4", "C") for n in per_channel},
+            "same": {},
+            "others": {n: wanted[0][0] for n, wanted in others.items()} | {"activation": "relu"},
+        }
+        if name == "inference":
+            recipe["arrays"]["mean"] = (channels, "f4", "C")
+        ordinary = compare(name, recipe)
+        if max(shape) < 20 or layout != "F":  # planes of 400 values must be walked one by one
+            assert ordinary is (layout in ("C", "F", "channels-last")), shape
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -261,12 +261,19 @@ def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
     return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
 
 
-def ordinary_plan(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> tuple[str, NDArray]:
-    """Traversal of a pass that is done serially, and the numbers of its `ordinary.Site`."""
+def ordinary_plan(
+    shape: tuple[int, int, int], dtype: np.dtype[Any], form: tuple[int, ...]
+) -> tuple[str, NDArray]:
+    """Traversal of a pass that is done serially, and the numbers of its `ordinary.Site`.
+
+    `form` are lengths and strides of x itself.
+    """
     cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
     addresses = id(np.ndarray), id(dtype), id(_COMPILED[1]), id(None)
-    site = Site(*cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *addresses)
-    return cut.traversal, np.array(site, np.int64)
+    site = Site(
+        *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *addresses, len(form) // 2
+    )
+    return cut.traversal, np.array([*site, *form], np.int64)
 
 
 def _floor(relu: bool) -> float:

@@ -23,6 +23,7 @@ from nbnorm.cpu.jit import entry_point, ordered
 from nbnorm.cpu.objects import anything, values
 from nbnorm.cpu.ordinary import (
     backward_is_ordinary,
+    form_of,
     forward_is_ordinary,
     forward_numbers_fit,
     given,
@@ -78,7 +79,16 @@ def look_at_forward() -> Callable[..., Any]:
         site = site_of(numbers)
         return forward_numbers_fit(site, eps, momentum, correction, training) and (
             forward_is_ordinary(
-                x, gamma, beta, running_mean, running_var, residual, out, site, training
+                x,
+                gamma,
+                beta,
+                running_mean,
+                running_var,
+                residual,
+                out,
+                site,
+                form_of(numbers, site),
+                training,
             )
         )
 
@@ -91,7 +101,9 @@ def look_at_backward() -> Callable[..., Any]:
     """`look_at_forward` of a backward call."""
 
     def look(dy, x, gamma, mean, rstd, beta, y, out, numbers):
-        return backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site_of(numbers))
+        site = site_of(numbers)
+        form = form_of(numbers, site)
+        return backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site, form)
 
     return entry_point(look, "entry_look_at_backward", types.boolean(*(anything,) * 9))
 
@@ -112,7 +124,16 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         if not forward_numbers_fit(
             site, eps, momentum, correction, True
         ) or not forward_is_ordinary(
-            x, gamma, beta, running_mean, running_var, residual, out, site, True
+            x,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            residual,
+            out,
+            site,
+            form_of(numbers, site),
+            True,
         ):
             return False
         norm = (
@@ -150,7 +171,16 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     ):  # fmt: skip
         site = site_of(numbers)
         if not forward_numbers_fit(site, eps, momentum, 0.0, False) or not forward_is_ordinary(
-            x, gamma, beta, running_mean, running_var, residual, out, site, False
+            x,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            residual,
+            out,
+            site,
+            form_of(numbers, site),
+            False,
         ):
             return False
         norm = (
@@ -187,7 +217,8 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
 
     def backward(dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers):
         site = site_of(numbers)
-        if not backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site):
+        form = form_of(numbers, site)
+        if not backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site, form):
             return False
         norm = (
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),

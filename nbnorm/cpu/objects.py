@@ -21,10 +21,11 @@ from nbnorm.cpu.jit import ordered
 
 # In words. Before an array's own fields stands what every Python object has, its class at the end.
 _HEAD = object.__basicsize__ // 8
-_CLASS, _DATA, _RANK, _SHAPE, _DTYPE, _FLAGS = (_HEAD + i for i in (-1, 0, 1, 2, 5, 6))
+_CLASS, _DATA, _RANK, _SHAPE, _STRIDES, _DTYPE, _FLAGS = (_HEAD + i for i in (-1, 0, 1, 2, 3, 5, 6))
 
-ORDINARY = 0x101  # NPY_ARRAY_C_CONTIGUOUS and NPY_ARRAY_ALIGNED
-WRITABLE = ORDINARY | 0x400
+# NumPy's flags of an array.
+ALIGNED = 0x100
+WRITABLE = 0x400 | ALIGNED
 
 
 class Object(types.Type):  # type: ignore[misc]
@@ -121,32 +122,28 @@ def is_array(obj, ndarray, dtype, flags):
 
 
 @ordered
-def same_shape(array, other):
-    """Whether two arrays have one shape."""
-    rank = half_word(address(array), _RANK)
-    if half_word(address(other), _RANK) != rank:
+def has_form(array, form, rank):
+    """Whether an array has these lengths and, after them, strides."""
+    at = address(array)
+    if half_word(at, _RANK) != rank:
         return False
-    a, b = word(address(array), _SHAPE), word(address(other), _SHAPE)
+    shape, strides = word(at, _SHAPE), word(at, _STRIDES)
     others = 0
     for i in range(rank):
-        others += word(a, i) != word(b, i)
+        others += word(shape, i) != form[i]
+        others += word(strides, i) != form[rank + i]
     return others == 0
 
 
 @ordered
-def is_vector(array, size):
-    """Whether an array has shape (size,)."""
+def is_vector(array, size, itemsize):
+    """Whether an array has shape (size,) and no gaps."""
     at = address(array)
-    return half_word(at, _RANK) == 1 and word(word(at, _SHAPE), 0) == size
-
-
-@ordered
-def size_of(array):
-    """Number of values."""
-    size = 1
-    for i in range(half_word(address(array), _RANK)):
-        size *= word(word(address(array), _SHAPE), i)
-    return size
+    return (
+        half_word(at, _RANK) == 1
+        and word(word(at, _SHAPE), 0) == size
+        and (size == 1 or word(word(at, _STRIDES), 0) == itemsize)
+    )
 
 
 def readable() -> bool:

@@ -1,8 +1,9 @@
 """Whether a call is ordinary, told by compiled code of the objects that Python has.
 
-In an ordinary call every array is exactly an ndarray, in C order and of x's dtype, float32 or
-float64 (mean and rstd of a backward call are float64), parameters have one axis, and what is
-written shares memory with nothing else. The general way checks the same in Python, and says why.
+In an ordinary call every array is exactly an ndarray of x's dtype, float32 or float64 (mean and
+rstd of a backward call are float64); x lies without gaps in the order that kernels walk it, and
+what has its shape in the same order; parameters have one axis; what is written shares memory with
+nothing else. The general way checks all of it, and more, in Python, and says why.
 """
 
 from typing import NamedTuple
@@ -11,14 +12,13 @@ import numpy as np
 
 from nbnorm.cpu.jit import ordered
 from nbnorm.cpu.objects import (
-    ORDINARY,
+    ALIGNED,
     WRITABLE,
     address,
     data,
+    has_form,
     is_array,
     is_vector,
-    same_shape,
-    size_of,
     values,
 )
 
@@ -41,15 +41,36 @@ class Site(NamedTuple):
     dtype: int
     float64: int
     none: int
+    rank: int  # after it come the lengths and the strides of x
 
 
 @ordered
 def site_of(numbers):
     """`Site` of the object that holds it."""
-    n = values(numbers, 14, np.int64)
+    n = values(numbers, 15, np.int64)
     return Site(
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]
+        n[0],
+        n[1],
+        n[2],
+        n[3],
+        n[4],
+        n[5],
+        n[6],
+        n[7],
+        n[8],
+        n[9],
+        n[10],
+        n[11],
+        n[12],
+        n[13],
+        n[14],
     )
+
+
+@ordered
+def form_of(numbers, site):
+    """Lengths and strides of x."""
+    return values(numbers, 15 + 2 * site.rank, np.int64)[15:]
 
 
 @ordered
@@ -62,24 +83,21 @@ def given(obj, site):
 def parameter(obj, site, dtype, flags):
     """Whether an argument is a vector with a value for every channel, or None."""
     return not given(obj, site) or (
-        is_array(obj, site.ndarray, dtype, flags) and is_vector(obj, site.C)
+        is_array(obj, site.ndarray, dtype, flags)
+        and is_vector(obj, site.C, 8 if dtype == site.float64 else site.itemsize)
     )
 
 
 @ordered
-def like(obj, x, site, flags):
+def like_x(obj, site, form, flags):
+    """Whether an argument is x, or an array like it."""
+    return is_array(obj, site.ndarray, site.dtype, flags) and has_form(obj, form, site.rank)
+
+
+@ordered
+def like_or_none(obj, site, form):
     """Whether an argument is an array like x, or None."""
-    return not given(obj, site) or (
-        is_array(obj, site.ndarray, site.dtype, flags) and same_shape(obj, x)
-    )
-
-
-@ordered
-def ordinary(x, site):
-    """Whether x is what the site was made for."""
-    return is_array(x, site.ndarray, site.dtype, ORDINARY) and (
-        size_of(x) == site.N * site.C * site.S
-    )
+    return not given(obj, site) or like_x(obj, site, form, ALIGNED)
 
 
 @ordered
@@ -98,9 +116,9 @@ def apart(a, b):
 
 
 @ordered
-def writable_apart(out, x, inplace, tensors, parameters, site):
+def writable_apart(out, inplace, tensors, parameters, site, form):
     """Whether `out`, like x, may be written: it is `inplace` or apart from it, and from others."""
-    if not (given(out, site) and like(out, x, site, WRITABLE)):
+    if not like_x(out, site, form, WRITABLE):
         return False
     size = site.N * site.C * site.S
     there = bytes_of(out, site, size)
@@ -130,22 +148,24 @@ def statistics_apart(running_mean, running_var, tensors, parameters, site):
 
 
 @ordered
-def forward_is_ordinary(x, gamma, beta, running_mean, running_var, residual, out, site, training):
+def forward_is_ordinary(
+    x, gamma, beta, running_mean, running_var, residual, out, site, form, training
+):
     """Whether a forward call is; out is None where a new array takes y."""
-    flags = WRITABLE if training else ORDINARY
+    flags = WRITABLE if training else ALIGNED
     if not (
-        ordinary(x, site)
-        and parameter(gamma, site, site.dtype, ORDINARY)
-        and parameter(beta, site, site.dtype, ORDINARY)
+        like_x(x, site, form, ALIGNED)
+        and parameter(gamma, site, site.dtype, ALIGNED)
+        and parameter(beta, site, site.dtype, ALIGNED)
         and parameter(running_mean, site, site.dtype, flags)
         and parameter(running_var, site, site.dtype, flags)
-        and like(residual, x, site, ORDINARY)
+        and like_or_none(residual, site, form)
         and given(running_mean, site) == given(running_var, site)
         and (training or given(running_mean, site))
     ):
         return False
     if given(out, site) and not writable_apart(
-        out, x, x, (residual,), (gamma, beta, running_mean, running_var), site
+        out, x, (residual,), (gamma, beta, running_mean, running_var), site, form
     ):
         return False
     if not (training and given(running_mean, site)):
@@ -164,24 +184,23 @@ def forward_numbers_fit(site, eps, momentum, correction, training):
 
 
 @ordered
-def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site):
+def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site, form):
     """Whether a backward call is; out is None where a new array takes dx."""
     if not (
-        ordinary(x, site)
-        and given(dy, site)
-        and like(dy, x, site, ORDINARY)
-        and like(y, x, site, ORDINARY)
-        and parameter(gamma, site, site.dtype, ORDINARY)
-        and parameter(beta, site, site.dtype, ORDINARY)
+        like_x(x, site, form, ALIGNED)
+        and like_x(dy, site, form, ALIGNED)
+        and like_or_none(y, site, form)
+        and parameter(gamma, site, site.dtype, ALIGNED)
+        and parameter(beta, site, site.dtype, ALIGNED)
         and given(mean, site)
-        and parameter(mean, site, site.float64, ORDINARY)
+        and parameter(mean, site, site.float64, ALIGNED)
         and given(rstd, site)
-        and parameter(rstd, site, site.float64, ORDINARY)
+        and parameter(rstd, site, site.float64, ALIGNED)
     ):
         return False
     if not given(out, site):
         return True
-    if not writable_apart(out, x, dy, (x, y), (gamma, beta), site):
+    if not writable_apart(out, dy, (x, y), (gamma, beta), site, form):
         return False
     there = bytes_of(out, site, site.N * site.C * site.S)
     return apart(there, (data(mean), data(mean) + 8 * site.C)) and (
