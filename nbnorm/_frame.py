@@ -195,7 +195,7 @@ class Frame:
     def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
         """Sum of shape (C,) rounded once to gamma's dtype, x's where there is no gamma."""
         dtype = self.x.dtype if gamma is None else gamma.dtype
-        with np.errstate(over="ignore", invalid="ignore"):  # Inf is what IEEE makes of it
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # as IEEE has it
             return self.home(self.unflat(total.astype(dtype)))
 
     def _flat(self, array: NDArray, dtype: np.dtype[Any]) -> NDArray:

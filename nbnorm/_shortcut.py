@@ -23,6 +23,7 @@ from nbnorm.cpu.plan import SERIAL_BELOW
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _READABLE = readable()
+_EXACT = 1 << 53  # ints below are floats as well
 
 
 class _Site:
@@ -79,6 +80,16 @@ def _site(shape: Axes, strides: Axes, dtype: np.dtype[Any], axis: int) -> _Site 
     return _Site(layout, shape, strides, dtype)
 
 
+def _site_of(x: NDArray, axis: int) -> _Site | None:
+    dtype = x.dtype
+    if dtype is _FLOAT32 or dtype is _FLOAT64:
+        return _site(x.shape, x.strides, dtype, axis)
+    for known in _FLOAT32, _FLOAT64:  # that of an unpickled array is another object
+        if dtype == known and dtype.metadata is None:
+            return _site(x.shape, x.strides, known, axis)
+    return None
+
+
 def forward(
     x: Any,
     gamma: Any,
@@ -95,16 +106,16 @@ def forward(
     out: Any,
 ) -> tuple[Any, Any, Any] | None:
     """y, mean and rstd of `batch_norm_forward`."""
-    dtype = x.dtype
     if (
         type(axis) is not int
         or type(eps) is not float
         or type(momentum) is not float
         or type(correction) is not int
-        or not (dtype is _FLOAT32 or dtype is _FLOAT64)
+        or not -_EXACT < correction < _EXACT
+        or type(training) is not bool
     ):
         return None
-    site = _site(x.shape, x.strides, dtype, axis)
+    site = _site_of(x, axis)
     if site is None:
         return None
     if activation is None:
@@ -113,34 +124,36 @@ def forward(
         floor = 0.0
     else:
         return None
+    known = site.forward if training else site.inference
+    entry = known[residual is not None]
+    # A look first where there is no entry: one is not compiled for a call that is not ordinary.
+    if entry is None and not entries.look_at_forward()(
+        x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
+        eps, momentum, correction, training,
+    ):  # fmt: skip
+        return None
     if not site.small:
         return _large_forward(
-            site, x, gamma, beta, running_mean, running_var, bool(training), momentum, eps,
-            correction, residual, floor, out,
+            site, x, gamma, beta, running_mean, running_var, training, momentum, eps, correction,
+            residual, floor, out,
         )  # fmt: skip
-    added = residual is not None
+    if entry is None:
+        build = entries.forward if training else entries.inference
+        entry = build(site.traversal, site.dtype.name, residual is not None)
+        known[residual is not None] = entry
     y = site.new() if out is None else out
     mean, rstd = np.empty(site.C), np.empty(site.C)
     if training:
-        entry = site.forward[added]
-        if entry is None:
-            entry = site.forward[added] = entries.forward(site.traversal, dtype.name, added)
         done = entry(
             x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
             eps, momentum, correction, floor,
         )  # fmt: skip
     else:
-        entry = site.inference[added] or _inference_entry(site, added)
         done = entry(
             x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
             eps, momentum, floor,
         )  # fmt: skip
     return (y, mean, rstd) if done else None
-
-
-def _inference_entry(site: _Site, added: bool) -> Any:
-    entry = site.inference[added] = entries.inference(site.traversal, site.dtype.name, added)
-    return entry
 
 
 def _large_forward(
@@ -157,12 +170,8 @@ def _large_forward(
     residual: Any,
     floor: float,
     out: Any,
-) -> tuple[Any, Any, Any] | None:
-    if not entries.look_at_forward()(
-        x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
-        eps, momentum, correction, training,
-    ):  # fmt: skip
-        return None
+) -> tuple[Any, Any, Any]:
+    """The same of a call that was found ordinary, by the backend."""
     y = site.new() if out is None else out
     scale, shift = site.parameter(gamma, 1.0), site.parameter(beta, 0.0)
     relu = floor == 0.0
@@ -190,14 +199,9 @@ def inference(
     out: Any,
 ) -> Any:
     """y of `batch_norm_inference`."""
-    dtype = x.dtype
-    if (
-        type(axis) is not int
-        or type(eps) is not float
-        or not (dtype is _FLOAT32 or dtype is _FLOAT64)
-    ):
+    if type(axis) is not int or type(eps) is not float:
         return None
-    site = _site(x.shape, x.strides, dtype, axis)
+    site = _site_of(x, axis)
     if site is None:
         return None
     if activation is None:
@@ -206,13 +210,18 @@ def inference(
         floor = 0.0
     else:
         return None
+    entry = site.inference[residual is not None]
+    if entry is None and not entries.look_at_forward()(
+        x, gamma, beta, mean, var, residual, out, site.numbers, eps, 0.0, 0.0, False
+    ):
+        return None
     if not site.small:
-        done = _large_forward(
+        return _large_forward(
             site, x, gamma, beta, mean, var, False, 0.0, eps, 0, residual, floor, out
-        )
-        return done and done[0]
-    added = residual is not None
-    entry = site.inference[added] or _inference_entry(site, added)
+        )[0]
+    if entry is None:
+        entry = entries.inference(site.traversal, site.dtype.name, residual is not None)
+        site.inference[residual is not None] = entry
     y = site.new() if out is None else out
     done = entry(
         x, gamma, beta, mean, var, residual, out, y, None, None, site.numbers, eps, 0.0, floor
@@ -238,15 +247,13 @@ def backward(
     out: Any,
 ) -> tuple[Any, Any, Any, Any] | None:
     """dx, dgamma, dbeta and dresidual of `batch_norm_backward`; beta is None where not given."""
-    dtype = x.dtype
     if (
         type(axis) is not int
-        or not training
-        or not (dtype is _FLOAT32 or dtype is _FLOAT64)
+        or training is not True
         or (output_mask is not ALL and not _is_mask(output_mask))
     ):
         return None
-    site = _site(x.shape, x.strides, dtype, axis)
+    site = _site_of(x, axis)
     if site is None:
         return None
     if activation is None:
@@ -258,11 +265,23 @@ def backward(
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
     if not want_dx or (y is not None and (mask == "none" or not want_dresidual)):
         return None
-    if not site.small:
-        if not entries.look_at_backward()(dy, x, gamma, mean, rstd, beta, y, out, site.numbers):
+    entry: Any = site.backward.get(mask)
+    if entry is None and not entries.look_at_backward()(
+        dy, x, gamma, mean, rstd, beta, y, out, site.numbers
+    ):
+        return None
+    if site.small and entry is None:
+        entry = entries.backward(site.traversal, site.dtype.name, mask)
+        site.backward[mask] = entry
+    dx = site.new() if out is None else out
+    dresidual = site.new() if mask == "y" else None
+    dgamma, dbeta = np.empty(site.C, site.dtype), np.empty(site.C, site.dtype)
+    if site.small:
+        if not entry(
+            dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, site.numbers
+        ):
             return None
-        dx = site.new() if out is None else out
-        dresidual = site.new() if mask == "y" else None
+    else:
         sums = cpu.backward(
             site.view(dy),
             site.view(x),
@@ -274,19 +293,8 @@ def backward(
             site.view(dx),
             site.view(dresidual),
         )
-        with np.errstate(over="ignore", invalid="ignore"):  # Inf is what IEEE makes of it
-            dbeta, dgamma = sums[0].astype(dtype), sums[1].astype(dtype)
-    else:
-        entry = site.backward.get(mask)
-        if entry is None:
-            entry = site.backward[mask] = entries.backward(site.traversal, dtype.name, mask)
-        dx = site.new() if out is None else out
-        dresidual = site.new() if mask == "y" else None
-        dgamma, dbeta = np.empty(site.C, dtype), np.empty(site.C, dtype)
-        if not entry(
-            dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, site.numbers
-        ):
-            return None
+        with np.errstate(all="ignore"):  # Inf is what IEEE makes of it
+            dbeta[...], dgamma[...] = sums
     return dx, dgamma if want_dgamma else None, dbeta if want_dbeta else None, dresidual
 
 

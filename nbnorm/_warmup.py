@@ -61,9 +61,10 @@ def warmup(
     for shape in shapes:
         x = np.zeros(shape, dtype)
         frozen = functional.batch_norm_stats(x, axis=axis)
+        statistics = [a.astype(_parameters_of(x.dtype)) for a in (frozen.mean, frozen.m2)]
         added = x if residual else None
         functional.batch_norm_inference(
-            x, None, None, frozen.mean, frozen.m2,
+            x, None, None, *statistics,
             axis=axis, activation=activation, residual=added,
         )  # fmt: skip
         if not training:

@@ -4,6 +4,7 @@ Arguments are drawn, good and bad, as a recipe that is made into arrays twice: w
 or raises, and what it has left in every array's memory, must agree.
 """
 
+import pickle
 from itertools import count
 
 import numpy as np
@@ -16,7 +17,7 @@ from nbnorm import _shortcut
 
 SHAPES = [(2, 3), (5, 4), (1, 3), (2, 3, 4), (3, 2, 4, 4), (2, 5, 3, 2, 2), (9, 3, 20, 20)]
 # How an array lies in its memory.
-LAYOUTS = ["F", "stepped", "reversed", "offset", "read-only", "subclass", "list"]
+LAYOUTS = ["F", "stepped", "reversed", "offset", "read-only", "subclass", "list", "unpickled"]
 NUMBERS = [1e-5, 0.0, 0.1, 1.0, 1, 0, -0.5, np.nan, np.inf, np.float64(0.25), "1", None, True]
 
 
@@ -44,6 +45,8 @@ def made(rng, shape, dtype, layout, positive=False):
         moved = raw[1:].view(array.dtype).reshape(array.shape)
         moved[...] = array
         return moved, raw
+    if layout == "unpickled":  # its dtype is another object
+        array = pickle.loads(pickle.dumps(array))
     if layout == "read-only":
         array.flags.writeable = False
     if layout == "subclass":
@@ -161,10 +164,10 @@ NEVER = {name: lambda *_: None for name in ("forward", "inference", "backward")}
 EVERY = [(True, True, True, True), (True, False, True, False), (False, True, True, True)]
 EVERY += [(True, True, False, True), [True] * 4, (1, 1, 1, 1), (True, True), None]
 FORWARD = {
-    "training": ([True, False], [0, 2, None]),
+    "training": ([True, False], [0, 2, None, np.True_, np.array([1, 0])]),
     "momentum": ([0.1], NUMBERS),
     "eps": ([1e-5], NUMBERS),
-    "correction": ([0, 1], [2, 3, 100, -1, *NUMBERS]),
+    "correction": ([0, 1], [2, 3, 36, 100, -1, 10**400, *NUMBERS]),
     "activation": ([None, "relu"], ["gelu", np.str_("relu"), 0]),
 }
 INFERENCE = {name: FORWARD[name] for name in ("eps", "activation")}
@@ -222,7 +225,7 @@ def compare(request, monkeypatch):
 
         found = []
         for way in watched, lambda *_: None:
-            with monkeypatch.context() as patch, np.errstate(all="ignore"):
+            with monkeypatch.context() as patch, np.errstate(all="raise"):
                 patch.setattr(_shortcut, name, way)
                 found.append(outcome(call, recipe))
         assert found[0] == found[1], recipe
@@ -319,3 +322,31 @@ def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
             odd("others", **{n: value})
     for axis in (0, 2, -1, -3, -4, 4, (1,), (0, 1), True, 1.0, None, np.int64(1)):
         compare(name, usual | {"axis": axis})
+
+
+def test_arrays_that_were_unpickled_are_ordinary(compare):
+    """As those that another process has sent."""
+    for name, (_, like_x, per_channel, others) in CALLS.items():
+        recipe = {
+            "seed": 0,
+            "axis": 1,
+            "arrays": dict.fromkeys(("x", *like_x), ((4, 3), "f4", "unpickled"))
+            | dict.fromkeys(per_channel, ((3,), "f4", "unpickled")),
+            "same": {},
+            "others": {n: wanted[0][0] for n, wanted in others.items()} | {"activation": "relu"},
+        }
+        if name == "backward":
+            recipe["arrays"] |= dict.fromkeys(("mean", "rstd"), ((3,), "f8", "unpickled"))
+        assert compare(name, recipe)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_numpy_is_not_asked_about_overflow_and_underflow(scale):
+    """Gradients of parameters that are rounded to 0 or Inf raise by neither way."""
+    x = np.random.default_rng(0).standard_normal((8, 4, 40, 40)).astype("f4")
+    dy, gamma = (x * scale).astype("f4"), np.ones(4, "f4")
+    _, mean, rstd = nbnorm.batch_norm_forward(x)
+    for axis in (1, (1,)):
+        for part in (x, dy), (x[:2, :, :5, :5].copy(), dy[:2, :, :5, :5].copy()):
+            with np.errstate(all="raise"):
+                nbnorm.batch_norm_backward(*part[::-1], gamma, mean, rstd, axis=axis)

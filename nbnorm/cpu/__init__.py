@@ -21,6 +21,7 @@ from nbnorm.cpu import entries as entries
 from nbnorm.cpu import kernels
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
+from nbnorm.cpu.objects import kind_of
 from nbnorm.cpu.ordinary import Site
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
@@ -269,9 +270,9 @@ def ordinary_plan(
     `form` are lengths and strides of x itself.
     """
     cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
-    addresses = id(np.ndarray), id(dtype), id(_COMPILED[1]), id(None)
+    told_by = id(np.ndarray), kind_of(dtype), kind_of(_COMPILED[1]), id(None)
     site = Site(
-        *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *addresses, len(form) // 2
+        *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *told_by, len(form) // 2
     )
     return cut.traversal, np.array([*site, *form], np.int64)
 

@@ -23,6 +23,10 @@ from nbnorm.cpu.jit import ordered
 _HEAD = object.__basicsize__ // 8
 _CLASS, _DATA, _RANK, _SHAPE, _STRIDES, _DTYPE, _FLAGS = (_HEAD + i for i in (-1, 0, 1, 2, 3, 5, 6))
 
+# Of a dtype (PyArray_Descr), the word with its number and its byte order. Unpickled arrays have
+# dtypes of their own, so their addresses say nothing.
+_KIND, _KIND_BITS = _HEAD + 1, -1 << 32 | 0xFF << 16
+
 # NumPy's flags of an array.
 ALIGNED = 0x100
 WRITABLE = 0x400 | ALIGNED
@@ -112,11 +116,11 @@ def data(array):
 
 @ordered
 def is_array(obj, ndarray, dtype, flags):
-    """Whether an object is an ndarray, no subclass, of this dtype and with these flags."""
+    """Whether an object is an ndarray, no subclass, of this `kind_of` dtype, with these flags."""
     at = address(obj)
     return (
         word(at, _CLASS) == ndarray
-        and word(at, _DTYPE) == dtype
+        and word(word(at, _DTYPE), _KIND) & _KIND_BITS == dtype
         and half_word(at, _FLAGS) & flags == flags
     )
 
@@ -146,17 +150,27 @@ def is_vector(array, size, itemsize):
     )
 
 
+def _word(start: int, i: int) -> int:
+    """`word` in Python."""
+    return ctypes.c_int64.from_address(start + 8 * i).value
+
+
+def kind_of(dtype: np.dtype[Any]) -> int:
+    """What tells a dtype from others: its number and its byte order."""
+    return _word(id(dtype), _KIND) & _KIND_BITS
+
+
 def readable() -> bool:
     """Whether arrays lie on this machine and interpreter as they are read here."""
     array = np.zeros((3, 5), np.float32)
-    expected = {
-        _CLASS: id(np.ndarray),
-        _DATA: array.__array_interface__["data"][0],
-        _DTYPE: id(array.dtype),
-    }
-    at = id(array)
+    at, dtype = id(array), array.dtype
+    fields = _word(at, _CLASS), _word(at, _DATA), _word(at, _DTYPE)
+    if fields != (id(np.ndarray), array.__array_interface__["data"][0], id(dtype)):
+        return False
+    form = [_word(_word(at, field), i) for field in (_SHAPE, _STRIDES) for i in range(2)]
     return (
-        all(ctypes.c_int64.from_address(at + 8 * i).value == n for i, n in expected.items())
+        form == [*array.shape, *array.strides]
+        and kind_of(dtype) == dtype.num << 32 | ord("=") << 16
         and ctypes.c_int.from_address(at + 8 * _RANK).value == 2
         and ctypes.c_int.from_address(at + 8 * _FLAGS).value & WRITABLE == WRITABLE
     )

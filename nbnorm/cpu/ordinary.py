@@ -36,7 +36,7 @@ class Site(NamedTuple):
     block: int
     blocks: int
     itemsize: int
-    # Addresses: the class, x's dtype, float64, None.
+    # The address of the class, x's dtype and float64 as `kind_of` tells them, the address of None.
     ndarray: int
     dtype: int
     float64: int

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nbnorm._arrays import Array, _bfloat16, stand_in_of
+from nbnorm import _checks
+from nbnorm._arrays import Array, _bfloat16, stand_in_of, take
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
 from nbnorm.population import Pairwise
 
@@ -184,6 +185,20 @@ def _refuse_forward_mode() -> None:
         _no_forward_mode()
 
 
+def _refuse_shared(**tensors: Tensor | None) -> None:
+    """Refuse running statistics that share memory with another tensor: they are going to change.
+
+    nbnorm does where it moves them itself. Here it is given copies.
+    """
+    arrays = {
+        name: take(_array(tensor, resolve=False), name)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    if "running_mean" in arrays and "running_var" in arrays:
+        _checks.running_to_update(arrays, "it is updated in place")
+
+
 @torch.library.custom_op("nbnorm::batch_norm", mutates_args=())
 def _forward(
     x: Tensor,
@@ -199,6 +214,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, mean, rstd, moved running_mean, moved running_var), the last two empty if not moved."""
     _refuse_forward_mode()
+    if training:
+        _refuse_shared(
+            x=x, gamma=weight, beta=bias, running_mean=running_mean, running_var=running_var,
+            residual=residual,
+        )  # fmt: skip
     moved_mean, moved_var = (
         running.detach().clone() if training and running is not None else x.new_empty(0)
         for running in (running_mean, running_var)
@@ -810,7 +830,8 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     TypeError
         model is no module; within the block, where an input is of a dtype that is not computed in.
     ValueError
-        model has no batch normalization with running statistics; within the block, where a batch
+        model has no batch normalization with running statistics, or one whose statistics share
+        memory with its weight, its bias or each other; within the block, where a batch
         has a single value per channel, as a last batch of one sample (``drop_last=True`` of a
         DataLoader leaves it out); at the end of the block, when none has seen a value.
 
@@ -843,6 +864,11 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     ]
     if not norms:
         raise ValueError("model has no batch normalization with running statistics")
+    for norm in norms:
+        _refuse_shared(
+            weight=norm.weight, bias=norm.bias,
+            running_mean=norm.running_mean, running_var=norm.running_var,
+        )  # fmt: skip
     with ExitStack() as block:
         seen = [block.enter_context(_collecting(norm)) for norm in norms]
         block.enter_context(torch.no_grad())

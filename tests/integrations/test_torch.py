@@ -1400,3 +1400,25 @@ def test_what_is_timed_computes_the_same(shape, dtype):
         for name, call in host.calls(shape, dtype).items()
     }
     assert_like_with_like(calls, shape, dtype)
+
+
+@pytest.mark.parametrize("shared", ["weight", "bias", "running_var"])
+@pytest.mark.parametrize("how", ["eager", "recorded", "compiled", "recalibrate"])
+def test_statistics_that_share_memory_with_a_parameter(how, shared):
+    """As exporters merge equal arrays: the update would change the parameter as well."""
+    layer = BatchNorm1d(3)
+    layer.running_mean = getattr(layer, shared).data
+    before = layer.running_mean.clone()
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+
+    def run():
+        if how == "recalibrate":
+            with recalibrate(layer):
+                layer(x)
+        with torch.set_grad_enabled(how != "eager"):
+            (compiled if how == "compiled" else layer)(x)
+
+    with pytest.raises(ValueError, match="share memory"):
+        run()
+    torch.testing.assert_close(layer.running_mean, before, rtol=0, atol=0)
