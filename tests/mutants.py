@@ -275,6 +275,9 @@ COLUMNS = of(
         "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
         ("gone[c] = lost(m, mean, q[c], new_merged[c], k)", "gone[c] = False"),
         ("center = K + s / m", "center = K"),
+    ),
+    (
+        "test_digits.py::test_values_alike_but_the_first_ones_round_each_alike",
         ("q, q_rest = add_exactly(q, d * d - q_rest)", "q, q_rest = add_exactly(q, d * d)"),
     ),
     (
