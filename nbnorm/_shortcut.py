@@ -45,7 +45,7 @@ class _Site:
         self.order = None if layout.natural else order
         self.dense = tuple(lengths[i] for i in order)
         self.turn = tuple(map(order.index, range(len(order))))
-        self.traversal, self.numbers = cpu.ordinary_plan(layout.shape, dtype, (*lengths, *strides))
+        self.traversal, self.numbers = entries.site_for(layout.shape, dtype, (*lengths, *strides))
         # Entries of small calls: without a residual and with it; by where ReLU's mask is from.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]

@@ -598,7 +598,8 @@ OBJECTS = of(
     "cpu/objects",
     (
         ONE_ODD,
-        ("ALIGNED = 0x100", "ALIGNED = 0"),
+        ("ALIGNED = 0x100", "ALIGNED = 0",
+         "an x86 reads and writes values that lie across words as well; others may not"),
         ("WRITABLE = 0x400 | ALIGNED", "WRITABLE = ALIGNED"),
         ("and word(word(at, _DTYPE), _KIND) & _KIND_BITS == dtype", ""),
         ("word(at, _CLASS) == ndarray", "word(at, _CLASS) != 0"),

@@ -317,6 +317,8 @@ def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
         for other in arrays:
             for how in ("it", "view", "shifted", "overlapping"):
                 compare(name, usual | {"same": {n: (other, how)}})
+    without = {n: array for n, array in arrays.items() if not n.startswith("running_")}
+    compare(name, usual | {"arrays": without})
     for n, (likely, unlikely) in others.items():
         for value in (*likely, *unlikely):
             odd("others", **{n: value})

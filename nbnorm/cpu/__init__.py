@@ -17,12 +17,9 @@ import numpy as np
 from nbnorm.cpu import sources as sources  # isort: split
 
 from nbnorm import moments
-from nbnorm.cpu import entries as entries
 from nbnorm.cpu import kernels
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
-from nbnorm.cpu.objects import kind_of
-from nbnorm.cpu.ordinary import Site
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
 
@@ -260,21 +257,6 @@ def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
     cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
     return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
-
-
-def ordinary_plan(
-    shape: tuple[int, int, int], dtype: np.dtype[Any], form: tuple[int, ...]
-) -> tuple[str, NDArray]:
-    """Traversal of a pass that is done serially, and the numbers of its `ordinary.Site`.
-
-    `form` are lengths and strides of x itself.
-    """
-    cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
-    told_by = id(np.ndarray), kind_of(dtype), kind_of(_COMPILED[1]), id(None)
-    site = Site(
-        *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *told_by, len(form) // 2
-    )
-    return cut.traversal, np.array([*site, *form], np.int64)
 
 
 def _floor(relu: bool) -> float:

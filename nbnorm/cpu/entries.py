@@ -18,10 +18,12 @@ import numpy as np
 from numba import types
 
 from nbnorm.cpu import kernels
+from nbnorm.cpu.caches import caches
 from nbnorm.cpu.channel import rstd_of
 from nbnorm.cpu.jit import entry_point, ordered
-from nbnorm.cpu.objects import anything, values
+from nbnorm.cpu.objects import anything, kind_of, values
 from nbnorm.cpu.ordinary import (
+    Site,
     backward_is_ordinary,
     form_of,
     forward_is_ordinary,
@@ -29,6 +31,25 @@ from nbnorm.cpu.ordinary import (
     given,
     site_of,
 )
+from nbnorm.cpu.plan import plan
+
+_CACHES = caches()
+_FLOAT64 = np.dtype(np.float64)
+
+
+def site_for(
+    shape: tuple[int, int, int], dtype: np.dtype[Any], form: tuple[int, ...]
+) -> tuple[str, np.ndarray[Any, Any]]:
+    """Traversal of a pass over (N, C, S) that is done serially, and the numbers of its `Site`.
+
+    `form` are lengths and strides of x itself.
+    """
+    cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
+    told_by = id(np.ndarray), kind_of(dtype), kind_of(_FLOAT64), id(None)
+    found = Site(
+        *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *told_by, len(form) // 2
+    )
+    return cut.traversal, np.array([*found, *form], np.int64)
 
 
 @ordered
