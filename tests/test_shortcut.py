@@ -317,6 +317,10 @@ def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
         for other in arrays:
             for how in ("it", "view", "shifted", "overlapping"):
                 compare(name, usual | {"same": {n: (other, how)}})
+    if "training" in others:  # of two mistakes the same one is named
+        gamma = arrays | {"gamma": ((9,), "f4", "C")}
+        both = usual["others"] | {"training": np.array([1, 0])}
+        compare(name, usual | {"arrays": gamma, "others": both})
     without = {n: array for n, array in arrays.items() if not n.startswith("running_")}
     compare(name, usual | {"arrays": without})
     for n, (likely, unlikely) in others.items():
