@@ -501,6 +501,7 @@ ON_GPU = of(
         ("min(max(lowest, size + least), size - least)", "min(lowest, size - least)"),
         ("lowest, most = 0, unit - 1 - p - least", "lowest, most = 0, ENDLESS"),
         ("return usual(p) and size <= room", "return size <= room"),
+        ("if NONE < p < unit + least:", "if False:"),
     ),
     (
         TWICE,
@@ -520,7 +521,6 @@ ON_GPU = of(
     ),
     (
         A_LARGE_GAMMA,
-        ("if NONE < p < unit + least:", "if False:"),
         ("min(unit + least - p, room - size)", "unit + least - p"),
     ),
     (
