@@ -124,20 +124,16 @@ def forward(
         floor = 0.0
     else:
         return None
-    known = site.forward if training else site.inference
-    entry = known[residual is not None]
-    # A look first where there is no entry: one is not compiled for a call that is not ordinary.
-    if entry is None and not entries.look_at_forward()(
-        x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
-        eps, momentum, correction, training,
-    ):  # fmt: skip
-        return None
     if not site.small:
         return _large_forward(
             site, x, gamma, beta, running_mean, running_var, training, momentum, eps, correction,
             residual, floor, out,
         )  # fmt: skip
+    known = site.forward if training else site.inference
+    entry = known[residual is not None]
     if entry is None:
+        if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
+            return None
         build = entries.forward if training else entries.inference
         entry = build(site.traversal, site.dtype.name, residual is not None)
         known[residual is not None] = entry
@@ -170,8 +166,13 @@ def _large_forward(
     residual: Any,
     floor: float,
     out: Any,
-) -> tuple[Any, Any, Any]:
-    """The same of a call that was found ordinary, by the backend."""
+) -> tuple[Any, Any, Any] | None:
+    """The same of a large call, by the backend."""
+    if not entries.look_at_forward()(
+        x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
+        eps, momentum, correction, training,
+    ):  # fmt: skip
+        return None
     y = site.new() if out is None else out
     scale, shift = site.parameter(gamma, 1.0), site.parameter(beta, 0.0)
     relu = floor == 0.0
@@ -210,16 +211,15 @@ def inference(
         floor = 0.0
     else:
         return None
-    entry = site.inference[residual is not None]
-    if entry is None and not entries.look_at_forward()(
-        x, gamma, beta, mean, var, residual, out, site.numbers, eps, 0.0, 0.0, False
-    ):
-        return None
     if not site.small:
-        return _large_forward(
+        found = _large_forward(
             site, x, gamma, beta, mean, var, False, 0.0, eps, 0, residual, floor, out
-        )[0]
+        )
+        return found and found[0]
+    entry = site.inference[residual is not None]
     if entry is None:
+        if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
+            return None
         entry = entries.inference(site.traversal, site.dtype.name, residual is not None)
         site.inference[residual is not None] = entry
     y = site.new() if out is None else out
@@ -265,12 +265,13 @@ def backward(
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
     if not want_dx or (y is not None and (mask == "none" or not want_dresidual)):
         return None
-    entry: Any = site.backward.get(mask)
-    if entry is None and not entries.look_at_backward()(
-        dy, x, gamma, mean, rstd, beta, y, out, site.numbers
-    ):
-        return None
-    if site.small and entry is None:
+    entry: Any = None
+    if not site.small:
+        if not entries.look_at_backward()(dy, x, gamma, mean, rstd, beta, y, out, site.numbers):
+            return None
+    elif (entry := site.backward.get(mask)) is None:
+        if not (_all_of(site.dtype, dy, gamma, beta, y, out) and _all_of(_FLOAT64, mean, rstd)):
+            return None
         entry = entries.backward(site.traversal, site.dtype.name, mask)
         site.backward[mask] = entry
     dx = site.new() if out is None else out
@@ -296,6 +297,11 @@ def backward(
         with np.errstate(all="ignore"):  # Inf is what IEEE makes of it
             dbeta[...], dgamma[...] = sums
     return dx, dgamma if want_dgamma else None, dbeta if want_dbeta else None, dresidual
+
+
+def _all_of(dtype: np.dtype[Any], *arrays: Any) -> bool:
+    """Whether what is given are arrays of a dtype: no entry is compiled for a call that is not."""
+    return all(a is None or (type(a) is np.ndarray and a.dtype == dtype) for a in arrays)
 
 
 def _is_mask(output_mask: Any) -> bool:
