@@ -254,6 +254,30 @@ def _(
     )
 
 
+@torch.library.custom_op("nbnorm::statistics_apart", mutates_args=())
+def _statistics_apart(
+    running_mean: Tensor,
+    running_var: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Copies in float64 of running statistics that share memory with no other tensor of a call."""
+    _refuse_shared(
+        x=x, gamma=weight, beta=bias, running_mean=running_mean, running_var=running_var,
+        residual=residual,
+    )  # fmt: skip
+    mean, var = (r.to(torch.float64, copy=True) for r in (running_mean, running_var))
+    return mean, var
+
+
+@_statistics_apart.register_fake
+def _(running_mean: Tensor, running_var: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean, var = (torch.empty_like(r, dtype=torch.float64) for r in (running_mean, running_var))
+    return mean, var
+
+
 def _record(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) by the operator; in training the running statistics are moved in place."""
     running_mean, running_var, training = *arguments[3:5], arguments[6]
@@ -557,6 +581,11 @@ class _BatchNormModule(_BatchNorm):
                 # A number cannot depend on a tensor there: take the batch's own statistics.
                 momentum = 1.0
                 mean, var = (torch.zeros_like(r, dtype=torch.float64) for r in running)
+                others = (
+                    None if t is None else t.detach()
+                    for t in (input, self.weight, self.bias, residual)
+                )
+                before = _statistics_apart(*running, *others)
             elif self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         y = batch_norm(
@@ -573,8 +602,8 @@ class _BatchNormModule(_BatchNorm):
         )
         if mean is not running[0]:
             weight = 1.0 / self.num_batches_tracked.double()
-            for average, batch in zip(running, (mean, var), strict=True):
-                average.copy_((1.0 - weight) * average.double() + weight * batch)
+            for average, old, batch in zip(running, before, (mean, var), strict=True):
+                average.copy_((1.0 - weight) * old + weight * batch)
         return y
 
     def extra_repr(self) -> str:

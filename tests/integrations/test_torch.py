@@ -1403,10 +1403,11 @@ def test_what_is_timed_computes_the_same(shape, dtype):
 
 
 @pytest.mark.parametrize("shared", ["weight", "bias", "running_var"])
+@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("how", ["eager", "recorded", "compiled", "recalibrate"])
-def test_statistics_that_share_memory_with_a_parameter(how, shared):
+def test_statistics_that_share_memory_with_a_parameter(how, momentum, shared):
     """As exporters merge equal arrays: the update would change the parameter as well."""
-    layer = BatchNorm1d(3)
+    layer = BatchNorm1d(3, momentum=momentum)
     layer.running_mean = getattr(layer, shared).data
     before = layer.running_mean.clone()
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
