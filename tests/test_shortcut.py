@@ -245,7 +245,7 @@ def test_the_same_with_and_without(name, compare):
         ordinary.append(compare(name, recipe))
 
     draw()
-    assert 30 < sum(ordinary) < len(ordinary) - 30
+    assert 20 < sum(ordinary) < len(ordinary) - 20  # what is drawn depends on Hypothesis
 
 
 @pytest.mark.parametrize("layout", ["C", "F", "channels-last", "offset", "stepped"])
