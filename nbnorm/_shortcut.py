@@ -45,7 +45,9 @@ class _Site:
         self.order = None if layout.natural else order
         self.dense = tuple(lengths[i] for i in order)
         self.turn = tuple(map(order.index, range(len(order))))
-        self.traversal, self.numbers = entries.site_for(layout.shape, dtype, (*lengths, *strides))
+        self.traversal, self.numbers = entries.site_for(
+            layout.shape, dtype, (*lengths, *strides), cpu._CACHES
+        )
         # Entries of small calls: without a residual and with it; by where ReLU's mask is from.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
@@ -90,6 +92,13 @@ def _site_of(x: NDArray, axis: int) -> _Site | None:
     return None
 
 
+def _floor(activation: Any) -> float | None:
+    """Least value of y, 0 with ReLU; None of anything else than an activation."""
+    if activation is None:
+        return -inf
+    return 0.0 if type(activation) is str and activation == "relu" else None
+
+
 def forward(
     x: Any,
     gamma: Any,
@@ -115,75 +124,41 @@ def forward(
         or type(training) is not bool
     ):
         return None
-    site = _site_of(x, axis)
-    if site is None:
-        return None
-    if activation is None:
-        floor = -inf
-    elif type(activation) is str and activation == "relu":
-        floor = 0.0
-    else:
-        return None
-    if not site.small:
-        return _large_forward(
-            site, x, gamma, beta, running_mean, running_var, training, momentum, eps, correction,
-            residual, floor, out,
-        )  # fmt: skip
-    known = site.forward if training else site.inference
-    entry = known[residual is not None]
-    if entry is None:
-        if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
+    if not training:
+        if not -inf < momentum < inf:
             return None
-        build = entries.forward if training else entries.inference
-        entry = build(site.traversal, site.dtype.name, residual is not None)
-        known[residual is not None] = entry
-    y = site.new() if out is None else out
-    mean, rstd = np.empty(site.C), np.empty(site.C)
-    if training:
+        return inference(
+            x, gamma, beta, running_mean, running_var, eps, axis, residual, activation, out, True
+        )
+    site, floor = _site_of(x, axis), _floor(activation)
+    if site is None or floor is None:
+        return None
+    if site.small:
+        entry = site.forward[residual is not None]
+        if entry is None:
+            if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
+                return None
+            entry = entries.forward(site.traversal, site.dtype.name, residual is not None)
+            site.forward[residual is not None] = entry
+        y = site.new() if out is None else out
+        mean, rstd = np.empty(site.C), np.empty(site.C)
         done = entry(
             x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
             eps, momentum, correction, floor,
         )  # fmt: skip
-    else:
-        done = entry(
-            x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
-            eps, momentum, floor,
-        )  # fmt: skip
-    return (y, mean, rstd) if done else None
-
-
-def _large_forward(
-    site: _Site,
-    x: NDArray,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: int,
-    residual: Any,
-    floor: float,
-    out: Any,
-) -> tuple[Any, Any, Any] | None:
-    """The same of a large call, by the backend."""
+        return (y, mean, rstd) if done else None
     if not entries.look_at_forward()(
         x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
-        eps, momentum, correction, training,
+        eps, momentum, correction, True,
     ):  # fmt: skip
         return None
     y = site.new() if out is None else out
-    scale, shift = site.parameter(gamma, 1.0), site.parameter(beta, 0.0)
-    relu = floor == 0.0
-    x_, residual_, y_ = site.view(x), site.view(residual), site.view(y)
-    if training:
-        mean, m2, rstd = cpu.forward(x_, scale, shift, eps, residual_, relu, y_)
-        if running_mean is not None:
-            cpu.move(running_mean, running_var, mean, m2, momentum, float(site.m - correction))
-    else:
-        mean, rstd = running_mean.astype(np.float64), cpu.rstd(running_var.astype(np.float64), eps)
-        cpu.apply(x_, scale, shift, mean, rstd, residual_, relu, y_)
+    mean, m2, rstd = cpu.forward(
+        site.view(x), site.parameter(gamma, 1.0), site.parameter(beta, 0.0), eps,
+        site.view(residual), floor == 0.0, site.view(y),
+    )  # fmt: skip
+    if running_mean is not None:
+        cpu.move(running_mean, running_var, mean, m2, momentum, float(site.m - correction))
     return y, mean, rstd
 
 
@@ -198,35 +173,38 @@ def inference(
     residual: Any,
     activation: Any,
     out: Any,
-) -> Any:
-    """y of `batch_norm_inference`."""
+    statistics: bool = False,
+) -> tuple[Any, Any, Any] | None:
+    """y of `batch_norm_inference`; where `statistics` are wanted also mean and rstd, in float64."""
     if type(axis) is not int or type(eps) is not float:
         return None
-    site = _site_of(x, axis)
-    if site is None:
+    site, floor = _site_of(x, axis), _floor(activation)
+    if site is None or floor is None:
         return None
-    if activation is None:
-        floor = -inf
-    elif type(activation) is str and activation == "relu":
-        floor = 0.0
-    else:
-        return None
-    if not site.small:
-        found = _large_forward(
-            site, x, gamma, beta, mean, var, False, 0.0, eps, 0, residual, floor, out
+    if site.small:
+        entry = site.inference[residual is not None]
+        if entry is None:
+            if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
+                return None
+            entry = entries.inference(site.traversal, site.dtype.name, residual is not None)
+            site.inference[residual is not None] = entry
+        y = site.new() if out is None else out
+        mean64, rstd = (np.empty(site.C), np.empty(site.C)) if statistics else (None, None)
+        done = entry(
+            x, gamma, beta, mean, var, residual, out, y, mean64, rstd, site.numbers, eps, floor
         )
-        return found and found[0]
-    entry = site.inference[residual is not None]
-    if entry is None:
-        if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
-            return None
-        entry = entries.inference(site.traversal, site.dtype.name, residual is not None)
-        site.inference[residual is not None] = entry
+        return (y, mean64, rstd) if done else None
+    if not entries.look_at_forward()(
+        x, gamma, beta, mean, var, residual, out, site.numbers, eps, 0.0, 0.0, False
+    ):
+        return None
     y = site.new() if out is None else out
-    done = entry(
-        x, gamma, beta, mean, var, residual, out, y, None, None, site.numbers, eps, 0.0, floor
-    )
-    return y if done else None
+    mean64, rstd = mean.astype(np.float64), cpu.rstd(var.astype(np.float64), eps)
+    cpu.apply(
+        site.view(x), site.parameter(gamma, 1.0), site.parameter(beta, 0.0), mean64, rstd,
+        site.view(residual), floor == 0.0, site.view(y),
+    )  # fmt: skip
+    return y, mean64, rstd
 
 
 ALL = (True, True, True, True)
@@ -253,15 +231,10 @@ def backward(
         or (output_mask is not ALL and not _is_mask(output_mask))
     ):
         return None
-    site = _site_of(x, axis)
-    if site is None:
+    site, floor = _site_of(x, axis), _floor(activation)
+    if site is None or floor is None:
         return None
-    if activation is None:
-        mask = "none"
-    elif type(activation) is str and activation == "relu":
-        mask = "beta" if y is None else "y"
-    else:
-        return None
+    mask = "none" if floor else "beta" if y is None else "y"
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
     if not want_dx or (y is not None and (mask == "none" or not want_dresidual)):
         return None

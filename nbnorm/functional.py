@@ -338,11 +338,10 @@ def batch_norm_inference(
            [ 1.]])
     """
     if type(x) is np.ndarray:
-        done: X = _shortcut.inference(
-            x, gamma, beta, mean, var, eps, axis, residual, activation, out
-        )
+        done = _shortcut.inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
         if done is not None:
-            return done
+            y: X = done[0]
+            return y
     return _inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
 
 

@@ -18,33 +18,30 @@ import numpy as np
 from numba import types
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu.caches import caches
+from nbnorm.cpu.caches import Caches
 from nbnorm.cpu.channel import rstd_of
 from nbnorm.cpu.jit import entry_point, ordered
 from nbnorm.cpu.objects import anything, kind_of, values
 from nbnorm.cpu.ordinary import (
     Site,
     backward_is_ordinary,
-    form_of,
     forward_is_ordinary,
-    forward_numbers_fit,
     given,
     site_of,
 )
 from nbnorm.cpu.plan import plan
 
-_CACHES = caches()
 _FLOAT64 = np.dtype(np.float64)
 
 
 def site_for(
-    shape: tuple[int, int, int], dtype: np.dtype[Any], form: tuple[int, ...]
+    shape: tuple[int, int, int], dtype: np.dtype[Any], form: tuple[int, ...], caches: Caches
 ) -> tuple[str, np.ndarray[Any, Any]]:
     """Traversal of a pass over (N, C, S) that is done serially, and the numbers of its `Site`.
 
     `form` are lengths and strides of x itself.
     """
-    cut = plan(*shape, dtype.itemsize, 1, _CACHES, 2)
+    cut = plan(*shape, dtype.itemsize, 1, caches, 2)
     told_by = id(np.ndarray), kind_of(dtype), kind_of(_FLOAT64), id(None)
     found = Site(
         *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *told_by, len(form) // 2
@@ -97,21 +94,10 @@ def look_at_forward() -> Callable[..., Any]:
         x, gamma, beta, running_mean, running_var, residual, out, numbers,
         eps, momentum, correction, training,
     ):  # fmt: skip
-        site = site_of(numbers)
-        return forward_numbers_fit(site, eps, momentum, correction, training) and (
-            forward_is_ordinary(
-                x,
-                gamma,
-                beta,
-                running_mean,
-                running_var,
-                residual,
-                out,
-                site,
-                form_of(numbers, site),
-                training,
-            )
-        )
+        return forward_is_ordinary(
+            x, gamma, beta, running_mean, running_var, residual, out, numbers,
+            eps, momentum, correction, training,
+        )  # fmt: skip
 
     signature = types.boolean(*(anything,) * 8, *(types.float64,) * 3, types.boolean)
     return entry_point(look, "entry_look_at_forward", signature)
@@ -122,9 +108,7 @@ def look_at_backward() -> Callable[..., Any]:
     """`look_at_forward` of a backward call."""
 
     def look(dy, x, gamma, mean, rstd, beta, y, out, numbers):
-        site = site_of(numbers)
-        form = form_of(numbers, site)
-        return backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site, form)
+        return backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers)
 
     return entry_point(look, "entry_look_at_backward", types.boolean(*(anything,) * 9))
 
@@ -141,22 +125,12 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
         numbers, eps, momentum, correction, floor,
     ):  # fmt: skip
-        site = site_of(numbers)
-        if not forward_numbers_fit(
-            site, eps, momentum, correction, True
-        ) or not forward_is_ordinary(
-            x,
-            gamma,
-            beta,
-            running_mean,
-            running_var,
-            residual,
-            out,
-            site,
-            form_of(numbers, site),
-            True,
-        ):
+        if not forward_is_ordinary(
+            x, gamma, beta, running_mean, running_var, residual, out, numbers,
+            eps, momentum, correction, True,
+        ):  # fmt: skip
             return False
+        site = site_of(numbers)
         norm = (
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),
             parameter_values(gamma, site, 1, kind), parameter_values(beta, site, 0, kind),
@@ -188,22 +162,14 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
-        numbers, eps, momentum, floor,
+        numbers, eps, floor,
     ):  # fmt: skip
-        site = site_of(numbers)
-        if not forward_numbers_fit(site, eps, momentum, 0.0, False) or not forward_is_ordinary(
-            x,
-            gamma,
-            beta,
-            running_mean,
-            running_var,
-            residual,
-            out,
-            site,
-            form_of(numbers, site),
-            False,
-        ):
+        if not forward_is_ordinary(
+            x, gamma, beta, running_mean, running_var, residual, out, numbers,
+            eps, 0.0, 0.0, False,
+        ):  # fmt: skip
             return False
+        site = site_of(numbers)
         norm = (
             new_or(mean, site), new_or(rstd, site),
             parameter_values(gamma, site, 1, kind), parameter_values(beta, site, 0, kind),
@@ -218,7 +184,7 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             apply_unit(x_, residual_, grid, site.C, site.chunks, norm, floor, False, y_, u)
         return True
 
-    signature = types.boolean(*(anything,) * 11, *(types.float64,) * 3)
+    signature = types.boolean(*(anything,) * 11, types.float64, types.float64)
     return entry_point(inference, f"entry_{traversal}_inference_{dtype}_{added}", signature)
 
 
@@ -237,10 +203,9 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
     beta_values = parameter_values if mask == "beta" else no_beta
 
     def backward(dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers):
-        site = site_of(numbers)
-        form = form_of(numbers, site)
-        if not backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site, form):
+        if not backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
             return False
+        site = site_of(numbers)
         norm = (
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),
             parameter_values(gamma, site, 1, kind), beta_values(beta, site, 0, kind),

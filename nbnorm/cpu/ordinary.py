@@ -49,22 +49,9 @@ def site_of(numbers):
     """`Site` of the object that holds it."""
     n = values(numbers, 15, np.int64)
     return Site(
-        n[0],
-        n[1],
-        n[2],
-        n[3],
-        n[4],
-        n[5],
-        n[6],
-        n[7],
-        n[8],
-        n[9],
-        n[10],
-        n[11],
-        n[12],
-        n[13],
-        n[14],
-    )
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9],
+        n[10], n[11], n[12], n[13], n[14],
+    )  # fmt: skip
 
 
 @ordered
@@ -149,12 +136,18 @@ def statistics_apart(running_mean, running_var, tensors, parameters, site):
 
 @ordered
 def forward_is_ordinary(
-    x, gamma, beta, running_mean, running_var, residual, out, site, form, training
-):
+    x, gamma, beta, running_mean, running_var, residual, out, numbers,
+    eps, momentum, correction, training,
+):  # fmt: skip
     """Whether a forward call is; out is None where a new array takes y."""
+    site = site_of(numbers)
+    form = form_of(numbers, site)
     flags = WRITABLE if training else ALIGNED
     if not (
-        like_x(x, site, form, ALIGNED)
+        0 <= eps < np.inf
+        and np.abs(momentum) < np.inf
+        and (not training or correction < site.N * site.S)  # there are values for a variance
+        and like_x(x, site, form, ALIGNED)
         and parameter(gamma, site, site.dtype, ALIGNED)
         and parameter(beta, site, site.dtype, ALIGNED)
         and parameter(running_mean, site, site.dtype, flags)
@@ -174,18 +167,10 @@ def forward_is_ordinary(
 
 
 @ordered
-def forward_numbers_fit(site, eps, momentum, correction, training):
-    """Whether eps and momentum are in range and there are enough values for the variance."""
-    return (
-        0 <= eps < np.inf
-        and np.abs(momentum) < np.inf
-        and (not training or correction < site.N * site.S)
-    )
-
-
-@ordered
-def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, site, form):
+def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
     """Whether a backward call is; out is None where a new array takes dx."""
+    site = site_of(numbers)
+    form = form_of(numbers, site)
     if not (
         like_x(x, site, form, ALIGNED)
         and like_x(dy, site, form, ALIGNED)

@@ -190,13 +190,14 @@ def _refuse_shared(**tensors: Tensor | None) -> None:
 
     nbnorm does where it moves them itself. Here it is given copies.
     """
+    if tensors["running_mean"] is None or tensors["running_var"] is None:
+        return
     arrays = {
         name: take(_array(tensor, resolve=False), name)
         for name, tensor in tensors.items()
         if tensor is not None
     }
-    if "running_mean" in arrays and "running_var" in arrays:
-        _checks.running_to_update(arrays, "it is updated in place")
+    _checks.running_to_update(arrays, "it is updated in place")
 
 
 @torch.library.custom_op("nbnorm::batch_norm", mutates_args=())
