@@ -1,9 +1,8 @@
 """Ordinary calls on NumPy arrays, with their checks compiled; None where a call is not ordinary.
 
 Checks and arithmetic of a small call take 2 us when compiled, and ten more as Python: an entry
-(`nbnorm.cpu.entries`) does all of it. A large call is looked at by such an entry and computed by
-the backend, as any other. What is not recognised, wrong arguments among it, has been left untouched
-and goes through `functional`.
+(`nbnorm.cpu.entries`) does all of it, with threads where the call is large. What is not recognised,
+wrong arguments among it, has been left untouched and goes through `functional`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import numpy as np
 from nbnorm import cpu
 from nbnorm._arrays import NDArray
 from nbnorm._layout import Axes, Layout, fits, layout_of
-from nbnorm.cpu import entries
+from nbnorm.cpu import entries, kernels, threads
 from nbnorm.cpu.objects import readable
-from nbnorm.cpu.plan import SERIAL_BELOW
+from nbnorm.cpu.plan import SERIAL_BELOW, by_rows, plan
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _READABLE = readable()
@@ -30,25 +29,26 @@ class _Site:
     """What there is to know of calls on arrays of one shape, strides, dtype and channel axis."""
 
     __slots__ = (
-        "C", "backward", "dense", "dtype", "forward", "inference", "m", "numbers", "order", "shape",
-        "small", "traversal", "turn",
+        "C", "backward", "dense", "dtype", "form", "forward", "inference", "numbers", "order",
+        "serial", "shape", "small", "traversal", "turn",
     )  # fmt: skip
 
     def __init__(self, layout: Layout, lengths: Axes, strides: Axes, dtype: np.dtype[Any]) -> None:
         self.shape = layout.shape
         N, self.C, S = layout.shape
-        self.m = N * S
         self.dtype = dtype
-        self.small = self.m * self.C < SERIAL_BELOW  # done serially, and in one step
+        self.small = N * self.C * S < SERIAL_BELOW  # done serially
         # x's axes by their place in memory, and back; None where that is their own order.
         order = layout.order
         self.order = None if layout.natural else order
         self.dense = tuple(lengths[i] for i in order)
         self.turn = tuple(map(order.index, range(len(order))))
-        self.traversal, self.numbers = entries.site_for(
-            layout.shape, dtype, (*lengths, *strides), cpu._CACHES
-        )
-        # Entries of small calls: without a residual and with it; by where ReLU's mask is from.
+        self.form = (*lengths, *strides)
+        self.traversal = "rows" if by_rows(S) else "columns"
+        # What an entry is told: of a small call, and by the numbers of threads and of tensors.
+        self.serial = self._numbers(1, 2) if self.small else None
+        self.numbers: dict[tuple[int, int], NDArray] = {}
+        # Entries: without a residual and with it; by where ReLU's mask is from.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
         self.backward: dict[str, Any] = {}
@@ -59,16 +59,20 @@ class _Site:
         array: NDArray = empty(self.dense, self.dtype)
         return array if self.order is None else array.transpose(self.turn)
 
-    def view(self, array: Any) -> Any:
-        """Return an array like x as (N, C, S)."""
-        if array is None:
-            return None
-        array = array if self.order is None else array.transpose(self.order)
-        return array.reshape(self.shape)
+    def work(self, tensors: int) -> NDArray | None:
+        """Numbers for an entry that passes over so many arrays like x, on threads.
 
-    def parameter(self, array: NDArray | None, instead: float) -> NDArray:
-        """Return gamma or beta; where it is None, a number for every channel."""
-        return cpu.memory.constant(self.C, instead, self.dtype) if array is None else array
+        None where threads have to take turns, which the general way sees to.
+        """
+        count = threads.count()
+        numbers: NDArray | None = self.numbers.get((count, tensors))
+        if numbers is None and not threads.one_at_a_time():
+            numbers = self.numbers[count, tensors] = self._numbers(count, tensors)
+        return numbers
+
+    def _numbers(self, count: int, tensors: int) -> NDArray:
+        cut = plan(*self.shape, self.dtype.itemsize, count, cpu._CACHES, tensors)
+        return entries.site_for(cut.grid, kernels.work_for(cut), self.dtype, self.form)
 
 
 @lru_cache(maxsize=1024)
@@ -133,33 +137,23 @@ def forward(
     site, floor = _site_of(x, axis), _floor(activation)
     if site is None or floor is None:
         return None
-    if site.small:
-        entry = site.forward[residual is not None]
-        if entry is None:
-            if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
-                return None
-            entry = entries.forward(site.traversal, site.dtype.name, residual is not None)
-            site.forward[residual is not None] = entry
-        y = site.new() if out is None else out
-        mean, rstd = np.empty(site.C), np.empty(site.C)
-        done = entry(
-            x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, site.numbers,
-            eps, momentum, correction, floor,
-        )  # fmt: skip
-        return (y, mean, rstd) if done else None
-    if not entries.look_at_forward()(
-        x, gamma, beta, running_mean, running_var, residual, out, site.numbers,
-        eps, momentum, correction, True,
-    ):  # fmt: skip
+    added = residual is not None
+    numbers = site.serial if site.small else site.work(2 + added)
+    if numbers is None:
         return None
+    entry = site.forward[added]
+    if entry is None:
+        if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
+            return None
+        entry = entries.forward(site.traversal, site.dtype.name, added)
+        site.forward[added] = entry
     y = site.new() if out is None else out
-    mean, m2, rstd = cpu.forward(
-        site.view(x), site.parameter(gamma, 1.0), site.parameter(beta, 0.0), eps,
-        site.view(residual), floor == 0.0, site.view(y),
+    mean, rstd = np.empty(site.C), np.empty(site.C)
+    done = entry(
+        x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, numbers,
+        eps, momentum, correction, floor,
     )  # fmt: skip
-    if running_mean is not None:
-        cpu.move(running_mean, running_var, mean, m2, momentum, float(site.m - correction))
-    return y, mean, rstd
+    return (y, mean, rstd) if done else None
 
 
 def inference(
@@ -181,30 +175,20 @@ def inference(
     site, floor = _site_of(x, axis), _floor(activation)
     if site is None or floor is None:
         return None
-    if site.small:
-        entry = site.inference[residual is not None]
-        if entry is None:
-            if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
-                return None
-            entry = entries.inference(site.traversal, site.dtype.name, residual is not None)
-            site.inference[residual is not None] = entry
-        y = site.new() if out is None else out
-        mean64, rstd = (np.empty(site.C), np.empty(site.C)) if statistics else (None, None)
-        done = entry(
-            x, gamma, beta, mean, var, residual, out, y, mean64, rstd, site.numbers, eps, floor
-        )
-        return (y, mean64, rstd) if done else None
-    if not entries.look_at_forward()(
-        x, gamma, beta, mean, var, residual, out, site.numbers, eps, 0.0, 0.0, False
-    ):
+    added = residual is not None
+    numbers = site.serial if site.small else site.work(2 + added)
+    if numbers is None:
         return None
+    entry = site.inference[added]
+    if entry is None:
+        if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
+            return None
+        entry = entries.inference(site.traversal, site.dtype.name, added)
+        site.inference[added] = entry
     y = site.new() if out is None else out
-    mean64, rstd = mean.astype(np.float64), cpu.rstd(var.astype(np.float64), eps)
-    cpu.apply(
-        site.view(x), site.parameter(gamma, 1.0), site.parameter(beta, 0.0), mean64, rstd,
-        site.view(residual), floor == 0.0, site.view(y),
-    )  # fmt: skip
-    return y, mean64, rstd
+    mean64, rstd = (np.empty(site.C), np.empty(site.C)) if statistics else (None, None)
+    done = entry(x, gamma, beta, mean, var, residual, out, y, mean64, rstd, numbers, eps, floor)
+    return (y, mean64, rstd) if done else None
 
 
 ALL = (True, True, True, True)
@@ -238,11 +222,11 @@ def backward(
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
     if not want_dx or (y is not None and (mask == "none" or not want_dresidual)):
         return None
-    entry: Any = None
-    if not site.small:
-        if not entries.look_at_backward()(dy, x, gamma, mean, rstd, beta, y, out, site.numbers):
-            return None
-    elif (entry := site.backward.get(mask)) is None:
+    numbers = site.serial if site.small else site.work(5 if mask == "y" else 3)
+    if numbers is None:
+        return None
+    entry = site.backward.get(mask)
+    if entry is None:
         if not (_all_of(site.dtype, dy, gamma, beta, y, out) and _all_of(_FLOAT64, mean, rstd)):
             return None
         entry = entries.backward(site.traversal, site.dtype.name, mask)
@@ -250,25 +234,9 @@ def backward(
     dx = site.new() if out is None else out
     dresidual = site.new() if mask == "y" else None
     dgamma, dbeta = np.empty(site.C, site.dtype), np.empty(site.C, site.dtype)
-    if site.small:
-        if not entry(
-            dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, site.numbers
-        ):
-            return None
-    else:
-        sums = cpu.backward(
-            site.view(dy),
-            site.view(x),
-            site.parameter(gamma, 1.0),
-            mean,
-            rstd,
-            site.parameter(beta, 0.0) if mask == "beta" else None,
-            site.view(y),
-            site.view(dx),
-            site.view(dresidual),
-        )
-        with np.errstate(all="ignore"):  # Inf is what IEEE makes of it
-            dbeta[...], dgamma[...] = sums
+    done = entry(dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers)
+    if not done:
+        return None
     return dx, dgamma if want_dgamma else None, dbeta if want_dbeta else None, dresidual
 
 

@@ -20,7 +20,7 @@ HALVES_TOO = ("float32", "float64", "float16", "bfloat16")
 
 
 def setup_module():
-    """One thread: a parallel kernel has its serial twin's bits (test_threads.py), and compiles."""
+    """One thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 

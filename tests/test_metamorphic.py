@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def setup_module():
-    """One thread: a parallel kernel has its serial twin's bits (test_threads.py), and compiles."""
+    """One thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 

@@ -35,7 +35,7 @@ activations = st.sampled_from((None, "relu"))
 
 
 def setup_module():
-    """One thread: a parallel kernel has its serial twin's bits (test_threads.py), and compiles."""
+    """One thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 

@@ -153,8 +153,8 @@ for shape in ((3, 4, 20, 20), (40, 64)):
     nbnorm.batch_norm_backward(x, x, None, mean, rstd, y=y, axis=axis, activation="relu")
 for traversal in (kernels.rows, kernels.columns):
     for kernel in (traversal.forward, traversal.backward):
-        (code,) = kernel.serial.inspect_asm().values()
-        (ir,) = kernel.serial.inspect_llvm().values()
+        (code,) = kernel.inspect_asm().values()
+        (ir,) = kernel.inspect_llvm().values()
         lines = code.splitlines()
         stores = {line.split()[0] for line in lines if "movnt" in line}
         print("fence seq_cst" in ir, "vfmadd" in code, *stores)

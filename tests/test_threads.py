@@ -175,7 +175,7 @@ faulthandler.dump_traceback_later(60, exit=True)
 from test_threads import everything
 from nbnorm.cpu.threads import turn
 everything((16, 64, 28, 28), 1)
-with turn():  # as a signal handler does that comes between two lines of it
+with turn(True):  # as a signal handler does that comes between two lines of it
     everything((16, 64, 28, 28), 1)
 print("done")
 """

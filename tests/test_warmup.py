@@ -11,21 +11,19 @@ from nbnorm.cpu import kernels
 
 def compiled():
     """Return how many signatures each kernel has been compiled for."""
-    twins = {
-        (traversal, name, twin): getattr(kernel, twin)
+    passes = {
+        (traversal, name): kernel
         for traversal in ("rows", "columns")
         for name, kernel in vars(getattr(kernels, traversal)).items()
-        for twin in ("serial", "parallel")
     }
-    names = ("move", "rstd_all", "finish_all", "finish_all_sums")
-    entries = {name: getattr(kernels, name) for name in names}
+    others = {name: getattr(kernels, name) for name in ("move", "rstd_all")}
     ordinary = {name: getattr(shortcut, name) for name in ENTRIES}
-    return {name: len(function.signatures) for name, function in (twins | entries).items()} | {
+    return {name: len(function.signatures) for name, function in (passes | others).items()} | {
         name: function.cache_info().currsize for name, function in ordinary.items()
     }
 
 
-ENTRIES = ("forward", "inference", "backward", "look_at_forward", "look_at_backward")
+ENTRIES = ("forward", "inference", "backward")
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -22,6 +22,7 @@ from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
+from nbnorm.cpu.threads import turn
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,19 +33,12 @@ _COMPILED = (np.dtype("float32"), np.dtype("float64"))
 def stats(x: NDArray) -> tuple[NDArray, NDArray]:
     """Mean and M2 of every channel."""
     cut, run = _cut(x, 1)
-    mean, m2, _ = _stats(_view(x), 0.0, cut, run)
-    return mean, m2
-
-
-def _stats(x: Any, eps: float, cut: Plan, run: Any) -> tuple[NDArray, NDArray, NDArray]:
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
-    run.stats.twin(cut.parallel)(
-        x, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, partial
-    )
-    kernels.finish_all(partial, eps, mean, m2, rstd)
-    return mean, m2, rstd
+    with turn(cut.parallel):
+        run.stats(_view(x), tuple(cut.grid), kernels.work_for(cut), 0.0, partial, mean, m2, rstd)
+    return mean, m2
 
 
 def apply(
@@ -59,22 +53,9 @@ def apply(
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     cut, run = _cut(x, 2 + (residual is not None))
-    _apply(_view(x), _view(residual), cut, run, (mean, rstd, gamma, beta), relu, _view(y))
-
-
-def _apply(x: Any, residual: Any, cut: Plan, run: Any, norm: Any, relu: bool, y: Any) -> None:
-    run.apply.twin(cut.parallel)(
-        x,
-        residual,
-        tuple(cut.grid),
-        cut.span,
-        cut.chunks,
-        cut.spans * cut.chunks,
-        norm,
-        _floor(relu),
-        cut.streamed,
-        y,
-    )
+    x_, residual_, y_, norm = _view(x), _view(residual), _view(y), (mean, rstd, gamma, beta)
+    with turn(cut.parallel):
+        run.apply(x_, residual_, tuple(cut.grid), kernels.work_for(cut), norm, _floor(relu), y_)
 
 
 def forward(
@@ -89,17 +70,23 @@ def forward(
     """Normalise x with its own statistics into y; return mean, M2 and rstd."""
     cut, run = _cut(x, 2 + (residual is not None))
     x_, residual_, y_ = _view(x), _view(residual), _view(y)
-    if not cut.fused:
-        mean, m2, rstd = _stats(x_, eps, cut, run)
-        _apply(x_, residual_, cut, run, (mean, rstd, gamma, beta), relu, y_)
-        return mean, m2, rstd
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
-    run.forward.twin(cut.parallel)(
-        x_, residual_, tuple(cut.grid), cut.block, cut.blocks,
-        (mean, rstd, gamma, beta), eps, _floor(relu), cut.streamed, partial, m2, y_,
-    )  # fmt: skip
+    norm = mean, rstd, gamma, beta
+    with turn(cut.parallel):
+        run.forward(
+            x_,
+            residual_,
+            tuple(cut.grid),
+            kernels.work_for(cut),
+            norm,
+            eps,
+            _floor(relu),
+            partial,
+            m2,
+            y_,
+        )
     return mean, m2, rstd
 
 
@@ -142,24 +129,10 @@ def backward_reduce(
 ) -> NDArray:
     """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
     cut, run = _cut(x, 2 + (y is not None))
-    return _reduce(_view(dy), _view(x), _view(y), cut, run, (mean, rstd, gamma, beta))
-
-
-def _reduce(dy: Any, x: Any, y: Any, cut: Plan, run: Any, norm: Any) -> NDArray:
-    partial = np.empty((2, cut.chunks, cut.grid.C))
-    sums = np.empty((2, cut.grid.C))
-    run.reduce.twin(cut.parallel)(
-        dy,
-        x,
-        y,
-        tuple(cut.grid),
-        cut.span,
-        cut.chunks,
-        cut.spans * cut.chunks,
-        norm,
-        partial,
-    )
-    kernels.finish_all_sums(partial, norm, x, sums)
+    dy_, x_, y_, norm = _view(dy), _view(x), _view(y), (mean, rstd, gamma, beta)
+    partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
+    with turn(cut.parallel):
+        run.reduce(dy_, x_, y_, tuple(cut.grid), kernels.work_for(cut), norm, partial, sums)
     return sums
 
 
@@ -178,37 +151,21 @@ def backward_apply(
 ) -> None:
     """Write dx and dresidual, each where given; with sums=None mean and rstd are constants."""
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
-    norm = (mean, rstd, gamma, beta)
-    _differentiate(
-        _view(dy),
-        _view(x),
-        _view(y),
-        cut,
-        run,
-        norm,
-        sums,
-        float(count),
-        _view(dx),
-        _view(dresidual),
-    )
-
-
-def _differentiate(
-    dy: Any,
-    x: Any,
-    y: Any,
-    cut: Plan,
-    run: Any,
-    norm: Any,
-    sums: Any,
-    count: float,
-    dx: Any,
-    dresidual: Any,
-) -> None:
-    run.differentiate.twin(cut.parallel)(
-        dy, x, y, tuple(cut.grid), cut.span, cut.chunks, cut.spans * cut.chunks, norm,
-        sums, count, cut.streamed, dx, dresidual,
-    )  # fmt: skip
+    norm = mean, rstd, gamma, beta
+    dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
+    with turn(cut.parallel):
+        run.differentiate(
+            dy_,
+            x_,
+            y_,
+            tuple(cut.grid),
+            kernels.work_for(cut),
+            norm,
+            sums,
+            float(count),
+            dx_,
+            dresidual_,
+        )
 
 
 def backward(
@@ -224,30 +181,24 @@ def backward(
 ) -> NDArray:
     """`backward_reduce`, then `backward_apply` with its sums, which are returned."""
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
-    norm = (mean, rstd, gamma, beta)
+    norm = mean, rstd, gamma, beta
     dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
     count = float(x.shape[0] * x.shape[2])
-    if not cut.fused:
-        sums = _reduce(dy_, x_, y_, cut, run, norm)
-        _differentiate(dy_, x_, y_, cut, run, norm, sums, count, dx_, dresidual_)
-        return sums
-    partial = np.empty((2, cut.chunks, cut.grid.C))
-    sums = np.empty((2, cut.grid.C))
-    run.backward.twin(cut.parallel)(
-        dy_,
-        x_,
-        y_,
-        tuple(cut.grid),
-        cut.block,
-        cut.blocks,
-        norm,
-        count,
-        cut.streamed,
-        partial,
-        sums,
-        dx_,
-        dresidual_,
-    )
+    partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
+    with turn(cut.parallel):
+        run.backward(
+            dy_,
+            x_,
+            y_,
+            tuple(cut.grid),
+            kernels.work_for(cut),
+            norm,
+            count,
+            partial,
+            sums,
+            dx_,
+            dresidual_,
+        )
     return sums
 
 

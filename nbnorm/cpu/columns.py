@@ -26,7 +26,7 @@ from nbnorm.cpu.channel import (
     scales,
 )
 from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece, sum_of
-from nbnorm.cpu.jit import none_without, ordered
+from nbnorm.cpu.jit import none_without, ordered, shared
 from nbnorm.cpu.plan import PLANE_ALONE
 from nbnorm.cpu.storage import computed, load
 
@@ -188,7 +188,7 @@ def merge_tile(c, count, shift, delta, merged, m, k, d, q, new_delta, new_merged
     gone[c] = lost(m, mean, q[c], new_merged[c], k)
 
 
-@ordered
+@shared
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     N, _, S, _, fold, _ = grid
@@ -244,7 +244,7 @@ def by_planes(grid, streamed):
     return S >= PLANE_ALONE and fold == 1 and not streamed
 
 
-@ordered
+@shared
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
@@ -263,7 +263,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     fence(streamed)
 
 
-@ordered
+@shared
 def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     """partial[:, k, c] = sum dy, sum dy (x u - hi) scale of chunk k, dy masked by y > 0.
 
@@ -312,7 +312,7 @@ def by_columns_each(hpq, grid):
     return by_columns(h, grid), by_columns(p, grid), by_columns(q, grid)
 
 
-@ordered
+@shared
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))

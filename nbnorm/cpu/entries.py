@@ -2,7 +2,7 @@
 
 An entry does all of an ordinary call (see `ordinary`) and returns True, or touches nothing and
 returns False: whoever asked then goes the general way, which alone explains what is wrong, if
-anything is. The arithmetic is that of kernels.py, in its order.
+anything is. The arithmetic is that of kernels.py.
 
 An entry takes the objects that Python has. `numbers` is an int64 array of what does not change from
 call to call of one shape, `ordinary.Site`.
@@ -18,7 +18,6 @@ import numpy as np
 from numba import types
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu.caches import Caches
 from nbnorm.cpu.channel import rstd_of
 from nbnorm.cpu.jit import entry_point, ordered
 from nbnorm.cpu.objects import anything, kind_of, values
@@ -29,24 +28,17 @@ from nbnorm.cpu.ordinary import (
     given,
     site_of,
 )
-from nbnorm.cpu.plan import plan
 
 _FLOAT64 = np.dtype(np.float64)
 
 
 def site_for(
-    shape: tuple[int, int, int], dtype: np.dtype[Any], form: tuple[int, ...], caches: Caches
-) -> tuple[str, np.ndarray[Any, Any]]:
-    """Traversal of a pass over (N, C, S) that is done serially, and the numbers of its `Site`.
-
-    `form` are lengths and strides of x itself.
-    """
-    cut = plan(*shape, dtype.itemsize, 1, caches, 2)
+    grid: tuple[int, ...], work: tuple[int, ...], dtype: np.dtype[Any], form: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """Return the numbers of a `Site`; `form` are lengths and strides of x itself."""
     told_by = id(np.ndarray), kind_of(dtype), kind_of(_FLOAT64), id(None)
-    found = Site(
-        *cut.grid, cut.chunks, cut.block, cut.blocks, dtype.itemsize, *told_by, len(form) // 2
-    )
-    return cut.traversal, np.array([*found, *form], np.int64)
+    found = Site._make((*grid, *work, dtype.itemsize, *told_by, len(form) // 2))
+    return np.array((*found, *form), np.int64)
 
 
 @ordered
@@ -71,6 +63,15 @@ def grid_of(site):
     return site.N, site.C, site.S, site.tile, site.fold, site.per
 
 
+@ordered
+def work_of(site):
+    """See `kernels.Work`."""
+    return kernels.Work(
+        site.block, site.blocks, site.span, site.spans, site.chunks,
+        site.fused, site.streamed, site.pool, site.threads,
+    )  # fmt: skip
+
+
 def _tensor(dtype: Any) -> tuple[Any, Any]:
     """View of an array like x for the kernels, and the same of an argument that is None."""
 
@@ -86,40 +87,13 @@ def _tensor(dtype: Any) -> tuple[Any, Any]:
     return tensor, absent
 
 
-@lru_cache(maxsize=1)
-def look_at_forward() -> Callable[..., Any]:
-    """Entry that only says whether a forward call is ordinary, for what threads then compute."""
-
-    def look(
-        x, gamma, beta, running_mean, running_var, residual, out, numbers,
-        eps, momentum, correction, training,
-    ):  # fmt: skip
-        return forward_is_ordinary(
-            x, gamma, beta, running_mean, running_var, residual, out, numbers,
-            eps, momentum, correction, training,
-        )  # fmt: skip
-
-    signature = types.boolean(*(anything,) * 8, *(types.float64,) * 3, types.boolean)
-    return entry_point(look, "entry_look_at_forward", signature)
-
-
-@lru_cache(maxsize=1)
-def look_at_backward() -> Callable[..., Any]:
-    """`look_at_forward` of a backward call."""
-
-    def look(dy, x, gamma, mean, rstd, beta, y, out, numbers):
-        return backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers)
-
-    return entry_point(look, "entry_look_at_backward", types.boolean(*(anything,) * 9))
-
-
 @lru_cache(maxsize=64)
 def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     """Entry of a training forward; whether a residual is `added` decides what is compiled."""
-    units, kind = getattr(kernels, f"{traversal}_units"), getattr(np, dtype)
+    passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    forward_block, move_all = units.forward, kernels.move_all
+    forward_pass, move_all = passes.forward, kernels.move_all
 
     def forward(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -137,11 +111,7 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         )  # fmt: skip
         partial, m2 = np.empty((4, site.chunks, site.C)), np.empty(site.C)
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
-        grid = grid_of(site)
-        for u in range(site.blocks):
-            forward_block(
-                x_, residual_, grid, site.block, norm, eps, floor, False, partial, m2, y_, u
-            )
+        forward_pass(x_, residual_, grid_of(site), work_of(site), norm, eps, floor, partial, m2, y_)
         if given(running_mean, site):
             running = values(running_mean, site.C, kind), values(running_var, site.C, kind)
             move_all(*running, norm[0], m2, momentum, site.N * site.S - correction)
@@ -155,10 +125,10 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     """Entry of a forward with given mean and variance: rstd, and the mean as float64, as well."""
-    units, kind = getattr(kernels, f"{traversal}_units"), getattr(np, dtype)
+    passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    apply_unit = units.apply
+    apply_pass = passes.apply
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -179,9 +149,7 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             norm[0][c] = mean_[c]
             norm[1][c] = rstd_of(np.float64(var[c]), eps)
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
-        grid = grid_of(site)
-        for u in range(site.chunks):
-            apply_unit(x_, residual_, grid, site.C, site.chunks, norm, floor, False, y_, u)
+        apply_pass(x_, residual_, grid_of(site), work_of(site), norm, floor, y_)
         return True
 
     signature = types.boolean(*(anything,) * 11, types.float64, types.float64)
@@ -191,10 +159,10 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 @lru_cache(maxsize=64)
 def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
     """Entry of a training backward; ReLU's mask is of "none", "beta", or "y" with a residual."""
-    units, kind = getattr(kernels, f"{traversal}_units"), getattr(np, dtype)
+    passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     y_view = view if mask == "y" else absent
-    backward_block = units.backward
+    backward_pass = passes.backward
 
     @ordered
     def no_beta(beta, site, instead, dtype):
@@ -213,11 +181,10 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
         partial, sums = np.empty((2, site.chunks, site.C)), np.empty((2, site.C))
         dy_, x_, y_ = view(dy, site), view(x, site), y_view(y, site)
         dx_, dresidual_ = view(dx, site), y_view(dresidual, site)
-        grid, count = grid_of(site), float(site.N * site.S)
-        for u in range(site.blocks):
-            backward_block(
-                dy_, x_, y_, grid, site.block, norm, count, False, partial, sums, dx_, dresidual_, u
-            )
+        backward_pass(
+            dy_, x_, y_, grid_of(site), work_of(site), norm, float(site.N * site.S),
+            partial, sums, dx_, dresidual_,
+        )  # fmt: skip
         of_beta, of_gamma = values(dbeta, site.C, kind), values(dgamma, site.C, kind)
         for c in range(site.C):
             of_beta[c] = sums[0, c]

@@ -1,4 +1,4 @@
-"""How kernels are compiled: the only file that says parallel, nogil or fastmath."""
+"""How kernels are compiled: the only file that says nogil or fastmath."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import FunctionType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 from numba.core.codegen import JITCodeLibrary
@@ -16,7 +16,6 @@ from numba.core.typed_passes import NopythonTypeInference
 from numba.extending import overload
 
 from nbnorm.cpu.disk import cache_of
-from nbnorm.cpu.threads import turn
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
@@ -35,6 +34,14 @@ class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
     """
 
     innermost = False
+    shared = False
+
+    def add_ir_module(self, ir_module: Any) -> None:
+        if self.shared:
+            for function in ir_module.functions:
+                if not function.is_declaration and "alwaysinline" not in function.attributes:
+                    function.attributes.add("noinline")
+        super().add_ir_module(ir_module)
 
     def _optimize_final_module(self) -> None:
         if self.innermost:
@@ -61,7 +68,9 @@ class _UseInnerLibrary(FunctionPass):  # type: ignore[misc]
 
     def run_pass(self, state: Any) -> bool:
         state.library = _InnerLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.innermost = state.func_id.func.__module__ in _INNERMOST
+        function = state.func_id.func
+        state.library.innermost = function.__module__ in _INNERMOST
+        state.library.shared = getattr(function, "shared", False)
         return False
 
 
@@ -91,6 +100,12 @@ def ordered(function: Callable[..., Any]) -> Any:
     fused backward). Lanes that are written out vectorise as well.
     """
     return numba.njit(**_INNER)(function)
+
+
+def shared(function: Callable[..., Any]) -> Any:
+    """`ordered`, with one copy of the machine code in a kernel that calls the function twice."""
+    function.shared = True  # type: ignore[attr-defined]
+    return ordered(function)
 
 
 def by_types(choose: Callable[..., Any], options: dict[str, Any] = _INNER) -> Any:
@@ -131,47 +146,17 @@ def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., A
     return decorate
 
 
-class Kernel(NamedTuple):
-    """One source compiled twice; the twins give the same bits."""
-
-    serial: Any
-    parallel: Any
-
-    def twin(self, parallel: bool) -> Callable[..., None]:
-        """Return the twin to call. A method that passed the arguments on took 0.2 us more."""
-        return self._in_turn if parallel else self.serial
-
-    def _in_turn(self, *args: Any) -> None:
-        with turn():
-            self.parallel(*args)
-
-
-def kernel(name: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """Compile a loop of one `prange` whose body is one call, serial and parallel.
-
-    One prange a kernel: several cost 2-3 s each to compile.
-    """
-
-    def compile_twins(function: Callable[..., Any]) -> Kernel:
-        return Kernel(
-            _cached(function, f"{name}_serial", parallel=False),
-            _cached(function, f"{name}_parallel", parallel=True),
-        )
-
-    return compile_twins
-
-
 def entry(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a serial function that Python calls."""
-    return lambda function: _cached(function, name, parallel=False)
+    """Compile a function that Python calls."""
+    return lambda function: _cached(function, name)
 
 
 def entry_point(function: Callable[..., Any], name: str, signature: Any) -> Callable[..., Any]:
-    """Compile a serial function of these types; return what Python calls without asking for them.
+    """Compile a function of these types; return what Python calls without asking for them.
 
     Numba's dispatcher, which asks every argument for its type, takes 0.5 us for a dozen.
     """
-    dispatcher = _cached(function, name, parallel=False)
+    dispatcher = _cached(function, name)
     dispatcher.compile(signature)
     found: Callable[..., Any] = dispatcher.overloads[signature.args].entry_point
     return found
@@ -195,8 +180,8 @@ def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return rename
 
 
-def _cached(function: Callable[..., Any], name: str, *, parallel: bool) -> Any:
+def _cached(function: Callable[..., Any], name: str) -> Any:
     function = named(name)(function)
-    dispatcher = numba.njit(parallel=parallel, **_OPTIONS)(function)
+    dispatcher = numba.njit(**_OPTIONS)(function)
     dispatcher._cache = cache_of(function, name)
     return dispatcher

@@ -1,19 +1,48 @@
-"""The loops over chunks and blocks of channels, one source for rows and columns.
+"""The loops over blocks and chunks of channels, one source for rows and columns.
 
-A kernel is one prange whose body is one call to a serial function; its serial twin makes the same
-calls in order. There are two ways through a pass. `stats` then `apply`, and `reduce` then
-`differentiate`, share out every (block, chunk) of the work. `forward` and `backward` give a thread
-a block of channels for both steps: the block is still in its cache for the second one.
+There are two ways through a pass. `fused`, a thread takes a block of channels through both steps:
+the block is still in its cache for the second one. Else every (span, chunk) of the work is shared
+out, twice. Either way threads run the same functions, on units that do not depend on one another.
 """
 
 from types import ModuleType, SimpleNamespace
-
-from numba import prange
+from typing import NamedTuple
 
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
 from nbnorm.cpu.channel import finish, finish_sums, rstd_of
-from nbnorm.cpu.jit import entry, kernel, named, ordered
+from nbnorm.cpu.jit import entry, named, ordered
+from nbnorm.cpu.launch import launch
+from nbnorm.cpu.plan import Plan
+from nbnorm.cpu.threads import pool
+
+
+class Work(NamedTuple):
+    """How a pass is shared out: what `plan.Plan` says, and by whom it is done (`threads.pool`)."""
+
+    block: int
+    blocks: int
+    span: int
+    spans: int
+    chunks: int
+    fused: int
+    streamed: int
+    pool: int
+    threads: int
+
+
+def work_for(cut: Plan) -> tuple[int, ...]:
+    """Return the numbers of `Work`; asking for the pool starts it."""
+    return (
+        cut.block, cut.blocks, cut.span, cut.spans, cut.chunks,
+        int(cut.fused), int(cut.streamed), pool() if cut.parallel else 0, cut.threads,
+    )  # fmt: skip
+
+
+@ordered
+def work_of(n):
+    """`Work` of a tuple of its numbers."""
+    return Work(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8])
 
 
 @ordered
@@ -22,8 +51,8 @@ def channels(block, u, C):
     return u * block, min((u + 1) * block, C)
 
 
-def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Make the six kernels of a traversal, each compiled at its first call, and their units."""
+def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
+    """Make the six passes of a traversal: their kernels, for Python; the passes; their units."""
     name = traversal.__name__.rpartition(".")[2]
     stats_chunk, apply_chunk = traversal.stats, traversal.apply
     reduce_chunk, differentiate_chunk = traversal.reduce, traversal.differentiate
@@ -34,10 +63,14 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
         c0, c1 = channels(block, u // chunks, grid[1])
         stats_chunk(x, grid, c0, c1, u % chunks, partial)
 
-    @kernel(f"{name}_stats")
-    def stats(x, grid, block, chunks, units, partial):
-        for u in prange(units):
-            stats_unit(x, grid, block, chunks, partial, u)
+    @ordered
+    @named(f"{name}_stats_pass")
+    def stats(x, grid, work, eps, partial, mean, m2, rstd):
+        """Mean, M2 and rstd of every channel; partial takes those of its chunks."""
+        units = work.spans * work.chunks
+        args = x, grid, work.span, work.chunks, partial
+        launch((work.pool, work.threads), units, stats_unit, args)
+        finish(partial, 0, grid[1], eps, mean, m2, rstd)
 
     @ordered
     @named(f"{name}_apply_unit")
@@ -45,10 +78,13 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
         c0, c1 = channels(block, u // chunks, grid[1])
         apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, u % chunks, y)
 
-    @kernel(f"{name}_apply")
-    def apply(x, residual, grid, block, chunks, units, norm, floor, streamed, y):
-        for u in prange(units):
-            apply_unit(x, residual, grid, block, chunks, norm, floor, streamed, y, u)
+    @ordered
+    @named(f"{name}_apply_pass")
+    def apply(x, residual, grid, work, norm, floor, y):
+        """y = act(gamma (x - mean) rstd + beta [+ residual])."""
+        units, streamed = work.spans * work.chunks, work.streamed != 0
+        args = x, residual, grid, work.span, work.chunks, norm, floor, streamed, y
+        launch((work.pool, work.threads), units, apply_unit, args)
 
     @ordered
     @named(f"{name}_forward_block")
@@ -61,10 +97,17 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
         for k in range(partial.shape[1]):
             apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
 
-    @kernel(f"{name}_forward")
-    def forward(x, residual, grid, block, units, norm, eps, floor, streamed, partial, m2, y):
-        for u in prange(units):
-            forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u)
+    @ordered
+    @named(f"{name}_forward_pass")
+    def forward(x, residual, grid, work, norm, eps, floor, partial, m2, y):
+        """`stats`, into norm's mean and rstd, then `apply`."""
+        if work.fused:
+            streamed = work.streamed != 0
+            args = x, residual, grid, work.block, norm, eps, floor, streamed, partial, m2, y
+            launch((work.pool, work.threads), work.blocks, forward_block, args)
+        else:
+            stats(x, grid, work, eps, partial, norm[0], m2, norm[1])
+            apply(x, residual, grid, work, norm, floor, y)
 
     @ordered
     @named(f"{name}_reduce_unit")
@@ -72,10 +115,14 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
         c0, c1 = channels(block, u // chunks, grid[1])
         reduce_chunk(dy, x, y, grid, norm, c0, c1, u % chunks, partial)
 
-    @kernel(f"{name}_reduce")
-    def reduce(dy, x, y, grid, block, chunks, units, norm, partial):
-        for u in prange(units):
-            reduce_unit(dy, x, y, grid, block, chunks, norm, partial, u)
+    @ordered
+    @named(f"{name}_reduce_pass")
+    def reduce(dy, x, y, grid, work, norm, partial, sums):
+        """Sum dy and sum dy x_hat of every channel; partial takes those of its chunks."""
+        units = work.spans * work.chunks
+        args = dy, x, y, grid, work.span, work.chunks, norm, partial
+        launch((work.pool, work.threads), units, reduce_unit, args)
+        finish_sums(partial, norm, 0, grid[1], x, sums)
 
     @ordered
     @named(f"{name}_differentiate_unit")
@@ -87,14 +134,15 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
             dy, x, y, grid, norm, sums, count, streamed, c0, c1, u % chunks, dx, dresidual
         )
 
-    @kernel(f"{name}_differentiate")
-    def differentiate(
-        dy, x, y, grid, block, chunks, units, norm, sums, count, streamed, dx, dresidual
-    ):
-        for u in prange(units):
-            differentiate_unit(
-                dy, x, y, grid, block, chunks, norm, sums, count, streamed, dx, dresidual, u
-            )
+    @ordered
+    @named(f"{name}_differentiate_pass")
+    def differentiate(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
+        """dx and dresidual, each where given; without sums mean and rstd are constants."""
+        units, streamed = work.spans * work.chunks, work.streamed != 0
+        args = (
+            dy, x, y, grid, work.span, work.chunks, norm, sums, count, streamed, dx, dresidual,
+        )  # fmt: skip
+        launch((work.pool, work.threads), units, differentiate_unit, args)
 
     @ordered
     @named(f"{name}_backward_block")
@@ -111,31 +159,62 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
                 dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual
             )
 
-    @kernel(f"{name}_backward")
-    def backward(dy, x, y, grid, block, units, norm, count, streamed, partial, sums, dx, dresidual):
-        for u in prange(units):
-            backward_block(
-                dy, x, y, grid, block, norm, count, streamed, partial, sums, dx, dresidual, u
-            )
+    @ordered
+    @named(f"{name}_backward_pass")
+    def backward(dy, x, y, grid, work, norm, count, partial, sums, dx, dresidual):
+        """`reduce`, then `differentiate` with its sums."""
+        if work.fused:
+            streamed = work.streamed != 0
+            args = (
+                dy, x, y, grid, work.block, norm, count, streamed, partial, sums, dx, dresidual,
+            )  # fmt: skip
+            launch((work.pool, work.threads), work.blocks, backward_block, args)
+        else:
+            reduce(dy, x, y, grid, work, norm, partial, sums)
+            differentiate(dy, x, y, grid, work, norm, sums, count, dx, dresidual)
 
-    return SimpleNamespace(
-        stats=stats,
-        apply=apply,
-        forward=forward,
-        reduce=reduce,
-        differentiate=differentiate,
-        backward=backward,
-    ), SimpleNamespace(apply=apply_unit, forward=forward_block, backward=backward_block)
+    @entry(f"{name}_stats")
+    def stats_kernel(x, grid, work, eps, partial, mean, m2, rstd):
+        stats(x, grid, work_of(work), eps, partial, mean, m2, rstd)
+
+    @entry(f"{name}_apply")
+    def apply_kernel(x, residual, grid, work, norm, floor, y):
+        apply(x, residual, grid, work_of(work), norm, floor, y)
+
+    @entry(f"{name}_forward")
+    def forward_kernel(x, residual, grid, work, norm, eps, floor, partial, m2, y):
+        forward(x, residual, grid, work_of(work), norm, eps, floor, partial, m2, y)
+
+    @entry(f"{name}_reduce")
+    def reduce_kernel(dy, x, y, grid, work, norm, partial, sums):
+        reduce(dy, x, y, grid, work_of(work), norm, partial, sums)
+
+    @entry(f"{name}_differentiate")
+    def differentiate_kernel(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
+        differentiate(dy, x, y, grid, work_of(work), norm, sums, count, dx, dresidual)
+
+    @entry(f"{name}_backward")
+    def backward_kernel(dy, x, y, grid, work, norm, count, partial, sums, dx, dresidual):
+        backward(dy, x, y, grid, work_of(work), norm, count, partial, sums, dx, dresidual)
+
+    return (
+        SimpleNamespace(
+            stats=stats_kernel, apply=apply_kernel, forward=forward_kernel,
+            reduce=reduce_kernel, differentiate=differentiate_kernel, backward=backward_kernel,
+        ),
+        SimpleNamespace(
+            stats=stats, apply=apply, forward=forward,
+            reduce=reduce, differentiate=differentiate, backward=backward,
+        ),
+        SimpleNamespace(
+            stats=stats_unit, apply=apply_unit, forward=forward_block,
+            reduce=reduce_unit, differentiate=differentiate_unit, backward=backward_block,
+        ),
+    )  # fmt: skip
 
 
-rows, rows_units = _build(_rows)
-columns, columns_units = _build(_columns)
-
-
-@entry("finish_all")
-def finish_all(partial, eps, mean, m2, rstd):
-    """Mean, M2 and rstd of every channel, after `stats`."""
-    finish(partial, 0, mean.size, eps, mean, m2, rstd)
+rows, rows_passes, rows_units = _build(_rows)
+columns, columns_passes, columns_units = _build(_columns)
 
 
 @entry("rstd_all")
@@ -160,13 +239,7 @@ def move(running_mean, running_var, mean, m2, momentum, divisor):
     move_all(running_mean, running_var, mean, m2, momentum, divisor)
 
 
-@entry("finish_all_sums")
-def finish_all_sums(partial, norm, x, sums):
-    """The sums of every channel, after `reduce`."""
-    finish_sums(partial, norm, 0, sums.shape[1], x, sums)
-
-
 def cache_folder() -> str | None:
     """Return the folder that compiled kernels are kept in, None where they are not."""
-    folder: str | None = rows.stats.parallel._cache.cache_path
+    folder: str | None = rows.stats._cache.cache_path
     return folder

@@ -24,7 +24,7 @@ from nbnorm.cpu.objects import (
 
 
 class Site(NamedTuple):
-    """What an entry knows of x before it sees it."""
+    """What an entry knows of x before it sees it: `plan.Grid`, `kernels.Work`, and x's form."""
 
     N: int
     C: int
@@ -32,9 +32,15 @@ class Site(NamedTuple):
     tile: int
     fold: int
     per: int
-    chunks: int
     block: int
     blocks: int
+    span: int
+    spans: int
+    chunks: int
+    fused: int
+    streamed: int
+    pool: int
+    threads: int
     itemsize: int
     # The address of the class, x's dtype and float64 as `kind_of` tells them, the address of None.
     ndarray: int
@@ -44,20 +50,23 @@ class Site(NamedTuple):
     rank: int  # after it come the lengths and the strides of x
 
 
+SITE = len(Site._fields)
+
+
 @ordered
 def site_of(numbers):
     """`Site` of the object that holds it."""
-    n = values(numbers, 15, np.int64)
+    n = values(numbers, SITE, np.int64)
     return Site(
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9],
-        n[10], n[11], n[12], n[13], n[14],
+        n[10], n[11], n[12], n[13], n[14], n[15], n[16], n[17], n[18], n[19], n[20],
     )  # fmt: skip
 
 
 @ordered
 def form_of(numbers, site):
     """Lengths and strides of x."""
-    return values(numbers, 15 + 2 * site.rank, np.int64)[15:]
+    return values(numbers, SITE + 2 * site.rank, np.int64)[SITE:]
 
 
 @ordered

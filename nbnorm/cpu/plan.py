@@ -55,8 +55,13 @@ class Plan(NamedTuple):
     span: int
     spans: int
     fused: bool
-    parallel: bool
+    threads: int
     streamed: bool
+
+    @property
+    def parallel(self) -> bool:
+        """Whether threads are used."""
+        return self.threads > 1
 
 
 def by_rows(S: int) -> bool:
@@ -121,7 +126,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         span,
         _ceil(C, span),
         fused,
-        parallel,
+        threads if parallel else 1,
         streamed,
     )
 

@@ -19,7 +19,7 @@ from nbnorm.cpu.channel import (
     scales,
 )
 from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece
-from nbnorm.cpu.jit import none_without, ordered
+from nbnorm.cpu.jit import none_without, ordered, shared
 from nbnorm.cpu.storage import computed, load
 
 # A tile is summed in so many chains side by side: eight vectors of eight, enough to hide the time
@@ -150,7 +150,7 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     partial[1, k, c] = shift
 
 
-@ordered
+@shared
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     dtype = computed(x).dtype
@@ -164,7 +164,7 @@ def stats(x, grid, c0, c1, k, partial):
             add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial)
 
 
-@ordered
+@shared
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     hi, u, a, b = affine(norm, c0, c1, computed(x))
@@ -221,7 +221,7 @@ def overflowed(partial, k, c):
     return not np.abs(partial[0, k, c]) + np.abs(partial[1, k, c]) < np.inf
 
 
-@ordered
+@shared
 def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     """partial[:, k, c] = sum dy, sum dy (x u - hi) scale of chunk k, dy masked by y > 0.
 
@@ -253,7 +253,7 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             )
 
 
-@ordered
+@shared
 def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
     """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
     hi, u, a, b = affine(norm, c0, c1, computed(x))

@@ -6,11 +6,15 @@ respected, and nothing global is changed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import lru_cache
 
 import numba
+from llvmlite.binding import address_of_symbol
 
 # The workqueue layer aborts the process where two threads run parallel kernels at the same time.
 # Reentrant: a signal handler or a finaliser with kernels of its own runs within a thread's turn.
@@ -21,12 +25,36 @@ _serial_only = False
 
 def count() -> int:
     """Threads for a parallel kernel; asking starts them."""
-    return 1 if _serial_only else numba.get_num_threads()
+    return 1 if _serial_only else _pool()[1]()
 
 
-def turn() -> AbstractContextManager[object]:
-    """Return the context that a parallel kernel runs in, once threads have been started."""
-    return _one_at_a_time if numba.threading_layer() == "workqueue" else _no_wait
+def pool() -> int:
+    """Address of the function that runs a loop on threads; 0 where Numba has none. Starts them."""
+    return 0 if _serial_only else _pool()[0]
+
+
+@lru_cache(maxsize=1)
+def _pool() -> tuple[int, Callable[[], int]]:
+    """Start threads; return the functions that run a loop on them and count them.
+
+    Compiled code of Numba's calls both by these names; `numba.get_num_threads` takes 1 us, a lock.
+    """
+    numba.get_num_threads()
+    loop, how_many = (address_of_symbol(name) for name in ("numba_parallel_for", "get_num_threads"))
+    if not loop or not how_many:
+        return 0, lambda: 1
+    return loop, ctypes.PYFUNCTYPE(ctypes.c_int)(how_many)
+
+
+def one_at_a_time() -> bool:
+    """Whether kernels that use threads must take turns."""
+    layer: str = numba.threading_layer()
+    return layer == "workqueue"
+
+
+def turn(parallel: bool) -> AbstractContextManager[object]:
+    """Return the context that a kernel runs in."""
+    return _one_at_a_time if parallel and one_at_a_time() else _no_wait
 
 
 def _after_fork() -> None:

@@ -1,0 +1,95 @@
+"""Units of work shared out among the threads of Numba's pool (LLVM, as intrinsics.py).
+
+Numba compiles a prange's body, a wrapper around that and the kernel, 1-2 s more than a serial loop,
+and the result runs on threads only. `launch` compiles one function that does a share of the units.
+The pool is called by address, with that function, when the kernel runs; where there is no pool it
+is one share, done by the caller.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_INT = ir.IntType(64)
+_BYTES = ir.IntType(8).as_pointer()
+# What Numba's pool calls, a gufunc's loop: (arguments, lengths, steps, data). See `_share`.
+_LOOP = ir.FunctionType(
+    ir.VoidType(), [_BYTES.as_pointer(), _INT.as_pointer(), _INT.as_pointer(), _BYTES]
+)
+# numba_parallel_for: a loop, what it takes, its core dimensions, arguments, and threads.
+_POOL = ir.FunctionType(
+    ir.VoidType(),
+    [_BYTES, _BYTES.as_pointer(), _INT.as_pointer(), _INT.as_pointer(), _BYTES, _INT, _INT, _INT],
+)
+
+
+@intrinsic
+def launch(typing_context, pool, units, body, args):
+    """body(*args, u) for every u < units, by the threads of `pool`; see `threads.pool`.
+
+    Each thread does one stretch of units. What the body raises, for want of memory, is raised as
+    MemoryError when all have ended.
+    """
+    called = typing_context.resolve_function_type(body, (*args.types, types.intp), {})
+    compiled = body.dispatcher.get_compile_result(called)
+
+    def codegen(context, builder, signature, values):
+        pool, units, _, packed = values
+        context.add_linking_libs([compiled.library])
+        address, threads = (builder.extract_value(pool, i) for i in range(2))
+        alone = builder.or_(
+            builder.icmp_unsigned("==", address, _INT(0)),
+            builder.icmp_signed("<", threads, _INT(2)),
+        )
+        shares = builder.select(alone, _INT(1), threads)
+        work = ir.LiteralStructType([packed.type, _INT, _INT, _INT])
+        share = _share(context, builder.module, compiled.fndesc, called, work)
+        memory = cgutils.alloca_once(builder, work)
+        for i, value in enumerate((packed, units, shares, _INT(0))):
+            builder.store(value, cgutils.gep_inbounds(builder, memory, 0, i))
+        data = builder.bitcast(memory, _BYTES)
+        # The only argument is the number of the share, as an address that begins at 0, in steps
+        # of 1.
+        number = cgutils.alloca_once_value(builder, ir.Constant(_BYTES, None))
+        length = cgutils.alloca_once_value(builder, shares)
+        step = cgutils.alloca_once_value(builder, _INT(1))
+        with builder.if_else(alone) as (serial, parallel):
+            with serial:
+                builder.call(share, [number, length, step, data])
+            with parallel:
+                loop = builder.bitcast(share, _BYTES)
+                builder.call(
+                    builder.inttoptr(address, _POOL.as_pointer()),
+                    [loop, number, length, step, data, _INT(0), _INT(1), threads],
+                )
+        failed = builder.load(cgutils.gep_inbounds(builder, memory, 0, 3))
+        with builder.if_then(builder.icmp_unsigned("!=", failed, _INT(0)), likely=False):
+            message = ("no memory for what the arithmetic needs beside its results",)
+            context.call_conv.return_user_exc(builder, MemoryError, message)
+        return context.get_dummy_value()
+
+    return types.void(pool, types.intp, body, args), codegen
+
+
+def _share(context, module, descriptor, called, work):
+    """Make the function that does some of the shares of `work`: (args, units, shares, failed)."""
+    function = ir.Function(module, _LOOP, module.get_unique_name("nbnorm_share"))
+    function.linkage = "internal"
+    function.attributes.add("noinline")  # it is called at two places
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    numbers, lengths, _, data = function.args
+    memory = builder.bitcast(data, work.as_pointer())
+    packed, units, shares = (
+        builder.load(cgutils.gep_inbounds(builder, memory, 0, i)) for i in range(3)
+    )
+    args = [builder.extract_value(packed, i) for i in range(len(called.args) - 1)]
+    first = builder.ptrtoint(builder.load(numbers), _INT)
+    last = builder.add(first, builder.load(lengths))
+    begin, end = (builder.sdiv(builder.mul(t, units), shares) for t in (first, last))
+    with cgutils.for_range_slice(builder, begin, end, _INT(1)) as (u, _):
+        status, _ = context.call_internal_no_propagate(builder, descriptor, called, [*args, u])
+        with builder.if_then(status.is_error, likely=False):
+            builder.store(_INT(1), cgutils.gep_inbounds(builder, memory, 0, 3))
+    builder.ret_void()
+    return function

@@ -1,0 +1,46 @@
+"""Every unit of work is done once, by any number of threads; what a unit raises is not lost."""
+
+import numba
+import numpy as np
+import pytest
+
+from nbnorm.cpu import threads
+from nbnorm.cpu.jit import entry, ordered
+from nbnorm.cpu.launch import launch
+
+
+@ordered
+def count_one(done, wrong, u):
+    if u == wrong:
+        raise ValueError("a unit fails")
+    done[u] += 1
+
+
+@entry("test_count_all")
+def count_all(pool, units, done, wrong):
+    launch(pool, units, count_one, (done, wrong))
+
+
+@pytest.mark.parametrize("units", [0, 1, 2, 3, 7, 64, 1000])
+@pytest.mark.parametrize("count", [1, 2, 5, numba.config.NUMBA_NUM_THREADS])
+def test_every_unit_is_done_once(units, count):
+    for pool in 0, threads.pool():
+        done = np.zeros(units, np.int64)
+        with threads.turn(True):
+            count_all((pool, min(count, threads.count())), units, done, -1)
+        assert (done == 1).all()
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 6])
+def test_what_a_unit_raises_is_a_memory_error_when_all_have_ended(wrong):
+    for pool in 0, threads.pool():
+        done = np.zeros(7, np.int64)
+        with threads.turn(True), pytest.raises(MemoryError, match="no memory"):
+            count_all((pool, threads.count()), 7, done, wrong)
+        assert done.tolist() == [int(u != wrong) for u in range(7)]
+
+
+def test_numba_still_has_the_pool_that_is_called_by_name():
+    """Where it had none, all would be right, and serial."""
+    assert threads.pool() != 0
+    assert threads.count() == numba.get_num_threads()
