@@ -11,9 +11,9 @@ the compute dtype, which coefficients are rounded to. What is done for every cha
 
 import numpy as np
 
-from nbnorm.cpu.intrinsics import each, piece
+from nbnorm.cpu.intrinsics import clear, each, new, news, of_chunk, part, piece, row, zeros
 from nbnorm.cpu.jit import none_without, ordered
-from nbnorm.cpu.storage import computed
+from nbnorm.cpu.storage import computed, epsilon, limits
 
 # Values whose mean is a chunk's shift: with the first value alone, 60 samples (one tile, K up to 3
 # standard deviations off) left rstd wrong by 9e-7.
@@ -37,8 +37,8 @@ def lost(k, d, q, m2, like):
     k d^2 exceeds a quarter of M2: a threshold of 4 M2 cost y and M2 another 4 units in the last
     place.
     """
-    limits = np.finfo(like.dtype)
-    return not (q <= limits.max) or q < k * limits.tiny * 2.0**26 or k * d * d > m2 / 4
+    tiny, most = limits(like)
+    return not (q <= most) or q < k * tiny * 2.0**26 or k * d * d > m2 / 4
 
 
 @ordered
@@ -68,13 +68,15 @@ def finish_channel(c, count, shift, delta, m2, eps, mean, rstd):
 def finish(partial, c0, c1, eps, mean, m2, rstd):
     """Merge all chunks in order: mean, M2 and rstd of channels c0 <= c < c1."""
     size = c1 - c0
-    count, shift, delta, merged = np.zeros(size), partial[1, 0][c0:c1], np.zeros(size), m2[c0:c1]
-    merged[:] = 0
+    count, delta = zeros(2, size, np.float64)
+    shift, merged = of_chunk(partial, 1, 0, c0, c1), part(m2, c0, c1)
+    clear(merged)
     for k in range(partial.shape[1]):
-        chunk = (partial[0, k][c0:c1], partial[1, k][c0:c1],
-                 partial[2, k][c0:c1], partial[3, k][c0:c1])  # fmt: skip
+        chunk = (of_chunk(partial, 0, k, c0, c1), of_chunk(partial, 1, k, c0, c1),
+                 of_chunk(partial, 2, k, c0, c1), of_chunk(partial, 3, k, c0, c1))  # fmt: skip
         each(size, merge_chunk, (*chunk, count, shift, delta, merged))
-    each(size, finish_channel, (count, shift, delta, merged, eps, mean[c0:c1], rstd[c0:c1]))
+    statistics = part(mean, c0, c1), part(rstd, c0, c1)
+    each(size, finish_channel, (count, shift, delta, merged, eps, *statistics))
 
 
 @ordered
@@ -98,7 +100,7 @@ def unit_for(a, least, most, like):
     At least `least`, which is 1 or more, as far as a / u allows it; at most `most`; both are powers
     of two. Where a is in the range itself, and `least` is 1, u is 1.
     """
-    tiny = np.float64(np.finfo(like.dtype).tiny)
+    tiny, _ = limits(like)
     size = size_of(a)
     if not size < np.inf:
         return 1.0
@@ -110,18 +112,18 @@ def unit_for(a, least, most, like):
 @ordered
 def most_for(hi, like):
     """Greatest unit for which (x - hi) unit is finite, whatever x is."""
-    limits = np.finfo(like.dtype)
+    tiny, most = limits(like)
     size = size_of(hi)
-    if np.float64(limits.max) * np.float64(limits.eps) / 4 <= size < np.inf:
+    if most * epsilon(like) / 4 <= size < np.inf:
         return 0.5
-    return 1 / (2 * size * np.float64(limits.tiny))
+    return 1 / (2 * size * tiny)
 
 
 @ordered
 def in_range(value, like):
     """The nearest finite value of the dtype, so that 0 times it is 0; Inf and NaN stay."""
-    most = np.float64(np.finfo(like.dtype).max)
-    if np.abs(value) < np.inf:
+    _, most = limits(like)
+    if abs(value) < np.inf:
         return min(max(value, -most), most)
     return value
 
@@ -148,10 +150,10 @@ def affine(norm, c0, c1, like):
     """
     mean, rstd, gamma, beta = norm
     size = c1 - c0
-    rows = np.empty((4, size), like.dtype)
-    hi, u, a, b = rows[0], rows[1], rows[2], given(beta, rows[3])
-    args = mean[c0:c1], rstd[c0:c1], gamma[c0:c1], part(beta, c0, c1), hi, u, a, b
-    each(size, affine_channel, args)
+    hi, u, a, shift = news(4, size, like.dtype)
+    b = given(beta, shift)
+    args = part(mean, c0, c1), part(rstd, c0, c1), part(gamma, c0, c1), part(beta, c0, c1)
+    each(size, affine_channel, (*args, hi, u, a, b))
     return hi, u, a, b
 
 
@@ -170,16 +172,11 @@ def given(condition, value):
     return value
 
 
-@none_without("values")
-def part(values, begin, end):
-    """values[begin:end]; None for None."""
-    return values[begin:end]
-
-
 @ordered
 def power_of_two(rstd, like):
     """Power of two next to rstd, in the range of normal numbers of the dtype of `like`."""
-    return min(max(size_of(rstd), np.float64(np.finfo(like.dtype).tiny)), 2.0**126)
+    tiny, _ = limits(like)
+    return min(max(size_of(rstd), tiny), 2.0**126)
 
 
 @ordered
@@ -191,8 +188,8 @@ def scale_channel(c, rstd, u, scale):
 @ordered
 def scales(norm, c0, c1, u):
     """Powers of two for which (x u - hi) scale is exact and of the size of x_hat."""
-    scale = np.empty_like(u)
-    each(u.size, scale_channel, (norm[1][c0:c1], u, scale))
+    scale = new(u.size, u.dtype)
+    each(u.size, scale_channel, (part(norm[1], c0, c1), u, scale))
     return scale
 
 
@@ -214,13 +211,13 @@ def finish_sums_channel(c, mean, rstd, like, sum_dy, sum_dy_xhat):
 def finish_sums(partial, norm, c0, c1, x, sums):
     """Add up all chunks in order: sum dy and sum dy x_hat of channels c0 <= c < c1."""
     size = c1 - c0
-    sum_dy, sum_dy_xhat = sums[0][c0:c1], sums[1][c0:c1]
-    sum_dy[:] = 0
-    sum_dy_xhat[:] = 0
+    sum_dy, sum_dy_xhat = part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1)
+    clear(sum_dy)
+    clear(sum_dy_xhat)
     for k in range(partial.shape[1]):
-        each(size, add_other, (sum_dy, partial[0, k][c0:c1]))
-        each(size, add_other, (sum_dy_xhat, partial[1, k][c0:c1]))
-    mean, rstd = norm[0][c0:c1], norm[1][c0:c1]
+        each(size, add_other, (sum_dy, of_chunk(partial, 0, k, c0, c1)))
+        each(size, add_other, (sum_dy_xhat, of_chunk(partial, 1, k, c0, c1)))
+    mean, rstd = part(norm[0], c0, c1), part(norm[1], c0, c1)
     each(size, finish_sums_channel, (mean, rstd, computed(x), sum_dy, sum_dy_xhat))
 
 
@@ -230,15 +227,14 @@ def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
     a = np.float64(gamma[c]) * rstd[c]
     least, most = 1.0, np.inf
     if sums is not None:
-        limits = np.finfo(u.dtype)
-        tiny = np.float64(limits.tiny)
+        tiny, greatest = limits(u)
         mean_dy, mean_dy_xhat = sums[0, c0 + c] / count, sums[1, c0 + c] / count
         p = size_of(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
         size = max(size_of(mean_dy), size_of(mean_dy_xhat))
         # What is subtracted from dy may be sqrt(count) times as large as these means, as x_hat is
         # that at most; dy itself may be count times its mean, where only one value is not 0.
-        room = np.float64(limits.max) * 2.0**-28
+        room = greatest * 2.0**-28
         if size < room:
             if 0 < p < tiny * u[c]:  # p v / u must be a normal number
                 least = min(tiny * u[c] / p, size_of(room / size), 1 / tiny)
@@ -252,8 +248,12 @@ def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
 def factors(norm, sums, count, c0, c1, u):
     """v and f of dx = f (dy v - ...), f v being gamma rstd: for dx what u and a are for y."""
     size = c1 - c0
-    v, f = np.empty_like(u), np.empty_like(u)
-    each(size, factor_channel, (c0, norm[1][c0:c1], norm[2][c0:c1], sums, count, u, v, f))
+    v, f = news(2, size, u.dtype)
+    each(
+        size,
+        factor_channel,
+        (c0, part(norm[1], c0, c1), part(norm[2], c0, c1), sums, count, u, v, f),
+    )
     return v, f
 
 
@@ -276,8 +276,11 @@ def coefficients(norm, sums, count, c0, c1, u, v):
     dy - h is exact near the mean of dy.
     """
     size = c1 - c0
-    h, p, q = np.empty_like(u), np.empty_like(u), np.empty_like(u)
-    channels = norm[0][c0:c1], norm[1][c0:c1], sums[0][c0:c1], sums[1][c0:c1]
+    h, p, q = news(3, size, u.dtype)
+    channels = (
+        part(norm[0], c0, c1), part(norm[1], c0, c1),
+        part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1),
+    )  # fmt: skip
     each(size, coefficients_channel, (*channels, count, u, v, h, p, q))
     return h, p, q
 

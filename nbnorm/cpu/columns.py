@@ -25,7 +25,19 @@ from nbnorm.cpu.channel import (
     merge,
     scales,
 )
-from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece, sum_of
+from nbnorm.cpu.intrinsics import (
+    clear,
+    each,
+    each_to,
+    fence,
+    four,
+    new,
+    news,
+    of_chunk,
+    piece,
+    sum_of,
+    zeros,
+)
 from nbnorm.cpu.jit import none_without, ordered, shared
 from nbnorm.cpu.plan import PLANE_ALONE
 from nbnorm.cpu.storage import computed, load
@@ -56,7 +68,7 @@ def by_columns(values, grid):
     _, _, S, _, fold, _ = grid
     if S * fold == 1:
         return values
-    out = np.empty(fold * values.size * S, values.dtype)
+    out = new(fold * values.size * S, values.dtype)
     expand(values, S, out)
     return out
 
@@ -93,10 +105,10 @@ def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
     """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
     fold = grid[4]
     size = K.size
-    s[:] = 0
-    q[:] = 0
-    s64[:] = 0
-    q64[:] = 0
+    clear(s)
+    clear(q)
+    clear(s64)
+    clear(q64)
     for begin in range(r0, r1, RUN_ROWS):
         end = min(begin + RUN_ROWS, r1)
         whole = whole_fours(grid, begin, end)
@@ -166,7 +178,7 @@ def first_means(x, grid, c0, c1, begin, end, k, K, s, q, s64, q64, shift):
     gather(s64, S, shift)
     n0, n1 = begin * fold, min(stop * fold, N)
     for c in range(shift.size):
-        if not np.abs(shift[c]) < np.inf:
+        if not abs(shift[c]) < np.inf:
             shift[c], _, _ = sums64(x, grid, n0, n1, c0 + c, np.float64(k[c]))
         shift[c] = k[c] + shift[c] / ((n1 - n0) * S)
 
@@ -194,18 +206,18 @@ def stats(x, grid, c0, c1, k, partial):
     N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed(x).dtype
     # A small call is half allocations: one for the arrays of a kind.
-    center, columns = np.empty(channels, dtype), np.empty((3, fold * channels * S), dtype)
-    K, s, q = columns[0], columns[1], columns[2]
-    wide, of_tile = np.empty((2, K.size)), np.empty((4, channels))
-    s64, q64 = wide[0], wide[1]
-    d, d2, new_delta, new_m2 = of_tile[0], of_tile[1], of_tile[2], of_tile[3]
-    gone = np.empty(channels, np.bool_)
-    shift, delta, m2 = partial[1, k][c0:c1], partial[2, k][c0:c1], partial[3, k][c0:c1]
+    center = new(channels, dtype)
+    K, s, q = news(3, fold * channels * S, dtype)
+    s64, q64 = news(2, K.size, np.float64)
+    d, d2, new_delta, new_m2 = news(4, channels, np.float64)
+    gone = new(channels, np.uint8)
+    shift, delta = of_chunk(partial, 1, k, c0, c1), of_chunk(partial, 2, k, c0, c1)
+    m2 = of_chunk(partial, 3, k, c0, c1)
     begin, end = rows(grid, k)
     first_means(x, grid, c0, c1, begin, end, center, K, s, q, s64, q64, shift)
     count = 0.0
-    delta[:] = 0
-    m2[:] = 0
+    clear(delta)
+    clear(m2)
     for r in range(begin, end, TILE_ROWS):
         stop = min(r + TILE_ROWS, end)
         n0, n1 = r * fold, min(stop * fold, N)
@@ -230,7 +242,7 @@ def stats(x, grid, c0, c1, k, partial):
         # Array assignments would bring in the text of an error message: half a second to compile.
         each(channels, element.copy, (new_delta, delta))
         each(channels, element.copy, (new_m2, m2))
-    partial[0, k, c0:c1] = count
+    each(channels, element.fill, (count, of_chunk(partial, 0, k, c0, c1)))
 
 
 @ordered
@@ -274,8 +286,8 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     scale_c = scales(norm, c0, c1, u_c)
     hi, a, b = by_columns(hi_c, grid), by_columns(a_c, grid), by_columns(b_c, grid)
     scale = by_columns(scale_c, grid)
-    s, t = np.zeros_like(hi), np.zeros_like(hi)
-    s64, t64 = np.zeros(hi.size), np.zeros(hi.size)
+    s, t = zeros(2, hi.size, hi.dtype)
+    s64, t64 = zeros(2, hi.size, np.float64)
     zero = hi.dtype.type(0)
     r0, r1 = rows(grid, k)
     for begin in range(r0, r1, RUN_ROWS):
@@ -294,8 +306,8 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             each(size, element.add_gradient_row, args)
         each(hi.size, element.drain, (s, s64))
         each(hi.size, element.drain, (t, t64))
-    gather(s64, S, partial[0, k][c0:c1])
-    gather(t64, S, partial[1, k][c0:c1])
+    gather(s64, S, of_chunk(partial, 0, k, c0, c1))
+    gather(t64, S, of_chunk(partial, 1, k, c0, c1))
     for c in range(c0, c1):
         i = c - c0
         if u_c[i] != 1 or by_rows.overflowed(partial, k, c):

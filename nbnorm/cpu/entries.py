@@ -19,6 +19,7 @@ from numba import types
 
 from nbnorm.cpu import kernels
 from nbnorm.cpu.channel import rstd_of
+from nbnorm.cpu.intrinsics import new
 from nbnorm.cpu.jit import entry_point, ordered
 from nbnorm.cpu.objects import anything, kind_of, values
 from nbnorm.cpu.ordinary import (
@@ -46,7 +47,10 @@ def parameter_values(obj, site, instead, dtype):
     """gamma or beta; where it is None, a number for every channel."""
     if given(obj, site):
         return values(obj, site.C, dtype)
-    return np.full(site.C, instead, dtype)
+    out = new(site.C, dtype)
+    for c in range(site.C):
+        out[c] = instead
+    return out
 
 
 @ordered
@@ -54,7 +58,7 @@ def new_or(obj, site):
     """Where a statistic goes; nobody wants it where that is None."""
     if given(obj, site):
         return values(obj, site.C, np.float64)
-    return np.empty(site.C)
+    return new(site.C, np.float64)
 
 
 @ordered
@@ -109,7 +113,7 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),
             parameter_values(gamma, site, 1, kind), parameter_values(beta, site, 0, kind),
         )  # fmt: skip
-        partial, m2 = np.empty((4, site.chunks, site.C)), np.empty(site.C)
+        partial, m2 = new((4, site.chunks, site.C), np.float64), new(site.C, np.float64)
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
         forward_pass(x_, residual_, grid_of(site), work_of(site), norm, eps, floor, partial, m2, y_)
         if given(running_mean, site):
@@ -178,7 +182,8 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),
             parameter_values(gamma, site, 1, kind), beta_values(beta, site, 0, kind),
         )  # fmt: skip
-        partial, sums = np.empty((2, site.chunks, site.C)), np.empty((2, site.C))
+        partial = new((2, site.chunks, site.C), np.float64)
+        sums = new((2, site.C), np.float64)
         dy_, x_, y_ = view(dy, site), view(x, site), y_view(y, site)
         dx_, dresidual_ = view(dx, site), y_view(dresidual, site)
         backward_pass(

@@ -8,6 +8,8 @@ out, twice. Either way threads run the same functions, on units that do not depe
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
+
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
 from nbnorm.cpu.channel import finish, finish_sums, rstd_of
@@ -15,6 +17,8 @@ from nbnorm.cpu.jit import entry, named, ordered
 from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import Plan
 from nbnorm.cpu.threads import pool
+
+_FIRST = np.int64(0)  # channel; for a plain 0 the function would be compiled once more
 
 
 class Work(NamedTuple):
@@ -70,7 +74,7 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
         units = work.spans * work.chunks
         args = x, grid, work.span, work.chunks, partial
         launch((work.pool, work.threads), units, stats_unit, args)
-        finish(partial, 0, grid[1], eps, mean, m2, rstd)
+        finish(partial, _FIRST, grid[1], eps, mean, m2, rstd)
 
     @ordered
     @named(f"{name}_apply_unit")
@@ -122,7 +126,7 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
         units = work.spans * work.chunks
         args = dy, x, y, grid, work.span, work.chunks, norm, partial
         launch((work.pool, work.threads), units, reduce_unit, args)
-        finish_sums(partial, norm, 0, grid[1], x, sums)
+        finish_sums(partial, norm, _FIRST, grid[1], x, sums)
 
     @ordered
     @named(f"{name}_differentiate_unit")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
+from nbnorm.cpu.intrinsics import array_at
 from nbnorm.cpu.jit import ordered
 
 # In words. Before an array's own fields stands what every Python object has, its class at the end.
@@ -27,9 +27,9 @@ _CLASS, _DATA, _RANK, _SHAPE, _STRIDES, _DTYPE, _FLAGS = (_HEAD + i for i in (-1
 # dtypes of their own, so their addresses say nothing.
 _KIND, _KIND_BITS = _HEAD + 1, -1 << 32 | 0xFF << 16
 
-# NumPy's flags of an array.
-ALIGNED = 0x100
-WRITABLE = 0x400 | ALIGNED
+# NumPy's flags of an array. NumPy's integers, as functions are compiled anew for each of Python's.
+ALIGNED = np.int64(0x100)
+WRITABLE = np.int64(0x400) | ALIGNED
 
 
 class Object(types.Type):  # type: ignore[misc]
@@ -89,17 +89,7 @@ def values(typing_context, obj, size, dtype):
         field = builder.ptrtoint(args[0], ir.IntType(64))
         field = builder.add(field, ir.IntType(64)(8 * _DATA))
         data = builder.load(_pointer(builder, field, kind.as_pointer()))
-        itemsize = context.get_constant(types.intp, row.dtype.bitwidth // 8)
-        result = context.make_array(row)(context, builder)
-        context.populate_array(
-            result,
-            data=data,
-            shape=cgutils.pack_array(builder, [args[1]]),
-            strides=cgutils.pack_array(builder, [itemsize]),
-            itemsize=itemsize,
-            meminfo=None,
-        )
-        return result._getvalue()
+        return array_at(context, builder, row, data, [args[1]])
 
     return row(obj, types.intp, dtype), codegen
 

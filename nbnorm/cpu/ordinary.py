@@ -154,7 +154,7 @@ def forward_is_ordinary(
     flags = WRITABLE if training else ALIGNED
     if not (
         0 <= eps < np.inf
-        and np.abs(momentum) < np.inf
+        and abs(momentum) < np.inf
         and (not training or correction < site.N * site.S)  # there are values for a variance
         and like_x(x, site, form, ALIGNED)
         and parameter(gamma, site, site.dtype, ALIGNED)

@@ -18,7 +18,7 @@ from nbnorm.cpu.channel import (
     merge,
     scales,
 )
-from nbnorm.cpu.intrinsics import each, each_to, fence, four, piece
+from nbnorm.cpu.intrinsics import clear, each, each_to, fence, four, new, of_chunk, piece, zeros
 from nbnorm.cpu.jit import none_without, ordered, shared
 from nbnorm.cpu.storage import computed, load
 
@@ -86,7 +86,7 @@ def constant(x, n0, n1, c, s, size, K):
 @ordered
 def in_float64(x):
     """Copy a piece."""
-    out = np.empty(x.size)
+    out = new(x.size, np.float64)
     for i in range(x.size):
         out[i] = load(x, i)
     return out
@@ -95,7 +95,7 @@ def in_float64(x):
 @ordered
 def sums64(x, n0, n1, c, s, size, K):
     """Sum d and d^2 of a tile in float64."""
-    s_lanes, q_lanes, wide = np.zeros(LANES), np.zeros(LANES), np.empty(LANES)
+    s_lanes, q_lanes, wide = zeros(3, LANES, np.float64)
     for n in range(n0, n1):
         add_piece(in_float64(piece(x, n, c, s, size)), K, s_lanes, q_lanes)
     return total(s_lanes, wide), total(q_lanes, wide)
@@ -150,13 +150,20 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     partial[1, k, c] = shift
 
 
+@ordered
+def clear_chunk(partial, k, c0, c1):
+    """partial[:, k, c0:c1] = 0."""
+    for i in range(partial.shape[0]):
+        clear(of_chunk(partial, i, k, c0, c1))
+
+
 @shared
 def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
     dtype = computed(x).dtype
-    s_lanes, q_lanes = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
-    wide = np.empty(LANES)
-    partial[:, k, c0:c1] = 0
+    s_lanes, q_lanes = zeros(2, LANES, dtype)
+    wide = new(LANES, np.float64)
+    clear_chunk(partial, k, c0, c1)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -218,7 +225,7 @@ def sums_again(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
 @ordered
 def overflowed(partial, k, c):
     """Whether the sums of chunk k of a channel are not finite."""
-    return not np.abs(partial[0, k, c]) + np.abs(partial[1, k, c]) < np.inf
+    return not abs(partial[0, k, c]) + abs(partial[1, k, c]) < np.inf
 
 
 @shared
@@ -230,9 +237,9 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale = scales(norm, c0, c1, u)
     zero = hi.dtype.type(0)
-    s_lanes, t_lanes = np.zeros(LANES, hi.dtype), np.zeros(LANES, hi.dtype)
-    wide = np.empty(LANES)
-    partial[:, k, c0:c1] = 0
+    s_lanes, t_lanes = zeros(2, LANES, hi.dtype)
+    wide = new(LANES, np.float64)
+    clear_chunk(partial, k, c0, c1)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)

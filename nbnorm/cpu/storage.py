@@ -8,7 +8,7 @@ too large. A NaN stays one.
 import numpy as np
 from numba import types
 
-from nbnorm.cpu.intrinsics import half_from_float, half_to_float
+from nbnorm.cpu.intrinsics import half_from_float, half_to_float, new
 from nbnorm.cpu.jit import by_types, ordered
 
 
@@ -73,4 +73,22 @@ def computed(view):
     """Return an empty array of the dtype that a view's values are computed in."""
     if view.types[0].dtype in (types.float32, types.float64):
         return lambda view: view[0][:0]
-    return lambda view: np.empty(0, np.float32)
+    return lambda view: new(0, np.float32)
+
+
+@by_types
+def limits(like):
+    """Least normal and greatest number of an array's dtype, in float64.
+
+    `np.finfo` in a kernel is two functions more to compile.
+    """
+    found = np.finfo(like.dtype.name)
+    tiny, most = float(found.tiny), float(found.max)
+    return lambda like: (tiny, most)
+
+
+@by_types
+def epsilon(like):
+    """Distance from 1 to the next number of an array's dtype, in float64."""
+    eps = float(np.finfo(like.dtype.name).eps)
+    return lambda like: eps
