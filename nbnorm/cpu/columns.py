@@ -73,7 +73,7 @@ def by_columns(values, grid):
     return out
 
 
-@ordered
+@shared
 def expand(values, S, out):
     """Give every column of `out` its channel's value."""
     whole = (out, 0, 0)
@@ -85,7 +85,7 @@ def expand(values, S, out):
             each(S, element.fill, (values[c], piece(whole, 0, 0, begin + c * S, S)))
 
 
-@ordered
+@shared
 def gather(sums, S, out):
     """Add up each channel's columns; `sums` is used up."""
     add_up(sums, out.size * S)
@@ -100,7 +100,7 @@ def whole_fours(grid, r0, r1):
     return r0 + (min(r1, N // fold) - r0) // 4 * 4
 
 
-@ordered
+@shared
 def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
     """Sum d and d^2, d = x - K, of rows r0 <= r < r1 down each column into s64 and q64."""
     fold = grid[4]
@@ -121,7 +121,7 @@ def sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
         each(size, element.drain, (q, q64))
 
 
-@ordered
+@shared
 def sums64(x, grid, n0, n1, c, K):
     """Sum d and d^2 of x[n0:n1, c, :] in float64, and whether every d is 0.
 
@@ -150,7 +150,7 @@ def add_exactly(so_far, value):
     return grown, (grown - so_far) - value
 
 
-@ordered
+@shared
 def moments64(x, grid, n0, n1, c, K):
     """Mean, as a value near it and the rest, and M2 of x[n0:n1, c, :] in two passes.
 
@@ -166,7 +166,7 @@ def moments64(x, grid, n0, n1, c, K):
     return center, s / m, q - s * s / m
 
 
-@ordered
+@shared
 def first_means(x, grid, c0, c1, begin, end, k, K, s, q, s64, q64, shift):
     """Means of the chunk's first values, exact where they are all the same."""
     N, _, S, _, fold, _ = grid

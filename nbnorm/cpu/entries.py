@@ -72,6 +72,7 @@ def work_of(site):
     """See `kernels.Work`."""
     return kernels.Work(
         site.block, site.blocks, site.span, site.spans, site.chunks,
+        site.strip, site.strips, site.parts, site.part,
         site.fused, site.streamed, site.pool, site.threads,
     )  # fmt: skip
 

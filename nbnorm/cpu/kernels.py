@@ -29,6 +29,10 @@ class Work(NamedTuple):
     span: int
     spans: int
     chunks: int
+    strip: int
+    strips: int
+    parts: int
+    part: int
     fused: int
     streamed: int
     pool: int
@@ -39,6 +43,7 @@ def work_for(cut: Plan) -> tuple[int, ...]:
     """Return the numbers of `Work`; asking for the pool starts it."""
     return (
         cut.block, cut.blocks, cut.span, cut.spans, cut.chunks,
+        cut.strip, cut.strips, cut.parts, cut.part,
         int(cut.fused), int(cut.streamed), pool() if cut.parallel else 0, cut.threads,
     )  # fmt: skip
 
@@ -46,7 +51,16 @@ def work_for(cut: Plan) -> tuple[int, ...]:
 @ordered
 def work_of(n):
     """`Work` of a tuple of its numbers."""
-    return Work(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8])
+    return Work(
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
+    )  # fmt: skip
+
+
+@ordered
+def in_parts(grid, work):
+    """`plan.Grid` with parts for chunks."""
+    N, C, S, tile, fold, _ = grid
+    return N, C, S, tile, fold, work.part
 
 
 @ordered
@@ -86,8 +100,8 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     @named(f"{name}_apply_pass")
     def apply(x, residual, grid, work, norm, floor, y):
         """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-        units, streamed = work.spans * work.chunks, work.streamed != 0
-        args = x, residual, grid, work.span, work.chunks, norm, floor, streamed, y
+        units, streamed = work.strips * work.parts, work.streamed != 0
+        args = x, residual, in_parts(grid, work), work.strip, work.parts, norm, floor, streamed, y
         launch((work.pool, work.threads), units, apply_unit, args)
 
     @ordered
@@ -142,9 +156,10 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     @named(f"{name}_differentiate_pass")
     def differentiate(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
         """dx and dresidual, each where given; without sums mean and rstd are constants."""
-        units, streamed = work.spans * work.chunks, work.streamed != 0
+        units, streamed = work.strips * work.parts, work.streamed != 0
         args = (
-            dy, x, y, grid, work.span, work.chunks, norm, sums, count, streamed, dx, dresidual,
+            dy, x, y, in_parts(grid, work), work.strip, work.parts, norm, sums, count, streamed,
+            dx, dresidual,
         )  # fmt: skip
         launch((work.pool, work.threads), units, differentiate_unit, args)
 

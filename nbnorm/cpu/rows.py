@@ -72,7 +72,7 @@ def total(lanes, wide):
     return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]))
 
 
-@ordered
+@shared
 def constant(x, n0, n1, c, s, size, K):
     """Whether every x of a tile is K: a dead channel, which need not be summed again."""
     others = 0
@@ -92,7 +92,7 @@ def in_float64(x):
     return out
 
 
-@ordered
+@shared
 def sums64(x, n0, n1, c, s, size, K):
     """Sum d and d^2 of a tile in float64."""
     s_lanes, q_lanes, wide = zeros(3, LANES, np.float64)
@@ -101,7 +101,7 @@ def sums64(x, n0, n1, c, s, size, K):
     return total(s_lanes, wide), total(q_lanes, wide)
 
 
-@ordered
+@shared
 def moments64(x, n0, n1, c, s, size, K):
     """Mean, as a value near it and the rest, and M2 of a tile in two passes.
 
@@ -206,7 +206,7 @@ def add_gradient_piece(dy, x, y, hi, u, a, b, scale, zero, s, t):
         each(size, element.add_gradient_row, (dy_, x_, y_, hi, u, a, b, scale, zero, s, t))
 
 
-@ordered
+@shared
 def sums_again(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
     """Sums of g and of g (x u - hi) scale over chunk k of channel c, in float64."""
     s_sum, t_sum = 0.0, 0.0
