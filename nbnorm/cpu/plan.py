@@ -22,9 +22,10 @@ RUN_BYTES = 16 << 10  # bytes to read in sequence, enough to keep the memory bus
 PAGE = 4 << 10
 # Values of a plane that is normalised by itself, although summed by columns with others.
 PLANE_ALONE = 128
-# Bytes of a short-plane row: with coefficients for every column, more do not stay in L1 (7 x 7
-# planes took 1.4 times as long with 16 KiB).
-COLUMNS = 8 << 10
+# Bytes, in the compute dtype, of a row of planes shorter than that: with coefficients for every
+# column, more do not stay in L1 (forward of 32 x 512 x 7 x 7 took 267 us with 8 KiB, 225 with 4.5).
+COLUMNS = 9 << 9
+LINE_CHANNELS = 16  # so many begin at a cache line, whatever the plane
 
 
 class Grid(NamedTuple):
@@ -112,7 +113,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         grid = Grid(N, C, S, S, fold, per)
         block = span = C
         if fold == 1:
-            block = (RUN_BYTES if S == 1 else COLUMNS) // (S * itemsize)
+            block = _channels_in_row(S, itemsize, streamed)
             span = block
             if parallel:
                 slab = caches.own // (N * S * itemsize)
@@ -164,6 +165,17 @@ def _parts(rows: int, per: int, least: int) -> tuple[int, int]:
 def _channels_of(units: int, C: int, chunks: int) -> int:
     """How many channels to take at once for `units` units of work, with channels in `chunks`."""
     return _ceil(C, _ceil(units, chunks))
+
+
+def _channels_in_row(S: int, itemsize: int, streamed: bool) -> int:
+    """How many channels make a row of columns."""
+    if S == 1:
+        return RUN_BYTES // itemsize
+    if S >= PLANE_ALONE:  # plane by plane unless streamed
+        most = (RUN_BYTES // 2 if streamed else 2 * RUN_BYTES) // (S * itemsize)
+    else:
+        most = COLUMNS // (S * max(itemsize, 4))
+    return most if most < LINE_CHANNELS else most - most % LINE_CHANNELS
 
 
 def _balanced(blocks: int, threads: int) -> bool:
