@@ -56,7 +56,11 @@ def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
     ranges, items = chunk_ranges(cut)
     assert [i for chunk in ranges for i in chunk] == list(range(items))
     assert all(ranges)
-    for size, count in ((cut.block, cut.blocks), (cut.span, cut.spans)):
+    parts = [range(k * cut.part, min((k + 1) * cut.part, items)) for k in range(cut.parts)]
+    assert [i for part in parts for i in part] == list(range(items))
+    assert all(parts)
+    blocks, spans, strips = (cut.block, cut.blocks), (cut.span, cut.spans), (cut.strip, cut.strips)
+    for size, count in (blocks, spans, strips):
         units = [range(u * size, min((u + 1) * size, shape[1])) for u in range(count)]
         assert sum(map(len, units)) == shape[1]
         assert all(units)
@@ -77,14 +81,28 @@ def test_large_inputs_keep_all_threads_busy(shape, threads):
     cut = plan(*shape, 4, threads, TYPICAL, 2)
     N, C, S = shape
     assert cut.parallel
-    for units in (cut.blocks if cut.fused else threads, cut.spans * cut.chunks):
+    written = cut.strips * cut.parts
+    for units in (cut.blocks if cut.fused else threads, cut.spans * cut.chunks, written):
         assert units >= min(threads, N * C * S >> 18)
 
 
 def test_few_channels_are_still_shared_out_in_several_blocks_a_thread():
     cut = plan(4, 16, 28 * 28, 4, 2, TYPICAL, 2)
     assert cut.fused
-    assert cut.blocks == 8
+    assert cut.blocks == 4
+
+
+def test_blocks_are_shared_out_evenly():
+    cut = plan(32, 130, 28 * 28, 4, 2, Caches(1 << 20, 1 << 30), 2)
+    assert cut.fused
+    assert cut.blocks % 2 == 0
+
+
+def test_threads_write_rows_of_their_own_where_theirs_would_be_parts_of_short_rows():
+    cut = plan(256, 1024, 1, 4, 2, TYPICAL, 2)
+    assert not cut.fused
+    assert (cut.strips, cut.parts, cut.part) == (1, 2, 128)
+    assert plan(256, 4096, 1, 4, 2, Caches(4 << 20, 32 << 20), 2).fused
 
 
 def test_small_inputs_are_serial_and_one_thread_is():

@@ -16,6 +16,10 @@ CHUNK_ROWS = 512  # rows that are not split: work per channel and chunk is a ten
 
 SHARES = 4  # units of work for every thread, so that none waits long for the last one
 SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
+# A thread's block, all tensors of it, in times its own cache; four times that where the last cache
+# holds everything. Forward of 32 x 256 x 56 x 56 took 7.8 ms channel by channel, 6.2 in blocks of 4:
+# a longer way through memory is worth more than a nearer cache.
+NEAR = 4
 RUN_BYTES = 16 << 10  # bytes to read in sequence, enough to keep the memory busy
 # Bytes of a row that one thread writes. Where it is 2 KiB, the processor fetches ahead into what
 # another thread writes: inference of 256 x 1024 took 45 us with two threads and 34 with one.
@@ -102,10 +106,13 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         tiles = _ceil(N, fold) * _ceil(S, tile)
         chunks, per = _shares(tiles, max(1, CHUNK // (tile * fold)))
         grid = Grid(N, C, S, tile, fold, per)
-        block = min(RUN_BYTES // (S * itemsize), caches.own // (N * S * itemsize))
+        block = NEAR * caches.own // (tensors * N * S * itemsize)
         span = C
+        if not streamed:
+            block *= 4
         if parallel:
-            block = min(block, C // (SHARES * threads))
+            block = min(block, C // (2 * threads))
+            block = _equal(max(1, block), C, threads)
             span = _channels_of(SHARES * threads, C, chunks)
     else:
         fold = fold_of(C, S)
@@ -165,6 +172,11 @@ def _parts(rows: int, per: int, least: int) -> tuple[int, int]:
 def _channels_of(units: int, C: int, chunks: int) -> int:
     """How many channels to take at once for `units` units of work, with channels in `chunks`."""
     return _ceil(C, _ceil(units, chunks))
+
+
+def _equal(block: int, C: int, threads: int) -> int:
+    """A block of about that many channels that gives all threads the same number of blocks."""
+    return _ceil(C, _ceil(_ceil(C, block), threads) * threads)
 
 
 def _channels_in_row(S: int, itemsize: int, streamed: bool) -> int:
