@@ -89,6 +89,9 @@ def expand(values, S, out):
 def gather(sums, S, out):
     """Add up each channel's columns; `sums` is used up."""
     add_up(sums, out.size * S)
+    if S == 1:
+        each(out.size, element.copy, (sums, out))
+        return
     for c in range(out.size):
         out[c] = sum_of(piece((sums, 0, S), 0, c, 0, S))
 
