@@ -96,6 +96,12 @@ def _site_of(x: NDArray, axis: int) -> _Site | None:
     return None
 
 
+def adopt(library: str) -> None:
+    """Run kernels on the threads of a host's library; see `threads.adopt`."""
+    threads.adopt(library)
+    _site.cache_clear()  # sites know their pool
+
+
 def _floor(activation: Any) -> float | None:
     """Least value of y, 0 with ReLU; None of anything else than an activation."""
     if activation is None:

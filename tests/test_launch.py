@@ -1,10 +1,13 @@
 """Every unit of work is done once, by any number of threads; what a unit raises is not lost."""
 
+import ctypes
+
 import numba
 import numpy as np
 import pytest
 
 from nbnorm.cpu import threads
+from nbnorm.cpu.host import loop_of
 from nbnorm.cpu.jit import entry, ordered
 from nbnorm.cpu.launch import launch
 
@@ -44,3 +47,25 @@ def test_numba_still_has_the_pool_that_is_called_by_name():
     """Where it had none, all would be right, and serial."""
     assert threads.pool() != 0
     assert threads.count() == numba.get_num_threads()
+
+
+def test_every_unit_is_done_once_on_the_pool_of_a_host():
+    try:
+        library = ctypes.CDLL("libgomp.so.1")
+    except OSError:
+        pytest.skip("needs GCC's OpenMP library")
+    loop = loop_of(library)
+    for units in 0, 1, 7, 1000:
+        for count in 1, 2, 5:
+            done = np.zeros(units, np.int64)
+            count_all((loop.address, count), units, done, -1)
+            assert (done == 1).all()
+
+
+@pytest.mark.parametrize("library", ["no such file", "libm.so.6"])
+def test_what_is_no_pool_is_not_adopted(library, monkeypatch):
+    monkeypatch.setattr(threads, "_host", None)
+    before = threads.pool()
+    threads.adopt(library)
+    assert threads._host is None
+    assert threads.pool() == before

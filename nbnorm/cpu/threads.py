@@ -16,6 +16,8 @@ from functools import lru_cache
 import numba
 from llvmlite.binding import address_of_symbol
 
+from nbnorm.cpu.host import loop_of
+
 # The workqueue layer aborts the process where two threads run parallel kernels at the same time.
 # Reentrant: a signal handler or a finaliser with kernels of its own runs within a thread's turn.
 _one_at_a_time = threading.RLock()
@@ -43,7 +45,28 @@ def _pool() -> tuple[int, Callable[[], int]]:
     loop, how_many = (address_of_symbol(name) for name in ("numba_parallel_for", "get_num_threads"))
     if not loop or not how_many:
         return 0, lambda: 1
-    return loop, ctypes.PYFUNCTYPE(ctypes.c_int)(how_many)
+    count = ctypes.PYFUNCTYPE(ctypes.c_int)(how_many)
+    if _host is None or numba.threading_layer() != "omp":
+        return loop, count
+    on_host, most = loop_of(_host), _host.omp_get_max_threads
+    return on_host.address, lambda: min(count(), most())
+
+
+_host: ctypes.CDLL | None = None
+
+
+def adopt(library: str) -> None:
+    """Run kernels on the threads of a host's OpenMP library instead of Numba's own.
+
+    `library` is the file of a libgomp that the host has loaded. Nothing changes where it has not,
+    or where Numba's threads are not OpenMP's.
+    """
+    global _host
+    with suppress(OSError, AttributeError):
+        found = ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        found.GOMP_parallel, found.omp_get_max_threads  # noqa: B018
+        _host = found
+        _pool.cache_clear()
 
 
 def one_at_a_time() -> bool:

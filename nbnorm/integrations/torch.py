@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nbnorm import _checks
+from nbnorm import _checks, _shortcut
 from nbnorm._arrays import Array, _bfloat16, stand_in_of, take
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
 from nbnorm.population import Pairwise
@@ -26,6 +27,9 @@ from nbnorm.population import Pairwise
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "recalibrate"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+for _library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+    _shortcut.adopt(str(_library))
 
 
 def batch_norm(
@@ -507,6 +511,9 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+_NUMPYS = (torch.float32, torch.float64)
+
+
 def _array(tensor: Tensor | None, *, resolve: bool = True) -> Array:
     """View a tensor as nbnorm takes it: as NumPy's where that can be, 1 us rather than DLPack's 5.
 
@@ -515,6 +522,11 @@ def _array(tensor: Tensor | None, *, resolve: bool = True) -> Array:
     if tensor is None:
         return None
     tensor = tensor.detach()
+    if tensor.dtype in _NUMPYS:
+        try:
+            return tensor.numpy()
+        except (RuntimeError, TypeError):  # the negative bit, another device
+            pass
     if resolve and tensor.is_neg():  # as of conj().imag: neither NumPy nor DLPack knows the bit
         tensor = tensor.resolve_neg()
     if tensor.device.type != "cpu" or not tensor.is_floating_point():
@@ -531,7 +543,7 @@ def _tensor(array: Array) -> Tensor:
     """The way back."""
     if isinstance(array, Tensor):
         return array
-    if array.dtype.name == "bfloat16":
+    if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":  # a name takes 3 us
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
 

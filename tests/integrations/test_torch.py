@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_child
 
 torch = pytest.importorskip("torch", reason="the integration of PyTorch needs PyTorch")
 
@@ -1423,3 +1424,34 @@ def test_statistics_that_share_memory_with_a_parameter(how, momentum, shared):
     with pytest.raises(ValueError, match="share memory"):
         run()
     torch.testing.assert_close(layer.running_mean, before, rtol=0, atol=0)
+
+
+HOSTED = """
+import numpy as np, torch, nbnorm
+from nbnorm.cpu import threads
+
+def results():
+    x = np.random.default_rng(0).normal(size=(16, 64, 28, 28)).astype("float32")
+    y, mean, rstd = nbnorm.batch_norm_forward(x)
+    return [y, mean, rstd, *nbnorm.batch_norm_backward(y, x, None, mean, rstd)[:3]]
+
+own, pool = results(), threads.pool()
+import nbnorm.integrations.torch
+hosted = results()
+print(threads.pool() != pool, all(a.tobytes() == b.tobytes() for a, b in zip(own, hosted)))
+torch.set_num_threads(1)
+print(threads.count())
+"""
+
+
+def test_kernels_run_on_the_threads_that_pytorch_has():
+    """Its pool and Numba's would spin against each other: 20 ms for what takes 1."""
+    if not list((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        pytest.skip("this PyTorch has no OpenMP library of its own")
+    printed = run_child("-c", HOSTED, NUMBA_THREADING_LAYER="omp", NUMBA_NUM_THREADS="2")
+    assert printed.split() == ["True", "True", "1"]
+
+
+def test_other_threading_layers_keep_their_threads():
+    printed = run_child("-c", HOSTED, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2")
+    assert printed.split() == ["False", "True", "2"]
