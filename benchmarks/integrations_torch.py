@@ -4,11 +4,11 @@
     python benchmarks/integrations_torch.py --resnet --batch 8 --side 64
     python benchmarks/integrations_torch.py --shapes 32x256x56x56
 
-Everything that is compared takes turns in one process, with the same number of threads. Numba and
-PyTorch each have a pool of them, and an idle thread of PyTorch's spins for a while after each
-operator, on a core that Numba's would use. OMP_WAIT_POLICY=passive has it sleep instead, which
-costs every operator the time to wake it up, but is the faster way where other programs run, too.
-The last line says how it was set.
+Everything that is compared takes turns in one process, with the same number of threads: PyTorch's,
+which nbnorm's kernels run on, too, where `nbnorm.integrations.torch` is imported and Numba's layer
+is omp. Elsewhere either library has a pool, and idle threads of PyTorch's spin for a while after
+each operator, on a core that Numba's would use; OMP_WAIT_POLICY=passive has them sleep instead. The
+last line says how it was set.
 """
 
 import argparse
