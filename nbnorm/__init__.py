@@ -6,6 +6,7 @@ from typing import Any as _Any
 
 from nbnorm._warmup import warmup
 from nbnorm.config import show_config
+from nbnorm.cpu import overloads as _overloads
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
 from nbnorm.functional import (
     BatchNormBackward,

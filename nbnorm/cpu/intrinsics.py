@@ -79,6 +79,43 @@ def _piece(context, builder, memory, view, n, c, s, size):
 
 
 @intrinsic
+def row_of(typing_context, array):
+    """All of a C-contiguous array as one row, writeable in type, not counted; None for None.
+
+    The array must live as long as its row: an argument does, and a result that is returned.
+    """
+    if isinstance(array, types.NoneType):
+        return types.none(array), _nothing
+    row = types.Array(array.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        given = context.make_array(array)(context, builder, args[0])
+        result = context.make_array(row)(context, builder)
+        context.populate_array(
+            result,
+            data=given.data,
+            shape=cgutils.pack_array(builder, [given.nitems]),
+            strides=cgutils.pack_array(builder, [given.itemsize]),
+            itemsize=given.itemsize,
+            meminfo=None,
+        )
+        return result._getvalue()
+
+    return row(array), codegen
+
+
+@intrinsic
+def address_of(typing_context, array):
+    """Address of an array's first value."""
+
+    def codegen(context, builder, signature, args):
+        given = context.make_array(array)(context, builder, args[0])
+        return builder.ptrtoint(given.data, context.get_value_type(types.intp))
+
+    return types.intp(array), codegen
+
+
+@intrinsic
 def each(typing_context, size, body, args):
     """body(j, *args) for every j < size.
 

@@ -125,7 +125,14 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace]:
         reduce=reduce,
         differentiate=differentiate,
         backward=backward,
-    ), SimpleNamespace(apply=apply_unit, forward=forward_block, backward=backward_block)
+    ), SimpleNamespace(
+        stats=stats_unit,
+        apply=apply_unit,
+        forward=forward_block,
+        reduce=reduce_unit,
+        differentiate=differentiate_unit,
+        backward=backward_block,
+    )
 
 
 rows, rows_units = _build(_rows)
