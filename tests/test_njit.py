@@ -107,7 +107,7 @@ def same(found, expected):
         assert found.flags.carray
         assert found.tobytes() == expected.tobytes()
     else:
-        assert found == expected
+        assert found == expected or (found != found and expected != expected)  # NaN
 
 
 def compare(case, args):
@@ -144,7 +144,7 @@ def test_bits_of_python(call):
 
 LARGE = {
     "images": [(40, 3, 90, 90), (1030, 120, 6, 6)],
-    "sequences": [(3, 5, 70_000)],
+    "sequences": [(5, 3, 70_000)],
     "channels-last sequences": [(2, 300, 4100)],
     "vectors": [(1100, 300)],
 }
@@ -249,8 +249,9 @@ from numba import njit
 from nbnorm.cpu import overloads
 {before}
 def calls(x, dy, gamma):
-    forward = nbnorm.batch_norm_forward(x, gamma)
-    return *forward, *nbnorm.batch_norm_backward(dy, x, gamma, forward.mean, forward.rstd)[:3]
+    y, mean, rstd = nbnorm.batch_norm_forward(x, gamma)
+    dx, dgamma, dbeta, _ = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd)
+    return y, mean, rstd, dx, dgamma, dbeta
 rng = np.random.default_rng(0)
 x, dy = rng.standard_normal((2, *{shape})).astype("f4")
 gamma = rng.standard_normal(x.shape[1]).astype("f4")
