@@ -29,14 +29,21 @@ SIZES = (784, 100, 100, 100, 10)
 BATCH = 60
 
 
-@njit
+@njit(fastmath={"contract"})
 def product(a, b):
     """Return the matrix product; Numba's own needs SciPy."""
     out = np.zeros((a.shape[0], b.shape[1]), a.dtype)
+    whole = a.shape[1] // 4 * 4
     for i in range(a.shape[0]):
-        for k in range(a.shape[1]):
-            for j in range(b.shape[1]):
-                out[i, j] += a[i, k] * b[k, j]
+        row = out[i]
+        for k in range(0, whole, 4):  # four rows of b at a time: `row` is read and written once
+            for j in range(row.size):
+                row[j] += (a[i, k] * b[k, j] + a[i, k + 1] * b[k + 1, j]) + (
+                    a[i, k + 2] * b[k + 2, j] + a[i, k + 3] * b[k + 3, j]
+                )
+        for k in range(whole, a.shape[1]):
+            for j in range(row.size):
+                row[j] += a[i, k] * b[k, j]
     return out
 
 
@@ -72,7 +79,7 @@ def train(images, labels, batches, rate, weights, gammas, betas, means, variance
                 products[k], gammas[k], betas[k], means[k], variances[k]
             )
             normalised.append(forward)
-            outputs.append((1 + np.tanh(forward.y / 2)) / 2)
+            outputs.append(1 / (1 + np.exp(-forward.y)))
         scores = product(outputs[-1], weights[-1]) + bias
         losses[step], gradient = cross_entropy(scores, labels[batches[step]])
 

@@ -18,8 +18,7 @@ from numba.core.errors import TypingError
 
 from nbnorm import functional, moments
 from nbnorm._layout import PLANE
-from nbnorm.cpu import kernels
-from nbnorm.cpu.caches import caches
+from nbnorm.cpu import _CACHES, kernels
 from nbnorm.cpu.channel import finish, finish_sums, rstd_of
 from nbnorm.cpu.intrinsics import address_of, row_of
 from nbnorm.cpu.jit import by_types, named, ordered, overloaded
@@ -27,7 +26,7 @@ from nbnorm.cpu.plan import past_cache, serial
 
 BatchNormForward, BatchNormBackward = functional.BatchNormForward, functional.BatchNormBackward
 Moments = moments.Moments
-_OWN, _LAST = caches()
+_OWN, _LAST = _CACHES
 
 # What the types of arguments say.
 
