@@ -215,6 +215,41 @@ def test_gradients_of_the_network_agree_with_differences(load, batch_norm, activ
         assert_allclose(gradient, expected, rtol=0, atol=1e-9)
 
 
+def test_compiled_loop_trains_as_python_does(load):
+    """float64, whose rounding leaves no room: the two differ in their matrix products alone."""
+    example, perceptron = load("compiled_mlp"), load("perceptron")
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((50, 784)), rng.integers(10, size=50)
+    batches = rng.integers(50, size=(6, 12))
+    compiled, by_python = (
+        perceptron.Network(
+            example.SIZES, np.random.default_rng(1), batch_norm="before", dtype=np.float64
+        )
+        for _ in range(2)
+    )
+    losses = example.train(images, labels, batches, 0.1, *example.parameters_of(compiled))
+    expected = example.train_in_python(by_python, images, labels, batches, 0.1)
+    assert expected[-1] < expected[0]
+    assert_allclose(losses, expected, rtol=1e-11)
+    for one, other in zip(
+        example.parameters_of(compiled), example.parameters_of(by_python), strict=True
+    ):
+        for array, expected_array in zip(one, other, strict=True):
+            assert_allclose(array, expected_array, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_mlp_prints_a_table(tmp_path):
+    child = run_figure(tmp_path, "compiled_mlp.py", "--quick")
+    assert child.returncode == 0, child.stderr
+    rows = re.findall(r"^(compiled loop|Python) .* (\d+\.\d)% +\d+$", child.stdout, re.M)
+    assert [name for name, _ in rows] == ["compiled loop", "Python"]
+    assert min(float(percent) for _, percent in rows) > 60
+    assert abs(float(rows[0][1]) - float(rows[1][1])) < 2
+    child = run_figure(tmp_path, "compiled_mlp.py", "--steps", "0")
+    assert child.returncode == 2
+    assert "--steps must be at least 1" in child.stderr
+
+
 @needs_examples
 @pytest.mark.skipif(sys.platform != "linux", reason="the example limits memory as Linux does")
 def test_population_stats_has_less_memory_than_data(tmp_path):

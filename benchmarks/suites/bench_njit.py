@@ -1,6 +1,5 @@
 """asv: calls from functions that users compile, and what compiling such a function takes."""
 
-
 import numpy as np
 from numba import njit
 

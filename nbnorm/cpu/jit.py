@@ -104,7 +104,7 @@ def compiled_too(function: Function) -> Function:
     return same
 
 
-def overloaded(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def overloaded(function: Callable[..., Any]) -> Any:
     """Let users' compiled functions call one of Python's; literal arguments are known by type."""
     return overload(function, jit_options=_INNER, prefer_literal=True, target="cpu")
 

@@ -288,7 +288,6 @@ def as_row(values, C, instead, dtype):
 @ordered
 def no_row(values, C, instead, dtype):
     """None, for the beta that no mask needs."""
-    return None
 
 
 @ordered
@@ -672,9 +671,7 @@ def backward(
     return backward
 
 
-def backward_reduce(
-    dy, x, mean, rstd, gamma=None, beta=None, y=None, activation=None, axis=1
-):
+def backward_reduce(dy, x, mean, rstd, gamma=None, beta=None, y=None, activation=None, axis=1):
     """`batch_norm_backward_reduce`."""
     relu = _backward_types(dy, x, gamma, mean, rstd, beta, activation, y=y)
     _for_mask(relu, gamma=gamma)
@@ -682,9 +679,7 @@ def backward_reduce(
     shape_of, run = steps.shape_of, steps.reduce
     wide, mask_row = (_dtype(x, gamma, beta), as_row) if relu else (_dtype(x, gamma), no_row)
 
-    def backward_reduce(
-        dy, x, mean, rstd, gamma=None, beta=None, y=None, activation=None, axis=1
-    ):
+    def backward_reduce(dy, x, mean, rstd, gamma=None, beta=None, y=None, activation=None, axis=1):
         shape, C, gamma_, beta_ = shape_of(x), x.shape[axis], row_of(gamma), row_of(beta)
         mean_, rstd_ = row_of(mean), row_of(rstd)
         check_same(dy, x)
@@ -727,9 +722,7 @@ def backward_apply(
         check_mean(C, mean_)
         check_rstd(C, rstd_)
         if wrong_size(row_of(sum_dy), C) or wrong_size(row_of(sum_dy_xhat), C):
-            raise ValueError(
-                "sum_dy and sum_dy_xhat must have one value for every channel of x"
-            )
+            raise ValueError("sum_dy and sum_dy_xhat must have one value for every channel of x")
         if count < (1 if x.size > 0 else 0):
             raise ValueError("count must be positive where x has values")
         dx, sums = np.empty(x.shape, dtype), np.empty((2, C))
@@ -798,22 +791,20 @@ def update_running_stats(
     return update_running_stats
 
 
+@lru_cache(maxsize=1)
 def register():
-    """Tell Numba of all these: once, when nbnorm is imported.
+    """Tell Numba of all these, once: when nbnorm is imported.
 
-    It is nbnorm's entry point for Numba, which calls it before it compiles anything. Then it only
-    has to be there: to find it is to import nbnorm.
+    It is also nbnorm's entry point for Numba, which calls it before it compiles anything.
     """
-
-
-for _function, _overload in (
-    (functional.batch_norm_forward, forward),
-    (functional.batch_norm_inference, inference),
-    (functional.batch_norm_stats, stats),
-    (functional.batch_norm_apply, apply),
-    (functional.batch_norm_backward, backward),
-    (functional.batch_norm_backward_reduce, backward_reduce),
-    (functional.batch_norm_backward_apply, backward_apply),
-    (moments.update_running_stats, update_running_stats),
-):
-    overloaded(_function)(_overload)
+    for function, overload in (
+        (functional.batch_norm_forward, forward),
+        (functional.batch_norm_inference, inference),
+        (functional.batch_norm_stats, stats),
+        (functional.batch_norm_apply, apply),
+        (functional.batch_norm_backward, backward),
+        (functional.batch_norm_backward_reduce, backward_reduce),
+        (functional.batch_norm_backward_apply, backward_apply),
+        (moments.update_running_stats, update_running_stats),
+    ):
+        overloaded(function)(overload)
