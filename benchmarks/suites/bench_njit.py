@@ -37,21 +37,26 @@ def backwards(x, gamma, beta, running_mean, running_var, calls):
 
 
 class Calls:
-    """A hundred calls in a compiled loop, in one thread, each with new results."""
+    """A hundred calls in a loop, compiled or Python's, each with new results."""
 
-    params = (["forward", "inference", "backward"], ["2x8x4x4", "60x100", "8x16x32x32"])
-    param_names = ("op", "shape")
+    params = (
+        ["compiled", "Python"],
+        ["forward", "inference", "backward"],
+        ["2x8x4x4", "60x100", "8x16x32x32"],
+    )
+    param_names = ("loop", "op", "shape")
     timeout = 300
 
-    def setup(self, op, name):
+    def setup(self, loop, op, name):
         x = Batch(shape_of(name)).x
         C = x.shape[1]
         parameters = [np.ones(C, x.dtype), np.zeros(C, x.dtype)]
         self.args = x, *parameters, np.zeros(C, x.dtype), np.ones(C, x.dtype)
-        self.loop = {"forward": forwards, "inference": inferences, "backward": backwards}[op]
+        compiled = {"forward": forwards, "inference": inferences, "backward": backwards}[op]
+        self.loop = compiled if loop == "compiled" else compiled.py_func
         self.loop(*self.args, 1)
 
-    def time_calls(self, op, name):
+    def time_calls(self, loop, op, name):
         self.loop(*self.args, CALLS)
 
 
