@@ -155,8 +155,11 @@ PLAN = of(
         ("min(block, C // (SHARES * threads))", "min(block, C)"),
         ("threads > 1 and N * C * S >= SERIAL_BELOW", "threads > 1"),
         ("threads > 1 and N * C * S >= SERIAL_BELOW", "N * C * S >= SERIAL_BELOW"),
-        ("        if fold == 1:\n", "        if True:\n",
-         "all channels of samples that share a row take less than a block"),
+        (
+            "        if fold == 1:\n",
+            "        if True:\n",
+            "all channels of samples that share a row take less than a block",
+        ),
         ("elif parallel and fold == 1:", "elif parallel:"),
         ("max(1, min(block, C)), max", "min(block, C), max"),
         ("return max(1, SAMPLE // (C * S))", "return SAMPLE // (C * S)"),
