@@ -6,6 +6,7 @@ from typing import Any as _Any
 
 from nbnorm._warmup import warmup
 from nbnorm.config import show_config
+from nbnorm.cpu.overloads import register as _register
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
 from nbnorm.functional import (
     BatchNormBackward,
@@ -30,6 +31,8 @@ if _TYPE_CHECKING:
     from nbnorm import reference as reference
 
 __version__ = "0.1.0"
+
+_register()  # for compiled functions that call those above
 
 __all__ = [
     "BatchNorm",

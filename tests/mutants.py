@@ -150,7 +150,7 @@ PLAN = of(
     "cpu/plan",
     (
         "test_plan.py",
-        ("* itemsize > caches.last", "* itemsize >= caches.last"),
+        ("* itemsize > last", "* itemsize >= last"),
         ("return chunks, _ceil(items, chunks)", "return chunks, most"),
         ("min(block, C // (2 * threads))", "min(block, C)"),
         ("_ceil(_ceil(C, block), threads) * threads)", "_ceil(C, block))"),
@@ -163,7 +163,12 @@ PLAN = of(
             "N * C * S >= SERIAL_BELOW",
             "one thread does the same in smaller blocks",
         ),
-        ("        if fold == 1:\n", "        if True:\n"),
+        (
+            "        if fold == 1:\n",
+            "        if True:\n",
+            "all channels of samples that share a row take less than a block",
+        ),
+        ("elif parallel and fold == 1:", "elif parallel:"),
         ("max(1, min(block, C)), max", "min(block, C), max"),
         ("return max(1, SAMPLE // (C * S))", "return SAMPLE // (C * S)"),
         ("return -(-a // b)", "return a // b"),
@@ -619,8 +624,81 @@ OBJECTS = of(
     ),
 )  # fmt: skip
 
+OVERLOADS = of(
+    "cpu/overloads",
+    (
+        "test_njit.py::test_numbers_that_do_not_fit",
+        ("if not 0 <= eps < np.inf:", "if not eps < np.inf:"),
+        ("if not 0 <= eps < np.inf:", "if eps < 0:"),
+        ("if not np.abs(momentum) < np.inf:", "if False:"),
+        ("if not np.abs(correction) < np.inf:", "if False:"),
+        ("if training and 0 < m <= correction:", "if training and 0 < m < correction:"),
+    ),
+    (
+        "test_njit.py::test_running_statistics_that_share_memory",
+        ("return begin < other + b.nbytes and other < begin + a.nbytes",
+         "return begin <= other + b.nbytes and other <= begin + a.nbytes"),
+        (" and a.size * b.size > 0", ""),
+        ("check_apart(running_mean, running_var, x)", "pass"),
+        ("check_apart(running_mean, running_var, gamma)", "pass"),
+        ("check_apart(running_mean, running_var, beta)", "pass"),
+        ("if overlap(running_mean, running_var):", "if False:"),
+        ("if overlap(running_mean, other) or overlap(running_var, other):",
+         "if overlap(running_mean, other):"),
+    ),
+    (
+        "test_njit.py::test_parameters_of_another_size",
+        ("if wrong_size(gamma, C):", "if False:"),
+        ("if wrong_size(beta, C):", "if False:"),
+        ("if wrong_size(running_mean, C):", "if False:"),
+        ("if wrong_size(running_var, C):", "if False:"),
+    ),
+    (
+        "test_njit.py::test_arrays_of_another_size",
+        ("if array.shape != x.shape:", "if array.size != x.size:"),
+        ("if wrong_size(mean, C):", "if False:"),
+        ("if wrong_size(rstd, C):", "if False:"),
+        ("if wrong_size(var_, C):", "if False:"),
+        (" or wrong_size(row_of(sum_dy_xhat), C)", ""),
+    ),
+    (
+        "test_njit.py::test_counts_that_are_not_positive",
+        ("if count < (1 if x.size > 0 else 0):", "if count < 0:"),
+        ("if count < (1 if x.size > 0 else 0):", "if count < 1:"),
+    ),
+    (
+        "test_njit.py::test_updates_that_do_not_fit",
+        ("if count < 0:", "if False:"),
+        ("if wrong_size(batch_m2, C):", "if False:"),
+        ("if wrong_size(mean_, C) or wrong_size(var_, C):", "if wrong_size(mean_, C):"),
+        ("check_apart(mean_, var_, batch_m2)", "pass"),
+        ("        if count > 0:\n", "        if True:\n"),
+    ),
+    (
+        "test_njit.py::test_refused_when_compiled",
+        ('if kind.layout != "C" or not kind.aligned:', "if not kind.aligned:"),
+        ("if kind.ndim not in dims:", "if False:"),
+        ("if isinstance(kind, types.Optional):", "if False:"),
+        ("if kind.dtype != x.dtype:", "if False:"),
+        ("if relu and kind is None:", "if False:"),
+        ("if missing and known is not True:", "if False:"),
+        ("if len(missing) == 1:", "if False:"),
+        ('if _literal(inplace) is not True:', "if False:"),
+    ),
+    (
+        "test_njit.py::test_running_statistics_that_are_read_only",
+        ("if written and not kind.mutable:", "if False:"),
+        ("_where_given(known is not False, **running)", "_where_given(True, **running)"),
+    ),
+)  # fmt: skip
+
+COMPILING = of(
+    "cpu/jit",
+    ("test_njit.py::test_fastmath_of_the_caller_changes_nothing", ("    **_OF_THE_CALLER,\n", "")),
+)
+
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
     *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
-    *(*SHORTCUT, *ORDINARY, *OBJECTS),
+    *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
 ]

@@ -215,6 +215,41 @@ def test_gradients_of_the_network_agree_with_differences(load, batch_norm, activ
         assert_allclose(gradient, expected, rtol=0, atol=1e-9)
 
 
+def test_compiled_loop_trains_as_python_does(load, monkeypatch, capsys):
+    example, perceptron = load("compiled_mlp"), load("perceptron")
+    rng = np.random.default_rng(0)
+    images = rng.random((50, 784)).astype(np.float32)
+    labels = rng.integers(10, size=50).astype(np.uint8)
+    batches = rng.integers(50, size=(6, 12))
+    compiled, by_python = (
+        perceptron.Network(example.SIZES, np.random.default_rng(1), batch_norm="before")
+        for _ in range(2)
+    )
+    losses = example.train(images, labels, batches, 0.1, *example.parameters_of(compiled))
+    expected = example.train_in_python(by_python, images, labels, batches, 0.1)
+    assert expected[-1] < expected[0] - 0.1
+    # Matrix products of up to 784 terms in float32 are summed in another order: off by some
+    # sqrt(784) / 2 units in the last place, a few times over in six steps.
+    assert_allclose(losses, expected, rtol=100 * 2**-23)
+    for one, other in zip(
+        example.parameters_of(compiled), example.parameters_of(by_python), strict=True
+    ):
+        for array, expected_array in zip(one, other, strict=True):
+            scale = np.abs(expected_array).max()
+            assert_allclose(array, expected_array, rtol=0, atol=100 * 2**-23 * scale)
+
+    monkeypatch.setattr("sys.argv", ["compiled_mlp.py", "--quick"])
+    example.main()
+    rows = re.findall(r"^(compiled loop|Python) .* (\d+\.\d)% +\d+$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in rows] == ["compiled loop", "Python"]
+    assert min(float(percent) for _, percent in rows) > 60
+    assert abs(float(rows[0][1]) - float(rows[1][1])) < 2
+    monkeypatch.setattr("sys.argv", ["compiled_mlp.py", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "--steps must be at least 1" in capsys.readouterr().err
+
+
 @needs_examples
 @pytest.mark.skipif(sys.platform != "linux", reason="the example limits memory as Linux does")
 def test_population_stats_has_less_memory_than_data(tmp_path):

@@ -217,6 +217,34 @@ def array_at(context, builder, kind, data, lengths, meminfo=None):
 
 
 @intrinsic
+def row_of(typing_context, array):
+    """All of a C-contiguous array as one row, writeable in type, not counted; None for None.
+
+    The array must live as long as its row: an argument does, and a result that is returned.
+    """
+    if isinstance(array, types.NoneType):
+        return types.none(array), _nothing
+    row = types.Array(array.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        given = context.make_array(array)(context, builder, args[0])
+        return array_at(context, builder, row, given.data, [given.nitems])
+
+    return row(array), codegen
+
+
+@intrinsic
+def address_of(typing_context, array):
+    """Address of an array's first value."""
+
+    def codegen(context, builder, signature, args):
+        given = context.make_array(array)(context, builder, args[0])
+        return builder.ptrtoint(given.data, context.get_value_type(types.intp))
+
+    return types.intp(array), codegen
+
+
+@intrinsic
 def each(typing_context, size, body, args):
     """body(j, *args) for every j < size.
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 from numba.core.codegen import JITCodeLibrary
@@ -14,9 +14,11 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import FunctionPass, register_pass
 from numba.core.typed_passes import NopythonRewrites, NopythonTypeInference
 from numba.core.untyped_passes import InlineClosureLikes
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
 from nbnorm.cpu.disk import cache_of
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
@@ -88,13 +90,16 @@ class _InnerCompiler(CompilerBase):  # type: ignore[misc]
         return [passes]
 
 
+# Of these two, what is not said is that of the caller: a user's fastmath would change bits.
+_OF_THE_CALLER = {"fastmath": False, "forceinline": False}
 _INNER = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
     "pipeline_class": _InnerCompiler,
+    **_OF_THE_CALLER,
     **_OPTIONS,
 }
-_FUSED = {"fastmath": {"contract"}, **_INNER}
+_FUSED = {**_INNER, "fastmath": {"contract"}}
 
 
 def ordered(function: Callable[..., Any]) -> Any:
@@ -112,6 +117,17 @@ def shared(function: Callable[..., Any]) -> Any:
     """`ordered`, with one copy of the machine code in a kernel that calls the function twice."""
     function.shared = True  # type: ignore[attr-defined]
     return ordered(function)
+
+
+def compiled_too(function: Function) -> Function:
+    """Let compiled functions call one that Python calls; for Python it stays what it is."""
+    same: Function = register_jitable(**_INNER)(function)
+    return same
+
+
+def overloaded(function: Callable[..., Any]) -> Any:
+    """Let users' compiled functions call one of Python's; literal arguments are known by type."""
+    return overload(function, jit_options=_INNER, prefer_literal=True, target="cpu")
 
 
 def by_types(choose: Callable[..., Any], options: dict[str, Any] = _INNER) -> Any:

@@ -1,7 +1,8 @@
 """How a pass over (N, C, S) is cut up: tiles and chunks by shape, blocks and sharing by machine.
 
 What decides bits (traversal, tile, fold, chunk) follows from shape and dtype alone. Threads and
-caches decide which channels go together, in what order, and whether threads are used at all.
+caches decide which channels go together, in what order, and whether threads are used at all. What
+is `compiled_too` also cuts up the passes of compiled functions that call nbnorm, see overloads.py.
 """
 
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from nbnorm._layout import PLANE, SAMPLE
 from nbnorm.cpu.caches import Caches
+from nbnorm.cpu.jit import compiled_too
 
 TILE_BYTES = 16 << 10  # bytes of a tile in the compute dtype: a third of L1
 CHUNK = 1 << 18  # values in a chunk: the share of work that threads split a channel into
@@ -78,26 +80,29 @@ class Plan(NamedTuple):
         return self.threads > 1
 
 
+@compiled_too
 def by_rows(S: int) -> bool:
     """Whether planes of S values are summed along themselves rather than down the samples."""
     return S >= PLANE
 
 
+@compiled_too
 def fold_of(C: int, S: int) -> int:
     """How many samples make one row of the column traversal."""
     return max(1, SAMPLE // (C * S))
 
 
-@lru_cache(maxsize=1024)
-def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, tensors: int) -> Plan:
-    """Cut a pass over N samples of C channels of S values, none of them 0.
+@compiled_too
+def past_cache(N: int, C: int, S: int, itemsize: int, tensors: int, last: int) -> bool:
+    """Whether the last cache does not hold all tensors of a pass, so that results are streamed."""
+    return tensors * N * C * S * itemsize > last
 
-    A thread's block of channels should stay in its own cache between the halves of the pass.
-    Results are streamed where the last cache does not hold all tensors of the pass: ordinary stores
-    would first drive out what is to be read, then fetch what they overwrite.
-    """
-    parallel = threads > 1 and N * C * S >= SERIAL_BELOW
-    streamed = tensors * N * C * S * itemsize > caches.last
+
+@compiled_too
+def serial(
+    N: int, C: int, S: int, itemsize: int, tensors: int, own: int, streamed: bool
+) -> tuple[int, int, int, int, int, int]:
+    """Tile, fold, per, chunks, block and span of a pass in one thread; see `Grid` and `Plan`."""
     if by_rows(S):
         most = TILE_BYTES // max(itemsize, 4)
         across = _ceil(S, most)
@@ -105,32 +110,41 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         fold = max(1, most // S)
         tiles = _ceil(N, fold) * _ceil(S, tile)
         chunks, per = _shares(tiles, max(1, CHUNK // (tile * fold)))
-        grid = Grid(N, C, S, tile, fold, per)
-        block = NEAR * caches.own // (tensors * N * S * itemsize)
+        block = (1 if streamed else 4) * NEAR * own // (tensors * N * S * itemsize)
         span = C
-        if not streamed:
-            block *= 4
-        if parallel:
-            block = min(block, C // (2 * threads))
-            block = _equal(max(1, block), C, threads)
-            span = _channels_of(SHARES * threads, C, chunks)
     else:
-        fold = fold_of(C, S)
+        tile, fold = S, fold_of(C, S)
         chunks, per = _shares(_ceil(N, fold), max(CHUNK_ROWS, CHUNK // (fold * C * S)))
-        grid = Grid(N, C, S, S, fold, per)
         block = span = C
         if fold == 1:
             block = _channels_in_row(S, itemsize, streamed)
-            span = block
-            if parallel:
-                slab = caches.own // (N * S * itemsize)
-                if slab * S * itemsize >= RUN_BYTES // 4:
-                    block = min(block, slab)
-                block = min(block, _channels_of(threads, C, chunks))
-                span = min(span, _channels_of(threads, C, chunks))
-            if S >= PLANE_ALONE and not streamed:
-                span = _channels_of(SHARES * threads, C, chunks) if parallel else C
-    block, span = max(1, min(block, C)), max(1, min(span, C))
+            span = C if S >= PLANE_ALONE and not streamed else block
+    return tile, fold, per, chunks, max(1, min(block, C)), max(1, min(span, C))
+
+
+@lru_cache(maxsize=1024)
+def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, tensors: int) -> Plan:
+    """Cut a pass over N samples of C channels of S values, none of them 0.
+
+    A thread's block of channels should stay near between the halves of the pass. Results are
+    streamed where the last cache does not hold all tensors of the pass: ordinary stores would first
+    drive out what is to be read, then fetch what they overwrite.
+    """
+    parallel = threads > 1 and N * C * S >= SERIAL_BELOW
+    streamed = past_cache(N, C, S, itemsize, tensors, caches.last)
+    tile, fold, per, chunks, block, span = serial(N, C, S, itemsize, tensors, caches.own, streamed)
+    grid = Grid(N, C, S, tile, fold, per)
+    if parallel and by_rows(S):
+        block = _equal(max(1, min(block, C // (2 * threads))), C, threads)
+        span = _channels_of(SHARES * threads, C, chunks)
+    elif parallel and fold == 1:
+        slab = caches.own // (N * S * itemsize)
+        if slab * S * itemsize >= RUN_BYTES // 4:
+            block = min(block, slab)
+        block = min(block, _channels_of(threads, C, chunks))
+        alone = S >= PLANE_ALONE and not streamed
+        span = min(span, _channels_of(SHARES * threads if alone else threads, C, chunks))
+    block, span = max(1, block), max(1, span)
     blocks = _ceil(C, block)
     resident = by_rows(S) or block * N * S * itemsize <= caches.own
     strip, parts, part = span, chunks, grid.per
@@ -157,6 +171,7 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
     )
 
 
+@compiled_too
 def _shares(items: int, most: int) -> tuple[int, int]:
     """How many chunks of at most so many items, and how many items each has but the last."""
     chunks = _ceil(items, most)
@@ -179,6 +194,7 @@ def _equal(block: int, C: int, threads: int) -> int:
     return _ceil(C, _ceil(_ceil(C, block), threads) * threads)
 
 
+@compiled_too
 def _channels_in_row(S: int, itemsize: int, streamed: bool) -> int:
     """How many channels make a row of columns."""
     if S == 1:
@@ -195,5 +211,6 @@ def _balanced(blocks: int, threads: int) -> bool:
     return blocks / (_ceil(blocks, threads) * threads) >= 0.75
 
 
+@compiled_too
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
