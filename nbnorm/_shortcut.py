@@ -7,6 +7,7 @@ wrong arguments among it, has been left untouched and goes through `functional`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 from typing import Any
@@ -96,9 +97,9 @@ def _site_of(x: NDArray, axis: int) -> _Site | None:
     return None
 
 
-def adopt(library: str) -> None:
+def adopt(library: str, most: Callable[[], int]) -> None:
     """Run kernels on the threads of a host's library; see `threads.adopt`."""
-    threads.adopt(library)
+    threads.adopt(library, most)
     _site.cache_clear()  # sites know their pool
 
 

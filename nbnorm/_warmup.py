@@ -20,15 +20,15 @@ def warmup(
 ) -> None:
     """Compile what calls on arrays of these shapes need, or load it from the cache.
 
-    The first call with another dtype, another kind of shape (small or large, planes or vectors) or
-    another set of options compiles for some seconds. The kernels are kept on disk, so that this
-    happens once on a machine; `nbnorm.show_config` says where. To compile ahead, in the build of a
-    container or before requests are served, call this.
+    The first call with another dtype, another kind of shape (large planes, or small ones and
+    vectors) or another set of options compiles for some seconds. The kernels are kept on disk, so
+    that this happens once on a machine; `nbnorm.show_config` says where. To compile ahead, in the
+    build of a container or before requests are served, call this.
 
     Parameters
     ----------
     *shapes : tuples of int
-        Shapes of x. What is compiled depends on the shape and on the number of threads in use.
+        Shapes of x. What is compiled depends on the size of the planes.
     dtype : dtype, default float32
         Of x: float32, float64, float16 or bfloat16.
     axis, activation : optional

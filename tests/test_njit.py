@@ -20,7 +20,7 @@ from numba.core.errors import TypingError
 import nbnorm
 from nbnorm.cpu import _CACHES
 from nbnorm.cpu import plan as plan_of
-from nbnorm.cpu.plan import serial
+from nbnorm.cpu.plan import NEAR, serial
 
 RELU = "relu"
 
@@ -156,9 +156,14 @@ def test_bits_of_python(call):
     compare(*call)
 
 
+def enough(m, itemsize=4):
+    """Channels of m values of which this machine's caches hold all but one in a block, or fewer."""
+    return 1 + 4 * NEAR * _CACHES.own // (2 * m * itemsize)
+
+
 LARGE = {
-    "images": [(40, 3, 90, 90), (1030, 120, 6, 6)],
-    "sequences": [(5, 3, 70_000)],
+    "images": [(40, enough(40 * 8100), 90, 90), (1030, 120, 6, 6)],
+    "sequences": [(5, enough(5 * 70_000), 70_000)],
     "channels-last sequences": [(2, 300, 4100)],
     "vectors": [(1100, 300)],
 }
@@ -675,6 +680,6 @@ def test_the_plan_is_the_same_in_compiled_code():
     rng = np.random.default_rng(0)
     for N, C, S in (2 ** rng.uniform(0, 14, (500, 3))).astype(int).tolist():
         for itemsize, own in ((4, 1 << 20), (8, 1 << 15)):
-            for streamed in (False, True):
-                args = N, C, S, itemsize, own, streamed
+            for tensors, streamed in ((2, False), (3, True)):
+                args = N, C, S, itemsize, tensors, own, streamed
                 assert compiled(*args) == serial(*args)

@@ -1,10 +1,12 @@
 """Every unit of work is done once, by any number of threads; what a unit raises is not lost."""
 
 import ctypes
+from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
+from children import run_child
 
 from nbnorm.cpu import threads
 from nbnorm.cpu.host import loop_of
@@ -24,6 +26,16 @@ def count_all(pool, units, done, wrong):
     launch(pool, units, count_one, (done, wrong))
 
 
+@ordered
+def note_thread(who, u):
+    who[u] = numba.get_thread_id()
+
+
+@entry("test_note_all")
+def note_all(pool, units, who):
+    launch(pool, units, note_thread, (who,))
+
+
 @pytest.mark.parametrize("units", [0, 1, 2, 3, 7, 64, 1000])
 @pytest.mark.parametrize("count", [1, 2, 5, numba.config.NUMBA_NUM_THREADS])
 def test_every_unit_is_done_once(units, count):
@@ -32,6 +44,23 @@ def test_every_unit_is_done_once(units, count):
         with threads.turn(True):
             count_all((pool, min(count, threads.count())), units, done, -1)
         assert (done == 1).all()
+
+
+SHARED = """
+import numpy as np
+from test_units import note_all
+from nbnorm.cpu import threads
+who = np.full(8, -1)
+note_all((threads.pool(), 2), 8, who)
+print(*who)
+"""
+
+
+def test_threads_share_the_units():
+    """Were all done by the caller, every other test would pass, too."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{SHARED}"
+    printed = run_child("-c", code, NUMBA_NUM_THREADS="2", NUMBA_THREADING_LAYER="omp")
+    assert printed.split() == 4 * ["0"] + 4 * ["1"]
 
 
 @pytest.mark.parametrize("wrong", [0, 3, 6])
@@ -45,8 +74,12 @@ def test_what_a_unit_raises_is_a_memory_error_when_all_have_ended(wrong):
 
 def test_numba_still_has_the_pool_that_is_called_by_name():
     """Where it had none, all would be right, and serial."""
-    assert threads.pool() != 0
-    assert threads.count() == numba.get_num_threads()
+    printed = run_child(
+        "-c", "from nbnorm.cpu import threads; print(threads.pool(), threads.count())"
+    )
+    pool, count = map(int, printed.split())
+    assert pool != 0
+    assert count == numba.config.NUMBA_NUM_THREADS
 
 
 def test_every_unit_is_done_once_on_the_pool_of_a_host():
@@ -65,7 +98,5 @@ def test_every_unit_is_done_once_on_the_pool_of_a_host():
 @pytest.mark.parametrize("library", ["no such file", "libm.so.6"])
 def test_what_is_no_pool_is_not_adopted(library, monkeypatch):
     monkeypatch.setattr(threads, "_host", None)
-    before = threads.pool()
-    threads.adopt(library)
+    threads.adopt(library, lambda: 1)
     assert threads._host is None
-    assert threads.pool() == before

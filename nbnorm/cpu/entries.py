@@ -2,7 +2,8 @@
 
 An entry does all of an ordinary call (see `ordinary`) and returns True, or touches nothing and
 returns False: whoever asked then goes the general way, which alone explains what is wrong, if
-anything is. The arithmetic is that of kernels.py.
+anything is. A MemoryError may come when results are half written. The arithmetic is that of
+kernels.py.
 
 An entry takes the objects that Python has. `numbers` is an int64 array of what does not change from
 call to call of one shape, `ordinary.Site`.

@@ -1,4 +1,4 @@
-"""What Numba cannot say: with objects.py, the only file with LLVM in it.
+"""What Numba cannot say (LLVM, as objects.py, launch.py and host.py).
 
 `each` is a loop whose iterations do not depend on one another, as `#pragma omp simd` in C. A plain
 loop over more than a few arrays is not vectorised, as LLVM would have to check each written one

@@ -1,8 +1,8 @@
 """The loops over blocks and chunks of channels, one source for rows and columns.
 
 There are two ways through a pass. `fused`, a thread takes a block of channels through both steps:
-the block is still in its cache for the second one. Else every (span, chunk) of the work is shared
-out, twice. Either way threads run the same functions, on units that do not depend on one another.
+the block is still near for the second one. Else every (span, chunk) is shared out, then every
+(strip, part). Either way threads run the same functions, on units that are independent.
 """
 
 from types import ModuleType, SimpleNamespace

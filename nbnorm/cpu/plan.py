@@ -16,7 +16,7 @@ TILE_BYTES = 16 << 10  # bytes of a tile in the compute dtype: a third of L1
 CHUNK = 1 << 18  # values in a chunk: the share of work that threads split a channel into
 CHUNK_ROWS = 512  # rows that are not split: work per channel and chunk is a tenth of the rest
 
-SHARES = 4  # units of work for every thread, so that none waits long for the last one
+SHARES = 4  # units of work for every thread, so that their shares differ by less than a quarter
 SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
 # All tensors of a block, in times a thread's own cache; four times that where the last cache holds
 # everything. Forward of 32 x 256 x 56 x 56 took 7.8 ms in blocks of one channel, 6.2 in blocks of
@@ -190,7 +190,7 @@ def _channels_of(units: int, C: int, chunks: int) -> int:
 
 
 def _equal(block: int, C: int, threads: int) -> int:
-    """A block of about that many channels that gives all threads the same number of blocks."""
+    """A block of up to so many channels, for as many blocks for every thread where C allows it."""
     return _ceil(C, _ceil(_ceil(C, block), threads) * threads)
 
 

@@ -1,7 +1,7 @@
 """Threads of Numba's that kernels may use: how many, who waits for whom, and after a fork.
 
 Numba's own rules hold: `numba.set_num_threads`, `NUMBA_NUM_THREADS` and `NUMBA_THREADING_LAYER` are
-respected, and nothing global is changed.
+respected, and nothing global is changed; only whose threads run kernels may be another's (`adopt`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
+from typing import Any
 
 import numba
 from llvmlite.binding import address_of_symbol
@@ -48,31 +49,33 @@ def _pool() -> tuple[int, Callable[[], int]]:
     count = ctypes.PYFUNCTYPE(ctypes.c_int)(how_many)
     if _host is None or numba.threading_layer() != "omp":
         return loop, count
-    on_host, most = loop_of(_host), _host.omp_get_max_threads
-    return on_host.address, lambda: min(count(), most())
+    library, most = _host
+    _loops.append(loop_of(library))  # sites know its address for ever
+    return _loops[-1].address, lambda: min(count(), most())
 
 
-_host: ctypes.CDLL | None = None
+_host: tuple[ctypes.CDLL, Callable[[], int]] | None = None
+_loops: list[Any] = []
 
 
-def adopt(library: str) -> None:
+def adopt(library: str, most: Callable[[], int]) -> None:
     """Run kernels on the threads of a host's OpenMP library instead of Numba's own.
 
-    `library` is the file of a libgomp that the host has loaded. Nothing changes where it has not,
-    or where Numba's threads are not OpenMP's.
+    `library` is the file of a libgomp that the host has loaded, `most` says how many threads the
+    host would use. Nothing changes where it is not loaded, or where Numba's threads are not
+    OpenMP's.
     """
     global _host
     with suppress(OSError, AttributeError):
         found = ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-        found.GOMP_parallel, found.omp_get_max_threads  # noqa: B018
-        _host = found
+        found.GOMP_parallel  # noqa: B018
+        _host = found, most
         _pool.cache_clear()
 
 
 def one_at_a_time() -> bool:
-    """Whether kernels that use threads must take turns."""
-    layer: str = numba.threading_layer()
-    return layer == "workqueue"
+    """Whether kernels that use threads must take turns, once threads have been started."""
+    return not _serial_only and numba.threading_layer() == "workqueue"
 
 
 def turn(parallel: bool) -> AbstractContextManager[object]:
@@ -81,11 +84,17 @@ def turn(parallel: bool) -> AbstractContextManager[object]:
 
 
 def _after_fork() -> None:
-    """GNU OpenMP ends a child that uses threads its parent had started: stay serial in it."""
+    """Stay serial under GNU OpenMP: a child that uses its parent's threads is ended, or hangs.
+
+    Whether a host had started them is not known.
+    """
     global _one_at_a_time, _serial_only
     _one_at_a_time = threading.RLock()
-    with suppress(ValueError):  # not started yet: the child starts its own
-        _serial_only = _serial_only or numba.threading_layer() == "omp"
+    try:
+        omp = numba.threading_layer() == "omp"
+    except ValueError:  # not started yet: the child starts its own
+        omp = _host is not None
+    _serial_only = _serial_only or omp
 
 
 if hasattr(os, "register_at_fork"):

@@ -29,7 +29,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert",
 _Model = TypeVar("_Model", bound=nn.Module)
 
 for _library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-    _shortcut.adopt(str(_library))
+    _shortcut.adopt(str(_library), torch.get_num_threads)
 
 
 def batch_norm(

@@ -4,6 +4,7 @@ import copy
 import doctest
 import io
 import operator
+import os
 import pickle
 import shutil
 import sys
@@ -1450,6 +1451,25 @@ def test_kernels_run_on_the_threads_that_pytorch_has():
         pytest.skip("this PyTorch has no OpenMP library of its own")
     printed = run_child("-c", HOSTED, NUMBA_THREADING_LAYER="omp", NUMBA_NUM_THREADS="2")
     assert printed.split() == ["True", "True", "1"]
+
+
+FORKED = """
+import os, sys, numpy as np, torch, nbnorm
+import nbnorm.integrations.torch
+(torch.ones(1000, 1000) @ torch.ones(1000, 1000)).add_(1)  # starts PyTorch's threads
+torch.ones(10_000_000).add_(1)
+pid = os.fork()
+if not pid:
+    y = nbnorm.batch_norm_forward(np.ones((64, 64, 28, 28), "float32"))[0]
+    os._exit(0 if (y == 0).all() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_forked_after_pytorch_had_started_its_threads_does_not_hang():
+    assert run_child("-c", FORKED, NUMBA_NUM_THREADS="2").split() == ["0"]
 
 
 def test_other_threading_layers_keep_their_threads():
