@@ -697,8 +697,47 @@ COMPILING = of(
     ("test_njit.py::test_fastmath_of_the_caller_changes_nothing", ("    **_OF_THE_CALLER,\n", "")),
 )
 
+LAUNCH = of(
+    "cpu/launch",
+    (
+        "test_units.py",
+        ("shares = builder.select(alone, _INT(1), threads)", "shares = _INT(1)"),
+        ("step = cgutils.alloca_once_value(builder, _INT(1))",
+         "step = cgutils.alloca_once_value(builder, _INT(0))"),
+        ("(builder.sdiv(builder.mul(t, units), shares) for t in (first, last))",
+         "(builder.mul(t, builder.sdiv(units, shares)) for t in (first, last))"),
+        ("builder.store(_INT(1), cgutils.gep_inbounds(builder, memory, 0, 3))", "pass"),
+    ),
+)  # fmt: skip
+
+HOST = of(
+    "cpu/host",
+    (
+        "test_units.py",
+        ('builder.icmp_signed("<", turn, turns)', 'builder.icmp_signed("<=", turn, turns)'),
+        ('"add", following, _INT(1)', '"add", following, _INT(2)'),
+    ),
+)
+
+THREADS = of(
+    "cpu/threads",
+    (
+        "integrations/test_torch.py::test_kernels_run_on_the_threads_that_pytorch_has",
+        ("lambda: min(count(), most())", "count"),
+    ),
+    (
+        "integrations/test_torch.py::test_other_threading_layers_keep_their_threads",
+        ('_host is None or numba.threading_layer() != "omp"', "_host is None"),
+    ),
+    (
+        "integrations/test_torch.py::test_a_child_forked_after_pytorch_had_started_its_threads_does_not_hang",
+        ("omp = _host is not None", "omp = False"),
+    ),
+)
+
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
     *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
+    *(*LAUNCH, *HOST, *THREADS),
 ]
