@@ -701,12 +701,12 @@ LAUNCH = of(
     "cpu/launch",
     (
         "test_units.py",
-        ("shares = builder.select(alone, _INT(1), threads)", "shares = _INT(1)"),
-        ("step = cgutils.alloca_once_value(builder, _INT(1))",
-         "step = cgutils.alloca_once_value(builder, _INT(0))"),
+        ("shares = builder.select(alone, INT(1), threads)", "shares = INT(1)"),
+        ("step = cgutils.alloca_once_value(builder, INT(1))",
+         "step = cgutils.alloca_once_value(builder, INT(0))"),
         ("(builder.sdiv(builder.mul(t, units), shares) for t in (first, last))",
          "(builder.mul(t, builder.sdiv(units, shares)) for t in (first, last))"),
-        ("builder.store(_INT(1), cgutils.gep_inbounds(builder, memory, 0, 3))", "pass"),
+        ("builder.store(INT(1), cgutils.gep_inbounds(builder, memory, 0, 3))", "pass"),
     ),
 )  # fmt: skip
 
@@ -715,7 +715,7 @@ HOST = of(
     (
         "test_units.py",
         ('builder.icmp_signed("<", turn, turns)', 'builder.icmp_signed("<=", turn, turns)'),
-        ('"add", following, _INT(1)', '"add", following, _INT(2)'),
+        ('"add", following, INT(1)', '"add", following, INT(2)'),
     ),
 )
 

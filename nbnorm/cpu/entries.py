@@ -19,11 +19,12 @@ import numpy as np
 from numba import types
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu.channel import rstd_of
 from nbnorm.cpu.intrinsics import new
 from nbnorm.cpu.jit import entry_point, ordered
 from nbnorm.cpu.objects import anything, kind_of, values
 from nbnorm.cpu.ordinary import (
+    SITE,
+    WORK,
     Site,
     backward_is_ordinary,
     forward_is_ordinary,
@@ -39,8 +40,8 @@ def site_for(
 ) -> np.ndarray[Any, Any]:
     """Return the numbers of a `Site`; `form` are lengths and strides of x itself."""
     told_by = id(np.ndarray), kind_of(dtype), kind_of(_FLOAT64), id(None)
-    found = Site._make((*grid, *work, dtype.itemsize, *told_by, len(form) // 2))
-    return np.array((*found, *form), np.int64)
+    found = Site._make((*grid, dtype.itemsize, *told_by, len(form) // 2))
+    return np.array((*found, *work, *form), np.int64)
 
 
 @ordered
@@ -69,13 +70,9 @@ def grid_of(site):
 
 
 @ordered
-def work_of(site):
+def work_of(numbers):
     """See `kernels.Work`."""
-    return kernels.Work(
-        site.block, site.blocks, site.span, site.spans, site.chunks,
-        site.strip, site.strips, site.parts, site.part,
-        site.fused, site.streamed, site.pool, site.threads,
-    )  # fmt: skip
+    return kernels.work_of(values(numbers, SITE + WORK, np.int64)[SITE:])
 
 
 def _tensor(dtype: Any) -> tuple[Any, Any]:
@@ -110,14 +107,14 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             eps, momentum, correction, True,
         ):  # fmt: skip
             return False
-        site = site_of(numbers)
+        site, work = site_of(numbers), work_of(numbers)
         norm = (
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),
             parameter_values(gamma, site, 1, kind), parameter_values(beta, site, 0, kind),
         )  # fmt: skip
-        partial, m2 = new((4, site.chunks, site.C), np.float64), new(site.C, np.float64)
+        partial, m2 = new((4, work.chunks, site.C), np.float64), new(site.C, np.float64)
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
-        forward_pass(x_, residual_, grid_of(site), work_of(site), norm, eps, floor, partial, m2, y_)
+        forward_pass(x_, residual_, grid_of(site), work, norm, eps, floor, partial, m2, y_)
         if given(running_mean, site):
             running = values(running_mean, site.C, kind), values(running_var, site.C, kind)
             move_all(*running, norm[0], m2, momentum, site.N * site.S - correction)
@@ -134,7 +131,7 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    apply_pass = passes.apply
+    apply_pass, take_statistics = passes.apply, kernels.take_statistics
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -145,17 +142,15 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             eps, 0.0, 0.0, False,
         ):  # fmt: skip
             return False
-        site = site_of(numbers)
+        site, work = site_of(numbers), work_of(numbers)
         norm = (
             new_or(mean, site), new_or(rstd, site),
             parameter_values(gamma, site, 1, kind), parameter_values(beta, site, 0, kind),
         )  # fmt: skip
         mean_, var = values(running_mean, site.C, kind), values(running_var, site.C, kind)
-        for c in range(site.C):
-            norm[0][c] = mean_[c]
-            norm[1][c] = rstd_of(np.float64(var[c]), eps)
+        take_statistics(mean_, var, eps, norm[0], norm[1])
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
-        apply_pass(x_, residual_, grid_of(site), work_of(site), norm, floor, y_)
+        apply_pass(x_, residual_, grid_of(site), work, norm, floor, y_)
         return True
 
     signature = types.boolean(*(anything,) * 11, types.float64, types.float64)
@@ -179,17 +174,17 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
     def backward(dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers):
         if not backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
             return False
-        site = site_of(numbers)
+        site, work = site_of(numbers), work_of(numbers)
         norm = (
             values(mean, site.C, np.float64), values(rstd, site.C, np.float64),
             parameter_values(gamma, site, 1, kind), beta_values(beta, site, 0, kind),
         )  # fmt: skip
-        partial = new((2, site.chunks, site.C), np.float64)
+        partial = new((2, work.chunks, site.C), np.float64)
         sums = new((2, site.C), np.float64)
         dy_, x_, y_ = view(dy, site), view(x, site), y_view(y, site)
         dx_, dresidual_ = view(dx, site), y_view(dresidual, site)
         backward_pass(
-            dy_, x_, y_, grid_of(site), work_of(site), norm, float(site.N * site.S),
+            dy_, x_, y_, grid_of(site), work, norm, float(site.N * site.S),
             partial, sums, dx_, dresidual_,
         )  # fmt: skip
         of_beta, of_gamma = values(dbeta, site.C, kind), values(dgamma, site.C, kind)

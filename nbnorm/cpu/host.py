@@ -16,18 +16,15 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_INT = ir.IntType(64)
-_BYTES = ir.IntType(8).as_pointer()
-_LOOP = ir.FunctionType(
-    ir.VoidType(), [_BYTES.as_pointer(), _INT.as_pointer(), _INT.as_pointer(), _BYTES]
-)
-_WORKER = ir.FunctionType(ir.VoidType(), [_BYTES])
+from nbnorm.cpu.launch import BYTES, INT, LOOP
+
+_WORKER = ir.FunctionType(ir.VoidType(), [BYTES])
 # GOMP_parallel: what each thread does, what it takes, threads, flags.
 _PARALLEL = ir.FunctionType(
-    ir.VoidType(), [_WORKER.as_pointer(), _BYTES, ir.IntType(32), ir.IntType(32)]
+    ir.VoidType(), [_WORKER.as_pointer(), BYTES, ir.IntType(32), ir.IntType(32)]
 )
 # The loop, its data, how many turns it has, and the next one that nobody has taken.
-_RECORD = ir.LiteralStructType([_LOOP.as_pointer(), _BYTES, _INT, _INT])
+_RECORD = ir.LiteralStructType([LOOP.as_pointer(), BYTES, INT, INT])
 
 
 @intrinsic
@@ -38,17 +35,17 @@ def _run(typing_context, parallel, loop, lengths, data, threads):
         parallel, loop, lengths, data, threads = args
         worker = _worker(builder.module)
         record = cgutils.alloca_once(builder, _RECORD)
-        turns = builder.load(builder.inttoptr(lengths, _INT.as_pointer()))
+        turns = builder.load(builder.inttoptr(lengths, INT.as_pointer()))
         fields = (
-            builder.inttoptr(loop, _LOOP.as_pointer()), builder.inttoptr(data, _BYTES),
-            turns, _INT(0),
+            builder.inttoptr(loop, LOOP.as_pointer()), builder.inttoptr(data, BYTES),
+            turns, INT(0),
         )  # fmt: skip
         for i, value in enumerate(fields):
             builder.store(value, cgutils.gep_inbounds(builder, record, 0, i))
         builder.call(
             builder.inttoptr(parallel, _PARALLEL.as_pointer()),
             [
-                worker, builder.bitcast(record, _BYTES),
+                worker, builder.bitcast(record, BYTES),
                 builder.trunc(threads, ir.IntType(32)), ir.IntType(32)(0),
             ],
         )  # fmt: skip
@@ -67,15 +64,15 @@ def _worker(module):
         builder.load(cgutils.gep_inbounds(builder, record, 0, i)) for i in range(3)
     )
     following = cgutils.gep_inbounds(builder, record, 0, 3)
-    number = cgutils.alloca_once(builder, _BYTES)
-    one = cgutils.alloca_once_value(builder, _INT(1))
+    number = cgutils.alloca_once(builder, BYTES)
+    one = cgutils.alloca_once_value(builder, INT(1))
     take, work, done = (function.append_basic_block(name) for name in ("take", "work", "done"))
     builder.branch(take)
     builder.position_at_end(take)
-    turn = builder.atomic_rmw("add", following, _INT(1), "seq_cst")
+    turn = builder.atomic_rmw("add", following, INT(1), "seq_cst")
     builder.cbranch(builder.icmp_signed("<", turn, turns), work, done)
     builder.position_at_end(work)
-    builder.store(builder.inttoptr(turn, _BYTES), number)
+    builder.store(builder.inttoptr(turn, BYTES), number)
     builder.call(loop, [number, one, one, data])
     builder.branch(take)
     builder.position_at_end(done)

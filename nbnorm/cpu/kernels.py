@@ -50,7 +50,7 @@ def work_for(cut: Plan) -> tuple[int, ...]:
 
 @ordered
 def work_of(n):
-    """`Work` of a tuple of its numbers."""
+    """`Work` of its numbers."""
     return Work(
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
     )  # fmt: skip
@@ -241,6 +241,14 @@ def rstd_all(var, eps, rstd):
     """rstd of every channel's variance."""
     for c in range(var.size):
         rstd[c] = rstd_of(var[c], eps)
+
+
+@ordered
+def take_statistics(running_mean, running_var, eps, mean, rstd):
+    """mean and rstd of running statistics."""
+    for c in range(mean.size):
+        mean[c] = running_mean[c]
+        rstd[c] = rstd_of(np.float64(running_var[c]), eps)
 
 
 @ordered

@@ -11,16 +11,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_INT = ir.IntType(64)
-_BYTES = ir.IntType(8).as_pointer()
+INT = ir.IntType(64)
+BYTES = ir.IntType(8).as_pointer()
 # What Numba's pool calls, a gufunc's loop: (arguments, lengths, steps, data). See `_share`.
-_LOOP = ir.FunctionType(
-    ir.VoidType(), [_BYTES.as_pointer(), _INT.as_pointer(), _INT.as_pointer(), _BYTES]
+LOOP = ir.FunctionType(
+    ir.VoidType(), [BYTES.as_pointer(), INT.as_pointer(), INT.as_pointer(), BYTES]
 )
 # numba_parallel_for: a loop, what it takes, its core dimensions, arguments, and threads.
 _POOL = ir.FunctionType(
     ir.VoidType(),
-    [_BYTES, _BYTES.as_pointer(), _INT.as_pointer(), _INT.as_pointer(), _BYTES, _INT, _INT, _INT],
+    [BYTES, BYTES.as_pointer(), INT.as_pointer(), INT.as_pointer(), BYTES, INT, INT, INT],
 )
 
 
@@ -39,32 +39,32 @@ def launch(typing_context, pool, units, body, args):
         context.add_linking_libs([compiled.library])
         address, threads = (builder.extract_value(pool, i) for i in range(2))
         alone = builder.or_(
-            builder.icmp_unsigned("==", address, _INT(0)),
-            builder.icmp_signed("<", threads, _INT(2)),
+            builder.icmp_unsigned("==", address, INT(0)),
+            builder.icmp_signed("<", threads, INT(2)),
         )
-        shares = builder.select(alone, _INT(1), threads)
-        work = ir.LiteralStructType([packed.type, _INT, _INT, _INT])
+        shares = builder.select(alone, INT(1), threads)
+        work = ir.LiteralStructType([packed.type, INT, INT, INT])
         share = _share(context, builder.module, compiled.fndesc, called, work)
         memory = cgutils.alloca_once(builder, work)
-        for i, value in enumerate((packed, units, shares, _INT(0))):
+        for i, value in enumerate((packed, units, shares, INT(0))):
             builder.store(value, cgutils.gep_inbounds(builder, memory, 0, i))
-        data = builder.bitcast(memory, _BYTES)
+        data = builder.bitcast(memory, BYTES)
         # The only argument is the number of the share, as an address that begins at 0, in steps
         # of 1.
-        number = cgutils.alloca_once_value(builder, ir.Constant(_BYTES, None))
+        number = cgutils.alloca_once_value(builder, ir.Constant(BYTES, None))
         length = cgutils.alloca_once_value(builder, shares)
-        step = cgutils.alloca_once_value(builder, _INT(1))
+        step = cgutils.alloca_once_value(builder, INT(1))
         with builder.if_else(alone) as (serial, parallel):
             with serial:
                 builder.call(share, [number, length, step, data])
             with parallel:
-                loop = builder.bitcast(share, _BYTES)
+                loop = builder.bitcast(share, BYTES)
                 builder.call(
                     builder.inttoptr(address, _POOL.as_pointer()),
-                    [loop, number, length, step, data, _INT(0), _INT(1), threads],
+                    [loop, number, length, step, data, INT(0), INT(1), threads],
                 )
         failed = builder.load(cgutils.gep_inbounds(builder, memory, 0, 3))
-        with builder.if_then(builder.icmp_unsigned("!=", failed, _INT(0)), likely=False):
+        with builder.if_then(builder.icmp_unsigned("!=", failed, INT(0)), likely=False):
             message = ("no memory for what the arithmetic needs beside its results",)
             context.call_conv.return_user_exc(builder, MemoryError, message)
         return context.get_dummy_value()
@@ -74,7 +74,7 @@ def launch(typing_context, pool, units, body, args):
 
 def _share(context, module, descriptor, called, work):
     """Make the function that does some of the shares of `work`: (args, units, shares, failed)."""
-    function = ir.Function(module, _LOOP, module.get_unique_name("nbnorm_share"))
+    function = ir.Function(module, LOOP, module.get_unique_name("nbnorm_share"))
     function.linkage = "internal"
     function.attributes.add("noinline")  # it is called at two places
     builder = ir.IRBuilder(function.append_basic_block("entry"))
@@ -84,12 +84,12 @@ def _share(context, module, descriptor, called, work):
         builder.load(cgutils.gep_inbounds(builder, memory, 0, i)) for i in range(3)
     )
     args = [builder.extract_value(packed, i) for i in range(len(called.args) - 1)]
-    first = builder.ptrtoint(builder.load(numbers), _INT)
+    first = builder.ptrtoint(builder.load(numbers), INT)
     last = builder.add(first, builder.load(lengths))
     begin, end = (builder.sdiv(builder.mul(t, units), shares) for t in (first, last))
-    with cgutils.for_range_slice(builder, begin, end, _INT(1)) as (u, _):
+    with cgutils.for_range_slice(builder, begin, end, INT(1)) as (u, _):
         status, _ = context.call_internal_no_propagate(builder, descriptor, called, [*args, u])
         with builder.if_then(status.is_error, likely=False):
-            builder.store(_INT(1), cgutils.gep_inbounds(builder, memory, 0, 3))
+            builder.store(INT(1), cgutils.gep_inbounds(builder, memory, 0, 3))
     builder.ret_void()
     return function

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm.cpu.jit import ordered
+from nbnorm.cpu.kernels import Work
 from nbnorm.cpu.objects import (
     ALIGNED,
     WRITABLE,
@@ -24,7 +25,10 @@ from nbnorm.cpu.objects import (
 
 
 class Site(NamedTuple):
-    """What an entry knows of x before it sees it: `plan.Grid`, `kernels.Work`, and x's form."""
+    """What an entry knows of x before it sees it, from `plan.Grid` on.
+
+    After it come `kernels.Work` and x's form, its lengths and its strides.
+    """
 
     N: int
     C: int
@@ -32,29 +36,16 @@ class Site(NamedTuple):
     tile: int
     fold: int
     per: int
-    block: int
-    blocks: int
-    span: int
-    spans: int
-    chunks: int
-    strip: int
-    strips: int
-    parts: int
-    part: int
-    fused: int
-    streamed: int
-    pool: int
-    threads: int
     itemsize: int
     # The address of the class, x's dtype and float64 as `kind_of` tells them, the address of None.
     ndarray: int
     dtype: int
     float64: int
     none: int
-    rank: int  # after it come the lengths and the strides of x
+    rank: int
 
 
-SITE = len(Site._fields)
+SITE, WORK = len(Site._fields), len(Work._fields)
 
 
 @ordered
@@ -62,16 +53,14 @@ def site_of(numbers):
     """`Site` of the object that holds it."""
     n = values(numbers, SITE, np.int64)
     return Site(
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9],
-        n[10], n[11], n[12], n[13], n[14], n[15], n[16], n[17], n[18], n[19], n[20],
-        n[21], n[22], n[23], n[24],
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11],
     )  # fmt: skip
 
 
 @ordered
 def form_of(numbers, site):
     """Lengths and strides of x."""
-    return values(numbers, SITE + 2 * site.rank, np.int64)[SITE:]
+    return values(numbers, SITE + WORK + 2 * site.rank, np.int64)[SITE + WORK :]
 
 
 @ordered

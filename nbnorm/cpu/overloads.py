@@ -19,7 +19,7 @@ from numba.core.errors import TypingError
 from nbnorm import functional, moments
 from nbnorm._layout import PLANE
 from nbnorm.cpu import _CACHES, kernels
-from nbnorm.cpu.channel import finish, finish_sums, rstd_of
+from nbnorm.cpu.channel import finish, finish_sums
 from nbnorm.cpu.intrinsics import address_of, row_of
 from nbnorm.cpu.jit import by_types, named, ordered, overloaded
 from nbnorm.cpu.plan import past_cache, serial
@@ -418,14 +418,6 @@ def move(running_mean, running_var, mean, m2, momentum, divisor):
     return kernels.move_all.py_func
 
 
-@ordered
-def statistics(running_mean, running_var, eps, mean, rstd):
-    """mean and rstd of running statistics."""
-    for c in range(mean.size):
-        mean[c] = running_mean[c]
-        rstd[c] = rstd_of(np.float64(running_var[c]), eps)
-
-
 @lru_cache(maxsize=2)
 def _steps(last):
     """Make the steps of all functions; S is 1 where the channels are the `last` axis."""
@@ -435,7 +427,7 @@ def _steps(last):
         passes = {name: _by_size(name, by_rows[name], passes[name]) for name in passes}
     apply_pass, forward_pass = passes["apply"], passes["forward"]
     reduce_pass, differentiate_pass = passes["reduce"], passes["differentiate"]
-    backward_pass = passes["backward"]
+    backward_pass, take_statistics = passes["backward"], kernels.take_statistics
     where = "last" if last else "first"
 
     @ordered
@@ -450,7 +442,7 @@ def _steps(last):
     @ordered
     @named(f"calling_infer_{where}")
     def infer(shape, _, x, norm, running_mean, running_var, momentum, eps, correction, floor, y):
-        statistics(running_mean, running_var, eps, norm[0], norm[1])
+        take_statistics(running_mean, running_var, eps, norm[0], norm[1])
         if x.size > 0:
             apply_pass(shape, x, norm, floor, y)
 
