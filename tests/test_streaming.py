@@ -116,6 +116,25 @@ def test_streaming_works_in_place(shape, streaming):
     assert_same_bits(x, y, "y")
 
 
+@pytest.mark.parametrize("shape", [(20, 6, 14, 14), (6, 2600), (40, 300)], ids=str)
+def test_rows_with_gaps_stream_the_same_bits(shape, streaming):
+    """Where rows follow one another, one takes along the next one's first values; not here."""
+    wide = (2 * shape[0], *shape[1:])
+    x, dy = drawn(wide, "float32", 0)[::2], drawn(wide, "float32", 1)[::2]
+    streaming(False)
+    y, mean, rstd = nbnorm.batch_norm_forward(x)
+    dx = nbnorm.batch_norm_backward(dy, x, None, mean, rstd).dx
+    streaming(True)
+    for offset in (0, 1, 8):
+        out, between = Guarded(wide, "float32", offset), slice(1, None, 2)
+        nbnorm.batch_norm_forward(x, out=out.array[::2])
+        assert_same_bits(out.array[::2], y, f"y at offset {offset}")
+        nbnorm.batch_norm_backward(dy, x, None, mean, rstd, out=out.array[::2])
+        assert_same_bits(out.array[::2], dx, f"dx at offset {offset}")
+        assert (out.array[between] == SENTINEL).all()
+        out.assert_kept()
+
+
 def test_shared_passes_and_threads_stream_too(streaming):
     few = drawn((3, 1, 300, 400), "float32", 0)
     last = np.moveaxis(drawn((2, 300, 400, 3), "float32", 0), -1, 1)

@@ -21,6 +21,14 @@ def at(value, j):
     return lambda value, j: value
 
 
+@by_types
+def either(value, other):
+    """The value; the other one for None."""
+    if isinstance(value, types.NoneType):
+        return lambda value, other: other
+    return lambda value, other: value
+
+
 @fused_by_types
 def less(x, hi, u):
     """x u - hi; x - hi without a unit."""
@@ -81,6 +89,22 @@ def centred(j, g, x, hi, u, hpq, v):
 
 
 @ordered
+def add_difference(j, x, K, s):
+    """Add x - K."""
+    s[j] += load(x, j) - at(K, j)
+
+
+@ordered
+def add_differences(j, x, K, s):
+    """`add_difference` for four rows."""
+    d0 = load(x[0], j) - at(K, j)
+    d1 = load(x[1], j) - at(K, j)
+    d2 = load(x[2], j) - at(K, j)
+    d3 = load(x[3], j) - at(K, j)
+    s[j] += (d0 + d1) + (d2 + d3)
+
+
+@ordered
 def add_row(j, x, K, s, q):
     """Add d and d^2, d = x - K."""
     d = load(x, j) - at(K, j)
@@ -125,12 +149,27 @@ def fill(j, value, out):
 
 
 @ordered
-def normalise(j, x, residual, hi, u, a, b, floor, y):
-    """y = max((x u - hi) a + b [+ residual], floor)."""
+def activated(j, x, residual, hi, u, a, b, floor):
+    """max((x u - hi) a + b [+ residual], floor)."""
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
     if residual is not None:
         v += load(residual, j)
-    store(y, j, rectified(v, floor))
+    return rectified(v, floor)
+
+
+@ordered
+def normalise(j, x, residual, hi, u, a, b, floor, y):
+    """y = max((x u - hi) a + b [+ residual], floor)."""
+    store(y, j, activated(j, x, residual, hi, u, a, b, floor))
+
+
+@ordered
+def normalise_rows(j, x, residual, hi, u, a, b, floor, y):
+    """`normalise` for two rows."""
+    v0 = activated(j, x[0], residual[0], hi, u, a, b, floor)
+    v1 = activated(j, x[1], residual[1], hi, u, a, b, floor)
+    store(y[0], j, v0)
+    store(y[1], j, v1)
 
 
 @ordered
@@ -164,7 +203,24 @@ def differentiate(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
     """
     g = gradient(j, dy, x, y, hi, u, a, b, zero)
     d = centred(j, g, x, hi, u, hpq, v)
+    put(j, g, d, f, dx, dresidual)
+
+
+@ordered
+def put(j, g, d, f, dx, dresidual):
+    """Write dresidual = g and dx = f d, each where it is wanted."""
     if dresidual is not None:
         store(dresidual, j, g)
     if dx is not None:
         store(dx, j, at(f, j) * d)
+
+
+@ordered
+def differentiate_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
+    """`differentiate` for two rows."""
+    g0 = gradient(j, dy[0], x[0], y[0], hi, u, a, b, zero)
+    g1 = gradient(j, dy[1], x[1], y[1], hi, u, a, b, zero)
+    d0 = centred(j, g0, x[0], hi, u, hpq, v)
+    d1 = centred(j, g1, x[1], hi, u, hpq, v)
+    put(j, g0, d0, f, dx[0], dresidual[0])
+    put(j, g1, d1, f, dx[1], dresidual[1])

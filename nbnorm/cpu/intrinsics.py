@@ -39,22 +39,43 @@ def piece(typing_context, view, n, c, s, size):
     return types.Array(view.types[0].dtype, 1, "C")(view, *ints), codegen
 
 
+def _pieces(count):
+    @intrinsic
+    def pieces(typing_context, view, n, step, c, s, size):
+        """The pieces at n, n + step, n + 2 step, ...; for None, None as often."""
+        ints = (types.intp,) * 5
+        if isinstance(view, types.NoneType):
+            return types.UniTuple(types.none, count)(view, *ints), _nothing
+
+        def codegen(context, builder, signature, args):
+            view_, n, step, *rest = args
+            pieces = []
+            for _ in range(count):
+                pieces.append(_piece(context, builder, view.types[0], view_, n, *rest))
+                n = builder.add(n, step)
+            return context.make_tuple(builder, signature.return_type, pieces)
+
+        return types.UniTuple(types.Array(view.types[0].dtype, 1, "C"), count)(view, *ints), codegen
+
+    return pieces
+
+
+two, four = _pieces(2), _pieces(4)
+
+
 @intrinsic
-def four(typing_context, view, n, step, c, s, size):
-    """The pieces at n, n + step, n + 2 step and n + 3 step; for None, None four times."""
-    ints = (types.intp,) * 5
-    if isinstance(view, types.NoneType):
-        return types.UniTuple(types.none, 4)(view, *ints), _nothing
+def in_sequence(typing_context, views, step):
+    """Whether x[n + 1] begins `step` values after x[n] in every view of a tuple but None."""
 
     def codegen(context, builder, signature, args):
-        view_, n, step, *rest = args
-        pieces = []
-        for _ in range(4):
-            pieces.append(_piece(context, builder, view.types[0], view_, n, *rest))
-            n = builder.add(n, step)
-        return context.make_tuple(builder, signature.return_type, pieces)
+        same = context.get_constant(types.boolean, True)
+        for i, view in enumerate(views.types):
+            if not isinstance(view, types.NoneType):
+                n_stride = builder.extract_value(builder.extract_value(args[0], i), 1)
+                same = builder.and_(same, builder.icmp_signed("==", n_stride, args[1]))
+        return same
 
-    return types.UniTuple(types.Array(view.types[0].dtype, 1, "C"), 4)(view, *ints), codegen
+    return types.boolean(views, types.intp), codegen
 
 
 def _nothing(context, builder, signature, args):
@@ -174,16 +195,25 @@ def of_chunk(typing_context, partial, i, k, c0, c1):
 
 @intrinsic
 def part(typing_context, values, begin, end):
-    """values[begin:end] of a row, without counting references; None for None."""
+    """values[begin:end] of a row, or of each in a tuple, not counted; None for None."""
     ints = (types.intp,) * 2
-    if isinstance(values, types.NoneType):
-        return types.none(values, *ints), _nothing
+
+    def of(context, builder, kind, value, begin, size):
+        if isinstance(kind, types.BaseTuple):
+            items = enumerate(kind.types)
+            parts = [
+                of(context, builder, item, builder.extract_value(value, i), begin, size)
+                for i, item in items
+            ]
+            return context.make_tuple(builder, kind, parts)
+        if isinstance(kind, types.NoneType):
+            return value
+        data = context.make_array(kind)(context, builder, value).data
+        return array_at(context, builder, kind, builder.gep(data, [begin]), [size])
 
     def codegen(context, builder, signature, args):
-        array, begin, end = args
-        data = context.make_array(values)(context, builder, array).data
-        start = builder.gep(data, [begin])
-        return array_at(context, builder, values, start, [builder.sub(end, begin)])
+        value, begin, end = args
+        return of(context, builder, values, value, begin, builder.sub(end, begin))
 
     return values(values, *ints), codegen
 
@@ -231,6 +261,17 @@ def row_of(typing_context, array):
         return array_at(context, builder, row, given.data, [given.nitems])
 
     return row(array), codegen
+
+
+@intrinsic
+def line_after(typing_context, array):
+    """Values from an array's first one to the first at or after it that begins a cache line."""
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(array)(context, builder, args[0]).data
+        return _before_line(builder, [data], array.dtype.bitwidth // 8)
+
+    return types.intp(array), codegen
 
 
 @intrinsic
@@ -306,6 +347,10 @@ def each_to(typing_context, size, body, args, outs, streamed):
         before = builder.select(builder.icmp_unsigned("<", before, size), before, size)
         before = builder.select(streamed, before, size)
         stores = builder.sdiv(builder.sub(size, before), one_store)
+        after = builder.add(before, builder.mul(stores, one_store))
+        with builder.if_then(builder.and_(streamed, builder.icmp_signed("<", after, size))):
+            for target in targets:
+                _fetch(builder, builder.gep(target, [after]))
         with cgutils.for_range(builder, stores) as loop:
             first = builder.add(before, builder.mul(loop.index, one_store))
             there = [builder.bitcast(memory, item.as_pointer()) for memory in stack]
@@ -315,7 +360,6 @@ def each_to(typing_context, size, body, args, outs, streamed):
                 store = builder.store(builder.load(memory), target, align=width * itemsize)
                 hint = builder.module.add_metadata([_INT32(1)])
                 store.set_metadata("nontemporal", hint)
-        after = builder.add(before, builder.mul(stores, one_store))
         with cgutils.for_range(builder, size.type(2)) as loop:
             first_part = builder.icmp_signed("==", loop.index, zero)
             begin = builder.select(first_part, zero, after)
@@ -337,6 +381,19 @@ def _before_line(builder, pointers, itemsize):
     for other in counts[1:]:
         count = builder.select(builder.icmp_unsigned("==", count, other), count, count.type(-1))
     return count
+
+
+def _fetch(builder, pointer):
+    """Ask for a cache line that will be written soon.
+
+    An ordinary store of a line that is not there holds up all stores behind it. Where y begins 16
+    bytes after a line, every plane of 28 x 28 ends with one: inference of 32 x 512 x 28 x 28 took
+    2.4 ms, and takes 1.3 so.
+    """
+    pointer = builder.bitcast(pointer, ir.PointerType(ir.IntType(8)))
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(prefetch, [pointer, _INT32(1), _INT32(3), _INT32(1)])
 
 
 def _loop(builder, begin, end, body):
