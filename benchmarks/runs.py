@@ -32,6 +32,11 @@ class Row(NamedTuple):
         """How many times as long as `to` the peer took."""
         return self.times[name].least / self.times[to].least
 
+    def rounded(self) -> "Row":
+        """The same in figures of four digits; the clock tells no more."""
+        times = {name: Times(*map(_four_digits, pair)) for name, pair in self.times.items()}
+        return self._replace(floor=_four_digits(self.floor), times=times)
+
 
 class Run(NamedTuple):
     """Rows measured under the same conditions; `left_out`: why a peer has no rows, or not all."""
@@ -59,6 +64,10 @@ class Run(NamedTuple):
             left_out |= other.left_out
             rows += other.rows
         return cls(first.conditions, commands, left_out, [_row(**row) for row in rows])
+
+
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _row(*, shape: list[int], times: dict[str, list[float]], **rest: Any) -> Row:

@@ -44,6 +44,7 @@ SHAPES: dict[Shape, Entry] = RESNET50 | {
     (4, 32, 16, 64, 64): Entry("a volume, NCDHW"),
 }
 
+SMALL: tuple[Shape, ...] = ((2, 8, 4, 4), (60, 100))
 QUICK: tuple[Shape, ...] = ((60, 100), (8, 16, 32, 32), (_N, 256, 14, 14))
 
 

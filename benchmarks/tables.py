@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Callable, Iterable
 
 from benchmarks.markdown import markdown
-from benchmarks.peers import OPS, PEERS, is_ours, ours_for
+from benchmarks.peers import OPS, PASSES, PEERS, is_ours, ours_for
 from benchmarks.runs import Row, Run, describe
-from benchmarks.shapes import RESNET50, name_of
+from benchmarks.shapes import RESNET50, SMALL, name_of
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
+_RESNET = "All 53 batch norms of ResNet-50 at N = 32, in ms"
+_SMALL = "Small calls, in µs"
 _OF_THOSE = "channels-last over those of more than two axes"
 
 LEGEND = """\
@@ -30,7 +32,7 @@ def report(run: Run) -> str:
 
 
 def section(run: Run) -> str:
-    """README.md's account of a run: the chart and the means."""
+    """README.md's account of a run: the chart, the means, ResNet-50's sums and small calls."""
     parts = [
         "<!-- Written by benchmarks/compare.py --readme. -->\n",
         "![Time of the batch norms of ResNet-50, by library](docs/speed.svg)\n",
@@ -43,6 +45,9 @@ def section(run: Run) -> str:
             f"over {shapes} shapes ({_OF_THOSE}), and in brackets\nthe least, with its shape:\n\n"
             f"{_means(by_op)}"
         )
+        for title, table in ((_RESNET, _sums(by_op)), (_SMALL, _small(by_op))):
+            if table:
+                parts.append(f"{title}:\n\n{table}")
     parts += [*_left_out(run), f"{describe(run.conditions)}\n\n{_commands(run)}"]
     return "\n".join(parts)
 
@@ -54,7 +59,10 @@ def page(run: Run) -> str:
         by_op = _by_op(run, dtype)
         sums = _sums(by_op)
         if sums:
-            parts.append(f"## ResNet-50, {dtype}\n\nAll 53 batch norms at N = 32, ms:\n\n{sums}")
+            parts.append(f"## ResNet-50, {dtype}\n\n{_RESNET}:\n\n{sums}")
+        small = _small(by_op)
+        if small:
+            parts.append(f"## Small calls, {dtype}\n\n{_SMALL}:\n\n{small}")
         parts.append(
             f"## Against each library, {dtype}\n\nTimes as multiples of nbnorm's, like with like: "
             f"geometric mean over all shapes\n({_OF_THOSE}), and in brackets the least, with its "
@@ -196,6 +204,20 @@ def _sums(by_op: dict[str, list[Row]]) -> str:
         cells = (number(1e3 * sums[op][name]) if name in sums[op] else "-" for op in sums)
         lines.append([name, *cells])
     return markdown(lines)
+
+
+def _small(by_op: dict[str, list[Row]]) -> str:
+    """One row a peer, one column a small shape and op: microseconds."""
+    columns = [
+        row for op, rows in by_op.items() if op in PASSES for row in rows if row.shape in SMALL
+    ]
+    lines = [["", *(f"{row.op} {name_of(row.shape)}" for row in columns)]]
+    for name in _names(columns):
+        cells = (
+            number(1e6 * row.times[name].least) if name in row.times else "-" for row in columns
+        )
+        lines.append([name, *cells])
+    return markdown(lines) if columns else ""
 
 
 def _means(by_op: dict[str, list[Row]]) -> str:

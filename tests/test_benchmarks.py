@@ -166,6 +166,16 @@ def test_tables_say_what_was_measured(run):
     means = re.search(r"^\| PyTorch channels-last +\| (.*\)) +\|$", tables.section(run), re.M)[1]
     assert means == "2.00x (2.00x, 32x64x112x112)"
     assert "0.50x, 60x100" in tables.section(run)
+    for text in (tables.section(run), tables.page(run)):
+        assert re.search(r"^\| floor +\| 53,000 +\|$", text, re.M)
+        assert re.search(r"^\| nbnorm +\| 2,000,000 +\|$", text, re.M)
+
+
+def test_rows_have_the_digits_that_a_clock_tells(run):
+    row = run.rows[0]._replace(floor=0.019537923168620935)
+    row = row._replace(times={"nbnorm": timing.Times(0.00454671499755932, 1234567.0)})
+    assert row.rounded().floor == 0.01954
+    assert row.rounded().times == {"nbnorm": timing.Times(0.004547, 1235000.0)}
 
 
 def test_a_section_replaces_what_is_between_the_marks(run):

@@ -23,11 +23,12 @@ from benchmarks.peers import jax_jit, onnx_runtime, ours, pytorch, recipe
 from benchmarks.peers.batch import EPS, MOMENTUM, Batch, Call, LeftOut, Peer
 
 __all__ = [
-    "EPS", "MOMENTUM", "OPS", "PEERS", "Batch", "Call", "LeftOut", "Peer", "forget_shapes",
-    "installed", "is_ours", "ours_for",
+    "EPS", "MOMENTUM", "OPS", "PASSES", "PEERS", "Batch", "Call", "LeftOut", "Peer",
+    "forget_shapes", "installed", "is_ours", "ours_for",
 ]  # fmt: skip
 
-OPS = ("forward", "backward", "inference", "relu", "add+relu")
+PASSES = ("forward", "backward", "inference")
+OPS = (*PASSES, "relu", "add+relu")
 
 PEERS: dict[str, Peer] = {
     "nbnorm": ours.peer(reuse=True),
