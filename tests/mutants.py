@@ -307,8 +307,7 @@ COLUMNS = of(
             "squares of sum 0 count as lost and are taken again in float64: it takes longer",
         ),
         ("        each(size, element.drain, (t, t64))\n    if", "    if"),
-        ("    if r0 + 4 * quarter < r1:\n        for r in range(r0 + 4 * quarter, r1):\n            n",
-         "    if False:\n        for r in range(r0 + 4 * quarter, r1):\n            n"),
+        ("r1):\n            n, short", "r1 - 1):\n            n, short"),
     ),
     (
         "test_streaming.py",
