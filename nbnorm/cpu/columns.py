@@ -44,7 +44,7 @@ from nbnorm.cpu.intrinsics import (
     zeros,
 )
 from nbnorm.cpu.jit import none_without, ordered, shared
-from nbnorm.cpu.plan import PLANE_ALONE
+from nbnorm.cpu.plan import PLANE_ALONE, RUN_BYTES
 from nbnorm.cpu.storage import computed, load
 
 # Rows in a tile: with fewer, merges take longer than sums.
@@ -285,14 +285,14 @@ def stats(x, grid, c0, c1, k, partial):
 
 
 @ordered
-def by_planes(grid, streamed):
+def by_planes(grid, streamed, c0, c1):
     """Whether a chunk is normalised plane by plane, as rows are.
 
     A channel's coefficients are then numbers, not a column each: 14 x 14 planes in cache took 0.6
-    times as long. But planes that do not begin at a cache line stream worse than long rows.
+    times as long. But a few planes, which do not begin at a cache line, stream worse than a row.
     """
     _, _, S, _, fold, _ = grid
-    return S >= PLANE_ALONE and fold == 1 and not streamed
+    return S >= PLANE_ALONE and fold == 1 and not (streamed and (c1 - c0) * S < RUN_BYTES)
 
 
 @ordered
@@ -322,7 +322,7 @@ def before_line(y, grid, r, begin, end, ahead):
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
-    if by_planes(grid, streamed) or not all_one(u_c):
+    if by_planes(grid, streamed, c0, c1) or not all_one(u_c):
         by_rows.apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return
     ahead = columns_ahead((x, residual, y), grid, streamed, c0, c1)
@@ -396,7 +396,7 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
     """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     v_c, _ = factors(norm, sums, count, c0, c1, u_c)
-    if by_planes(grid, streamed) or not (all_one(u_c) and all_one(v_c)):
+    if by_planes(grid, streamed, c0, c1) or not (all_one(u_c) and all_one(v_c)):
         by_rows.differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
         return
     out = element.either(dx, dresidual)

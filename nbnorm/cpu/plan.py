@@ -152,6 +152,8 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         strip = C if fold > 1 else max(1, min(RUN_BYTES // itemsize, C))
         parts, part = _parts(_ceil(N, fold), grid.per, _ceil(threads, _ceil(C, strip)))
         resident = resident and block * itemsize >= PAGE
+    elif streamed and not by_rows(S) and S >= PLANE_ALONE:  # so that planes follow one another
+        strip = _channels_of(SHARES * threads, C, chunks)
     fused = not parallel or (resident and blocks >= threads and _balanced(blocks, threads))
     return Plan(
         "rows" if by_rows(S) else "columns",
