@@ -425,12 +425,22 @@ DISK = of(
             "                part.replace(path)",
             "                path.write_bytes(part.read_bytes())",
         ),
-        ("        _remove_leftovers(path.parent)\n", ""),
-        ("follow_symlinks=False).st_mtime > _LEFT:", "follow_symlinks=False).st_mtime > 0:"),
-        ("if _PART.fullmatch(entry.name):", "if _PART.match(entry.name):"),
-        ("suppress(OSError), os.scandir", "os.scandir"),
+        ("        _tidy(path)\n", ""),
+        ("age > (_LEFT if found[2] else _UNUSED)", "age > (0 if found[2] else _UNUSED)"),
+        ("age > (_LEFT if found[2] else _UNUSED)", "age > (_LEFT if found[2] else 0)"),
+        ("age > (_LEFT if found[2] else _UNUSED)", "age > _LEFT"),
+        ("found = _FILE.fullmatch(entry.name)", "found = _FILE.match(entry.name)"),
+        ("or (found[1] == state and not found[2])", ""),
+        ("suppress(OSError), os.scandir(folder) as", "os.scandir(folder) as"),
+        ("suppress(OSError), os.scandir(folder.parent) as", "os.scandir(folder.parent) as"),
+        ("found is None or found[1] != own[1] or", "found is None or"),
+        ("entry.is_dir(follow_symlinks=False) and", "entry.is_dir() and"),
+        ("entry.is_dir(follow_symlinks=False) and _remove_unused(entry.path, state)",
+         "entry.is_dir(follow_symlinks=False)"),
+        ("                _note_use(path)\n", ""),
+        ("path.stat().st_mtime > _DAY", "path.stat().st_mtime > _UNUSED"),
     ),
-)
+)  # fmt: skip
 
 ARRAYS = of(
     "_arrays",
