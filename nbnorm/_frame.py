@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm import _checks, cpu
-from nbnorm._arrays import Array, NDArray, cuda_backend, home_of, take, take_floating
+from nbnorm._arrays import cuda_backend, home_of, place_of, take, take_floating
 from nbnorm._layout import Layout, fits, layout_of
+from nbnorm._typing import Array, Axis, NDArray
 
 
 class Target(NamedTuple):
@@ -69,7 +70,7 @@ class Frame:
     backend: ModuleType = cpu
     memory: Any = cpu.memory
 
-    def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
+    def __init__(self, x: Array, axis: Axis) -> None:
         self.x = taken = take_floating(x, "x")
         self._given = x
         self.inputs = {"x": taken}
@@ -123,7 +124,7 @@ class Frame:
 
     def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
         """Refuse an array in other memory than x's, or on another device of x's library."""
-        _checks.same_place(taken, name, self.x)
+        _checks.same_place(place_of(taken), name, place_of(self.x))
         if self.backend is cpu:  # elsewhere a place is a device
             _checks.same_device(given, name, self._given)
 

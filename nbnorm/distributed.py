@@ -22,17 +22,13 @@ from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import DTYPES, Array, NDArray
+from nbnorm._arrays import DTYPES
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
+from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.functional import (
-    Activation,
-    Axis,
     BackwardCall,
     ForwardCall,
-    Mask,
-    OrNone,
-    X,
     apply_to,
     batch_norm_backward,
     batch_norm_forward,

@@ -5,26 +5,16 @@ Every check comes before the first kernel: an error leaves every array as it was
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import Array, NDArray, on_its_device, untraced
+from nbnorm._arrays import on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Target
+from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.moments import Moments
-
-Axis = int | tuple[int, ...]
-Activation = Literal["relu"] | None
-Mask = tuple[bool, bool, bool, bool]
-
-# The type of x, and of results like it. Statistics are of x's library too, but float64 and of
-# another shape, which Python's types cannot express: they are Any.
-X = TypeVar("X")
-# A result that is None where it was not asked for. Any, so that type checkers do not demand a check
-# for None at every use.
-OrNone = Any
 
 
 class BatchNormForward(NamedTuple, Generic[X]):

@@ -371,11 +371,18 @@ MOMENTS = of(
         ("d * d * (count * count_b / total)", "d * d"),
         ("np.where(total == 0, 0.0,", "np.where(total < 0, 0.0,"),
         ("rstd if count > 0 else np.zeros_like(rstd)", "rstd"),
-        ("(1.0 - momentum) * old.astype(np.float64)", "old.astype(np.float64)"),
         ("m2 / float(count - correction)", "m2 / float(count)"),
         ("    if count > 0:\n        move", "    if True:\n        move"),
         ("[array.copy() for array in running.values()]", "list(running.values())"),
         ("    if count < 0:\n", "    if False:\n"),
+    ),
+)
+
+RUNNING = of(
+    "_running",
+    (
+        "test_moments.py",
+        ("(1.0 - momentum) * old.astype(np.float64)", "old.astype(np.float64)"),
     ),
 )
 
@@ -747,7 +754,7 @@ THREADS = of(
 
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
+    *(*STORAGE, *MOMENTS, *RUNNING, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*LAUNCH, *HOST, *THREADS),
 ]
