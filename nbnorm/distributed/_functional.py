@@ -1,31 +1,15 @@
-"""Batch normalization over the ranks of a communicator: one batch, each rank with its part of it.
-
-Both passes are `batch_norm_forward` and `batch_norm_backward` cut in two, with a reduction in
-between. Two messages a pass. First a header of fixed size, which every rank sends whatever its own
-arguments are like: it says whether this rank's checks passed and what all ranks must have in
-common, so that all go on or all raise. Then the statistics, which every rank merges for itself in
-the order of the ranks: the same numbers by the same operations, and so the same bits.
-
-A communicator is mpi4py's, `TorchProcessGroup`, or anything else with their ``Allgather``. Neither
-mpi4py nor torch is imported here before it is asked for.
-"""
+"""Both passes over the ranks: the halves of a pass, with a reduction in between."""
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
-from typing import Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import DTYPES
 from nbnorm._checks import NOT_GIVEN
-from nbnorm._frame import Frame
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
+from nbnorm.distributed._ranks import BACKWARD, FORWARD, Communicator, Header, Ranks, common_fields
 from nbnorm.functional import (
     BackwardCall,
     ForwardCall,
@@ -36,246 +20,7 @@ from nbnorm.functional import (
     check_forward,
     flat_stats,
 )
-from nbnorm.layer import BatchNorm, Saved
 from nbnorm.moments import Moments
-
-__all__ = [
-    "Communicator",
-    "SelfComm",
-    "SyncBatchNorm",
-    "SyncBatchNormBackward",
-    "SyncBatchNormForward",
-    "TorchProcessGroup",
-    "sync_batch_norm_backward",
-    "sync_batch_norm_forward",
-]
-
-_T = TypeVar("_T")
-
-
-# Communicators
-
-
-class Communicator(Protocol):
-    """What is needed of a communicator: mpi4py's upper-case ``Allgather``, and its size.
-
-    The size is ``Get_size()`` or ``size``. Nothing else is called, ``Allreduce`` neither: the order
-    in which that adds up is the implementation's, and may differ from rank to rank.
-    """
-
-    def Allgather(self, sendbuf: Any, recvbuf: Any) -> Any:  # noqa: N802
-        """Write every rank's `sendbuf` into the rows of every rank's `recvbuf`, in rank order."""
-
-
-class SelfComm:
-    """Communicator of one process, for a program that also runs without MPI.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from nbnorm.distributed import SelfComm
-    >>> table = np.empty((1, 2))
-    >>> SelfComm().Allgather(np.array([1.0, 2.0]), table)
-    >>> table
-    array([[1., 2.]])
-    """
-
-    def Get_size(self) -> int:  # noqa: N802
-        """Return 1."""
-        return 1
-
-    def Get_rank(self) -> int:  # noqa: N802
-        """Return 0."""
-        return 0
-
-    def Allgather(self, sendbuf: NDArray, recvbuf: NDArray) -> None:  # noqa: N802
-        """Copy `sendbuf` to `recvbuf`."""
-        recvbuf[...] = sendbuf
-
-
-class TorchProcessGroup:
-    """A process group of ``torch.distributed`` as a communicator; torch is imported here only.
-
-    Parameters
-    ----------
-    group : torch.distributed.ProcessGroup, optional
-        One whose backend gathers tensors in CPU memory (gloo). None: the default group, which has
-        to be initialised.
-
-    Raises
-    ------
-    ImportError
-        torch is not installed.
-    RuntimeError
-        torch was built without ``torch.distributed``.
-
-    Examples
-    --------
-    After ``torch.distributed.init_process_group("gloo")``:
-
-    >>> comm = TorchProcessGroup()  # doctest: +SKIP
-    >>> y, mean, rstd, count = sync_batch_norm_forward(x, comm=comm)  # doctest: +SKIP
-    """
-
-    def __init__(self, group: Any = None) -> None:
-        self._torch = import_module("torch")
-        self._distributed = import_module("torch.distributed")
-        if not self._distributed.is_available():
-            raise RuntimeError("torch was built without torch.distributed")
-        self._group = group
-
-    def Get_size(self) -> int:  # noqa: N802
-        """Return the number of processes in the group."""
-        return int(self._distributed.get_world_size(self._group))
-
-    def Get_rank(self) -> int:  # noqa: N802
-        """Return this process's rank in the group."""
-        return int(self._distributed.get_rank(self._group))
-
-    def Allgather(self, sendbuf: NDArray, recvbuf: NDArray) -> None:  # noqa: N802
-        """Write every rank's `sendbuf` into the rows of every rank's `recvbuf`, in rank order."""
-        rows = self._torch.from_numpy(recvbuf.reshape(self.Get_size(), -1))
-        row = self._torch.from_numpy(sendbuf.reshape(-1))
-        self._distributed.all_gather(list(rows.unbind(0)), row, group=self._group)
-
-
-# The header
-
-
-class _Header(NamedTuple):
-    """What a rank says before anything is computed; all but the last must agree."""
-
-    version: float = 1.0
-    failed: float = 0.0
-    step: float = 0.0
-    channels: float = 0.0
-    channel_axes: float = 0.0
-    dtype: float = 0.0
-    relu: float = 0.0
-    eps: float = 0.0
-    momentum: float = 0.0
-    correction: float = 0.0
-    total: float = 0.0
-    dx: float = 0.0
-    values: float = 0.0  # per channel, of this rank's x
-
-
-# Of all versions: ranks of two versions have to understand each other as far as the first field.
-_HEADER_LENGTH = 16
-_REASON_BYTES = 512
-_FORWARD, _BACKWARD = 1.0, 2.0
-_AGREED = len(_Header._fields) - 1
-_DTYPE_CODES = {np.dtype(name): float(code) for code, name in enumerate(DTYPES[:3])}
-
-# What a field is called in a message, and how its value is written there.
-_WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "version": ("the version of the protocol", "{:g}".format),
-    "step": ("the pass", {_FORWARD: "forward", _BACKWARD: "backward"}.__getitem__),
-    "channels": ("the number of channels", "{:.0f}".format),
-    "channel_axes": ("the shape of the channel axes", "checksum {:.0f}".format),
-    "dtype": ("the dtype of x", lambda code: DTYPES[int(code)]),
-    "relu": ("activation", lambda relu: "'relu'" if relu else "None"),
-    "eps": ("eps", repr),
-    "momentum": ("momentum", repr),
-    "correction": ("correction", "{:g}".format),
-    "total": ("count", "{:.0f}".format),
-    "dx": ("whether output_mask wants dx", lambda wanted: str(bool(wanted))),
-}
-
-
-def _common(frame: Frame, relu: bool) -> dict[str, float]:
-    """Fields of both passes."""
-    if not isinstance(frame.x, np.ndarray):
-        raise TypeError("x is in the memory of a GPU; ranks synchronise arrays in CPU memory")
-    return {
-        "channels": float(frame.channels),
-        "channel_axes": _checksum(frame._channels),
-        "dtype": _DTYPE_CODES.get(frame.x.dtype, float(DTYPES.index("bfloat16"))),
-        "relu": float(relu),
-        "values": float(frame.m),
-    }
-
-
-@lru_cache(maxsize=1024)
-def _checksum(shape: tuple[int, ...]) -> float:
-    """A number of few bits for a shape of any length."""
-    return float(zlib.crc32(repr(shape).encode()))
-
-
-class _Ranks:
-    """The ranks of a communicator, and how they agree."""
-
-    def __init__(self, comm: Communicator) -> None:
-        size = getattr(comm, "Get_size", None)
-        if not hasattr(comm, "Allgather") or not (callable(size) or hasattr(comm, "size")):
-            raise TypeError(
-                "comm must be a communicator with Allgather and Get_size (mpi4py's, "
-                f"TorchProcessGroup), got {type(comm).__module__}.{type(comm).__qualname__}"
-            )
-        self._gather = comm.Allgather
-        self.size = int(size() if callable(size) else comm.size)  # type: ignore[attr-defined]
-
-    def gather(self, *parts: NDArray) -> NDArray:
-        """Return a row for every rank, in rank order: its parts, flat and one after the other."""
-        length = sum(part.size for part in parts)
-        buffer = np.empty((self.size + 1, length), parts[0].dtype)
-        own, table = buffer[-1], buffer[:-1]
-        np.concatenate([part.reshape(-1) for part in parts], out=own)
-        self._gather(own, table)
-        return table
-
-    def checked(self, check: Callable[[], tuple[_T, _Header]]) -> tuple[_T, list[int]]:
-        """Run this rank's checks and hear of the others'; return what `check` did, and counts.
-
-        The counts are the numbers of values per channel, by rank. What is wrong on one rank
-        raises on all of them.
-        """
-        call: _T | None = None
-        error: Exception | None = None
-        try:
-            call, header = check()
-        except Exception as own:  # sent to the others before it is raised
-            error, header = own, _Header(failed=1.0)
-        row = np.zeros(_HEADER_LENGTH)
-        row[: len(header)] = list(header)
-        table = self.gather(row)
-        agreed = table.view(np.int64)[:, :_AGREED]
-        if error is not None or call is None or (agreed != agreed[0]).any():
-            self._refuse(table, error)
-        return call, [int(values) for values in table[:, _AGREED].tolist()]
-
-    def _refuse(self, table: NDArray, error: Exception | None) -> NoReturn:
-        """Raise this rank's own error, or what another's was, or what they disagree on."""
-        headers = [_Header(*row[: _AGREED + 1].tolist()) for row in table]
-        failed = [rank for rank, header in enumerate(headers) if header.failed]
-        same_version = all(header.version == _Header().version for header in headers)
-        if not failed or not same_version:
-            if error is not None:
-                raise error
-            raise ValueError(_disagreement(headers))
-        # Every rank knows that one has failed, and takes part in hearing why.
-        text = "" if error is None else f"{type(error).__name__}: {error}"
-        reason = text.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
-        reasons = self.gather(np.frombuffer(reason, np.uint8))
-        if error is not None:
-            raise error
-        first = reasons[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
-        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise RuntimeError(f"rank {failed[0]}{others} refused its arguments: {first}")
-
-
-def _disagreement(headers: list[_Header]) -> str:
-    """Say on what the ranks disagree, and name the first that has it otherwise than rank 0."""
-    for field, (words, written) in _WORDS.items():
-        values = [getattr(header, field) for header in headers]
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                return (
-                    f"ranks disagree on {words}: {written(values[0])} on rank 0, "
-                    f"{written(value)} on rank {rank}"
-                )
-    return "ranks disagree on their headers"  # bits of equal numbers: 0.0 and -0.0
-
 
 # Forward
 
@@ -396,8 +141,8 @@ def sync_batch_norm_forward(
             x, gamma, beta, running_mean, running_var, training=False, momentum=momentum, eps=eps,
             correction=correction, axis=axis, residual=residual, activation=activation, out=out,
         )  # fmt: skip
-        return SyncBatchNormForward(*alone, Frame(x, axis).m)
-    ranks = _Ranks(comm)
+        return SyncBatchNormForward(*alone, _values_per_channel(x, axis))
+    ranks = Ranks(comm)
     arguments = (
         x, gamma, beta, running_mean, running_var, True,
         momentum, eps, correction, axis, residual, activation, out,
@@ -419,17 +164,23 @@ def sync_batch_norm_forward(
     )
 
 
-def _forward_call(*arguments: Any) -> tuple[ForwardCall, _Header]:
+def _values_per_channel(x: Array, axis: Axis) -> int:
+    """Return their number, by the shape of an x that has been checked."""
+    _, _, m = _checks.channel_axes(tuple(x.shape), _checks.axes(axis))
+    return m
+
+
+def _forward_call(*arguments: Any) -> tuple[ForwardCall, Header]:
     """Check what `batch_norm_forward` checks, and say what the ranks must agree on."""
     call = check_forward(*arguments, alone=False)
     frame, *_, eps, momentum, taken, relu, _ = call
-    header = _Header(
-        step=_FORWARD, eps=eps, momentum=momentum, correction=taken, **_common(frame, relu)
+    header = Header(
+        step=FORWARD, eps=eps, momentum=momentum, correction=taken, **common_fields(frame, relu)
     )
     return call, header
 
 
-def _merged(ranks: _Ranks, counts: list[int], own: Moments) -> Moments:
+def _merged(ranks: Ranks, counts: list[int], own: Moments) -> Moments:
     """Moments of all ranks' values: gathered, and merged in rank order."""
     rows = ranks.gather(own.mean, own.m2).reshape(ranks.size, 2, -1)
     first, *others = (
@@ -559,7 +310,7 @@ def sync_batch_norm_backward(
             activation=activation, output_mask=output_mask, out=out,
         )  # fmt: skip
         return SyncBatchNormBackward(*alone)
-    ranks = _Ranks(comm)
+    ranks = Ranks(comm)
     (call, m), counts = ranks.checked(
         lambda: _backward_call(
             count, dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
@@ -570,17 +321,19 @@ def sync_batch_norm_backward(
     return _backward(ranks, call, m, out)
 
 
-def _backward_call(count: int, *arguments: Any) -> tuple[tuple[BackwardCall, int], _Header]:
+def _backward_call(count: int, *arguments: Any) -> tuple[tuple[BackwardCall, int], Header]:
     """Check what `batch_norm_backward` checks, and count; say what the ranks must agree on."""
     call = check_backward(*arguments)
     frame, *_, relu, wanted, _ = call
     m = _checks.count(count, frame.x)
-    header = _Header(step=_BACKWARD, total=float(m), dx=float(wanted[0]), **_common(frame, relu))
+    header = Header(
+        step=BACKWARD, total=float(m), dx=float(wanted[0]), **common_fields(frame, relu)
+    )
     return (call, m), header
 
 
 def _backward(
-    ranks: _Ranks, call: BackwardCall, m: int, out: Array | None
+    ranks: Ranks, call: BackwardCall, m: int, out: Array | None
 ) -> SyncBatchNormBackward[Any]:
     """Compute what is wanted; the ranks agree on dx, the rest is each rank's own affair."""
     frame, dy, gamma, mean, rstd, beta, y, relu, wanted, out_ = call
@@ -605,94 +358,10 @@ def _backward(
     )
 
 
-def _added(ranks: _Ranks, own: NDArray) -> NDArray:
+def _added(ranks: Ranks, own: NDArray) -> NDArray:
     """Both sums of backward over all ranks, added up in rank order."""
     total, *others = ranks.gather(own).reshape(ranks.size, *own.shape)
     with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
         for sums in others:
             total += sums
     return np.asarray(total)
-
-
-# The layer
-
-
-class SyncBatchNorm(BatchNorm):
-    """`BatchNorm` whose batches are those of all ranks of a communicator together.
-
-    In training every rank has to call `forward` and `backward`, in the same order; its batch may be
-    of any size, or empty. Evaluation communicates nothing, and without running statistics uses
-    those of the rank's own batch, as PyTorch's SyncBatchNorm does.
-
-    Parameters
-    ----------
-    num_features : int or tuple of int
-        Number of channels; see `BatchNorm`.
-    comm : Communicator
-        An mpi4py communicator, `TorchProcessGroup`, or anything else with ``Allgather``.
-    **options
-        All others of `BatchNorm`: eps, momentum, affine, track_running_stats, correction, axis,
-        activation, dtype.
-
-    Attributes
-    ----------
-    comm : Communicator
-        As given.
-    grads : dict of str to array
-        This rank's own sums. Add them up over the ranks, or average, as all gradients.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `BatchNorm`; a comm that is no communicator.
-
-    Notes
-    -----
-    The other attributes are `BatchNorm`'s. Running statistics, ``num_batches_tracked`` included,
-    stay the same on every rank; parameters do as long as each rank updates them alike.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from nbnorm.distributed import SelfComm, SyncBatchNorm
-    >>> layer = SyncBatchNorm(2, comm=SelfComm())
-    >>> x = np.array([[1, 10], [3, 30]], dtype=np.float32)
-    >>> np.round(layer.forward(x), 3)
-    array([[-1., -1.],
-           [ 1.,  1.]], dtype=float32)
-    >>> layer.backward(np.ones_like(x))
-    array([[0., 0.],
-           [0., 0.]], dtype=float32)
-    >>> layer.running_mean
-    array([0.2, 2. ], dtype=float32)
-    """
-
-    def __init__(
-        self, num_features: int | tuple[int, ...], *, comm: Communicator, **options: Any
-    ) -> None:
-        super().__init__(num_features, **options)
-        _Ranks(comm)
-        self.comm = comm
-        self._count: int | None = None  # of the last forward, where that was synchronised
-
-    def _normalise(
-        self, x: Array, training: bool, **options: Any
-    ) -> tuple[Array, Array, Array, int]:
-        if not self.training:
-            alone = super()._normalise(x, training, **options)
-            self._count = None
-            return alone
-        y, mean, rstd, self._count = sync_batch_norm_forward(x, comm=self.comm, **options)
-        # A batch that is empty on this rank alone is one nevertheless.
-        return y, mean, rstd, self._count * math.prod(mean.shape)
-
-    def _differentiate(self, dy: Array, saved: Saved, **options: Any) -> tuple[Array | None, ...]:
-        if self._count is None:
-            return super()._differentiate(dy, saved, **options)
-        return sync_batch_norm_backward(
-            dy, saved.x, mean=saved.mean, rstd=saved.rstd, count=self._count, comm=self.comm,
-            **options,
-        )  # fmt: skip
-
-    def __repr__(self) -> str:
-        return f"Sync{super().__repr__()}"
