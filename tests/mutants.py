@@ -66,15 +66,15 @@ FUNCTIONAL = of(
     ),
     (
         "test_arithmetic.py::test_running_statistics_forward_are_those_of_update",
-        ("momentum, frame.m - taken)", "momentum, frame.m)"),
-        ("move(mean_, var_, mean, m2, momentum", "move(mean_, var_, mean, m2, 1 - momentum"),
+        ("call.momentum, frame.m - call.correction)", "call.momentum, frame.m)"),
+        ("mean, m2, call.momentum, frame.m", "mean, m2, 1 - call.momentum, frame.m"),
     ),
     (
         "test_arithmetic.py::test_relu_lets_no_gradient_pass_at_0",
-        ("want_dresidual and y is not None", "want_dresidual"),
-        ("if want_dx and training:", "if want_dx:"),
-        ("frame.parameter_gradient(sums[1], gamma_)", "frame.parameter_gradient(sums[0], gamma_)"),
-        ("frame.parameter_gradient(sums[0], gamma_)", "frame.parameter_gradient(sums[1], gamma_)"),
+        ("dresidual and self.y is not None", "dresidual"),
+        ("if wanted.dx and training:", "if wanted.dx:"),
+        ("parameter_gradient(sums[1], call.gamma)", "parameter_gradient(sums[0], call.gamma)"),
+        ("parameter_gradient(sums[0], call.gamma)", "parameter_gradient(sums[1], call.gamma)"),
     ),
     (
         "test_errors.py::test_too_few_values_per_channel",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks
 from nbnorm._checks import NOT_GIVEN
+from nbnorm._frame import Out
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.distributed._ranks import BACKWARD, FORWARD, Communicator, Header, Ranks, common_fields
 from nbnorm.functional import (
     BackwardCall,
     ForwardCall,
-    apply_to,
+    Wanted,
     batch_norm_backward,
     batch_norm_forward,
     check_backward,
@@ -143,24 +144,34 @@ def sync_batch_norm_forward(
         )  # fmt: skip
         return SyncBatchNormForward(*alone, _values_per_channel(x, axis))
     ranks = Ranks(comm)
-    arguments = (
-        x, gamma, beta, running_mean, running_var, True,
-        momentum, eps, correction, axis, residual, activation, out,
-    )  # fmt: skip
-    call, counts = ranks.checked(lambda: _forward_call(*arguments))
-    frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_ = call
-    _checks.enough_values(sum(counts), taken, "{} on all ranks together", sum(counts))
+
+    def check() -> tuple[ForwardCall, Header]:
+        """Check what `batch_norm_forward` checks, and say what the ranks must agree on."""
+        call = check_forward(
+            x, gamma, beta, running_mean, running_var, True, momentum, eps, correction, axis,
+            residual, activation, out, alone=False,
+        )  # fmt: skip
+        header = Header(
+            step=FORWARD, eps=call.eps, momentum=call.momentum, correction=call.correction,
+            **common_fields(call.frame, call.relu),
+        )  # fmt: skip
+        return call, header
+
+    call, counts = ranks.checked(check)
+    total = sum(counts)
+    _checks.enough_values(total, call.correction, "{} on all ranks together", total)
+    frame = call.frame
     moments = _merged(ranks, counts, Moments(frame.m, *flat_stats(frame)))
-    rstd = moments.rstd(eps)
-    target = apply_to(frame, gamma_, beta_, moments.mean, rstd, residual_, relu, out_)
-    if mean_ is not None and var_ is not None and moments.count > 0:
-        divisor = moments.count - taken
-        frame.backend.move(mean_, var_, moments.mean, moments.m2, momentum, divisor)
+    rstd = moments.rstd(call.eps)
+    target = call.apply(moments.mean, rstd)
+    if call.running is not None and total > 0:
+        divisor = total - call.correction
+        frame.backend.move(*call.running, moments.mean, moments.m2, call.momentum, divisor)
     return SyncBatchNormForward(
-        frame.settle(target, out),
+        frame.settle(target),
         frame.home(frame.unflat(moments.mean)),
         frame.home(frame.unflat(rstd)),
-        moments.count,
+        total,
     )
 
 
@@ -168,16 +179,6 @@ def _values_per_channel(x: Array, axis: Axis) -> int:
     """Return their number, by the shape of an x that has been checked."""
     _, _, m = _checks.channel_axes(tuple(x.shape), _checks.axes(axis))
     return m
-
-
-def _forward_call(*arguments: Any) -> tuple[ForwardCall, Header]:
-    """Check what `batch_norm_forward` checks, and say what the ranks must agree on."""
-    call = check_forward(*arguments, alone=False)
-    frame, *_, eps, momentum, taken, relu, _ = call
-    header = Header(
-        step=FORWARD, eps=eps, momentum=momentum, correction=taken, **common_fields(frame, relu)
-    )
-    return call, header
 
 
 def _merged(ranks: Ranks, counts: list[int], own: Moments) -> Moments:
@@ -311,49 +312,35 @@ def sync_batch_norm_backward(
         )  # fmt: skip
         return SyncBatchNormBackward(*alone)
     ranks = Ranks(comm)
-    (call, m), counts = ranks.checked(
-        lambda: _backward_call(
-            count, dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
-        )
-    )
+
+    def check() -> tuple[tuple[BackwardCall, Wanted, Out | None, int], Header]:
+        """Check what `batch_norm_backward` checks, and count; say what the ranks must agree on."""
+        call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+        wanted, out_ = call.wanted(output_mask), call.frame.out(out, inplace="dy")
+        m = _checks.count(count, call.frame.x)
+        common = common_fields(call.frame, call.relu)
+        header = Header(step=BACKWARD, total=float(m), dx=float(wanted.dx), **common)
+        return (call, wanted, out_, m), header
+
+    (call, wanted, out_, m), counts = ranks.checked(check)
     if sum(counts) != m:
         raise ValueError(f"count is {m}, but the ranks' x have {sum(counts)} values per channel")
-    return _backward(ranks, call, m, out)
-
-
-def _backward_call(count: int, *arguments: Any) -> tuple[tuple[BackwardCall, int], Header]:
-    """Check what `batch_norm_backward` checks, and count; say what the ranks must agree on."""
-    call = check_backward(*arguments)
-    frame, *_, relu, wanted, _ = call
-    m = _checks.count(count, frame.x)
-    header = Header(
-        step=BACKWARD, total=float(m), dx=float(wanted[0]), **common_fields(frame, relu)
-    )
-    return (call, m), header
-
-
-def _backward(
-    ranks: Ranks, call: BackwardCall, m: int, out: Array | None
-) -> SyncBatchNormBackward[Any]:
-    """Compute what is wanted; the ranks agree on dx, the rest is each rank's own affair."""
-    frame, dy, gamma, mean, rstd, beta, y, relu, wanted, out_ = call
-    want_dx, want_dgamma, want_dbeta, want_dresidual = wanted
-    dx = frame.target(out_) if want_dx else None
-    dresidual = frame.target(None) if want_dresidual else None
-    arrays = frame.view(dy), frame.view(frame.x)
-    scale, *mask = frame.scale_and_mask(relu, gamma, beta, y)
-    norm = scale, frame.statistic(mean), frame.statistic(rstd)
+    # The ranks agree on dx; the rest is each rank's own affair.
+    frame = call.frame
+    dx = frame.target(out_) if wanted.dx else None
+    dresidual = frame.target() if wanted.dresidual else None
+    operands, mask = call.operands()
     own: NDArray = frame.memory.zeros((2, frame.channels))
-    if (want_dx or want_dgamma or want_dbeta) and not frame.empty:
-        own = frame.backend.backward_reduce(*arrays, *norm, *mask)
-    sums = _added(ranks, own) if want_dx else None
-    if (want_dx or want_dresidual) and not frame.empty:
+    if (wanted.dx or wanted.dgamma or wanted.dbeta) and not frame.empty:
+        own = frame.backend.backward_reduce(*operands, *mask)
+    sums = _added(ranks, own) if wanted.dx else None
+    if (wanted.dx or wanted.dresidual) and not frame.empty:
         written = dx and dx.written, dresidual and dresidual.written
-        frame.backend.backward_apply(*arrays, *norm, sums, m, *mask, *written)
+        frame.backend.backward_apply(*operands, sums, m, *mask, *written)
     return SyncBatchNormBackward(
-        dx and frame.settle(dx, out),
-        frame.parameter_gradient(own[1], gamma) if want_dgamma else None,
-        frame.parameter_gradient(own[0], gamma) if want_dbeta else None,
+        dx and frame.settle(dx),
+        frame.parameter_gradient(own[1], call.gamma) if wanted.dgamma else None,
+        frame.parameter_gradient(own[0], call.gamma) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 

@@ -153,7 +153,7 @@ def common_fields(frame: Frame, relu: bool) -> dict[str, float]:
         raise TypeError("x is in the memory of a GPU; ranks synchronise arrays in CPU memory")
     return {
         "channels": float(frame.channels),
-        "channel_axes": _checksum(frame._channels),
+        "channel_axes": _checksum(frame.channel_shape),
         "dtype": _DTYPE_CODES.get(frame.x.dtype, float(DTYPES.index("bfloat16"))),
         "relu": float(relu),
         "values": float(frame.m),
