@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from nbnorm._version import __version__ as __version__
 from nbnorm._warmup import warmup
 from nbnorm.config import show_config
 from nbnorm.cpu.overloads import register as _register
@@ -29,8 +30,6 @@ if _TYPE_CHECKING:
     from nbnorm import distributed as distributed
     from nbnorm import integrations as integrations
     from nbnorm import reference as reference
-
-__version__ = "0.1.0"
 
 _register()  # for compiled functions that call those above
 

@@ -16,10 +16,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-Array = Any  # numpy.ndarray, or anything with __dlpack__
+from nbnorm._checks import has_lazy_sign
+from nbnorm._typing import Array, NDArray
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-NDArray = np.ndarray[Any, np.dtype[Any]]
 
 # DLPack's device types: the CPU and pinned memory, CUDA and its managed memory.
 _HOST, _GPU = (1, 3), (2, 13)
@@ -82,24 +83,6 @@ def _remedy(obj: Array, name: str, dtype: str) -> str:
 def is_cupy(cls: type) -> bool:
     """Whether a class is CuPy's array."""
     return cls.__module__.partition(".")[0] == "cupy" and cls.__name__ == "ndarray"
-
-
-def mirror(array: NDArray) -> NDArray:
-    """Return a NumPy array with `array`'s address and strides: to ask about memory, not to read."""
-    return array if isinstance(array, np.ndarray) else np.asarray(_Mirror(array))
-
-
-class _Mirror:
-    """Address, shape and strides of an array on a GPU."""
-
-    def __init__(self, array: NDArray) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (array.data.ptr, False),  # type: ignore[attr-defined]
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.itemsize}",
-        }
 
 
 def place_of(array: Array) -> str:
@@ -267,12 +250,6 @@ def _library_of(cls: type) -> Any:
             if library is not None and hasattr(library, "from_dlpack"):
                 return library
     raise TypeError(f"cannot return arrays of {cls.__module__}.{cls.__qualname__}: no from_dlpack")
-
-
-def has_lazy_sign(obj: Array) -> bool:
-    """Whether an array is a torch tensor whose values are yet to be negated: conj().imag is one."""
-    negative = getattr(obj, "is_neg", None)
-    return negative is not None and bool(negative())
 
 
 # What stands for an array while a function is transformed, recorded or differentiated, and the way

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm._arrays import NDArray, has_lazy_sign, mirror, place_of
+from nbnorm._typing import Array, Axis, NDArray
 
 Shape = tuple[int, ...]
 
@@ -44,7 +44,7 @@ def channel_axes(shape: Shape, given: Shape, name: str = "x") -> tuple[Shape, Sh
 
 
 def channel_shape(
-    array: NDArray, name: str, expected: tuple[int, ...], x: NDArray, axis: int | tuple[int, ...]
+    array: NDArray, name: str, expected: tuple[int, ...], x: NDArray, axis: Axis
 ) -> None:
     """Refuse a parameter or statistic that does not have the shape of the channel axes."""
     if array.shape != expected:
@@ -79,14 +79,13 @@ def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
 
 
-def same_place(array: NDArray, name: str, x: NDArray) -> None:
-    """Refuse an array that does not lie where x does, in CPU memory or on a GPU."""
-    place, expected = place_of(array), place_of(x)
+def same_place(place: str, name: str, expected: str) -> None:
+    """Refuse an array that does not lie where x does; both places in words."""
     if place != expected:
         raise ValueError(f"{name} is in {place}, expected {expected}, where x is")
 
 
-def same_device(array: Any, name: str, x: Any) -> None:
+def same_device(array: Array, name: str, x: Array) -> None:
     """Refuse an array of x's library that is on another device, as the library sees it."""
     if type(array) is not type(x) or not hasattr(x, "device"):
         return
@@ -96,7 +95,7 @@ def same_device(array: Any, name: str, x: Any) -> None:
 
 def writable(array: NDArray, name: str, instead: str) -> None:
     """Refuse an array that cannot be written to, or whose elements share their memory."""
-    array = mirror(array)
+    array = _mirror(array)
     if array.flags.carray:  # most are: one step for all
         return
     if not array.flags.writeable:
@@ -127,7 +126,7 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
     return len(places) < prod(shape)
 
 
-def mutable(given: Any, name: str, instead: str) -> None:
+def mutable(given: Array, name: str, instead: str) -> None:
     """Refuse an array whose library does not allow writing to its memory.
 
     JAX's arrays are immutable, and a tensor with torch's negative bit is read from a copy.
@@ -141,6 +140,12 @@ def mutable(given: Any, name: str, instead: str) -> None:
             f"{name} is a tensor with the negative bit (is_neg()), which cannot be written to; "
             f"pass {name}.resolve_neg()"
         )
+
+
+def has_lazy_sign(obj: Array) -> bool:
+    """Whether an array is a torch tensor whose values are yet to be negated: conj().imag is one."""
+    negative = getattr(obj, "is_neg", None)
+    return negative is not None and bool(negative())
 
 
 def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
@@ -170,7 +175,7 @@ def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
     """Refuse an array that is to be written and shares memory with another."""
     distinct = written is not other
     # CuPy's arrays claim to own even memory that came by DLPack; a mirror never does.
-    written, other = mirror(written), mirror(other)
+    written, other = _mirror(written), _mirror(other)
     if distinct and written.flags.owndata and other.flags.owndata:
         return
     if np.may_share_memory(written, other) and _overlap(written, other):
@@ -186,9 +191,9 @@ def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inpl
     if out.dtype != x.dtype:
         raise ValueError(f"out has dtype {out.dtype}, expected {x.dtype}, the dtype of x")
     writable(out, "out", "pass one that can be written to, or none")
-    out = mirror(out)
+    out = _mirror(out)
     for name, array in inputs:
-        other = mirror(array)
+        other = _mirror(array)
         if not np.may_share_memory(out, other):
             continue
         if name == inplace and _same_view(out, other):
@@ -199,6 +204,24 @@ def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inpl
                 if name == inplace
                 else f"out overlaps {name} in memory"
             )
+
+
+def _mirror(array: NDArray) -> NDArray:
+    """Return a NumPy array with `array`'s address and strides: to ask about memory, not to read."""
+    return array if isinstance(array, np.ndarray) else np.asarray(_Mirror(array))
+
+
+class _Mirror:
+    """Address, shape and strides of an array on a GPU."""
+
+    def __init__(self, array: NDArray) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.data.ptr, False),  # type: ignore[attr-defined]
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+        }
 
 
 def _same_view(a: NDArray, b: NDArray) -> bool:

@@ -10,15 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm import _checks, cpu
-from nbnorm._arrays import Array, NDArray, cuda_backend, home_of, take, take_floating
+from nbnorm._arrays import cuda_backend, home_of, place_of, take, take_floating
 from nbnorm._layout import Layout, fits, layout_of
+from nbnorm._typing import Array, Axis, NDArray
+
+
+class Out(NamedTuple):
+    """An output that was passed: as it is handed back, and as the array that it is."""
+
+    given: Array
+    taken: NDArray
 
 
 class Target(NamedTuple):
-    """A result in x's shape, and the (N, C, S) array that it is written through."""
+    """A result in x's shape, the (N, C, S) array that it is written through, and its `Out`."""
 
     array: NDArray
     written: NDArray
+    out: Out | None
 
 
 class Geometry(NamedTuple):
@@ -58,6 +67,8 @@ class Frame:
         x and the others that have been checked, by name.
     m, channels : int
         Values per channel, number of channels.
+    channel_shape : tuple of int
+        The shape of the channel axes.
     empty : bool
         Whether there is nothing to compute: no samples or no channels.
     backend : module
@@ -69,7 +80,7 @@ class Frame:
     backend: ModuleType = cpu
     memory: Any = cpu.memory
 
-    def __init__(self, x: Array, axis: int | tuple[int, ...]) -> None:
+    def __init__(self, x: Array, axis: Axis) -> None:
         self.x = taken = take_floating(x, "x")
         self._given = x
         self.inputs = {"x": taken}
@@ -79,7 +90,7 @@ class Frame:
         self.home = home_of(x)
         self._axis = axis
         given = (axis,) if type(axis) is int else _checks.axes(axis)
-        self._channels, self.channels, self.m, self.empty, self._layout, self._fitting = (
+        self.channel_shape, self.channels, self.m, self.empty, self._layout, self._fitting = (
             geometry_of(taken.shape, taken.strides, taken.itemsize, given)
         )
 
@@ -106,11 +117,11 @@ class Frame:
         taken = take_floating(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
-        _checks.channel_shape(taken, name, self._channels, self.x, self._axis)
+        _checks.channel_shape(taken, name, self.channel_shape, self.x, self._axis)
         self.inputs[name] = taken
         return taken
 
-    def out(self, out: Array | None, inplace: str) -> NDArray | None:
+    def out(self, out: Array | None, inplace: str) -> Out | None:
         """Check an output against all inputs so far; `inplace` names the one that it may be."""
         if out is None:
             return None
@@ -119,11 +130,11 @@ class Frame:
         if taken is not out or self.backend is not cpu:
             self._same_place(out, taken, "out")
         _checks.output(taken, self.x, self.inputs.items(), inplace)
-        return taken
+        return Out(out, taken)
 
     def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
         """Refuse an array in other memory than x's, or on another device of x's library."""
-        _checks.same_place(taken, name, self.x)
+        _checks.same_place(place_of(taken), name, place_of(self.x))
         if self.backend is cpu:  # elsewhere a place is a device
             _checks.same_device(given, name, self._given)
 
@@ -136,23 +147,23 @@ class Frame:
         copy: NDArray = self.memory.contiguous(self._turned(array))
         return copy.reshape(self._layout.shape)
 
-    def target(self, out: NDArray | None) -> Target:
+    def target(self, out: Out | None = None) -> Target:
         """Memory for a result: out, or a fresh array of x's shape, dtype and order in memory."""
         layout = self._layout
         if out is None and layout.natural and layout.dense == layout.order:
             array: NDArray = self.memory.empty(self.x.shape, self.x.dtype)
-            return Target(array, array.reshape(layout.shape))
-        array = self._new() if out is None else out
+            return Target(array, array.reshape(layout.shape), None)
+        array = self._new() if out is None else out.taken
         if self.empty or self._fits(array):
-            return Target(array, self._turned(array).reshape(layout.shape))
-        return Target(array, self.memory.empty(layout.shape, self.x.dtype))
+            return Target(array, self._turned(array).reshape(layout.shape), out)
+        return Target(array, self.memory.empty(layout.shape, self.x.dtype), out)
 
-    def settle(self, target: Target, out: Array | None = None) -> Any:
+    def settle(self, target: Target) -> Any:
         """Hand a result back: as the out that was passed, else as an array of x's library."""
         if not (target.written.base is target.array or self.empty or self._fits(target.array)):
             turned = self._turned(target.array)
             turned[...] = target.written.reshape(turned.shape)
-        return self.home(target.array) if out is None else out
+        return self.home(target.array) if target.out is None else target.out.given
 
     def _new(self) -> NDArray:
         dense = self._layout.dense or tuple(range(self.x.ndim))
@@ -182,7 +193,7 @@ class Frame:
 
     def unflat(self, array: NDArray) -> NDArray:
         """The channel axes' shape, from (C,)."""
-        return array if len(self._channels) == 1 else array.reshape(self._channels)
+        return array if len(self.channel_shape) == 1 else array.reshape(self.channel_shape)
 
     def scale_and_mask(
         self, relu: bool, gamma: NDArray | None, beta: NDArray | None, y: NDArray | None

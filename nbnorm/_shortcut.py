@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from nbnorm import cpu
-from nbnorm._arrays import NDArray
 from nbnorm._layout import Axes, Layout, fits, layout_of
+from nbnorm._typing import NDArray
 from nbnorm.cpu import entries, kernels, threads
 from nbnorm.cpu.objects import readable
 from nbnorm.cpu.plan import SERIAL_BELOW, by_rows, plan

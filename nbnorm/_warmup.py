@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from nbnorm import functional
+from nbnorm._typing import Activation, Axis
 
 
 def warmup(
     *shapes: tuple[int, ...],
     dtype: DTypeLike = np.float32,
-    axis: int | tuple[int, ...] = 1,
-    activation: functional.Activation = None,
+    axis: Axis = 1,
+    activation: Activation = None,
     residual: bool = False,
     training: bool = True,
 ) -> None:

@@ -8,8 +8,8 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-import nbnorm
 from nbnorm import pool
+from nbnorm._version import __version__
 from nbnorm.cpu.kernels import cache_folder
 
 # The features that decide how wide the kernels' vectors are and whether halves are converted
@@ -31,7 +31,7 @@ def show_config() -> None:
     CUDA ...
     """
     lines = {
-        "nbnorm": nbnorm.__version__,
+        "nbnorm": __version__,
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "NumPy": np.__version__,
         "Numba": f"{numba.__version__}, llvmlite {llvmlite.__version__}",

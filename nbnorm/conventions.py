@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, NDArray, take_floating
+from nbnorm._arrays import take_floating
+from nbnorm._typing import Array, Axis, NDArray
 from nbnorm.layer import BatchNorm
 
 __all__ = ["CONVENTIONS", "Convention", "dump", "load"]
@@ -190,7 +191,7 @@ def load(
     arrays: Mapping[str, Array] | Sequence[Array],
     *,
     prefix: str = "",
-    axis: int | tuple[int, ...] | None = None,
+    axis: Axis | None = None,
     **hyperparameters: Any,
 ) -> BatchNorm:
     """Return the layer that a batch norm of another framework is.
@@ -484,7 +485,7 @@ def _untagged(name: str, tags: tuple[str, ...]) -> str:
 
 
 def _common_shape(
-    values: Mapping[str, NDArray], names: Mapping[str, str], axis: int | tuple[int, ...]
+    values: Mapping[str, NDArray], names: Mapping[str, str], axis: Axis
 ) -> tuple[int, ...]:
     """Return the shape of all arrays, which has a dimension for every channel axis."""
     first, *others = values

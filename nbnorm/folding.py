@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from nbnorm._arrays import Array, NDArray, home_of, on_its_device, take_floating
+from nbnorm._arrays import home_of, on_its_device, take_floating
+from nbnorm._typing import Array, NDArray
 from nbnorm.moments import rstd_of
 
 

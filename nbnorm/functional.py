@@ -5,26 +5,16 @@ Every check comes before the first kernel: an error leaves every array as it was
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import Array, NDArray, on_its_device, untraced
+from nbnorm._arrays import on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
-from nbnorm._frame import Frame, Target
+from nbnorm._frame import Frame, Out, Target
+from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.moments import Moments
-
-Axis = int | tuple[int, ...]
-Activation = Literal["relu"] | None
-Mask = tuple[bool, bool, bool, bool]
-
-# The type of x, and of results like it. Statistics are of x's library too, but float64 and of
-# another shape, which Python's types cannot express: they are Any.
-X = TypeVar("X")
-# A result that is None where it was not asked for. Any, so that type checkers do not demand a check
-# for None at every use.
-OrNone = Any
 
 
 class BatchNormForward(NamedTuple, Generic[X]):
@@ -171,61 +161,71 @@ def batch_norm_forward(
 
 
 @on_its_device("x")
-def _forward(
-    x: X,
-    gamma: Array | None,
-    beta: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    correction: int,
-    axis: Axis,
-    residual: Array | None,
-    activation: Activation,
-    out: Array | None,
-) -> BatchNormForward[X]:
-    """`batch_norm_forward` of any arrays."""
-    frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_ = check_forward(
-        x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
-        residual, activation, out,
-    )  # fmt: skip
-    if not training:
-        assert mean_ is not None
-        assert var_ is not None
-        mean = mean_.astype(np.float64).reshape(-1)
-        rstd = frame.backend.rstd(frame.statistic(var_), eps)
-        y = apply_to(frame, gamma_, beta_, mean, rstd, residual_, relu, out_)
+def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
+    """`batch_norm_forward` of any arrays; its arguments in the order of `check_forward`'s."""
+    call = check_forward(x, *arguments)
+    frame = call.frame
+    if not call.training:
+        assert call.running is not None
+        running_mean, running_var = call.running
+        mean = running_mean.astype(np.float64).reshape(-1)
+        rstd = frame.backend.rstd(frame.statistic(running_var), call.eps)
+        y = call.apply(mean, rstd)
     elif frame.empty:
         mean, rstd = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
-        y = frame.target(out_)
+        y = frame.target(call.out)
     else:
-        y = frame.target(out_)
+        y = frame.target(call.out)
         mean, m2, rstd = frame.backend.forward(
             frame.view(frame.x),
-            *frame.scale_and_shift(gamma_, beta_),
-            eps,
-            frame.view(residual_),
-            relu,
+            *frame.scale_and_shift(call.gamma, call.beta),
+            call.eps,
+            frame.view(call.residual),
+            call.relu,
             y.written,
         )
-        if mean_ is not None and var_ is not None:
-            frame.backend.move(mean_, var_, mean, m2, momentum, frame.m - taken)
+        if call.running is not None:
+            frame.backend.move(*call.running, mean, m2, call.momentum, frame.m - call.correction)
     return BatchNormForward(
-        frame.settle(y, out),
+        frame.settle(y),
         frame.home(frame.unflat(mean)),
         frame.home(frame.unflat(rstd)),
     )
 
 
-# Everything about one forward call: frame, gamma, beta, running_mean, running_var, residual, eps,
-# momentum, correction, whether there is ReLU, out. A plain tuple: a named one takes a third of a
-# microsecond more, which counts in a small call.
-ForwardCall = tuple[
-    Frame, NDArray | None, NDArray | None, NDArray | None, NDArray | None, NDArray | None,
-    float, float, float, bool, NDArray | None,
-]  # fmt: skip
+class ForwardCall(NamedTuple):
+    """The arguments of a call that gives y, checked, its arrays as NumPy's or CuPy's.
+
+    The fields after `out` are of `batch_norm_forward` alone; `running` are mean and variance.
+    """
+
+    frame: Frame
+    gamma: NDArray | None
+    beta: NDArray | None
+    residual: NDArray | None
+    relu: bool
+    out: Out | None
+    training: bool = False
+    running: tuple[NDArray, NDArray] | None = None
+    momentum: float = 0.0
+    eps: float = 0.0
+    correction: float = 0.0
+
+    def apply(self, mean: NDArray, rstd: NDArray) -> Target:
+        """Normalise x with statistics that are float64 and of shape (C,)."""
+        frame = self.frame
+        y = frame.target(self.out)
+        if not frame.empty:
+            frame.backend.apply(
+                frame.view(frame.x),
+                *frame.scale_and_shift(self.gamma, self.beta),
+                mean,
+                rstd,
+                frame.view(self.residual),
+                self.relu,
+                y.written,
+            )
+        return y
 
 
 def check_forward(
@@ -258,16 +258,19 @@ def check_forward(
     eps, momentum = _checks.epsilon(eps), _checks.finite(momentum, "momentum")
     taken = _checks.finite(correction, "correction")
     relu = _checks.relu(activation)
+    running = None if mean_ is None or var_ is None else (mean_, var_)
     if training:
         if alone:
             _checks.enough_values(frame.m, taken, "x of shape {}", frame.x.shape)
-        if mean_ is not None and var_ is not None:
+        if running is not None:
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)
             _checks.mutable(running_var, "running_var", instead)
             _checks.running_to_update(frame.inputs, instead)
     out_ = frame.out(out, inplace="x")
-    return frame, gamma_, beta_, mean_, var_, residual_, eps, momentum, taken, relu, out_
+    return ForwardCall(
+        frame, gamma_, beta_, residual_, relu, out_, training, running, momentum, eps, taken
+    )
 
 
 _UPDATE_BY_HAND = (
@@ -364,11 +367,10 @@ def _inference(
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
     eps, relu = _checks.epsilon(eps), _checks.relu(activation)
-    out_ = frame.out(out, inplace="x")
+    call = ForwardCall(frame, gamma_, beta_, residual_, relu, frame.out(out, inplace="x"))
     rstd = frame.backend.rstd(frame.statistic(var_), eps)
-    y = apply_to(frame, gamma_, beta_, frame.statistic(mean_), rstd, residual_, relu, out_)
-    settled: X = frame.settle(y, out)
-    return settled
+    y: X = frame.settle(call.apply(frame.statistic(mean_), rstd))
+    return y
 
 
 @on_its_device("x")
@@ -434,35 +436,8 @@ def batch_norm_apply(
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     residual_ = frame.like_x(residual, "residual")
     relu = _checks.relu(activation)
-    out_ = frame.out(out, inplace="x")
-    statistics = frame.statistic(mean_), frame.statistic(rstd_)
-    y = apply_to(frame, gamma_, beta_, *statistics, residual_, relu, out_)
-    settled: X = frame.settle(y, out)
-    return settled
-
-
-def apply_to(
-    frame: Frame,
-    gamma: NDArray | None,
-    beta: NDArray | None,
-    mean: NDArray,
-    rstd: NDArray,
-    residual: NDArray | None,
-    relu: bool,
-    out: NDArray | None,
-) -> Target:
-    """Normalise frame.x with statistics that are float64 and of shape (C,)."""
-    y = frame.target(out)
-    if not frame.empty:
-        frame.backend.apply(
-            frame.view(frame.x),
-            *frame.scale_and_shift(gamma, beta),
-            mean,
-            rstd,
-            frame.view(residual),
-            relu,
-            y.written,
-        )
+    call = ForwardCall(frame, gamma_, beta_, residual_, relu, frame.out(out, inplace="x"))
+    y: X = frame.settle(call.apply(frame.statistic(mean_), frame.statistic(rstd_)))
     return y
 
 
@@ -604,61 +579,71 @@ def batch_norm_backward(
         if done is not None:
             return BatchNormBackward(*done)
     return _backward(
-        dy, x, gamma, mean, rstd, beta, y, training, axis, activation, output_mask, out
+        training, output_mask, out, dy, x, gamma, mean, rstd, beta, y, axis, activation
     )
 
 
 @on_its_device("x")
 def _backward(
-    dy: Array,
-    x: X,
-    gamma: Array | None,
-    mean: Array,
-    rstd: Array,
-    beta: Array | None,
-    y: Array | None,
-    training: bool,
-    axis: Axis,
-    activation: Activation,
-    output_mask: Mask,
-    out: Array | None,
+    training: bool, output_mask: Mask, out: Array | None, dy: Array, x: X, *arguments: Any
 ) -> BatchNormBackward[X]:
-    """`batch_norm_backward` of any arrays."""
-    frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, out_ = check_backward(
-        dy, x, gamma, mean, rstd, beta, y, axis, activation, output_mask, out
-    )
-    want_dx, want_dgamma, want_dbeta, want_dresidual = wanted
-    dx = frame.target(out_) if want_dx else None
-    dresidual = frame.target(None) if want_dresidual else None
+    """`batch_norm_backward` of any arrays; from `dy` on in the order of `check_backward`'s."""
+    call = check_backward(dy, x, *arguments)
+    frame, wanted = call.frame, call.wanted(output_mask)
+    out_ = frame.out(out, inplace="dy")
+    dx = frame.target(out_) if wanted.dx else None
+    dresidual = frame.target() if wanted.dresidual else None
     sums: Array = frame.memory.zeros((2, frame.channels)) if frame.empty else None
     if not frame.empty:
-        arrays = frame.view(dy_), frame.view(frame.x)
-        mean64, rstd64 = frame.statistic(mean_), frame.statistic(rstd_)
-        scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
+        operands, mask = call.operands()
         written = dx and dx.written, dresidual and dresidual.written
-        if want_dx and training:
-            sums = frame.backend.backward(*arrays, scale, mean64, rstd64, *mask, *written)
+        if wanted.dx and training:
+            sums = frame.backend.backward(*operands, *mask, *written)
         else:
-            if want_dgamma or want_dbeta:
-                sums = frame.backend.backward_reduce(*arrays, scale, mean64, rstd64, *mask)
-            if want_dx or want_dresidual:
-                frame.backend.backward_apply(
-                    *arrays, scale, mean64, rstd64, None, frame.m, *mask, *written
-                )
+            if wanted.dgamma or wanted.dbeta:
+                sums = frame.backend.backward_reduce(*operands, *mask)
+            if wanted.dx or wanted.dresidual:
+                frame.backend.backward_apply(*operands, None, frame.m, *mask, *written)
     return BatchNormBackward(
-        dx and frame.settle(dx, out),
-        frame.parameter_gradient(sums[1], gamma_) if want_dgamma else None,
-        frame.parameter_gradient(sums[0], gamma_) if want_dbeta else None,
+        dx and frame.settle(dx),
+        frame.parameter_gradient(sums[1], call.gamma) if wanted.dgamma else None,
+        frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 
 
-# Everything about one backward call: frame, dy, gamma, mean, rstd, beta, y, whether there is ReLU,
-# what is wanted (dresidual only where there is y), out.
-BackwardCall = tuple[
-    Frame, NDArray, NDArray | None, NDArray, NDArray, NDArray | None, NDArray | None,
-    bool, Mask, NDArray | None,
-]  # fmt: skip
+class Wanted(NamedTuple):
+    """Which gradients to compute."""
+
+    dx: bool
+    dgamma: bool
+    dbeta: bool
+    dresidual: bool
+
+
+class BackwardCall(NamedTuple):
+    """The arguments that all backward functions have, checked, arrays as NumPy's or CuPy's."""
+
+    frame: Frame
+    dy: NDArray
+    gamma: NDArray | None
+    mean: NDArray
+    rstd: NDArray
+    beta: NDArray | None
+    y: NDArray | None
+    relu: bool
+
+    def wanted(self, output_mask: Mask) -> Wanted:
+        """Check which gradients are asked for; that of a residual only where there is y."""
+        dx, dgamma, dbeta, dresidual = _checks.output_mask(output_mask)
+        return Wanted(dx, dgamma, dbeta, dresidual and self.y is not None)
+
+    def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
+        """(dy, x, gamma, mean, rstd), and (beta, y) for ReLU's mask, as the backend takes them."""
+        frame = self.frame
+        gamma, *mask = frame.scale_and_mask(self.relu, self.gamma, self.beta, self.y)
+        statistics = frame.statistic(self.mean), frame.statistic(self.rstd)
+        return (frame.view(self.dy), frame.view(frame.x), gamma, *statistics), tuple(mask)
 
 
 def check_backward(
@@ -671,20 +656,16 @@ def check_backward(
     y: Array | None,
     axis: Axis,
     activation: Activation,
-    output_mask: Mask,
-    out: Array | None,
 ) -> BackwardCall:
-    """Check and take the arguments of a backward call; compute nothing."""
+    """Check and take the arguments that all backward functions have; compute nothing."""
     frame = Frame(x, axis)
     relu = _checks.relu(activation)
+    gamma = _checks.given(gamma, "gamma", relu and y is None)
     beta = _checks.given(beta, "beta", relu and y is None)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    want_dx, want_dgamma, want_dbeta, want_dresidual = _checks.output_mask(output_mask)
-    wanted = want_dx, want_dgamma, want_dbeta, want_dresidual and y is not None
-    out_ = frame.out(out, inplace="dy")
-    return frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, wanted, out_
+    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu)
 
 
 @on_its_device("x")
@@ -742,25 +723,13 @@ def batch_norm_backward_reduce(
     >>> nbnorm.batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
     (array([1.5]), array([-0.5]))
     """
-    frame = Frame(x, axis)
-    relu = _checks.relu(activation)
-    gamma = _checks.given(gamma, "gamma", relu and y is None)
-    beta = _checks.given(beta, "beta", relu and y is None)
-    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
-    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+    frame = call.frame
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
     else:
-        scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
-        sums = frame.backend.backward_reduce(
-            frame.view(dy_),
-            frame.view(frame.x),
-            scale,
-            frame.statistic(mean_),
-            frame.statistic(rstd_),
-            *mask,
-        )
+        operands, mask = call.operands()
+        sums = frame.backend.backward_reduce(*operands, *mask)
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
 
@@ -836,30 +805,15 @@ def batch_norm_backward_apply(
     array([[ 0.09375],
            [-0.09375]])
     """
-    frame = Frame(x, axis)
-    relu = _checks.relu(activation)
-    beta = _checks.given(beta, "beta", relu and y is None)
-    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
-    gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+    frame = call.frame
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
     m = _checks.count(count, frame.x)
-    out_ = frame.out(out, inplace="dy")
-    dx = frame.target(out_)
+    target = frame.target(frame.out(out, inplace="dy"))
     if not frame.empty:
-        scale, *mask = frame.scale_and_mask(relu, gamma_, beta_, y_)
-        frame.backend.backward_apply(
-            frame.view(dy_),
-            frame.view(frame.x),
-            scale,
-            frame.statistic(mean_),
-            frame.statistic(rstd_),
-            np.stack([frame.statistic(sum_dy_), frame.statistic(sum_dy_xhat_)]),
-            m,
-            *mask,
-            dx.written,
-            None,
-        )
-    settled: X = frame.settle(dx, out)
-    return settled
+        operands, mask = call.operands()
+        sums = np.stack([frame.statistic(sum_dy_), frame.statistic(sum_dy_xhat_)])
+        frame.backend.backward_apply(*operands, sums, m, *mask, target.written, None)
+    dx: X = frame.settle(target)
+    return dx

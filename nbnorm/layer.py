@@ -9,17 +9,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from nbnorm import _checks
-from nbnorm._arrays import (
-    DTYPES,
-    Array,
-    NDArray,
-    device_of,
-    moved_to,
-    on_host,
-    overwrite,
-    take_floating,
-)
-from nbnorm.functional import Activation, X, batch_norm_backward, batch_norm_forward
+from nbnorm._arrays import DTYPES, device_of, moved_to, on_host, overwrite, take_floating
+from nbnorm._typing import Activation, Array, NDArray, X
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, update_running_stats
 
 

@@ -1,13 +1,14 @@
 """Count, mean and M2 of every channel: merged, turned into running statistics."""
 
 import operator
-from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, NDArray, home_of, on_its_device, take_floating
+from nbnorm._arrays import home_of, on_its_device, take_floating
+from nbnorm._running import move
+from nbnorm._typing import Array, NDArray
 
 # Types of running statistics: what goes in comes out.
 Mean = TypeVar("Mean")
@@ -269,17 +270,6 @@ def update_running_stats(
     if inplace:
         return running_mean, running_var
     return home_of(running_mean)(targets[0]), home_of(running_var)(targets[1])
-
-
-def move(running: Sequence[NDArray], batch: Sequence[NDArray], momentum: float) -> None:
-    """running = (1 - momentum) * running + momentum * batch, rounded once to running's dtype.
-
-    The batch's statistics may be of shape (C,).
-    """
-    with np.errstate(all="ignore"):
-        for old, new in zip(running, batch, strict=True):
-            moved = momentum * new.reshape(old.shape)
-            old[...] = (1.0 - momentum) * old.astype(np.float64) + moved
 
 
 def _var(count: int, m2: NDArray, correction: float) -> NDArray:

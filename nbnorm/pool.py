@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from nbnorm._arrays import NDArray
+from nbnorm._typing import NDArray
 
 # Bytes. Smaller results come from malloc's own store, without new pages. Results of one size, one
 # at a time, took 1.05 of their time without the pool at 1 MiB, 1.03 at 2 and 1.01 at 4.

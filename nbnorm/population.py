@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import Array, moved_to, take_floating
-from nbnorm.functional import Axis, batch_norm_stats
+from nbnorm._arrays import moved_to, take_floating
+from nbnorm._typing import Array, Axis
+from nbnorm.functional import batch_norm_stats
 from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments
 

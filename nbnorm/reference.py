@@ -28,12 +28,11 @@ import math
 
 import numpy as np
 
-from nbnorm._arrays import NDArray
 from nbnorm._checks import NOT_GIVEN, given
-from nbnorm.functional import Activation, BatchNormBackward, BatchNormForward
+from nbnorm._typing import Activation, Axis, NDArray
+from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
 
-Axis = int | tuple[int, ...]
 OptArray = NDArray | None
 
 # NaN and Inf are data here: they pass through without a warning.

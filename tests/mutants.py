@@ -66,15 +66,15 @@ FUNCTIONAL = of(
     ),
     (
         "test_arithmetic.py::test_running_statistics_forward_are_those_of_update",
-        ("momentum, frame.m - taken)", "momentum, frame.m)"),
-        ("move(mean_, var_, mean, m2, momentum", "move(mean_, var_, mean, m2, 1 - momentum"),
+        ("call.momentum, frame.m - call.correction)", "call.momentum, frame.m)"),
+        ("mean, m2, call.momentum, frame.m", "mean, m2, 1 - call.momentum, frame.m"),
     ),
     (
         "test_arithmetic.py::test_relu_lets_no_gradient_pass_at_0",
-        ("want_dresidual and y is not None", "want_dresidual"),
-        ("if want_dx and training:", "if want_dx:"),
-        ("frame.parameter_gradient(sums[1], gamma_)", "frame.parameter_gradient(sums[0], gamma_)"),
-        ("frame.parameter_gradient(sums[0], gamma_)", "frame.parameter_gradient(sums[1], gamma_)"),
+        ("dresidual and self.y is not None", "dresidual"),
+        ("if wanted.dx and training:", "if wanted.dx:"),
+        ("parameter_gradient(sums[1], call.gamma)", "parameter_gradient(sums[0], call.gamma)"),
+        ("parameter_gradient(sums[0], call.gamma)", "parameter_gradient(sums[1], call.gamma)"),
     ),
     (
         "test_errors.py::test_too_few_values_per_channel",
@@ -387,11 +387,18 @@ MOMENTS = of(
         ("d * d * (count * count_b / total)", "d * d"),
         ("np.where(total == 0, 0.0,", "np.where(total < 0, 0.0,"),
         ("rstd if count > 0 else np.zeros_like(rstd)", "rstd"),
-        ("(1.0 - momentum) * old.astype(np.float64)", "old.astype(np.float64)"),
         ("m2 / float(count - correction)", "m2 / float(count)"),
         ("    if count > 0:\n        move", "    if True:\n        move"),
         ("[array.copy() for array in running.values()]", "list(running.values())"),
         ("    if count < 0:\n", "    if False:\n"),
+    ),
+)
+
+RUNNING = of(
+    "_running",
+    (
+        "test_moments.py",
+        ("(1.0 - momentum) * old.astype(np.float64)", "old.astype(np.float64)"),
     ),
 )
 
@@ -445,12 +452,22 @@ DISK = of(
             "                part.replace(path)",
             "                path.write_bytes(part.read_bytes())",
         ),
-        ("        _remove_leftovers(path.parent)\n", ""),
-        ("follow_symlinks=False).st_mtime > _LEFT:", "follow_symlinks=False).st_mtime > 0:"),
-        ("if _PART.fullmatch(entry.name):", "if _PART.match(entry.name):"),
-        ("suppress(OSError), os.scandir", "os.scandir"),
+        ("        _tidy(path)\n", ""),
+        ("age > (_LEFT if found[2] else _UNUSED)", "age > (0 if found[2] else _UNUSED)"),
+        ("age > (_LEFT if found[2] else _UNUSED)", "age > (_LEFT if found[2] else 0)"),
+        ("age > (_LEFT if found[2] else _UNUSED)", "age > _LEFT"),
+        ("found = _FILE.fullmatch(entry.name)", "found = _FILE.match(entry.name)"),
+        ("or (found[1] == state and not found[2])", ""),
+        ("suppress(OSError), os.scandir(folder) as", "os.scandir(folder) as"),
+        ("suppress(OSError), os.scandir(folder.parent) as", "os.scandir(folder.parent) as"),
+        ("found is None or found[1] != own[1] or", "found is None or"),
+        ("entry.is_dir(follow_symlinks=False) and", "entry.is_dir() and"),
+        ("entry.is_dir(follow_symlinks=False) and _remove_unused(entry.path, state)",
+         "entry.is_dir(follow_symlinks=False)"),
+        ("                _note_use(path)\n", ""),
+        ("path.stat().st_mtime > _DAY", "path.stat().st_mtime > _UNUSED"),
     ),
-)
+)  # fmt: skip
 
 ARRAYS = of(
     "_arrays",
@@ -757,7 +774,7 @@ THREADS = of(
 
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
+    *(*STORAGE, *MOMENTS, *RUNNING, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*LAUNCH, *HOST, *THREADS),
 ]

@@ -299,6 +299,98 @@ def test_leftovers_that_cannot_be_removed_stay(folder, monkeypatch, failing):
     assert not left.exists()
 
 
+WEEK = 7 * 24 * 3600
+
+
+def aged(path, seconds):
+    """A file, made where it is not there, that was last used so many seconds ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+def test_unused_kernels_of_earlier_versions_are_removed(folder):
+    loaded()
+    (file,) = kept(folder)
+    kernel = file.name[: -len("0123456789abcdef.nbc")]  # with the state
+    other_kernel = "nbnorm-a-01234567"
+    assert not kernel.endswith("01234567")
+    end = "0123456789abcdef.nbc"
+    place = file.parent.name[:-40]
+    like = file.parents[1] / f"{place}{'0' * 40}", file.parents[1] / f"{place}{'1' * 40}"
+    removed = [
+        aged(file.with_name(other_kernel + end), 9 * WEEK),
+        aged(like[0] / (other_kernel + end), 9 * WEEK),
+        aged(like[1] / (other_kernel + end), 9 * WEEK),
+    ]
+    stay = [
+        aged(file, 99 * WEEK),  # of this version, as in an image that was filled long ago
+        aged(file.with_name(kernel + end), 99 * WEEK),
+        aged(file.with_name("nbnorm-b-01234567" + end), 7 * WEEK),  # that somebody uses
+        # Not ours, or not of this place.
+        aged(file.with_name("my-" + other_kernel + end), 99 * WEEK),
+        aged(file.with_name(other_kernel + end + ".orig"), 99 * WEEK),
+        aged(file.with_name("tiny.tiny-28.py311.1.nbc"), 99 * WEEK),
+        aged(like[1] / "tiny.tiny-28.py311.1.nbc", 99 * WEEK),
+        aged(folder / (other_kernel + end), 99 * WEEK),
+        aged(folder / "mine" / (other_kernel + end), 99 * WEEK),
+        aged(folder / f"my_{place}{'0' * 40}" / (other_kernel + end), 99 * WEEK),
+    ]
+    empty = folder / f"{place}{'2' * 40}"  # another program may be about to write to it
+    empty.mkdir()
+    assert not loaded(other)
+    assert not any(path.exists() for path in removed)
+    assert all(path.exists() for path in (*stay, empty))
+    assert not like[0].exists()
+    for path in stay[1:]:
+        path.unlink()
+    assert loaded()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_what_a_link_leads_to_is_not_removed(folder, tmp_path):
+    loaded()
+    (file,) = kept(folder)
+    kernel = aged(tmp_path / "elsewhere" / "nbnorm-a-0123456789abcdef01234567.nbc", 99 * WEEK)
+    link = file.parents[1] / f"{file.parent.name[:-40]}{'0' * 40}"
+    link.symlink_to(kernel.parent, target_is_directory=True)
+    loaded(other)
+    assert kernel.exists()
+
+
+def test_a_kernel_that_is_used_says_so(folder):
+    loaded()
+    (file,) = kept(folder)
+    for seconds in (9 * WEEK, 2 * 24 * 3600, 3600, -3600):
+        aged(file, seconds)
+        before = file.stat().st_mtime
+        assert loaded()
+        after = file.stat().st_mtime
+        assert (after != before) == (seconds > 24 * 3600)
+    assert abs(after - time.time()) < 2 * 3600
+
+
+@pytest.mark.parametrize("failing", ["scandir", "unlink", "rmdir", "utime"])
+def test_what_can_be_neither_removed_nor_dated_stays(folder, monkeypatch, failing):
+    loaded()
+    (file,) = kept(folder)
+    aged(file, 9 * WEEK)
+    like = file.parents[1] / f"{file.parent.name[:-40]}{'0' * 40}"
+    unused = aged(like / "nbnorm-a-0123456789abcdef01234567.nbc", 9 * WEEK)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk.os, failing, refuse)
+        assert loaded()
+        assert not loaded(other)
+        assert unused.exists() == (failing in ("scandir", "unlink"))
+        assert like.exists() == (failing != "utime")
+    assert loaded(other)
+
+
 def test_a_file_appears_whole(folder, monkeypatch):
     """The other way, two processes that write and read at the same time would meet halves."""
     whole = []

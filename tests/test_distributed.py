@@ -9,6 +9,7 @@ installed anyway; real ranks are processes with a time limit, so that a rank tha
 import doctest
 import importlib.util
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from tolerances import assert_same_bits
 
 import nbnorm
 from nbnorm import distributed
+from nbnorm._checks import NOT_GIVEN
+from nbnorm._frame import Frame
 from nbnorm.distributed import (
     SelfComm,
     SyncBatchNorm,
@@ -204,7 +207,7 @@ def _spoilt():
         {"rstd": per_channel(length=9)},
         {"output_mask": (True,) * 3},
         {"output_mask": (1, 1, 1, 2)},
-        {"beta": distributed.NOT_GIVEN, "y": None},
+        {"beta": NOT_GIVEN, "y": None},
     ):
         yield "batch_norm_backward", spoilt
 
@@ -316,6 +319,26 @@ def test_arrays_of_other_libraries(library):
         assert_same_bits(np.from_dlpack(result), theirs)
 
 
+@pytest.mark.parametrize("axis", [1, (1, 2)], ids=str)
+def test_evaluation_looks_at_x_once(axis, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(4, 3, 2, 6))[..., ::2]
+    channels = (3,) if axis == 1 else (3, 2)
+    mean, var = np.zeros(channels), np.ones(channels)
+    frames, begin = [], Frame.__init__
+
+    def noted(frame, *args):
+        frames.append(frame)
+        begin(frame, *args)
+
+    monkeypatch.setattr(Frame, "__init__", noted)
+    options = {"training": False, "axis": axis}
+    result = sync_batch_norm_forward(x, None, None, mean, var, comm=Silent(), **options)
+    assert len(frames) == 1
+    assert result.count == x.size // mean.size
+    expected = nbnorm.batch_norm_forward(x, None, None, mean, var, **options)
+    assert_same_bits(result.y, expected.y)
+
+
 # What own sums mean
 
 
@@ -401,9 +424,13 @@ def test_layer_is_a_batch_norm():
 
 def test_doctests():
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    failed, count = doctest.testmod(distributed, optionflags=options)
-    assert failed == 0
-    assert count > 10
+    modules = pkgutil.iter_modules(distributed.__path__, "nbnorm.distributed.")
+    tried = 0
+    for module in (distributed, *(importlib.import_module(module.name) for module in modules)):
+        failed, count = doctest.testmod(module, optionflags=options)
+        assert failed == 0
+        tried += count
+    assert tried > 10
 
 
 @pytest.mark.parametrize("name", ["sync_batch_norm_forward", "sync_batch_norm_backward"])

@@ -16,15 +16,14 @@ import numpy as np
 # Before any kernel is imported: it takes the digest of the source that kernels are made from.
 from nbnorm.cpu import sources as sources  # isort: split
 
-from nbnorm import moments
+from nbnorm import _running
+from nbnorm._typing import NDArray
 from nbnorm.cpu import kernels
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
 from nbnorm.cpu.threads import turn
-
-NDArray = np.ndarray[Any, np.dtype[Any]]
 
 _CACHES = caches()
 _COMPILED = (np.dtype("float32"), np.dtype("float64"))
@@ -115,7 +114,7 @@ def move(
             running_mean, running_var = running_mean.reshape(-1), running_var.reshape(-1)
         kernels.move(running_mean, running_var, mean, m2, momentum, divisor)
         return
-    moments.move((running_mean, running_var), (mean, m2 / divisor), momentum)
+    _running.move((running_mean, running_var), (mean, m2 / divisor), momentum)
 
 
 def backward_reduce(

@@ -29,10 +29,19 @@ _VERSIONS = (
     getattr(sys, "abiflags", ""),  # not on Windows
 )
 
-# A file while it is written: the name it will have, then 32 random digits.
-_PART = re.compile(r"nbnorm-\w+-[0-9a-f]{24}\.nbc\.[0-9a-f]{32}")
+# The name of a file: kernel, state, rest of the key; while it is written, 32 random digits more.
+_FILE = re.compile(r"nbnorm-\w+-([0-9a-f]{8})[0-9a-f]{16}\.nbc(\.[0-9a-f]{32})?")
+# Numba's folder for functions whose source is in one folder: its name, and a digest of its path.
+_FOLDER = re.compile(r"(.+)_[0-9a-f]{40}")
+
 # Seconds. To write a file takes milliseconds: an older one was left by a process that was killed.
 _LEFT = 3600
+# A file is dated by its last use, to the day. One of another state (versions, source, processor)
+# that nobody has used for so long is removed. Another state alone is no reason: environments and
+# machines that share a folder each have their own. Nor is age alone: the image of a container may
+# have been filled long before it runs.
+_DAY = 24 * 3600
+_UNUSED = 8 * 7 * _DAY
 
 
 def cache_of(function: Callable[..., Any], name: str) -> Any:
@@ -69,7 +78,8 @@ class KernelCache(NullCache):  # type: ignore[misc]
         """Return the file of a signature, and its key."""
         key = (self._name, str(sig), codegen.magic_tuple(), *_VERSIONS, sources.IMPORTED)
         digest = hashlib.sha256(repr(key).encode())
-        file = f"nbnorm-{self._name}-{digest.hexdigest()[:24]}.nbc"
+        state = hashlib.sha256(repr(key[2:]).encode())  # what all kernels of a process share
+        file = f"nbnorm-{self._name}-{state.hexdigest()[:8]}{digest.hexdigest()[:16]}.nbc"
         return Path(self.cache_path) / file, digest.digest()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -79,7 +89,9 @@ class KernelCache(NullCache):  # type: ignore[misc]
         with suppress(Exception):
             checksum, content = _cut(path.read_bytes())
             if checksum == _checksum(key, content):
-                return self._numba.rebuild(target_context, pickle.loads(content))
+                kernel = self._numba.rebuild(target_context, pickle.loads(content))
+                _note_use(path)
+                return kernel
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -88,7 +100,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
             return
         path, key = self._place(sig, data.codegen)
         content = dumps(self._numba.reduce(data))
-        _remove_leftovers(path.parent)
+        _tidy(path)
         # Not numbered by process: containers that share a folder have the same numbers.
         part = path.with_name(f"{path.name}.{uuid4().hex}")
         with suppress(OSError):  # a full disk, a folder gone: the kernel is compiled all the same
@@ -101,14 +113,52 @@ class KernelCache(NullCache):  # type: ignore[misc]
                     part.unlink()
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes left that were killed while they wrote; nothing where that fails."""
+def _note_use(path: Path) -> None:
+    """Give a file the date of today, where that may be written."""
+    with suppress(OSError):
+        if time.time() - path.stat().st_mtime > _DAY:
+            os.utime(path)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what nobody needs from the folder of a file that is to be written, and its like.
+
+    Those are Numba's folders for other places that the package lay or lies in: a new environment
+    has a new one. Only files that have the form of our names are removed, and folders that this
+    leaves empty. A process that runs and has its file removed has loaded it, or compiles it again.
+    """
+    folder, state = path.parent, path.name.rpartition("-")[2][:8]
+    _remove_unused(str(folder), state)
+    own = _FOLDER.fullmatch(folder.name)
+    if own is None:
+        return
+    with suppress(OSError), os.scandir(folder.parent) as entries:
+        for entry in entries:
+            found = _FOLDER.fullmatch(entry.name)
+            if found is None or found[1] != own[1] or entry.name == folder.name:
+                continue
+            if entry.is_dir(follow_symlinks=False) and _remove_unused(entry.path, state):
+                with suppress(OSError):  # there is more in it
+                    os.rmdir(entry.path)
+
+
+def _remove_unused(folder: str, state: str) -> bool:
+    """Remove what killed processes left, and what is unused and of another state than this.
+
+    Return whether anything was removed; nothing is where that fails.
+    """
+    removed = False
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if _PART.fullmatch(entry.name):
-                with suppress(OSError):  # another process was here first
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT:
-                        os.unlink(entry.path)
+            found = _FILE.fullmatch(entry.name)
+            if found is None or (found[1] == state and not found[2]):
+                continue
+            with suppress(OSError):  # another process was here first
+                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                if age > (_LEFT if found[2] else _UNUSED):
+                    os.unlink(entry.path)
+                    removed = True
+    return removed
 
 
 def _checksum(key: bytes, content: bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import pool
-from nbnorm._arrays import NDArray
+from nbnorm._typing import NDArray
 
 empty = pool.empty
 zeros = np.zeros

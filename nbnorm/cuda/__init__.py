@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import numba_cuda  # noqa: F401  # else Numba's own, older `numba.cuda` would be found
 
-from nbnorm import moments
+from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
+from nbnorm._typing import Array
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, plan, residence
 from nbnorm.cuda.values import WARP
-
-Array = Any
 
 
 def stats(x: Array) -> tuple[Array, Array]:
@@ -117,7 +116,7 @@ def move(
         blocks = _ceil(mean.size, THREADS)
         launch.run(kernels.move, _name(dtype), _name(dtype), blocks, THREADS, *args)
         return
-    moments.move((running_mean, running_var), (mean, m2 / divisor), momentum)
+    _running.move((running_mean, running_var), (mean, m2 / divisor), momentum)
 
 
 def backward_reduce(

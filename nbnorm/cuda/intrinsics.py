@@ -13,8 +13,6 @@ from numba.cuda.extending import intrinsic
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
-VECTOR = 16  # bytes of the widest access
-
 
 class Storage(NamedTuple):
     """A dtype in memory: pointer type, type it is computed in, bytes, and PTX's name of it."""

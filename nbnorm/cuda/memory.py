@@ -13,7 +13,7 @@ from typing import Any
 
 import cupy
 
-Array = Any
+from nbnorm._typing import Array
 
 from_dlpack = cupy.from_dlpack
 empty = cupy.empty

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from autograd.extend import defvjp_argnums, primitive
 from autograd.tracer import getval, isbox
 
-from nbnorm._arrays import Array, NDArray
-from nbnorm.functional import Activation, Axis, Mask, batch_norm_backward, batch_norm_forward
+from nbnorm._typing import Activation, Array, Axis, Mask, NDArray
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 

@@ -6,8 +6,8 @@ import numpy as np
 from mygrad import Tensor, execute_op
 from mygrad.operation_base import Operation
 
-from nbnorm._arrays import NDArray
-from nbnorm.functional import Activation, Axis, batch_norm_backward, batch_norm_forward
+from nbnorm._typing import Activation, Axis, NDArray
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 

@@ -10,8 +10,8 @@ from onnx.backend.base import BackendRep
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from nbnorm._arrays import NDArray
 from nbnorm._frame import Frame
+from nbnorm._typing import NDArray
 from nbnorm.functional import batch_norm_forward, batch_norm_inference, batch_norm_stats
 
 __all__ = ["Backend", "BatchNormalization"]

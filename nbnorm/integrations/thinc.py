@@ -8,7 +8,8 @@ from thinc.types import FloatsXd
 from thinc.util import is_xp_array
 
 from nbnorm import _checks
-from nbnorm.functional import Activation, batch_norm_backward, batch_norm_forward
+from nbnorm._typing import Activation
+from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
 __all__ = ["BatchNorm"]
 

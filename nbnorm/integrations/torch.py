@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import Array, _bfloat16, stand_in_of, take
+from nbnorm._arrays import _bfloat16, stand_in_of, take
+from nbnorm._typing import Array
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
 from nbnorm.population import Pairwise
 

@@ -1,0 +1,91 @@
+"""What imports what: downwards only, and never in a circle, within functions neither.
+
+Read from the source, so that neither hosts nor CUDA need be installed. That a module imports the
+packages that it lies in is Python's doing, and left out.
+"""
+
+import ast
+from fnmatch import fnmatch
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import nbnorm
+
+PACKAGE = Path(nbnorm.__file__).parent
+
+# A module imports from its own layer and from those below. The first pattern counts that fits.
+LAYERS = (
+    ("nbnorm", "nbnorm.__main__", "nbnorm.config"),
+    ("nbnorm.integrations*",),
+    ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
+    # The last is what compiled calls of functional's go to; it lies with the kernels that it calls.
+    ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
+    ("nbnorm.functional",),
+    ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
+    ("nbnorm._arrays",),
+    ("nbnorm._checks",),
+    ("nbnorm.cpu", "nbnorm.cuda"),
+    ("nbnorm.cpu.*", "nbnorm.cuda.*"),
+    ("nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
+    ("nbnorm._typing", "nbnorm._version"),
+)
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name):
+    """Yield the modules of nbnorm that one imports anywhere in it."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import, which is not looked at here"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                if submodule in MODULES:
+                    yield submodule
+                elif node.module in MODULES:
+                    yield node.module
+
+
+GRAPH = {name: sorted(set(imports(name))) for name in MODULES}
+
+
+def layer(name):
+    """Return how far from the top a module is."""
+    for i, patterns in enumerate(LAYERS):
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            return i
+    raise AssertionError(f"{name} is in no layer")
+
+
+def test_there_is_something_to_look_at():
+    assert "nbnorm.functional" in GRAPH["nbnorm.layer"]
+    assert "nbnorm.cpu.kernels" in GRAPH["nbnorm.cpu"]
+    assert "nbnorm.cuda" in GRAPH["nbnorm._arrays"]  # within a function
+    assert "nbnorm.cpu" in GRAPH["nbnorm.cpu.overloads"]  # of which it imports a name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_from_below(name):
+    upwards = [other for other in GRAPH[name] if layer(other) < layer(name)]
+    assert not upwards
+
+
+def test_there_is_no_circle():
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError, with the circle
+
+
+def test_backends_know_nothing_of_each_other():
+    for name, others in GRAPH.items():
+        for one, other in ("nbnorm.cpu", "nbnorm.cuda"), ("nbnorm.cuda", "nbnorm.cpu"):
+            if name.startswith(one):
+                assert not [found for found in others if found.startswith(other)], name
