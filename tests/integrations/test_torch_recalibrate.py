@@ -10,12 +10,16 @@ torch = pytest.importorskip("torch", reason="the integration of PyTorch needs Py
 from torch import nn  # noqa: E402
 from torch_cases import Others, _seed, close, drawn  # noqa: E402, F401
 
+from nbnorm import batch_norm_stats  # noqa: E402
 from nbnorm.integrations.torch import (  # noqa: E402
     BatchNorm1d,
+    _operators,
     _recalibrate,
+    _tensors,
     convert,
     recalibrate,
 )
+from nbnorm.moments import Pairwise  # noqa: E402
 
 BATCHES = (7, 2, 20, 5)
 
@@ -88,6 +92,64 @@ def test_modes_may_change_within_the_block():
             model(x[:1, :, :1, :1])
         assert [model[i].training for i in (0, 3)] == [False, True]
         assert all(model[i].track_running_stats for i in (0, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_converted_modules_go_through_each_batch_once(monkeypatch, dtype):
+    """The moments are to the bit those of a pass of their own."""
+    model = convert(two_layers(dtype=torch.float64)[:1])
+    batches, alone = uneven(dtype), Pairwise()
+    for x in batches:
+        alone.add(batch_norm_stats(x.numpy()))
+    monkeypatch.delattr(_operators, "batch_norm_stats")
+    with recalibrate(model):
+        for x in batches:
+            model(x)
+    moments = alone.total()
+    assert torch.equal(model[0].running_mean, torch.from_numpy(moments.mean))
+    assert torch.equal(model[0].running_var, torch.from_numpy(moments.var(correction=1)))
+
+
+def test_recalibration_by_the_operators(monkeypatch):
+    """As of subclasses of tensors: the same bits."""
+    results = []
+    for direct in (True, False):
+        torch.manual_seed(0)
+        if not direct:
+            monkeypatch.setattr(_tensors, "eager", lambda *_: False)
+        model = convert(two_layers().eval())
+        with recalibrate(model):
+            outputs = [model(x) for x in uneven()]
+        results.append([*outputs, *model.state_dict().values()])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_block_within_a_block(converted):
+    model, (first, second, *_) = two_layers()[:1].eval(), uneven()
+    if converted:
+        convert(model)
+    with recalibrate(model):
+        model(first)
+        with recalibrate(model):
+            model(second)
+        close(model[0].running_mean, second.mean((0, 2, 3)))
+        model(first)
+    close(model[0].running_mean, torch.cat([first, second, first]).mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_copy_made_within_the_block_is_what_the_model_was(converted):
+    model, (x, *_) = two_layers()[:1].eval(), uneven()
+    if converted:
+        convert(model)
+    expected = model(x)
+    with recalibrate(model):
+        model(x)
+        copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), expected)
+    assert vars(model[0]).keys() == vars(copied[0]).keys()
 
 
 def test_recalibration_weighs_values_and_update_bn_batches():
@@ -179,9 +241,11 @@ def test_recalibration_that_fails_changes_nothing():
         pass
 
 
-def test_recalibration_interrupted_at_any_call_leaves_no_module_in_training():
+@pytest.mark.parametrize("converted", [False, True])
+def test_recalibration_interrupted_at_any_call_leaves_no_module_in_training(converted):
     """As by Ctrl-C: a signal's handler runs where a call has returned."""
-    code, step, left = _recalibrate._collecting.__wrapped__.__code__, 0, 0
+    collector = BatchNorm1d._collecting if converted else _recalibrate._collecting
+    code, step, left = collector.__wrapped__.__code__, 0, 0
 
     def trace(frame, event, argument):
         nonlocal left
@@ -197,6 +261,8 @@ def test_recalibration_interrupted_at_any_call_leaves_no_module_in_training():
         step += 1
         left = step
         model = nn.Sequential(nn.BatchNorm1d(1)).eval()
+        if converted:
+            convert(model)
         before = sys.gettrace()
         sys.settrace(trace)
         try:
@@ -210,7 +276,7 @@ def test_recalibration_interrupted_at_any_call_leaves_no_module_in_training():
         torch.testing.assert_close(model(x), x, atol=1e-4, rtol=1e-4)
         assert not model[0].training
         assert model[0].track_running_stats
-    assert step > 6
+    assert step > (1 if converted else 6)
 
 
 def test_recalibrating_with_a_single_sample():

@@ -1,5 +1,6 @@
 """The function `batch_norm` and its gradient, by the operators or without them."""
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from nbnorm._arrays import stand_in_of
 from nbnorm.integrations.torch import _operators, _tensors
+from nbnorm.moments import Pairwise
 
 
 def batch_norm(
@@ -96,6 +98,28 @@ def batch_norm(
     >>> weight.grad
     tensor([ 4., 40.])
     """
+    return normalise(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
+    )
+
+
+def normalise(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    seen: Sequence[Pairwise] = (),
+) -> Tensor:
+    """`batch_norm`, or with the moments of the batch added to each of those `seen`.
+
+    Then it is in training, and there are no running statistics.
+    """
     if not isinstance(input, Tensor):
         if what := stand_in_of(type(input)):  # type: ignore[arg-type]
             raise TypeError(f"input is {what}")
@@ -116,12 +140,14 @@ def batch_norm(
     )
     y: Tensor
     if _tensors.eager(*arguments[:6]):
-        y = _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
+        y = _Eager.apply(*arguments, seen)  # type: ignore[no-untyped-call]
         return y
     if _tensors.transformed():
         y, *_ = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         y, *_ = _operators.record(*arguments)
+    if seen:  # operators return no M2
+        _operators.see(input, seen)
     return y
 
 
@@ -186,12 +212,12 @@ class _Eager(torch.autograd.Function):
         running, training = inputs[3:5], inputs[6]
         if training and running[0] is not None and not running[0].is_inference():
             torch.autograd.graph.increment_version(running)
-        _keep(ctx, inputs, y, mean, rstd)
+        _keep(ctx, inputs[:10], y, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, *grads)
+        return *_differentiate(ctx, *grads), None
 
     jvp = staticmethod(_operators.no_forward_mode)
 

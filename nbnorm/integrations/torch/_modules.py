@@ -1,19 +1,24 @@
 """Modules of batch normalization: PyTorch's, computed by nbnorm."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nbnorm.integrations.torch._functional import batch_norm
+from nbnorm.integrations.torch._functional import batch_norm, normalise
 from nbnorm.integrations.torch._operators import statistics_apart
+from nbnorm.moments import Pairwise
 
 
 class BatchNormModule(_BatchNorm):
     """What the three modules add to PyTorch's."""
 
-    relu: bool = False  # of the class, too: for modules that `convert` has made
+    # Of the class, too: for modules that `convert` has made.
+    relu: bool = False
+    _seen: tuple[Pairwise, ...] = ()  # where moments of batches go, within `_collecting`
 
     def __init__(self, *args: Any, relu: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -29,6 +34,11 @@ class BatchNormModule(_BatchNorm):
         """Normalise input, add residual, apply ReLU where the module or this call has it."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum
+        if self._seen:
+            return normalise(
+                *(input, None, None, self.weight, self.bias, True, momentum, self.eps),
+                *(residual, self.relu or relu, self._seen),
+            )
         tracked = self.track_running_stats or not self.training
         mean, var = running = (self.running_mean, self.running_var) if tracked else (None, None)
         counted = (
@@ -65,6 +75,28 @@ class BatchNormModule(_BatchNorm):
             for average, old, batch in zip(running, before, (mean, var), strict=True):
                 average.copy_((1.0 - weight) * old + weight * batch)
         return y
+
+    @contextmanager
+    def _collecting(self) -> Iterator[Pairwise]:
+        """Within a ``with``, collect the moments of batches instead of moving running statistics.
+
+        Whatever the mode, batches are normalised as in training.
+        """
+        before, seen = self._seen, Pairwise()
+        try:  # at once: an interrupt may come at any line
+            self._seen = (*before, seen)
+            yield seen
+        finally:  # by no function of Python's, within which it may come as well
+            if before:
+                self.__dict__["_seen"] = before
+            else:
+                self.__dict__.pop("_seen", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes of a copy, which collects nothing of its own."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_seen", None)
+        return state
 
     def extra_repr(self) -> str:
         """Describe the module as PyTorch does, and ReLU where there is one."""

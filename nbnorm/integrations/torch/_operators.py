@@ -9,8 +9,9 @@ from torch.autograd import forward_ad
 
 from nbnorm import _checks
 from nbnorm._arrays import take
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
 from nbnorm.integrations.torch._tensors import array_of, laid_out, tensor_of
+from nbnorm.moments import Moments, Pairwise
 
 
 def compute(
@@ -24,8 +25,18 @@ def compute(
     momentum: float,
     eps: float,
     relu: bool,
+    seen: Sequence[Pairwise] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd); in training the running statistics are moved in place."""
+    """(y, mean, rstd); in training the running statistics are moved in place.
+
+    Where moments are to be `seen`, those of the batch are added to each, and nothing is moved.
+    """
+    correction = 1
+    if seen:
+        count = x.shape[0] * x.shape[2:].numel()
+        # Zeros moved all the way, with count - correction = 1, become the mean and M2 itself.
+        running_mean, running_var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+        momentum, correction = 1.0, count - 1
     y, mean, rstd = batch_norm_forward(
         array_of(x),
         array_of(weight),
@@ -35,10 +46,25 @@ def compute(
         training=training,
         momentum=momentum,
         eps=eps,
+        correction=correction,
         residual=array_of(residual),
         activation="relu" if relu else None,
     )
+    if seen:
+        collect(Moments(count, mean, array_of(running_var)), seen)
     return laid_out(y, x), tensor_of(mean), tensor_of(rstd)
+
+
+def see(x: Tensor, seen: Sequence[Pairwise]) -> None:
+    """Go through a batch for its moments alone, and add them to each of those seen."""
+    collect(batch_norm_stats(array_of(x)), seen)
+
+
+def collect(moments: Moments, seen: Sequence[Pairwise]) -> None:
+    """Add the moments of a batch to each of those seen, unless it is empty."""
+    if moments.count > 0:
+        for each in seen:
+            each.add(moments)
 
 
 def no_forward_mode(*_: Any) -> NoReturn:

@@ -1,15 +1,15 @@
 """Running statistics of all that a model's normalizations see: `recalibrate`."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbnorm.functional import batch_norm_stats
-from nbnorm.integrations.torch._operators import refuse_shared
-from nbnorm.integrations.torch._tensors import array_of, tensor_of
+from nbnorm.integrations.torch._modules import BatchNormModule
+from nbnorm.integrations.torch._operators import refuse_shared, see
+from nbnorm.integrations.torch._tensors import tensor_of
 from nbnorm.moments import Pairwise
 
 
@@ -48,6 +48,9 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     all with the same weight, and leaves out the variance between their means. Parameters, modes and
     ``num_batches_tracked`` stay what they were.
 
+    Converted modules take the moments of a batch from the pass that normalises it. PyTorch's own
+    go through each batch once more.
+
     Examples
     --------
     >>> import torch
@@ -76,9 +79,9 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
             running_mean=norm.running_mean, running_var=norm.running_var,
         )  # fmt: skip
     with ExitStack() as block:
-        seen = [block.enter_context(_collecting(norm)) for norm in norms]
+        seen = [block.enter_context(_collector_of(norm)) for norm in norms]
         block.enter_context(torch.no_grad())
-        # A compiled model would trace the hooks, or not know of them.
+        # A compiled model would trace what collects, or not know of it.
         block.enter_context(torch.compiler.set_stance("force_eager"))
         yield
     if not any(seen):
@@ -90,17 +93,26 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
             norm.running_var.copy_(tensor_of(moments.var(correction=1)))
 
 
+def _collector_of(norm: nn.Module) -> AbstractContextManager[Pairwise]:
+    """What collects the moments of a module's batches: the module itself, where it is nbnorm's."""
+    ours = type(norm).forward is BatchNormModule.forward
+    collector: AbstractContextManager[Pairwise] = norm._collecting() if ours else _collecting(norm)
+    return collector
+
+
 @contextmanager
 def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
-    """Have a module take its batches' statistics and keep no average; collect their moments."""
+    """`BatchNormModule._collecting` of a module that is not nbnorm's, by hooks.
+
+    A module of PyTorch's keeps no M2, so that each batch is gone through once more.
+    """
     seen, collecting = Pairwise(), True
 
-    def see(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], __: Tensor) -> None:
-        if not collecting:
-            return
-        moments = batch_norm_stats(array_of(inputs[0] if inputs else named["input"]))
-        if moments.count > 0:
-            seen.add(moments)
+    def look(
+        _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], __: Tensor
+    ) -> None:
+        if collecting:
+            see(inputs[0] if inputs else named["input"], (seen,))
 
     # For the length of each forward, as `eval` and `train` may be called within the block.
     modes: list[tuple[bool, bool]] = []
@@ -118,7 +130,7 @@ def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
     try:  # an interrupt at any line may leave a hook behind, which then does nothing
         hooks.append(norm.register_forward_pre_hook(train))
         hooks.append(norm.register_forward_hook(restore, always_call=True))
-        hooks.append(norm.register_forward_hook(see, with_kwargs=True))
+        hooks.append(norm.register_forward_hook(look, with_kwargs=True))
         yield seen
     finally:
         collecting = False
