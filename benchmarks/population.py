@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks.runs import conditions, describe
 from benchmarks.tables import markdown
 from nbnorm import Moments, batch_norm_stats
-from nbnorm.population import Pairwise, population_stats
+from nbnorm.moments import Pairwise
+from nbnorm.population import population_stats
 
 DIGITS = Path(__file__).resolve().parents[1] / "docs" / "examples" / "data" / "mnist5k.npz"
 SHAPES = ((2720, 3, 256, 256), (40_000, 64, 14, 14), (4_000_000, 128))

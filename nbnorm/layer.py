@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from nbnorm import _checks
 from nbnorm._arrays import DTYPES, device_of, moved_to, on_host, overwrite, take_floating
 from nbnorm._typing import Activation, Array, NDArray, X
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
-from nbnorm.moments import Moments, update_running_stats
+from nbnorm.moments import Moments, Pairwise, update_running_stats
 
 
 class Saved(NamedTuple):
@@ -136,6 +137,7 @@ class BatchNorm:
         self.num_batches_tracked = 0
         self._device: int | None = None  # the GPU that parameters and statistics lie on
         self._saved: Saved | None = None
+        self._seen: Pairwise | None = None  # moments of batches, within `_collecting`
 
     def forward(self, x: X, residual: Array | None = None) -> X:
         """Normalise x: by its own statistics in training, by the running ones in evaluation.
@@ -161,12 +163,13 @@ class BatchNorm:
         """
         if type(x) is not np.ndarray or self._device is not None:
             self._follow(x)
-        training = self.training or self.running_mean is None
+        collecting = self._seen is not None
+        training = self.training or collecting or self.running_mean is None
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
         y: X
-        y, mean, rstd, values = self._normalise(
+        y, mean, rstd, values = (self._collect if collecting else self._normalise)(
             x,
             training,
             gamma=self.parameters.get("weight"),
@@ -180,7 +183,7 @@ class BatchNorm:
             residual=residual,
             activation=self.activation,
         )
-        if training and self.running_mean is not None and values > 0:
+        if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
         keep_y = residual is not None and self.activation is not None
         self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
@@ -207,6 +210,37 @@ class BatchNorm:
         """Return y, mean, rstd, and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
+
+    @contextmanager
+    def _collecting(self) -> Iterator[Pairwise]:
+        """Within a ``with``, collect the moments of batches instead of moving running averages.
+
+        Whatever the mode, batches are normalised as in training.
+        """
+        seen = Pairwise()
+        try:  # at once: an interrupt may come at any line
+            self._seen = seen
+            yield seen
+        finally:
+            self._seen = None
+
+    def _collect(self, x: Array, training: bool, **options: Any) -> tuple[Array, Array, Array, int]:
+        """`_normalise`, with the moments of the batch added to those seen."""
+        assert self.running_mean is not None
+        assert self._seen is not None
+        shape = self.running_mean.shape
+        # Running statistics that are the batch's: all of a SyncBatchNorm's ranks together.
+        mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
+        options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
+        _, _, _, values = results = self._normalise(x, training, **options)
+        if values > 0:
+            count = values // math.prod(shape)
+            self._seen.add(Moments(count, mean, var * (count - self.correction)))
+        return results
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes of a copy, which collects nothing of its own."""
+        return vars(self) | {"_seen": None}
 
     def backward(self, dy: Array) -> Any:
         """Return the gradient of the last forward's input; those of the parameters go to `grads`.

@@ -1,7 +1,7 @@
 """Count, mean and M2 of every channel: merged, turned into running statistics."""
 
 import operator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -156,6 +156,33 @@ class Moments(NamedTuple):
         rstd = rstd_of(_var(count, m2, 0), eps)
         rstd = np.where(m2 == np.inf, np.nan, rstd)
         return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
+
+
+class Pairwise:
+    """Moments merged in pairs, pairs of pairs, and so on; those of an odd number at the end."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._waiting: list[Any] = []  # one of 2^k parts for every k-th bit of the number
+
+    def __bool__(self) -> bool:
+        return self._number > 0
+
+    def add(self, moments: Any) -> None:
+        """Take the next moments, or what will become some: all that is needed is `merge`."""
+        self._number += 1
+        number = self._number
+        while number % 2 == 0:
+            moments = self._waiting.pop().merge(moments)
+            number //= 2
+        self._waiting.append(moments)
+
+    def total(self) -> Any:
+        """Moments of all parts; there is at least one."""
+        *earlier, total = self._waiting
+        for part in reversed(earlier):
+            total = part.merge(total)
+        return total
 
 
 def rstd_of(var: NDArray, eps: float) -> NDArray:

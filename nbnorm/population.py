@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import moved_to, take_floating
+from nbnorm._arrays import take_floating
 from nbnorm._typing import Array, Axis
 from nbnorm.functional import batch_norm_stats
 from nbnorm.layer import BatchNorm
-from nbnorm.moments import Moments
+from nbnorm.moments import Moments, Pairwise
 
 __all__ = ["population_stats", "recalibrate"]
 
@@ -191,79 +191,16 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
             raise TypeError(f"layers must be of BatchNorm, got {type(layer).__qualname__}")
         if layer.running_mean is None:
             raise ValueError(f"{layer} keeps no running statistics")
-        if "_normalise" in vars(layer):
+        if layer._seen is not None:
             raise ValueError(f"{layer} is being recalibrated already")
     with ExitStack() as block:
-        seen = [block.enter_context(_collecting(layer)) for layer in layers]
+        seen = [block.enter_context(layer._collecting()) for layer in layers]
         yield
     if not any(seen):
         raise ValueError("none of the layers has seen a value")
     for layer, merged in zip(layers, seen, strict=True):
         if merged:
             layer.set_statistics(merged.total())
-
-
-@contextmanager
-def _collecting(layer: BatchNorm) -> "Iterator[Pairwise]":
-    """Have a layer normalise by its batches' statistics, and collect those instead of averages."""
-    assert layer.running_mean is not None
-    shape, normalise = layer.running_mean.shape, layer._normalise
-    seen = Pairwise()
-
-    def collect(x: Array, training: bool, **options: Any) -> tuple[Array, Array, Array, int]:
-        # Running statistics that are the batch's: all of a SyncBatchNorm's ranks together.
-        mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
-        options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
-        _, _, _, values = results = normalise(x, training, **options)
-        if values > 0:
-            count = values // prod(shape)
-            seen.add(Moments(count, mean, var * (count - layer.correction)))
-        return results
-
-    forward = layer.forward
-
-    def train(x: Array, residual: Array | None = None) -> Array:
-        # For the length of each forward, as `eval` and `train` may be called within the block.
-        training, tracked = layer.training, layer.num_batches_tracked
-        layer.training = True
-        try:
-            return forward(x, residual)
-        finally:
-            layer.training, layer.num_batches_tracked = training, tracked
-
-    try:  # at once: an interrupt may come at any line
-        vars(layer).update(_normalise=collect, forward=train)
-        yield seen
-    finally:
-        for name in ("_normalise", "forward"):
-            vars(layer).pop(name, None)
-
-
-class Pairwise:
-    """Moments merged in pairs, pairs of pairs, and so on; those of an odd number at the end."""
-
-    def __init__(self) -> None:
-        self._number = 0
-        self._waiting: list[Any] = []  # one of 2^k parts for every k-th bit of the number
-
-    def __bool__(self) -> bool:
-        return self._number > 0
-
-    def add(self, moments: Any) -> None:
-        """Take the next moments, or what will become some: all that is needed is `merge`."""
-        self._number += 1
-        number = self._number
-        while number % 2 == 0:
-            moments = self._waiting.pop().merge(moments)
-            number //= 2
-        self._waiting.append(moments)
-
-    def total(self) -> Any:
-        """Moments of all parts; there is at least one."""
-        *earlier, total = self._waiting
-        for part in reversed(earlier):
-            total = part.merge(total)
-        return total
 
 
 def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:

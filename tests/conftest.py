@@ -17,7 +17,9 @@ CPU_ONLY = (
     *("arithmetic", "benchmarks", "cache", "config", "conventions", "digits", "distributed"),
     *("docs", "examples", "interop", "layer", "mutants", "plan", "pool", "population"),
     *("reference", "site", "streaming", "threads", "warmup"),
-    *("autograd", "mygrad", "torch"),
+    *("autograd", "mygrad"),
+    *("torch_convert", "torch_functional", "torch_modules", "torch_operators", "torch_package"),
+    *("torch_recalibrate", "torch_transforms"),
 )
 
 

@@ -510,26 +510,37 @@ ARRAYS = of(
     ),
 )
 
-TORCH = of(
-    "integrations/torch",
-    (
-        "integrations/test_torch.py::test_statistics_whose_sign_is_a_bit_are_not_moved",
-        ("resolve=not training),  # a copy", "resolve=True),  # a copy"),
-        ("except RuntimeError:", "except KeyError:"),
+TORCH = [
+    *of(
+        "integrations/torch/_functional",
+        (
+            "integrations/test_torch_functional.py::test_symbolic_trace_of_the_function",
+            ("if what := stand_in_of(type(input)):", 'if what := "":'),
+        ),
     ),
-    (
-        "integrations/test_torch.py::test_zeros_without_memory",
-        ("except RuntimeError:", "except KeyError:"),
+    *of(
+        "integrations/torch/_operators",
+        (
+            "integrations/test_torch_functional.py::test_statistics_whose_sign_is_a_bit_are_not_moved",
+            ("resolve=not training),  # a copy", "resolve=True),  # a copy"),
+        ),
     ),
-    (
-        "integrations/test_torch.py::test_errors_leave_the_statistics_alone",
-        (" or not tensor.is_floating_point()", ""),
+    *of(
+        "integrations/torch/_tensors",
+        (
+            "integrations/test_torch_functional.py::test_statistics_whose_sign_is_a_bit_are_not_moved",
+            ("except RuntimeError:", "except KeyError:"),
+        ),
+        (
+            "integrations/test_torch_functional.py::test_zeros_without_memory",
+            ("except RuntimeError:", "except KeyError:"),
+        ),
+        (
+            "integrations/test_torch_functional.py::test_errors_leave_the_statistics_alone",
+            (" or not tensor.is_floating_point()", ""),
+        ),
     ),
-    (
-        "integrations/test_torch.py::test_symbolic_trace_of_the_function",
-        ("if what := stand_in_of(type(input)):", 'if what := "":'),
-    ),
-)
+]
 
 EVERY_FINITE, TWICE, CONSTANT, TOO_LARGE, A_LARGE_GAMMA, DEAD = (
     f"cuda/test_simulator.py::test_simulated[test_{name}]"
@@ -759,15 +770,15 @@ HOST = of(
 THREADS = of(
     "cpu/threads",
     (
-        "integrations/test_torch.py::test_kernels_run_on_the_threads_that_pytorch_has",
+        "integrations/test_torch_package.py::test_kernels_run_on_the_threads_that_pytorch_has",
         ("lambda: min(count(), most())", "count"),
     ),
     (
-        "integrations/test_torch.py::test_other_threading_layers_keep_their_threads",
+        "integrations/test_torch_package.py::test_other_threading_layers_keep_their_threads",
         ('_host is None or numba.threading_layer() != "omp"', "_host is None"),
     ),
     (
-        "integrations/test_torch.py::test_a_child_forked_after_pytorch_had_started_its_threads_does_not_hang",
+        "integrations/test_torch_package.py::test_a_child_forked_after_pytorch_had_started_its_threads_does_not_hang",
         ("omp = _host is not None", "omp = False"),
     ),
 )

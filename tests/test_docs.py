@@ -21,10 +21,11 @@ SECTIONS = r"^ *{}\n *-{{{}}}$"
 
 MODULES = sorted(
     module.name
-    for module in pkgutil.walk_packages(nbnorm.__path__, "nbnorm.")
-    if not any(part.startswith("_") for part in module.name.split("."))
+    for package in (nbnorm, nbnorm.cpu)
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if not module.name.rpartition(".")[2].startswith("_")
     # Host frameworks and GPUs have their own tests, where they are installed.
-    and not module.name.startswith(("nbnorm.integrations", "nbnorm.cuda", "nbnorm.distributed"))
+    and module.name not in ("nbnorm.integrations", "nbnorm.cuda", "nbnorm.distributed")
 )
 # Public modules whose names `nbnorm` itself does not have.
 OF_THEIR_OWN = ("conventions", "distributed")
@@ -130,7 +131,7 @@ def test_links_between_files_lead_somewhere(page):
 def test_the_reference_lists_every_public_name():
     listed = set(re.findall(r"^   ~?(nbnorm\.[\w.]+)$", (ROOT / "docs/api.rst").read_text(), re.M))
     package = ROOT / "nbnorm"
-    modules = [*package.glob("integrations/[a-z]*.py"), package / "reference.py"]
+    modules = [*package.glob("integrations/[a-z]*"), package / "reference.py"]
     modules += [path for path in package.glob("[a-z]*.py") if path.stem in OF_THEIR_OWN]
     expected = {f"nbnorm.{name}" for name in nbnorm.__all__}
     expected |= {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules}

@@ -375,7 +375,7 @@ def test_a_layer_is_called_as_its_forward():
     assert_array_equal(layer(x, residual), ref.forward(x, residual))
     assert_array_equal(layer(x, residual=residual), ref.forward(x, residual=residual))
     assert_same_state(layer, snapshot(ref))
-    with nbnorm.recalibrate(layer, ref):  # which puts another forward in its place
+    with nbnorm.recalibrate(layer, ref):  # whose forward collects
         assert_array_equal(layer(x + 1), ref.forward(x + 1))
     assert_same_state(layer, snapshot(ref))
 

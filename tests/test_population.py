@@ -1,5 +1,6 @@
 """Statistics of data in pieces: those of the whole, whatever the pieces; layers that take them."""
 
+import copy
 import math
 import sys
 from itertools import pairwise
@@ -22,7 +23,8 @@ from tolerances import (
 
 import nbnorm
 from nbnorm import BatchNorm, Moments, batch_norm_stats, population, reference
-from nbnorm.population import Pairwise, population_stats, recalibrate
+from nbnorm.moments import Pairwise
+from nbnorm.population import population_stats, recalibrate
 
 U = 2.0**-53  # unit roundoff of float64
 DTYPES = ("float32", "float64", "float16", BFLOAT16)
@@ -595,7 +597,7 @@ def test_layers_take_the_statistics_of_all_they_have_seen(options, training):
         np.testing.assert_allclose(layer.running_var, var.astype(float), rtol=32 * U)
         assert layer.training is training
         assert layer.num_batches_tracked == 1
-        assert "_normalise" not in vars(layer)
+        assert layer._seen is None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", BFLOAT16], ids=str)
@@ -664,6 +666,15 @@ def test_a_residual_and_relu_pass_through():
     assert_same_bits(y, ref.forward(x, residual))
 
 
+def test_a_copy_made_within_the_block_is_what_the_layer_was():
+    (layer, _), x = layers_of(), drawn((7, 3))
+    expected = layer.eval().forward(x)
+    with recalibrate(layer):
+        layer.forward(x)
+        copied = copy.deepcopy(layer)
+    assert_same_bits(copied.forward(x), expected)
+
+
 def test_an_exception_leaves_all_as_it_was():
     layers = layers_of()
     before = state_of(layers)
@@ -717,7 +728,7 @@ def test_layers_that_are_refused():
     ):
         with pytest.raises(error, match=match), recalibrate(*layers):
             pass
-        assert "_normalise" not in vars(good)
+        assert good._seen is None
     with recalibrate(good):
         good.forward(drawn((4, 3)))
         with pytest.raises(ValueError, match="is being recalibrated already"), recalibrate(good):

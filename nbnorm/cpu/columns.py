@@ -334,8 +334,8 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     for r in range(begin, begin + half):
         n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
         x_, residual_ = two(x, n, step, c0, 0, size), two(residual, n, step, c0, 0, size)
-        args = x_, residual_, hi, None, a, b, low, two(y, n, step, c0, 0, size)
-        each(size, element.normalise_rows, args)
+        pairs = x_, residual_, hi, None, a, b, low, two(y, n, step, c0, 0, size)
+        each(size, element.normalise_rows, pairs)
     for r in range(begin + 2 * half, end):
         n = r * fold
         j = before_line(y, grid, r, begin, end, ahead)
@@ -411,8 +411,8 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
         n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
         dy_, x_ = two(dy, n, step, c0, 0, size), two(x, n, step, c0, 0, size)
         y_, dx_ = two(y, n, step, c0, 0, size), two(dx, n, step, c0, 0, size)
-        args = dy_, x_, y_, hi, None, a, b, hpq, None, a, zero, dx_
-        each(size, element.differentiate_rows, (*args, two(dresidual, n, step, c0, 0, size)))
+        pairs = dy_, x_, y_, hi, None, a, b, hpq, None, a, zero, dx_
+        each(size, element.differentiate_rows, (*pairs, two(dresidual, n, step, c0, 0, size)))
     for r in range(begin + 2 * half, end):
         n = r * fold
         j = before_line(out, grid, r, begin, end, ahead)

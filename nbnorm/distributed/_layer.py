@@ -72,7 +72,7 @@ class SyncBatchNorm(BatchNorm):
     def _normalise(
         self, x: Array, training: bool, **options: Any
     ) -> tuple[Array, Array, Array, int]:
-        if not self.training:
+        if not self.training and self._seen is None:
             alone = super()._normalise(x, training, **options)
             self._count = None
             return alone

@@ -1,0 +1,259 @@
+"""The operators, which graphs keep, and what they compute."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nbnorm import _checks
+from nbnorm._arrays import take
+from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
+from nbnorm.integrations.torch._tensors import array_of, laid_out, tensor_of
+from nbnorm.moments import Moments, Pairwise
+
+
+def compute(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    seen: Sequence[Pairwise] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd); in training the running statistics are moved in place.
+
+    Where moments are to be `seen`, those of the batch are added to each, and nothing is moved.
+    """
+    correction = 1
+    if seen:
+        count = x.shape[0] * x.shape[2:].numel()
+        # Zeros moved all the way, with count - correction = 1, become the mean and M2 itself.
+        running_mean, running_var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+        momentum, correction = 1.0, count - 1
+    y, mean, rstd = batch_norm_forward(
+        array_of(x),
+        array_of(weight),
+        array_of(bias),
+        array_of(running_mean, resolve=not training),  # a copy would be moved in their place
+        array_of(running_var, resolve=not training),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        correction=correction,
+        residual=array_of(residual),
+        activation="relu" if relu else None,
+    )
+    if seen:
+        collect(Moments(count, mean, array_of(running_var)), seen)
+    return laid_out(y, x), tensor_of(mean), tensor_of(rstd)
+
+
+def see(x: Tensor, seen: Sequence[Pairwise]) -> None:
+    """Go through a batch for its moments alone, and add them to each of those seen."""
+    collect(batch_norm_stats(array_of(x)), seen)
+
+
+def collect(moments: Moments, seen: Sequence[Pairwise]) -> None:
+    """Add the moments of a batch to each of those seen, unless it is empty."""
+    if moments.count > 0:
+        for each in seen:
+            each.add(moments)
+
+
+def no_forward_mode(*_: Any) -> NoReturn:
+    """Refuse to compute a tangent."""
+    raise NotImplementedError(
+        "nbnorm's batch_norm has no forward mode; for one (jvp, jacfwd) use "
+        "torch.nn.functional.batch_norm"
+    )
+
+
+def _refuse_forward_mode() -> None:
+    """Raise where tangents are about, which a custom operator cannot see and would drop."""
+    if forward_ad._current_level >= 0:
+        no_forward_mode()
+
+
+def refuse_shared(**tensors: Tensor | None) -> None:
+    """Refuse running statistics that share memory with another tensor: they are going to change.
+
+    nbnorm does where it moves them itself. Here it is given copies.
+    """
+    if tensors["running_mean"] is None or tensors["running_var"] is None:
+        return
+    arrays = {
+        name: take(array_of(tensor, resolve=False), name)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    _checks.running_to_update(arrays, "it is updated in place")
+
+
+@torch.library.custom_op("nbnorm::batch_norm", mutates_args=())
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, rstd, moved running_mean, moved running_var), the last two empty if not moved."""
+    _refuse_forward_mode()
+    if training:
+        refuse_shared(
+            x=x, gamma=weight, beta=bias, running_mean=running_mean, running_var=running_var,
+            residual=residual,
+        )  # fmt: skip
+    moved_mean, moved_var = (
+        running.detach().clone() if training and running is not None else x.new_empty(0)
+        for running in (running_mean, running_var)
+    )
+    if training:
+        running_mean = None if running_mean is None else moved_mean
+        running_var = None if running_var is None else moved_var
+    y, mean, rstd = compute(
+        x, weight, bias, running_mean, running_var, residual, training, momentum, eps, relu
+    )
+    return y, mean, rstd, moved_mean, moved_var
+
+
+@forward.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    _refuse_forward_mode()
+    moved = (running_mean, running_var) if training else (None, None)
+    return (
+        torch.empty_like(x),
+        *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)),
+        *(x.new_empty(0) if running is None else torch.empty_like(running) for running in moved),
+    )
+
+
+@torch.library.custom_op("nbnorm::statistics_apart", mutates_args=())
+def statistics_apart(
+    running_mean: Tensor,
+    running_var: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Copies in float64 of running statistics that share memory with no other tensor of a call."""
+    refuse_shared(
+        x=x, gamma=weight, beta=bias, running_mean=running_mean, running_var=running_var,
+        residual=residual,
+    )  # fmt: skip
+    mean, var = (r.to(torch.float64, copy=True) for r in (running_mean, running_var))
+    return mean, var
+
+
+@statistics_apart.register_fake
+def _(running_mean: Tensor, running_var: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean, var = (torch.empty_like(r, dtype=torch.float64) for r in (running_mean, running_var))
+    return mean, var
+
+
+def record(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) by the operator; in training the running statistics are moved in place."""
+    running_mean, running_var, training = *arguments[3:5], arguments[6]
+    y, mean, rstd, moved_mean, moved_var = forward(*arguments)
+    if training and running_mean is not None and running_var is not None:
+        running_mean.copy_(moved_mean)
+        running_var.copy_(moved_var)
+    return y, mean, rstd
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """[dx, dweight, dbias, dresidual], None where output_mask does not ask for one."""
+    dx, dweight, dbias, dresidual = batch_norm_backward(
+        array_of(dy),
+        array_of(x),
+        array_of(weight),
+        array_of(mean),
+        array_of(rstd),
+        beta=array_of(bias),
+        y=array_of(y),
+        training=training,
+        activation="relu" if relu else None,
+        output_mask=tuple(output_mask),  # type: ignore[arg-type]  # four of them
+    )
+    return [
+        None if dx is None else laid_out(dx, x),
+        None if dweight is None else tensor_of(dweight),
+        None if dbias is None else tensor_of(dbias),
+        None if dresidual is None else laid_out(dresidual, x),
+    ]
+
+
+@torch.library.custom_op("nbnorm::batch_norm_backward", mutates_args=())
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gradients`, empty rather than None."""
+    _refuse_forward_mode()
+    grads = gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dweight, dbias, dresidual
+
+
+@backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    _refuse_forward_mode()
+    parameter = x.new_empty(x.shape[1], dtype=(x if weight is None else weight).dtype)
+    return tuple(
+        torch.empty_like(like) if wanted else x.new_empty(0)
+        for like, wanted in zip((x, parameter, parameter, x), output_mask, strict=True)
+    )
