@@ -5,6 +5,7 @@ Real caches would take tensors of tens of megabytes; here the library takes them
 
 from itertools import product
 
+import numba
 import numpy as np
 import pytest
 from children import run_child
@@ -18,10 +19,11 @@ from nbnorm.cpu.plan import plan
 
 DTYPES = ("float32", "float64", "float16", BFLOAT16)
 # Rows shorter, longer and much longer than a line; rows of whole lines and not; several samples
-# in a row of columns; planes that are normalised one by one if not streamed; parallel and serial.
+# in a row of columns, and a last row of one; planes that are normalised one by one if not streamed;
+# parallel and serial.
 SHAPES = (
     *((3, 4, 20, 20), (2, 3, 48, 100), (20, 6, 14, 14), (70, 5, 7, 7)),
-    *((40, 64), (300, 3), (2, 2600), (9, 1)),
+    *((40, 64), (300, 3), (2, 2600), (9, 1), (257, 1), (86, 3), (2000, 33)),
 )
 SENTINEL = 77
 
@@ -39,6 +41,13 @@ def streaming(monkeypatch):
         monkeypatch.setattr(_shortcut, "_site", lambda *where: None)  # small calls never stream
 
     return stream
+
+
+@pytest.fixture
+def use_threads():
+    before = numba.get_num_threads()
+    yield lambda wanted: numba.set_num_threads(min(wanted, before))
+    numba.set_num_threads(before)
 
 
 def drawn(shape, dtype, seed):
@@ -116,22 +125,55 @@ def test_streaming_works_in_place(shape, streaming):
     assert_same_bits(x, y, "y")
 
 
+@pytest.mark.parametrize("gap", ["x", "dy", "y", "residual", "out"])
 @pytest.mark.parametrize("shape", [(20, 6, 14, 14), (6, 2600), (40, 300)], ids=str)
-def test_rows_with_gaps_stream_the_same_bits(shape, streaming):
+def test_rows_with_gaps_stream_the_same_bits(shape, gap, streaming):
     """Where rows follow one another, one takes along the next one's first values; not here."""
     wide = (2 * shape[0], *shape[1:])
-    x, dy = drawn(wide, "float32", 0)[::2], drawn(wide, "float32", 1)[::2]
+    every = {name: drawn(wide, "float32", i) for i, name in enumerate(("x", "dy", "y", "residual"))}
+    arrays = {n: a[::2] if n == gap else a[::2].copy() for n, a in every.items()}
+    x, dy, y, residual = arrays.values()
+    relu = {"activation": "relu"}
+
+    def forward(**out):
+        return nbnorm.batch_norm_forward(x, residual=residual, **relu, **out)
+
+    def backward(**out):
+        one = np.ones(shape[1])
+        return nbnorm.batch_norm_backward(dy, x, None, 0 * one, one, y=y, **relu, **out)
+
     streaming(False)
-    y, mean, rstd = nbnorm.batch_norm_forward(x)
-    dx = nbnorm.batch_norm_backward(dy, x, None, mean, rstd).dx
+    expected = forward().y, backward().dx
     streaming(True)
     for offset in (0, 1, 8):
-        out, between = Guarded(wide, "float32", offset), slice(1, None, 2)
-        nbnorm.batch_norm_forward(x, out=out.array[::2])
-        assert_same_bits(out.array[::2], y, f"y at offset {offset}")
-        nbnorm.batch_norm_backward(dy, x, None, mean, rstd, out=out.array[::2])
-        assert_same_bits(out.array[::2], dx, f"dx at offset {offset}")
-        assert (out.array[between] == SENTINEL).all()
+        for passed, want in zip((forward, backward), expected, strict=True):
+            out = Guarded(wide if gap == "out" else shape, "float32", offset)
+            result = out.array[::2] if gap == "out" else out.array
+            passed(out=result)
+            assert_same_bits(result, want, f"{passed.__name__} at offset {offset}")
+            if gap == "out":
+                assert (out.array[1::2] == SENTINEL).all()
+            out.assert_kept()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("channels", [1024, 96, 7])
+def test_short_planes_stream_by_themselves_and_in_rows(channels, threads, streaming, use_threads):
+    shape = (2, channels, 14, 14)
+    x, dy = drawn(shape, "float32", 0), drawn(shape, "float32", 1)
+    gamma, beta, mean = (drawn(channels, "float32", seed) for seed in (2, 3, 4))
+    rstd = np.ones(channels)
+    use_threads(threads)
+    streaming(False)
+    y = nbnorm.batch_norm_inference(x, gamma, beta, mean, rstd)
+    dx = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd, training=False).dx
+    streaming(True)
+    for offset in (0, 4):
+        out = Guarded(shape, "float32", offset)
+        nbnorm.batch_norm_inference(x, gamma, beta, mean, rstd, out=out.array)
+        assert_same_bits(out.array, y, "y")
+        nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd, training=False, out=out.array)
+        assert_same_bits(out.array, dx, "dx")
         out.assert_kept()
 
 

@@ -44,7 +44,7 @@ from nbnorm.cpu.intrinsics import (
     zeros,
 )
 from nbnorm.cpu.jit import none_without, ordered, shared
-from nbnorm.cpu.plan import PLANE_ALONE, RUN_BYTES
+from nbnorm.cpu.plan import planes_alone
 from nbnorm.cpu.storage import computed, load
 
 # Rows in a tile: with fewer, merges take longer than sums.
@@ -285,29 +285,32 @@ def stats(x, grid, c0, c1, k, partial):
 
 
 @ordered
-def by_planes(grid, streamed, c0, c1):
-    """Whether a chunk is normalised plane by plane, as rows are.
-
-    A channel's coefficients are then numbers, not a column each: 14 x 14 planes in cache took 0.6
-    times as long. But a few planes, which do not begin at a cache line, stream worse than a row.
-    """
+def by_planes(x, grid, streamed, c0, c1):
+    """Whether a chunk is normalised plane by plane, as rows are."""
     _, _, S, _, fold, _ = grid
-    return S >= PLANE_ALONE and fold == 1 and not (streamed and (c1 - c0) * S < RUN_BYTES)
+    return fold == 1 and planes_alone(S, c1 - c0, x[0].itemsize, streamed)
 
 
 @ordered
-def columns_ahead(views, grid, streamed, c0, c1):
-    """How many columns of the next row a row may take along, see `before_line`.
+def columns_ahead(out, views, grid, streamed, c0, c1):
+    """How many values of the next row a row may take along: a line of `out`, see `before_line`.
 
     0 where the rows of a view (None has none) do not follow one another without a gap.
     """
     _, C, S, _, _, _ = grid
-    return LINE if streamed and c1 - c0 == C and in_sequence(views, C * S) else 0
+    follow = streamed and c1 - c0 == C and in_sequence(views, C * S)
+    return LINE // out[0].itemsize if follow else 0
 
 
 @ordered
-def before_line(y, grid, r, begin, end, ahead):
-    """How many values of row r are written with the row before: up to y's first cache line.
+def first_line(out, grid, begin, ahead):
+    """How many values of row `begin` are before the first cache line of `out`."""
+    return line_after(piece(out, begin * grid[4], 0, 0, 1)) if ahead else 0
+
+
+@ordered
+def before_line(grid, r, begin, end, first, ahead):
+    """How many values of row r are written with the row before: up to the first cache line.
 
     Rows begin <= r < end then fill whole lines but for the first and the last, and nothing that is
     streamed is read first. With rows as they are, inference of 32 x 56 x 56 x 100 took 1.6 times as
@@ -315,21 +318,23 @@ def before_line(y, grid, r, begin, end, ahead):
     """
     if ahead == 0 or r in (begin, end):
         return 0
-    return min(line_after(piece(y, r * grid[4], 0, 0, 1)), width(grid, r, 0, grid[1]))
+    _, C, S, _, fold, _ = grid
+    return min((first - (r - begin) * fold * C * S) % ahead, width(grid, r, 0, C))
 
 
 @shared
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
-    if by_planes(grid, streamed, c0, c1) or not all_one(u_c):
+    if by_planes(x, grid, streamed, c0, c1) or not all_one(u_c):
         by_rows.apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return
-    ahead = columns_ahead((x, residual, y), grid, streamed, c0, c1)
+    ahead = columns_ahead(y, (x, residual, y), grid, streamed, c0, c1)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
     fold = grid[4]
     low = hi.dtype.type(floor)
     begin, end = rows(grid, k)
+    first = first_line(y, grid, begin, ahead)
     half = 0 if streamed else whole_share(grid, begin, end, 2)
     for r in range(begin, begin + half):
         n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
@@ -338,8 +343,8 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
         each(size, element.normalise_rows, pairs)
     for r in range(begin + 2 * half, end):
         n = r * fold
-        j = before_line(y, grid, r, begin, end, ahead)
-        size = width(grid, r, c0, c1) + before_line(y, grid, r + 1, begin, end, ahead) - j
+        j = before_line(grid, r, begin, end, first, ahead)
+        size = width(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
         hi_, a_, b_ = part((hi, a, b), j, j + size)
         args = piece(x, n, c0, j, size), piece(residual, n, c0, j, size), hi_, None, a_, b_, low
         each_to(size, element.normalise, args, (piece(y, n, c0, j, size),), streamed)
@@ -396,16 +401,17 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
     """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     v_c, _ = factors(norm, sums, count, c0, c1, u_c)
-    if by_planes(grid, streamed, c0, c1) or not (all_one(u_c) and all_one(v_c)):
+    if by_planes(x, grid, streamed, c0, c1) or not (all_one(u_c) and all_one(v_c)):
         by_rows.differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
         return
     out = element.either(dx, dresidual)
-    ahead = columns_ahead((dy, x, y, dx, dresidual), grid, streamed, c0, c1)
+    ahead = columns_ahead(out, (dy, x, y, dx, dresidual), grid, streamed, c0, c1)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
     hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid, ahead)
     zero = hi.dtype.type(0)
     fold = grid[4]
     begin, end = rows(grid, k)
+    first = first_line(out, grid, begin, ahead)
     half = 0 if streamed else whole_share(grid, begin, end, 2)
     for r in range(begin, begin + half):
         n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
@@ -415,8 +421,8 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
         each(size, element.differentiate_rows, (*pairs, two(dresidual, n, step, c0, 0, size)))
     for r in range(begin + 2 * half, end):
         n = r * fold
-        j = before_line(out, grid, r, begin, end, ahead)
-        size = width(grid, r, c0, c1) + before_line(out, grid, r + 1, begin, end, ahead) - j
+        j = before_line(grid, r, begin, end, first, ahead)
+        size = width(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
         dy_, x_, y_ = piece(dy, n, c0, j, size), piece(x, n, c0, j, size), piece(y, n, c0, j, size)
         outs = piece(dx, n, c0, j, size), piece(dresidual, n, c0, j, size)
         hi_, a_, b_, hpq_ = part((hi, a, b, hpq), j, j + size)

@@ -28,6 +28,7 @@ RUN_BYTES = 16 << 10  # bytes to read in sequence, enough to keep the memory bus
 PAGE = 4 << 10
 # Values of a plane that is normalised by itself, although summed by columns with others.
 PLANE_ALONE = 128
+PLANES_BYTES = 64 << 10  # of planes that follow one another, to stream them one by one
 # Bytes, in the compute dtype, of a row of planes shorter than that: with coefficients for every
 # column, more do not stay in L1 (forward of 32 x 512 x 7 x 7 took 267 us with 8 KiB, 225 with 4.5).
 COLUMNS = 9 << 9
@@ -93,6 +94,16 @@ def fold_of(C: int, S: int) -> int:
 
 
 @compiled_too
+def planes_alone(S: int, channels: int, itemsize: int, streamed: bool) -> bool:
+    """Whether so many short planes of a sample are normalised one by one, not as a row of columns.
+
+    A channel's coefficients are then numbers, not a column each: 14 x 14 planes in cache took 0.6
+    times as long. But planes do not begin at a cache line: a few of them stream worse than a row.
+    """
+    return S >= PLANE_ALONE and (not streamed or channels * S * itemsize >= PLANES_BYTES)
+
+
+@compiled_too
 def past_cache(N: int, C: int, S: int, itemsize: int, tensors: int, last: int) -> bool:
     """Whether the last cache does not hold all tensors of a pass, so that results are streamed."""
     return tensors * N * C * S * itemsize > last
@@ -152,8 +163,9 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         strip = C if fold > 1 else max(1, min(RUN_BYTES // itemsize, C))
         parts, part = _parts(_ceil(N, fold), grid.per, _ceil(threads, _ceil(C, strip)))
         resident = resident and block * itemsize >= PAGE
-    elif streamed and not by_rows(S) and S >= PLANE_ALONE:  # so that planes follow one another
-        strip = _channels_of(SHARES * threads, C, chunks)
+    elif streamed and not by_rows(S):
+        wide = _channels_of(SHARES * threads, C, chunks)
+        strip = wide if planes_alone(S, wide, itemsize, streamed) else span
     fused = not parallel or (resident and blocks >= threads and _balanced(blocks, threads))
     return Plan(
         "rows" if by_rows(S) else "columns",
@@ -201,7 +213,7 @@ def _channels_in_row(S: int, itemsize: int, streamed: bool) -> int:
     """How many channels make a row of columns."""
     if S == 1:
         return RUN_BYTES // itemsize
-    if S >= PLANE_ALONE:  # plane by plane unless streamed
+    if S >= PLANE_ALONE:  # normalised plane by plane unless streamed
         most = (RUN_BYTES // 2 if streamed else 2 * RUN_BYTES) // (S * itemsize)
     else:
         most = COLUMNS // (S * max(itemsize, 4))
