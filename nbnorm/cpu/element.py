@@ -2,7 +2,7 @@
 
 A coefficient is a number in the row traversal, where all values belong to one channel, and an array
 with a number for each column in the column traversal; `at` reads either. Four rows at a time take
-one load and one store of the sums for all four.
+one load and one store of the sums for all four, two rows one load of the coefficients for both.
 """
 
 import numpy as np

@@ -4,7 +4,7 @@
 loop over more than a few arrays is not vectorised, as LLVM would have to check each written one
 against all others (at most eight checks), and one that works in place runs value by value.
 
-`piece`, `four`, `row` and `part` slice without counting references. Each function that an array
+`piece`, `two`, `four`, `row` and `part` slice without counting references. Each function that an array
 passes through on its way to a slice counts it up and down, atomically: per row, as long as the
 arithmetic on 512 values.
 
