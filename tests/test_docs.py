@@ -230,3 +230,15 @@ def test_who_cites_cites_this_version():
     for name, line in (("README.md", "  version = {{{}}},"), ("CITATION.cff", "version: {}")):
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         assert line.format(nbnorm.__version__) in lines, name
+
+
+def test_ci_runs_every_step_of_the_gate():
+    files = ".ci/run", ".github/workflows/ci.yml"
+    gate, workflow = ((ROOT / file).read_text(encoding="utf-8") for file in files)
+    groups = re.findall(r'^(?:shared|apart|single)="(.*)"', gate, re.M)
+    steps = {name for group in groups for name in group.split()}
+    titled = re.findall(r"^(\w+)\(\) [({]  # \w", gate, re.M)
+    assert steps <= set(titled)
+    lines = re.findall(r"^ +- (?:run: \.ci/run )?([a-z_ ]+)$", workflow, re.M)
+    called = {name for line in lines for name in line.split()}
+    assert called == steps - {"pythons"}  # there every step runs on every Python
