@@ -4,9 +4,9 @@
 loop over more than a few arrays is not vectorised, as LLVM would have to check each written one
 against all others (at most eight checks), and one that works in place runs value by value.
 
-`piece`, `two`, `four`, `row` and `part` slice without counting references. Each function that an array
-passes through on its way to a slice counts it up and down, atomically: per row, as long as the
-arithmetic on 512 values.
+`piece`, `two`, `four`, `row` and `part` slice without counting references. Each function that an
+array passes through on its way to a slice counts it up and down, atomically: per row, as long as
+the arithmetic on 512 values.
 
 `each_to` can store past the cache. Ordinary stores read every line of the output before they write
 it; non-temporal ones do not: 103 MB read and written took 4.9 ms with the first, 3.3 ms with the
