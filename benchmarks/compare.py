@@ -63,7 +63,7 @@ def measure(
     floors = sweeps(batches[False].x, batches[False].out)
     times = alternate(calls | floors, rounds)
     floor = FLOORS[op] * min(times[name].least for name in floors)
-    return Row(op, dtype, shape, floor, {name: times[name] for name in calls}).rounded(), left_out
+    return Row(op, dtype, shape, floor, {name: times[name] for name in calls}), left_out
 
 
 def measure_all(arguments: argparse.Namespace) -> Run:
@@ -82,7 +82,7 @@ def measure_all(arguments: argparse.Namespace) -> Run:
                 left_out |= reasons
                 if arguments.json:  # after every row: a run of half an hour may be interrupted
                     run.write(arguments.json)
-    return run
+    return run.with_least_floors()
 
 
 def main() -> None:

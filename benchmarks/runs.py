@@ -14,6 +14,7 @@ import llvmlite.binding
 import numba
 
 import nbnorm
+from benchmarks.floor import FLOORS
 from benchmarks.peers import PEERS
 from benchmarks.shapes import Shape
 from benchmarks.timing import Times
@@ -51,6 +52,18 @@ class Run(NamedTuple):
         rows = ",\n".join(json.dumps(row._asdict()) for row in self.rows)
         head = json.dumps(self._replace(rows=[])._asdict(), indent=1)
         path.write_text(head.removesuffix("[]\n}") + f"[\n{rows}\n]\n}}\n")
+
+    def with_least_floors(self) -> "Run":
+        """The same with one floor for all ops of a shape and dtype: the fastest sweep seen."""
+        least: dict[tuple[str, Shape], float] = {}
+        for row in self.rows:
+            sweep = row.floor / FLOORS[row.op]
+            least[row.dtype, row.shape] = min(sweep, least.get((row.dtype, row.shape), sweep))
+        rows = [
+            row._replace(floor=FLOORS[row.op] * least[row.dtype, row.shape]).rounded()
+            for row in self.rows
+        ]
+        return self._replace(rows=rows)
 
     @classmethod
     def read(cls, *paths: Path) -> "Run":
