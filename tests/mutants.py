@@ -194,20 +194,20 @@ CHANNEL = of(
     ),
     (
         "test_arithmetic.py::test_squares_beyond_the_range_of_float32",
-        ("not (q <= most) or", ""),
+        ("not (q <= greatest) or", ""),
     ),
     (
         "test_arithmetic.py::test_squares_among_the_subnormal_numbers_round_a_mean_of_0",
-        ("q < k * tiny * 2.0**26 or", ""),
+        ("q < n * tiny * 2.0**26 or", ""),
     ),
     (
         "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
-        ("or k * d * d > m2 / 4", ""),
+        ("or n * d * d > m2 / 4", ""),
     ),
     (
         "test_arithmetic.py::test_moments_of_one_value_and_of_many_merge",
-        ("delta + d * (k / total)", "delta + d * (count / total)"),
-        ("m2 + m2_k + d * d * (count * k / total)", "m2 + m2_k"),
+        ("delta + d * (count_b / total)", "delta + d * (count / total)"),
+        ("m2 + m2_b + d * d * (count * count_b / total)", "m2 + m2_b"),
     ),
     (
         "test_digits.py::test_first_values_far_off_cost_the_later_ones_no_digit",
@@ -216,9 +216,9 @@ CHANNEL = of(
     (
         "test_arithmetic.py::test_a_power_of_two_next_to_rstd_is_one",
         ("0x7FF0000000000000", "0x7FFFFFFFFFFFFFFF"),
-        ("min(max(size_of(rstd), tiny), 2.0**126)",
-         "max(size_of(rstd), tiny)"),
-        ("max(size_of(rstd), tiny)", "size_of(rstd)"),
+        ("min(max(floor_power(rstd), tiny), 2.0**126)",
+         "max(floor_power(rstd), tiny)"),
+        ("max(floor_power(rstd), tiny)", "floor_power(rstd)"),
     ),
     (
         "test_arithmetic.py::test_every_value_of_a_column_is_counted_once",
@@ -231,13 +231,13 @@ CHANNEL = of(
     ),
     (
         "test_accuracy.py::test_a_large_dy_of_one_value_among_the_smallest_stays_finite",
-        ("min(tiny * u[c] / p, size_of(room / size), 1 / tiny)",
+        ("min(tiny * u[c] / p, floor_power(room / size), 1 / tiny)",
          "min(tiny * u[c] / p, 1 / tiny)"),
     ),
     (
         "test_accuracy.py::test_a_mean_of_dy_x_hat_that_is_nearly_0_keeps_v_in_range",
-        ("min(tiny * u[c] / p, size_of(room / size), 1 / tiny)",
-         "min(tiny * u[c] / p, size_of(room / size))"),
+        ("min(tiny * u[c] / p, floor_power(room / size), 1 / tiny)",
+         "min(tiny * u[c] / p, floor_power(room / size))"),
     ),
 )  # fmt: skip
 
@@ -245,7 +245,7 @@ ROWS = of(
     "cpu/rows",
     (
         "test_arithmetic.py::test_every_value_of_a_row_is_counted_once",
-        ("each(size, element.add_row,", "each(size - 1, element.add_row,"),
+        ("each(size, element.add_moment_row,", "each(size - 1, element.add_moment_row,"),
         ("each(size, element.add_gradient_row,", "each(size - 1, element.add_gradient_row,"),
         ("((wide[0] + wide[4]) + (wide[2] + wide[6]))", "((wide[0] + wide[4]) + wide[2])"),
     ),
@@ -286,12 +286,12 @@ COLUMNS = of(
     ),
     (
         "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
-        ("gone[c] = lost(m, mean, q[c], new_merged[c], k)", "gone[c] = False"),
+        ("gone[c] = lost(m, mean, q[c], new_merged[c], center)", "gone[c] = False"),
         ("center = K + s / m", "center = K"),
     ),
     (
         "test_digits.py::test_values_alike_but_the_first_ones_round_each_alike",
-        ("q, q_rest = add_exactly(q, d * d - q_rest)", "q, q_rest = add_exactly(q, d * d)"),
+        ("q, q_rest = add_compensated(q, d * d - q_rest)", "q, q_rest = add_compensated(q, d * d)"),
     ),
     (
         "test_arithmetic.py::test_sums_one_after_the_other_carry_their_rounding",
@@ -327,8 +327,8 @@ COLUMNS = of(
     ),
     (
         "test_metamorphic.py",
-        ("element.normalise_rows, pairs)\n    for r in range(begin + 2 * half, end)",
-         "element.normalise_rows, pairs)\n    for r in range(begin + 2 * half, end - 1)"),
+        ("element.apply_rows, pair)\n    for r in range(begin + 2 * half, end)",
+         "element.apply_rows, pair)\n    for r in range(begin + 2 * half, end - 1)"),
         ("c0, 0, size)))\n    for r in range(begin + 2 * half, end)",
          "c0, 0, size)))\n    for r in range(begin + 2 * half, end - 1)"),
     ),
@@ -350,7 +350,7 @@ ELEMENT = of(
     (
         "test_arithmetic.py::test_the_mask_is_strict",
         ("return dy if y > 0 else zero", "return dy if y >= 0 else zero"),
-        ("return dy if v > least else zero", "return dy if v >= least else zero"),
+        ("return dy if v > threshold else zero", "return dy if v >= threshold else zero"),
     ),
     (
         "test_arithmetic.py::test_every_value_of_a_row_is_counted_once",
@@ -566,45 +566,48 @@ ON_GPU = of(
     "cuda/channel",
     (
         EVERY_FINITE,
-        ("min(max(lowest, size + least), size - least)", "max(lowest, size + least)"),
-        ("min(max(lowest, size + least), size - least)", "min(lowest, size - least)"),
-        ("lowest, most = 0, unit - 1 - p - least", "lowest, most = 0, ENDLESS"),
-        ("return usual(p) and size <= room", "return size <= room"),
-        ("if NONE < p < unit + least:", "if False:"),
+        ("min(max(least, size + tiny), size - tiny)", "max(least, size + tiny)"),
+        ("min(max(least, size + tiny), size - tiny)", "min(least, size - tiny)"),
+        ("least, most = 0, unit - 1 - p - tiny", "least, most = 0, NOT_FINITE"),
+        ("return is_normal(p) and size <= room", "return size <= room"),
+        ("if SUBNORMAL < p < unit + tiny:", "if False:"),
     ),
     (
         TWICE,
         ("exponent_of(hi) < far", "True"),
-        ("return -1 if far <= size < ENDLESS else -1 - size - least", "return -1 - size - least"),
+        ("return -1 if far <= size < NOT_FINITE else -1 - size - tiny", "return -1 - size - tiny"),
     ),
     (
         CONSTANT,
         ("if abs(value) < math.inf:", "if False:"),
-        ("ENDLESS else -1 - size - least", "ENDLESS else ENDLESS"),
+        ("NOT_FINITE else -1 - size - tiny", "NOT_FINITE else NOT_FINITE"),
     ),
     (
         TOO_LARGE,
-        ("min(unit, most, -least)", "min(unit, most)"),
-        ("max(unit, next_to(rstd[c]) - 127)", "unit"),
-        (", next_to(rstd[c]) + 126)", ", 500)"),
+        ("min(unit, most, -tiny)", "min(unit, most)"),
+        ("max(unit, rstd_exponent(rstd[c]) - 127)", "unit"),
+        (", rstd_exponent(rstd[c]) + 126)", ", 500)"),
     ),
     (
         A_LARGE_GAMMA,
-        ("min(unit + least - p, room - size)", "unit + least - p"),
+        ("min(unit + tiny - p, room - size)", "unit + tiny - p"),
     ),
     (
         "cuda/test_simulator.py::test_simulated[test_sums_of_dy_may_leave_float32]",
         ("most = min(most, -24)", "pass"),
-        ("return usual(p) and size <= room", "return usual(p)"),
+        ("return is_normal(p) and size <= room", "return is_normal(p)"),
     ),
-    (DEAD, ("size < -least or size == NONE", "size < -least")),
+    (DEAD, ("size < -tiny or size == SUBNORMAL", "size < -tiny")),
 ) + of(
     "cuda/columns",
     (
         EVERY_FINITE,
         ("keep_one(kept_g, n, w, g)", "pass"),
         ("if not fits:", "if True:"),
-        ("if not plain:\n                sums_singly(", "if False:\n                sums_singly("),
+        (
+            "if not plain:\n                backward_reduce_singly(",
+            "if False:\n                backward_reduce_singly(",
+        ),
     ),
 )
 

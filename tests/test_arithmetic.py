@@ -140,7 +140,7 @@ def test_sums_one_after_the_other_carry_their_rounding():
     """Kahan's: 1 is lost beside 2^53, and comes back with the next."""
     s, rest = 2.0**53, 0.0
     for _ in range(8):
-        s, rest = columns.add_exactly.py_func(s, 1.0 - rest)
+        s, rest = columns.add_compensated.py_func(s, 1.0 - rest)
     assert s - rest == 2.0**53 + 8
 
 
@@ -155,13 +155,13 @@ def test_a_constant_channel_has_no_m2_at_all(shape, value):
 
 def test_a_power_of_two_next_to_rstd_is_one():
     like = np.empty(0, np.float32)
-    power_of_two = numba.njit(lambda rstd, like: channel.power_of_two(rstd, like))
+    rstd_power = numba.njit(lambda rstd, like: channel.rstd_power(rstd, like))
     for rstd in (1.0, 1.99, 3.0, 1e-3, 316.0):
-        unit = power_of_two(rstd, like)
+        unit = rstd_power(rstd, like)
         assert unit <= rstd < 2 * unit
         assert np.frexp(unit)[0] == 0.5
-    assert power_of_two(0.0, like) == np.finfo(np.float32).tiny
-    assert power_of_two(1e300, like) == 2.0**126
+    assert rstd_power(0.0, like) == np.finfo(np.float32).tiny
+    assert rstd_power(1e300, like) == 2.0**126
 
 
 def test_moments_of_one_value_and_of_many_merge():

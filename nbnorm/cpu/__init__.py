@@ -1,10 +1,12 @@
-"""The CPU backend: functions over (N, C, S) arrays.
+"""CPU backend: batch normalization of (N, C, S) NumPy arrays.
 
-x, dy, y, residual, dx and dresidual are NumPy arrays of shape (N, C, S) without an axis of
-length 0, of one dtype (float32, float64, float16, bfloat16), in the layout that `_layout` promises.
-Everything of shape (C,) is contiguous and float64; gamma and beta may both be float32. Nothing is
-checked here. The backward functions recompute the ReLU mask from x where beta is given, and read it
-from y where that is given.
+x, dy, y, residual, dx and dresidual have shape (N, C, S), no axis of length 0 and one dtype
+(float32, float64, float16 or bfloat16), in a layout that `_layout` accepts. Per-channel arrays
+have shape (C,) and are contiguous float64; gamma and beta may both be float32 instead. Nothing is
+checked here. `nbnorm.cuda` has the same functions with the same signatures.
+
+The backward functions mask dy by ReLU if they get beta or y: with beta they recompute the mask
+from x, with y they read it (y > 0).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# Before any kernel is imported: it takes the digest of the source that kernels are made from.
+# Imported before any kernel: it takes a digest of the source that kernels are compiled from.
 from nbnorm.cpu import sources as sources  # isort: split
 
 from nbnorm import _running
@@ -30,7 +32,7 @@ _COMPILED = (np.dtype("float32"), np.dtype("float64"))
 
 
 def stats(x: NDArray) -> tuple[NDArray, NDArray]:
-    """Mean and M2 of every channel."""
+    """Return mean and M2 = sum (x - mean)^2 of each channel, shape (C,) each."""
     cut, run = _cut(x, 1)
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
@@ -50,7 +52,7 @@ def apply(
     relu: bool,
     y: NDArray,
 ) -> None:
-    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
+    """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     cut, run = _cut(x, 2 + (residual is not None))
     x_, residual_, y_, norm = _view(x), _view(residual), _view(y), (mean, rstd, gamma, beta)
     with turn(cut.parallel):
@@ -66,7 +68,7 @@ def forward(
     relu: bool,
     y: NDArray,
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """Normalise x with its own statistics into y; return mean, M2 and rstd."""
+    """Normalise x with its own statistics into y; return mean, M2 and rstd, shape (C,) each."""
     cut, run = _cut(x, 2 + (residual is not None))
     x_, residual_, y_ = _view(x), _view(residual), _view(y)
     C = cut.grid.C
@@ -90,7 +92,7 @@ def forward(
 
 
 def rstd(var: NDArray, eps: float) -> NDArray:
-    """1 / sqrt(var + eps), 0 where that is 1/0, as `forward` has it."""
+    """Return 1 / sqrt(var + eps), shape (C,); 0 where var + eps is 0, as in `forward`."""
     result = np.empty(var.size)
     kernels.rstd_all(var, eps, result)
     return result
@@ -104,9 +106,10 @@ def move(
     momentum: float,
     divisor: float,
 ) -> None:
-    """Move running statistics, of any strides, towards a batch's; its variance is M2 / divisor.
+    """Update running statistics in place from a batch's mean and its variance M2 / divisor.
 
-    running = (1 - momentum) running + momentum batch, rounded once to running's dtype.
+    running = (1 - momentum) running + momentum batch, rounded once to running's dtype. The running
+    arrays may have any strides.
     """
     compiled = running_mean.dtype in _COMPILED and running_var.dtype in _COMPILED
     if compiled and running_mean.flags.carray and running_var.flags.carray:
@@ -126,12 +129,14 @@ def backward_reduce(
     beta: NDArray | None,
     y: NDArray | None,
 ) -> NDArray:
-    """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
+    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy masked by ReLU."""
     cut, run = _cut(x, 2 + (y is not None))
     dy_, x_, y_, norm = _view(dy), _view(x), _view(y), (mean, rstd, gamma, beta)
     partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
     with turn(cut.parallel):
-        run.reduce(dy_, x_, y_, tuple(cut.grid), kernels.work_for(cut), norm, partial, sums)
+        run.backward_reduce(
+            dy_, x_, y_, tuple(cut.grid), kernels.work_for(cut), norm, partial, sums
+        )
     return sums
 
 
@@ -148,12 +153,16 @@ def backward_apply(
     dx: NDArray | None,
     dresidual: NDArray | None,
 ) -> None:
-    """Write dx and dresidual, each where given; with sums=None mean and rstd are constants."""
+    """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
+
+    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy masked by
+    ReLU.
+    """
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
     norm = mean, rstd, gamma, beta
     dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
     with turn(cut.parallel):
-        run.differentiate(
+        run.backward_apply(
             dy_,
             x_,
             y_,
@@ -178,7 +187,7 @@ def backward(
     dx: NDArray | None,
     dresidual: NDArray | None,
 ) -> NDArray:
-    """`backward_reduce`, then `backward_apply` with its sums, which are returned."""
+    """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
     norm = mean, rstd, gamma, beta
     dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
@@ -202,23 +211,24 @@ def backward(
 
 
 def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
-    """Plan of a pass over x and others of its size, and the kernels of its traversal."""
-    # A small pass is serial anyway, and to ask for the number of threads starts them.
+    """Return the plan of a pass over `tensors` arrays of x's size, and its traversal's kernels."""
+    # Small passes are serial. Asking for the number of threads would start them.
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
     cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
     return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
 
 
 def _floor(relu: bool) -> float:
-    """Least value of y: one kernel serves with and without ReLU."""
+    """Return the lower bound of y: one kernel serves with ReLU (0) and without (-inf)."""
     return 0.0 if relu else -np.inf
 
 
 def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
-    """(memory, stride of n, stride of c) in values, as the kernels take an array.
+    """Return (memory, stride of n, stride of c), strides in values, as kernels take an array.
 
-    Memory is one-dimensional, contiguous and writeable in type: one compiled kernel serves every
-    layout and read-only inputs, which no kernel writes to. Half precision goes as its bits.
+    Memory is typed as one-dimensional, contiguous and writeable, so one compiled kernel serves
+    every layout and read-only inputs too; kernels write to no input. Half precision is passed as
+    its bits (uint16, int16).
     """
     if array is None:
         return None
@@ -233,7 +243,7 @@ def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
 
 
 class _Memory:
-    """The memory an array spans, offered to NumPy as one writeable row."""
+    """The memory that an array spans, exposed to NumPy as one writeable row."""
 
     def __init__(self, array: NDArray, extent: int) -> None:
         self.owner = array

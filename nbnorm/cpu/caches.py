@@ -1,4 +1,4 @@
-"""Sizes of the caches that this process may use, as the system tells them."""
+"""Cache sizes of the processors that this process may use, as the system reports them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Caches(NamedTuple):
-    """Bytes of cache.
+    """Cache sizes in bytes.
 
     Attributes
     ----------
     own : int
-        Second-level cache of one thread, where every processor runs one.
+        Second-level cache available to one thread when every processor runs one.
     last : int
-        Last-level caches of all processors together.
+        Last-level caches of all processors, added up.
     """
 
     own: int
     last: int
 
 
-# Where the system does not tell. Wrong sizes cost time, never a value.
+# Used if the system reports no sizes. Wrong sizes cost time, never correctness.
 TYPICAL = Caches(own=1 << 20, last=32 << 20)
 
 
 def caches(cpus: Path = _CPUS) -> Caches:
-    """Read the caches of the processors that this process is allowed to run on."""
+    """Return the cache sizes of the processors that this process is allowed to run on."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    # Bytes and number of processors of each cache, by level and who shares it.
+    # (level, list of processors that share the cache): (bytes, number of those processors)
     found: dict[tuple[int, str], tuple[int, int]] = {}
     for cpu in allowed:
         for folder in cpus.glob(f"cpu{cpu}/cache/index*"):
@@ -54,6 +54,6 @@ def caches(cpus: Path = _CPUS) -> Caches:
 
 
 def _count(processors: str) -> int:
-    """How many processors a list such as 0-3,8 names."""
+    """Return the number of processors in a list such as 0-3,8."""
     spans = (span.partition("-") for span in processors.split(","))
     return sum(int(last or first) - int(first) + 1 for first, _, last in spans)

@@ -1,12 +1,14 @@
-"""A channel's arithmetic, in float64: moments merged, coefficients of the affine maps.
+"""Per-channel arithmetic in float64: merging moments, coefficients of the normalisation.
 
-`partial[:, k, c]` describes chunk k of channel c by count, shift, delta and M2, where the mean is
-shift + delta. shift is a mean of the chunk's first values; delta, of the size of a standard
-deviation, keeps the digits that a mean of 1e6 standard deviations would round away at every merge.
+`partial` has shape (4, chunks, C). partial[:, k, c] holds count, shift, delta and M2 of chunk k of
+channel c, whose mean is shift + delta. shift is the mean of the chunk's first values. delta has the
+size of a standard deviation, so it keeps digits that a mean of 1e6 standard deviations would lose
+to rounding at every merge.
 
-`norm` is (mean, rstd, gamma, beta), arrays of shape (C,), the first two float64; `like` an array of
-the compute dtype, which coefficients are rounded to. What is done for every channel goes through
-`each`: with 1024 channels and 49 chunks, merging them one by one took a quarter of forward's time.
+`norm` is (mean, rstd, gamma, beta), arrays of shape (C,), the first two float64. `like` is an array
+of the compute dtype, to which coefficients are rounded. Loops over channels run through `each`,
+which vectorises them: merging 49 chunks of 1024 channels one by one took a quarter of forward's
+time.
 """
 
 import numpy as np
@@ -15,35 +17,38 @@ from nbnorm.cpu.intrinsics import clear, each, new, news, of_chunk, part, piece,
 from nbnorm.cpu.jit import none_without, ordered
 from nbnorm.cpu.storage import computed, epsilon, limits
 
-# Values whose mean is a chunk's shift: with the first value alone, 60 samples (one tile, K up to 3
-# standard deviations off) left rstd wrong by 9e-7.
+# Number of values at the start of a chunk whose mean is its shift. With the first value alone, 60
+# samples (one tile, K up to 3 standard deviations off) left rstd wrong by 9e-7.
 FIRST = 32
 
 
 @ordered
-def merge(count, delta, m2, k, delta_k, m2_k):
-    """Chan, Golub & LeVeque (1983): moments of a union, both deltas from one shift."""
-    total = count + k
-    d = delta_k - delta
-    return total, delta + d * (k / total), m2 + m2_k + d * d * (count * k / total)
+def merge(count, delta, m2, count_b, delta_b, m2_b):
+    """Merge the moments of two sets of values (Chan, Golub & LeVeque 1983).
+
+    Both deltas are relative to the same shift: mean = shift + delta.
+    """
+    total = count + count_b
+    d = delta_b - delta
+    return total, delta + d * (count_b / total), m2 + m2_b + d * d * (count * count_b / total)
 
 
 @ordered
-def lost(k, d, q, m2, like):
-    """Whether sums of x - K and q, of its square, over k values lost too much to rounding.
+def lost(n, d, q, m2, like):
+    """Whether the sums of x - K and (x - K)^2 over a tile of n values are too inaccurate to use.
 
-    d is the tile's mean less K, m2 what the chunk's M2 would become. Sums are lost where squares
-    over- or underflow, and where K is so far off (an outlier as first value, a drifting mean) that
-    k d^2 exceeds a quarter of M2: a threshold of 4 M2 cost y and M2 another 4 units in the last
-    place.
+    d is the mean of the tile less K, q the sum of squares, m2 the M2 that the chunk would get. The
+    sums are lost if squares over- or underflow, or if K is so far from the mean (an outlier as
+    first value, a drifting mean) that n d^2 exceeds a quarter of M2. A limit of 4 M2 cost y and M2
+    another 4 units in the last place.
     """
-    tiny, most = limits(like)
-    return not (q <= most) or q < k * tiny * 2.0**26 or k * d * d > m2 / 4
+    tiny, greatest = limits(like)
+    return not (q <= greatest) or q < n * tiny * 2.0**26 or n * d * d > m2 / 4
 
 
 @ordered
 def merge_chunk(c, count_k, shift_k, delta_k, m2_k, count, shift, delta, m2):
-    """Merge a chunk's moments into those of the chunks before it."""
+    """Merge the moments of one chunk of channel c into those of the chunks before it."""
     count[c], delta[c], m2[c] = merge(
         count[c], delta[c], m2[c], count_k[c], (shift_k[c] - shift[c]) + delta_k[c], m2_k[c]
     )
@@ -51,22 +56,22 @@ def merge_chunk(c, count_k, shift_k, delta_k, m2_k, count, shift, delta, m2):
 
 @ordered
 def rstd_of(var, eps):
-    """1 / sqrt(var + eps); 0 where that is 1/0."""
+    """1 / sqrt(var + eps); 0 if var + eps is 0."""
     spread = var + eps
     return 0.0 if spread == 0 else 1 / np.sqrt(spread)
 
 
 @ordered
-def finish_channel(c, count, shift, delta, m2, eps, mean, rstd):
-    """Mean and rstd of a channel whose chunks are merged."""
+def finish_moments_channel(c, count, shift, delta, m2, eps, mean, rstd):
+    """Mean and rstd of channel c from its merged moments."""
     mean[c] = shift[c] + delta[c]
-    # Where M2 overflows float64 the spread is not known: y is NaN rather than beta.
+    # If M2 overflows float64, the variance is unknown: y becomes NaN rather than beta.
     rstd[c] = np.nan if m2[c] == np.inf else rstd_of(m2[c] / count[c], eps)
 
 
 @ordered
-def finish(partial, c0, c1, eps, mean, m2, rstd):
-    """Merge all chunks in order: mean, M2 and rstd of channels c0 <= c < c1."""
+def finish_moments(partial, c0, c1, eps, mean, m2, rstd):
+    """Merge all chunks in order into mean, M2 and rstd of channels c0 <= c < c1."""
     size = c1 - c0
     count, delta = zeros(2, size, np.float64)
     shift, merged = of_chunk(partial, 1, 0, c0, c1), part(m2, c0, c1)
@@ -76,19 +81,19 @@ def finish(partial, c0, c1, eps, mean, m2, rstd):
                  of_chunk(partial, 2, k, c0, c1), of_chunk(partial, 3, k, c0, c1))  # fmt: skip
         each(size, merge_chunk, (*chunk, count, shift, delta, merged))
     statistics = part(mean, c0, c1), part(rstd, c0, c1)
-    each(size, finish_channel, (count, shift, delta, merged, eps, *statistics))
+    each(size, finish_moments_channel, (count, shift, delta, merged, eps, *statistics))
 
 
 @ordered
 def split(mean, like):
-    """mean = hi + lo, hi in the dtype of the array `like`: x - hi is exact near the mean."""
+    """mean = hi + lo, hi rounded to the dtype of `like`: x - hi is exact for x near the mean."""
     hi = like.dtype.type(mean)
     return hi, mean - np.float64(hi)
 
 
 @ordered
-def size_of(value):
-    """Greatest power of two up to |value|, in float64; 0 if subnormal, Inf if Inf or NaN."""
+def floor_power(value):
+    """Greatest power of two <= |value|, as float64; 0 if subnormal, Inf for Inf and NaN."""
     bits = np.int64(np.float64(value).view(np.int64) & 0x7FF0000000000000)
     return np.int64(bits).view(np.float64)
 
@@ -97,11 +102,11 @@ def size_of(value):
 def unit_for(a, least, most, like):
     """Power of two u for which (x - hi) u and a / u are in the dtype's range if (x - hi) a is.
 
-    At least `least`, which is 1 or more, as far as a / u allows it; at most `most`; both are powers
-    of two. Where a is in the range itself, and `least` is 1, u is 1.
+    u is at most `most`, and at least `least` (1 or more) as far as a / u allows it; both are powers
+    of two. u is 1 if a itself is in the range and `least` is 1.
     """
     tiny, _ = limits(like)
-    size = size_of(a)
+    size = floor_power(a)
     if not size < np.inf:
         return 1.0
     unit = max(least, size * tiny)
@@ -111,26 +116,26 @@ def unit_for(a, least, most, like):
 
 @ordered
 def most_for(hi, like):
-    """Greatest unit for which (x - hi) unit is finite, whatever x is."""
-    tiny, most = limits(like)
-    size = size_of(hi)
-    if most * epsilon(like) / 4 <= size < np.inf:
+    """Greatest unit for which (x - hi) unit is finite for every x."""
+    tiny, greatest = limits(like)
+    size = floor_power(hi)
+    if greatest * epsilon(like) / 4 <= size < np.inf:
         return 0.5
     return 1 / (2 * size * tiny)
 
 
 @ordered
 def in_range(value, like):
-    """The nearest finite value of the dtype, so that 0 times it is 0; Inf and NaN stay."""
-    _, most = limits(like)
+    """Clamp to the dtype's finite range, so that 0 times the result is 0; Inf and NaN stay."""
+    _, greatest = limits(like)
     if abs(value) < np.inf:
-        return min(max(value, -most), most)
+        return min(max(value, -greatest), greatest)
     return value
 
 
 @ordered
 def affine_channel(c, mean, rstd, gamma, beta, hi, u, a, b):
-    """See `affine`."""
+    """hi, u, a and b of channel c; see `affine`."""
     center, lo = split(mean[c], hi)
     a_c = np.float64(gamma[c]) * rstd[c]
     unit = unit_for(a_c, 1.0, most_for(center, hi), hi)
@@ -143,15 +148,16 @@ def affine_channel(c, mean, rstd, gamma, beta, hi, u, a, b):
 
 @ordered
 def affine(norm, c0, c1, like):
-    """hi, u, a, b of y = (x u - hi) a + b, in float64 and rounded once; b is None if beta is.
+    """Coefficients hi, u, a, b of y = (x u - hi) a + b, one per channel; b is None if beta is.
 
-    hi is the mean's (see `split`) times u, a power of two: 1 unless x - hi or gamma rstd leaves the
-    range of x's dtype. Where nothing does, u changes no bit.
+    They are computed in float64 and rounded once. u is a power of two, 1 unless x - hi or
+    gamma rstd leaves the range of x's dtype. hi is the rounded mean (see `split`) times u,
+    a = gamma rstd / u, b = beta - lo gamma rstd. Where nothing leaves the range, u changes no bit.
     """
     mean, rstd, gamma, beta = norm
     size = c1 - c0
-    hi, u, a, shift = news(4, size, like.dtype)
-    b = given(beta, shift)
+    hi, u, a, b_ = news(4, size, like.dtype)
+    b = given(beta, b_)
     args = part(mean, c0, c1), part(rstd, c0, c1), part(gamma, c0, c1), part(beta, c0, c1)
     each(size, affine_channel, (*args, hi, u, a, b))
     return hi, u, a, b
@@ -159,7 +165,7 @@ def affine(norm, c0, c1, like):
 
 @ordered
 def all_one(units):
-    """Whether no channel needs a unit."""
+    """Whether every channel's unit is 1."""
     others = 0
     for c in range(units.size):
         others += units[c] != 1
@@ -168,26 +174,26 @@ def all_one(units):
 
 @none_without("condition")
 def given(condition, value):
-    """Value, or None where the condition is None."""
+    """value, or None if `condition` is None."""
     return value
 
 
 @ordered
-def power_of_two(rstd, like):
-    """Power of two next to rstd, in the range of normal numbers of the dtype of `like`."""
+def rstd_power(rstd, like):
+    """Greatest power of two <= rstd, clamped to the normal numbers of the dtype of `like`."""
     tiny, _ = limits(like)
-    return min(max(size_of(rstd), tiny), 2.0**126)
+    return min(max(floor_power(rstd), tiny), 2.0**126)
 
 
 @ordered
 def scale_channel(c, rstd, u, scale):
-    """See `scales`."""
-    scale[c] = power_of_two(rstd[c], u) / u[c]
+    """scale of channel c; see `scales`."""
+    scale[c] = rstd_power(rstd[c], u) / u[c]
 
 
 @ordered
 def scales(norm, c0, c1, u):
-    """Powers of two for which (x u - hi) scale is exact and of the size of x_hat."""
+    """Power of two for each channel: (x u - hi) scale is exact and has the size of x_hat."""
     scale = new(u.size, u.dtype)
     each(u.size, scale_channel, (part(norm[1], c0, c1), u, scale))
     return scale
@@ -195,15 +201,15 @@ def scales(norm, c0, c1, u):
 
 @ordered
 def add_other(j, values, others):
-    """values += others."""
+    """values[j] += others[j]."""
     values[j] += others[j]
 
 
 @ordered
 def finish_sums_channel(c, mean, rstd, like, sum_dy, sum_dy_xhat):
-    """sum dy x_hat of sum dy (x - hi) unit."""
+    """Turn the sum of dy (x - hi) times `rstd_power` into sum dy x_hat, in place."""
     _, lo = split(mean[c], like)
-    scaled = sum_dy_xhat[c] / power_of_two(rstd[c], like)
+    scaled = sum_dy_xhat[c] / rstd_power(rstd[c], like)
     sum_dy_xhat[c] = rstd[c] * (scaled - lo * sum_dy[c])
 
 
@@ -222,22 +228,22 @@ def finish_sums(partial, norm, c0, c1, x, sums):
 
 
 @ordered
-def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
-    """v and f of `factors`."""
+def factors_channel(c, c0, rstd, gamma, sums, count, u, v, f):
+    """v and f of channel c; see `factors`."""
     a = np.float64(gamma[c]) * rstd[c]
     least, most = 1.0, np.inf
     if sums is not None:
         tiny, greatest = limits(u)
         mean_dy, mean_dy_xhat = sums[0, c0 + c] / count, sums[1, c0 + c] / count
-        p = size_of(rstd[c] * mean_dy_xhat)
+        p = floor_power(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
-        size = max(size_of(mean_dy), size_of(mean_dy_xhat))
-        # What is subtracted from dy may be sqrt(count) times as large as these means, as x_hat is
-        # that at most; dy itself may be count times its mean, where only one value is not 0.
+        size = max(floor_power(mean_dy), floor_power(mean_dy_xhat))
+        # |x_hat| is at most sqrt(count), so what is subtracted from dy may be that many times
+        # these means. dy itself may be count times its mean, if only one value is not 0.
         room = greatest * 2.0**-28
         if size < room:
             if 0 < p < tiny * u[c]:  # p v / u must be a normal number
-                least = min(tiny * u[c] / p, size_of(room / size), 1 / tiny)
+                least = min(tiny * u[c] / p, floor_power(room / size), 1 / tiny)
         elif size < np.inf:
             most = min(most, 2.0**-24)
     v[c] = unit_for(a, least, most, u)
@@ -246,12 +252,15 @@ def factor_channel(c, c0, rstd, gamma, sums, count, u, v, f):
 
 @ordered
 def factors(norm, sums, count, c0, c1, u):
-    """v and f of dx = f (dy v - ...), f v being gamma rstd: for dx what u and a are for y."""
+    """Factors v and f of dx = f (dy v - ...), where f v = gamma rstd, one per channel.
+
+    v is a power of two; v and f are for dx what u and a are for y (see `affine`).
+    """
     size = c1 - c0
     v, f = news(2, size, u.dtype)
     each(
         size,
-        factor_channel,
+        factors_channel,
         (c0, part(norm[1], c0, c1), part(norm[2], c0, c1), sums, count, u, v, f),
     )
     return v, f
@@ -259,7 +268,7 @@ def factors(norm, sums, count, c0, c1, u):
 
 @ordered
 def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, q):
-    """See `coefficients`."""
+    """h, p and q of channel c; see `coefficients`."""
     _, lo = split(mean[c], h)
     mean_dy, l = split(sum_dy[c] / count, h)
     p_c = rstd[c] * (sum_dy_xhat[c] / count)
@@ -270,10 +279,10 @@ def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, 
 
 @none_without("sums")
 def coefficients(norm, sums, count, c0, c1, u, v):
-    """h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q); None without sums.
+    """Coefficients h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q), or None without sums.
 
-    That is dy - mean(dy) - x_hat mean(dy x_hat), times v, with mean(dy) split as the mean of x is:
-    dy - h is exact near the mean of dy.
+    The right side is v (dy - mean(dy) - x_hat mean(dy x_hat)). mean(dy) is split like the mean of
+    x, so that dy - h is exact for dy near its mean.
     """
     size = c1 - c0
     h, p, q = news(3, size, u.dtype)
@@ -287,16 +296,17 @@ def coefficients(norm, sums, count, c0, c1, u, v):
 
 @none_without("hpq")
 def coefficients_of(hpq, c):
-    """h, p, q of channel c, an index into what `coefficients` gave; None for None."""
+    """h[c], p[c] and q[c] of what `coefficients` returned; None for None."""
     h, p, q = hpq
     return h[c], p[c], q[c]
 
 
 @ordered
-def add_up(runs, width):
-    """Sum runs of `width` values into the first run, in pairs: n values are rounded log2 n times.
+def pairwise_sum(runs, width):
+    """Sum runs of `width` values into the first run, pairwise: n runs are rounded log2 n times.
 
-    In one chain, 256 samples with an outlier left M2 wrong by 4 units of float64.
+    Added one after another, 256 samples with an outlier left a float64 M2 wrong by 4 units in the
+    last place.
     """
     n = runs.size // width
     while n > 1:

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk, a file for each kernel, signature, machine and state of the source."""
+"""Compiled kernels on disk: a file for each kernel, signature, machine and state of the source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numba.core.serialize import dumps
 
 from nbnorm.cpu import sources
 
-# Machine code calls into Numba and the interpreter.
+# Part of the key, as machine code calls into Numba and the interpreter.
 _VERSIONS = (
     numba.__version__,
     llvmlite.__version__,
@@ -45,9 +45,9 @@ _UNUSED = 8 * 7 * _DAY
 
 
 def cache_of(function: Callable[..., Any], name: str) -> Any:
-    """Cache of a kernel; one that keeps nothing where there is no folder or source for it."""
+    """Return the cache of a kernel; one that stores nothing if it has no folder or no source."""
     if sources.IMPORTED is not None:
-        with suppress(Exception):  # Numba may fail: a file in the folder's place, no home, odd zips
+        with suppress(Exception):  # Numba can fail: no folder, no home, odd zips
             return KernelCache(function, name)
     return NullCache()
 
@@ -55,14 +55,14 @@ def cache_of(function: Callable[..., Any], name: str) -> Any:
 class KernelCache(NullCache):  # type: ignore[misc]
     """Numba's folders and pickles, in files of our own.
 
-    Numba keys an entry by the function's own file and by its pickled closure: an edited callee in
-    another file would go unnoticed, and a closure over compiled functions never hits. And it
-    numbers the files of a function through an index, where two processes that compile at the same
+    Numba keys an entry by the function's own file and its pickled closure, so it does not notice
+    an edited callee in another file, and never finds a closure over compiled functions again. It
+    also numbers the files of a function through an index. Two processes that compile at the same
     time can take the same number, and one then loads the other's kernel.
 
-    A file begins with a checksum of its key and content. Whatever is not, to the bit, what was
-    written under this name is a miss, before it is unpickled or given to LLVM: one zeroed page of
-    machine code ended every process that loaded it, until someone deleted the file.
+    A file begins with a checksum of its key and content. Unless it is, to the bit, what was
+    written under this name, it is a miss, before it is unpickled or given to LLVM. One zeroed page
+    of machine code used to end every process that loaded it, until someone deleted the file.
     """
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
@@ -83,7 +83,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
         return Path(self.cache_path) / file, digest.digest()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the compiled kernel, None where the file is missing or anything is wrong."""
+        """Return the compiled kernel, or None if its file is missing or damaged."""
         target_context.refresh()
         path, key = self._place(sig, target_context.codegen())
         with suppress(Exception):
@@ -95,7 +95,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Write the file aside, then rename it: other processes see all of it or nothing."""
+        """Write a temporary file, then rename it: other processes see all of it or nothing."""
         if sources.now() != sources.IMPORTED or not self._numba.check_cachable(data):
             return
         path, key = self._place(sig, data.codegen)

@@ -1,21 +1,21 @@
-"""What a pass does with one value, for `intrinsics.each` to do with all of a row or tile.
+"""What each pass does with one value; `intrinsics.each` does it with a whole row or tile.
 
-A coefficient is a number in the row traversal, where all values belong to one channel, and an array
-with a number for each column in the column traversal; `at` reads either. Four rows at a time take
-one load and one store of the sums for all four, two rows one load of the coefficients for both.
+A coefficient is a scalar in the row traversal, where all values belong to one channel, and an array
+with one value per column in the column traversal; `at` reads either. The functions for four rows
+load and store sums once for all four, those for two rows load coefficients once for both.
 """
 
 import numpy as np
 from numba import types
 
-from nbnorm.cpu.intrinsics import at_once
+from nbnorm.cpu.intrinsics import unconditional
 from nbnorm.cpu.jit import by_types, fused_by_types, none_without, ordered
 from nbnorm.cpu.storage import load, store, stored_as_zero
 
 
 @by_types
 def at(value, j):
-    """value[j] for an array, the value itself for a number, None for None."""
+    """value[j] of an array, a scalar itself, None for None."""
     if isinstance(value, types.Array):
         return lambda value, j: value[j]
     return lambda value, j: value
@@ -23,15 +23,15 @@ def at(value, j):
 
 @by_types
 def either(value, other):
-    """The value; the other one for None."""
+    """value, or `other` if value is None."""
     if isinstance(value, types.NoneType):
         return lambda value, other: other
     return lambda value, other: value
 
 
 @fused_by_types
-def less(x, hi, u):
-    """x u - hi; x - hi without a unit."""
+def deviation(x, hi, u):
+    """x u - hi; x - hi if u is None."""
     if isinstance(u, types.NoneType):
         return lambda x, hi, u: x - hi
     return lambda x, hi, u: x * u - hi
@@ -39,7 +39,7 @@ def less(x, hi, u):
 
 @by_types
 def times(value, unit):
-    """value unit; the value itself without a unit."""
+    """value unit; value if unit is None."""
     if isinstance(unit, types.NoneType):
         return lambda value, unit: value
     return lambda value, unit: value * unit
@@ -47,56 +47,60 @@ def times(value, unit):
 
 @none_without("b", fused=True)
 def normalised(x, hi, u, a, b):
-    """y before the activation; backward recomputes the ReLU mask by the same expression."""
-    return less(x, hi, u) * a + b
+    """y before residual and ReLU: (x u - hi) a + b, or None if b is None.
+
+    Backward recomputes the ReLU mask with the same expression.
+    """
+    return deviation(x, hi, u) * a + b
 
 
 @ordered
 def rectified(v, floor):
-    """max(v, floor) that lets NaN pass; floor is 0 for ReLU, -inf for no activation."""
+    """max(v, floor), but NaN stays NaN; floor is 0 for ReLU, -inf for no activation."""
     return floor if v <= floor else v
 
 
 @ordered
-def masked(dy, y, v, least, zero):
-    """dy where ReLU let the value pass: y > 0, with y as stored or, where that is None, v > least.
+def masked(dy, y, v, threshold, zero):
+    """dy if ReLU let the value pass, else 0.
 
-    Where both are None there was no activation.
+    The value passed if y > 0 or, where y is None, if v > threshold, v being y before it is stored.
+    If both are None there was no activation.
     """
     if y is not None:
         return dy if y > 0 else zero
     if v is not None:
-        return dy if v > least else zero
+        return dy if v > threshold else zero
     return dy
 
 
 @ordered
-def gradient(j, dy, x, y, hi, u, a, b, zero):
-    """dy[j] as it arrives at the normalisation."""
+def masked_dy(j, dy, x, y, hi, u, a, b, zero):
+    """g = dy[j] masked by ReLU."""
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
-    return masked(at_once(load(dy, j)), load(y, j), v, stored_as_zero(x), zero)
+    return masked(unconditional(load(dy, j)), load(y, j), v, stored_as_zero(x), zero)
 
 
 @ordered
 def centred(j, g, x, hi, u, hpq, v):
-    """(g v - h) - ((x u - hi) p + q); g v where statistics are constants (no h, p, q)."""
+    """dx / f = (g v - h) - ((x u - hi) p + q), or g v for frozen statistics (hpq is None)."""
     if hpq is None:
         return times(g, at(v, j))
     h, p, q = hpq
-    return less(g, at(h, j), at(v, j)) - normalised(
+    return deviation(g, at(h, j), at(v, j)) - normalised(
         load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j)
     )
 
 
 @ordered
 def add_difference(j, x, K, s):
-    """Add x - K."""
+    """s += x - K."""
     s[j] += load(x, j) - at(K, j)
 
 
 @ordered
 def add_differences(j, x, K, s):
-    """`add_difference` for four rows."""
+    """`add_difference` of four rows."""
     d0 = load(x[0], j) - at(K, j)
     d1 = load(x[1], j) - at(K, j)
     d2 = load(x[2], j) - at(K, j)
@@ -105,16 +109,16 @@ def add_differences(j, x, K, s):
 
 
 @ordered
-def add_row(j, x, K, s, q):
-    """Add d and d^2, d = x - K."""
+def add_moment_row(j, x, K, s, q):
+    """s += d and q += d^2, where d = x - K."""
     d = load(x, j) - at(K, j)
     s[j] += d
     q[j] += d * d
 
 
 @ordered
-def add_rows(j, x, K, s, q):
-    """`add_row` for four rows."""
+def add_moment_rows(j, x, K, s, q):
+    """`add_moment_row` of four rows."""
     d0 = load(x[0], j) - at(K, j)
     d1 = load(x[1], j) - at(K, j)
     d2 = load(x[2], j) - at(K, j)
@@ -125,26 +129,26 @@ def add_rows(j, x, K, s, q):
 
 @ordered
 def drain(j, sums, wide):
-    """Move sums in x's dtype to float64."""
+    """Move sums from the compute dtype to float64: wide += sums, sums = 0."""
     wide[j] += sums[j]
     sums[j] = 0
 
 
 @ordered
 def add_half(j, sums, wide, half):
-    """Add the upper half of the sums to the lower half, in float64."""
+    """wide[j] = sums[j] + sums[j + half], in float64."""
     wide[j] = np.float64(sums[j]) + np.float64(sums[j + half])
 
 
 @ordered
 def copy(j, values, out):
-    """out = values."""
+    """out[j] = values[j]."""
     out[j] = values[j]
 
 
 @ordered
 def fill(j, value, out):
-    """out = value."""
+    """out[j] = value."""
     out[j] = value
 
 
@@ -158,14 +162,14 @@ def activated(j, x, residual, hi, u, a, b, floor):
 
 
 @ordered
-def normalise(j, x, residual, hi, u, a, b, floor, y):
+def apply(j, x, residual, hi, u, a, b, floor, y):
     """y = max((x u - hi) a + b [+ residual], floor)."""
     store(y, j, activated(j, x, residual, hi, u, a, b, floor))
 
 
 @ordered
-def normalise_rows(j, x, residual, hi, u, a, b, floor, y):
-    """`normalise` for two rows."""
+def apply_rows(j, x, residual, hi, u, a, b, floor, y):
+    """`apply` of two rows."""
     v0 = activated(j, x[0], residual[0], hi, u, a, b, floor)
     v1 = activated(j, x[1], residual[1], hi, u, a, b, floor)
     store(y[0], j, v0)
@@ -174,41 +178,41 @@ def normalise_rows(j, x, residual, hi, u, a, b, floor, y):
 
 @ordered
 def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
-    """Add g and g (x u - hi) scale, g = dy masked by ReLU."""
-    g = gradient(j, dy, x, y, hi, u, a, b, zero)
+    """s += g and t += g (x u - hi) scale, where g = dy masked by ReLU."""
+    g = masked_dy(j, dy, x, y, hi, u, a, b, zero)
     s[j] += g
-    t[j] += g * (less(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
+    t[j] += g * (deviation(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
 
 
 @ordered
 def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
-    """`add_gradient_row` for four rows."""
-    g0 = gradient(j, dy[0], x[0], y[0], hi, u, a, b, zero)
-    g1 = gradient(j, dy[1], x[1], y[1], hi, u, a, b, zero)
-    g2 = gradient(j, dy[2], x[2], y[2], hi, u, a, b, zero)
-    g3 = gradient(j, dy[3], x[3], y[3], hi, u, a, b, zero)
-    t0 = g0 * (less(load(x[0], j), at(hi, j), at(u, j)) * at(scale, j))
-    t1 = g1 * (less(load(x[1], j), at(hi, j), at(u, j)) * at(scale, j))
-    t2 = g2 * (less(load(x[2], j), at(hi, j), at(u, j)) * at(scale, j))
-    t3 = g3 * (less(load(x[3], j), at(hi, j), at(u, j)) * at(scale, j))
+    """`add_gradient_row` of four rows."""
+    g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, zero)
+    g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, zero)
+    g2 = masked_dy(j, dy[2], x[2], y[2], hi, u, a, b, zero)
+    g3 = masked_dy(j, dy[3], x[3], y[3], hi, u, a, b, zero)
+    t0 = g0 * (deviation(load(x[0], j), at(hi, j), at(u, j)) * at(scale, j))
+    t1 = g1 * (deviation(load(x[1], j), at(hi, j), at(u, j)) * at(scale, j))
+    t2 = g2 * (deviation(load(x[2], j), at(hi, j), at(u, j)) * at(scale, j))
+    t3 = g3 * (deviation(load(x[3], j), at(hi, j), at(u, j)) * at(scale, j))
     s[j] += (g0 + g1) + (g2 + g3)
     t[j] += (t0 + t1) + (t2 + t3)
 
 
 @ordered
-def differentiate(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
-    """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)), dresidual = g; g = dy masked by ReLU.
+def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
+    """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)) and dresidual = g; g = dy masked by ReLU.
 
-    Each is written where it is wanted. dy may be either of them: it is read first.
+    dx and dresidual are written if they are given. Either may be dy itself: dy is read first.
     """
-    g = gradient(j, dy, x, y, hi, u, a, b, zero)
+    g = masked_dy(j, dy, x, y, hi, u, a, b, zero)
     d = centred(j, g, x, hi, u, hpq, v)
-    put(j, g, d, f, dx, dresidual)
+    store_gradients(j, g, d, f, dx, dresidual)
 
 
 @ordered
-def put(j, g, d, f, dx, dresidual):
-    """Write dresidual = g and dx = f d, each where it is wanted."""
+def store_gradients(j, g, d, f, dx, dresidual):
+    """dresidual = g and dx = f d, each if given."""
     if dresidual is not None:
         store(dresidual, j, g)
     if dx is not None:
@@ -216,11 +220,11 @@ def put(j, g, d, f, dx, dresidual):
 
 
 @ordered
-def differentiate_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
-    """`differentiate` for two rows."""
-    g0 = gradient(j, dy[0], x[0], y[0], hi, u, a, b, zero)
-    g1 = gradient(j, dy[1], x[1], y[1], hi, u, a, b, zero)
+def backward_apply_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
+    """`backward_apply` of two rows."""
+    g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, zero)
+    g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, zero)
     d0 = centred(j, g0, x[0], hi, u, hpq, v)
     d1 = centred(j, g1, x[1], hi, u, hpq, v)
-    put(j, g0, d0, f, dx[0], dresidual[0])
-    put(j, g1, d1, f, dx[1], dresidual[1])
+    store_gradients(j, g0, d0, f, dx[0], dresidual[0])
+    store_gradients(j, g1, d1, f, dx[1], dresidual[1])

@@ -1,12 +1,11 @@
-"""Ordinary calls in one step: checks, arithmetic and running statistics in one compiled function.
+"""Ordinary calls in one compiled function: checks, arithmetic and running statistics.
 
-An entry does all of an ordinary call (see `ordinary`) and returns True, or touches nothing and
-returns False: whoever asked then goes the general way, which alone explains what is wrong, if
-anything is. A MemoryError may come when results are half written. The arithmetic is that of
-kernels.py.
+An entry either does all of an ordinary call (see `ordinary`) and returns True, or touches nothing
+and returns False. The caller then takes the general path, which alone reports what is wrong, if
+anything is. A MemoryError may leave results half written. The arithmetic is that of kernels.py.
 
-An entry takes the objects that Python has. `numbers` is an int64 array of what does not change from
-call to call of one shape, `ordinary.Site`.
+Entries take Python objects as they are. `numbers` is an int64 array of what all calls of one shape
+have in common: the fields of `ordinary.Site`, those of `kernels.Work`, x's shape and strides.
 """
 
 from __future__ import annotations
@@ -38,26 +37,26 @@ _FLOAT64 = np.dtype(np.float64)
 def site_for(
     grid: tuple[int, ...], work: tuple[int, ...], dtype: np.dtype[Any], form: tuple[int, ...]
 ) -> np.ndarray[Any, Any]:
-    """Return the numbers of a `Site`; `form` are lengths and strides of x itself."""
-    told_by = id(np.ndarray), kind_of(dtype), kind_of(_FLOAT64), id(None)
-    found = Site._make((*grid, dtype.itemsize, *told_by, len(form) // 2))
+    """Return the `numbers` of an entry; `form` is x's shape followed by its strides."""
+    identities = id(np.ndarray), kind_of(dtype), kind_of(_FLOAT64), id(None)
+    found = Site._make((*grid, dtype.itemsize, *identities, len(form) // 2))
     return np.array((*found, *work, *form), np.int64)
 
 
 @ordered
-def parameter_values(obj, site, instead, dtype):
-    """gamma or beta; where it is None, a number for every channel."""
+def parameter_values(obj, site, default, dtype):
+    """gamma or beta, shape (C,); `default` in every channel if it is None."""
     if given(obj, site):
         return values(obj, site.C, dtype)
     out = new(site.C, dtype)
     for c in range(site.C):
-        out[c] = instead
+        out[c] = default
     return out
 
 
 @ordered
-def new_or(obj, site):
-    """Where a statistic goes; nobody wants it where that is None."""
+def values_or_new(obj, site):
+    """The array that a statistic goes to; a temporary one if it is None."""
     if given(obj, site):
         return values(obj, site.C, np.float64)
     return new(site.C, np.float64)
@@ -65,18 +64,18 @@ def new_or(obj, site):
 
 @ordered
 def grid_of(site):
-    """See `plan.Grid`."""
+    """`plan.Grid` of a site."""
     return site.N, site.C, site.S, site.tile, site.fold, site.per
 
 
 @ordered
 def work_of(numbers):
-    """See `kernels.Work`."""
+    """`kernels.Work` of an entry's `numbers`."""
     return kernels.work_of(values(numbers, SITE + WORK, np.int64)[SITE:])
 
 
 def _tensor(dtype: Any) -> tuple[Any, Any]:
-    """View of an array like x for the kernels, and the same of an argument that is None."""
+    """Return functions that make the kernels' view of an array like x, and of None."""
 
     @ordered
     def tensor(obj, site):
@@ -92,7 +91,7 @@ def _tensor(dtype: Any) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=64)
 def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
-    """Entry of a training forward; whether a residual is `added` decides what is compiled."""
+    """Compile the entry of a training forward, with a residual if `added`."""
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
@@ -127,11 +126,11 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 
 @lru_cache(maxsize=64)
 def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
-    """Entry of a forward with given mean and variance: rstd, and the mean as float64, as well."""
+    """Compile the entry of inference; it also gives rstd, and the mean as float64, if asked to."""
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    apply_pass, take_statistics = passes.apply, kernels.take_statistics
+    apply_pass, inference_statistics = passes.apply, kernels.inference_statistics
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -144,11 +143,11 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
             return False
         site, work = site_of(numbers), work_of(numbers)
         norm = (
-            new_or(mean, site), new_or(rstd, site),
+            values_or_new(mean, site), values_or_new(rstd, site),
             parameter_values(gamma, site, 1, kind), parameter_values(beta, site, 0, kind),
         )  # fmt: skip
         mean_, var = values(running_mean, site.C, kind), values(running_var, site.C, kind)
-        take_statistics(mean_, var, eps, norm[0], norm[1])
+        inference_statistics(mean_, var, eps, norm[0], norm[1])
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
         apply_pass(x_, residual_, grid_of(site), work, norm, floor, y_)
         return True
@@ -159,14 +158,17 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 
 @lru_cache(maxsize=64)
 def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
-    """Entry of a training backward; ReLU's mask is of "none", "beta", or "y" with a residual."""
+    """Compile the entry of a training backward.
+
+    `mask` says where ReLU's mask comes from: "none", "beta", or "y" (with a residual).
+    """
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     y_view = view if mask == "y" else absent
     backward_pass = passes.backward
 
     @ordered
-    def no_beta(beta, site, instead, dtype):
+    def no_beta(beta, site, default, dtype):
         return None
 
     beta_values = parameter_values if mask == "beta" else no_beta

@@ -1,9 +1,9 @@
-"""Loops on the OpenMP pool that a host has in this process already, instead of on Numba's (LLVM).
+"""Loops on the OpenMP pool of a host that is in this process already, not on Numba's pool (LLVM).
 
-PyTorch's wheels bring a libgomp of their own. The idle threads of either pool spin for a while, on
-cores that the other one wants: forward and backward of 4096 x 512 took 1.4 ms in turns with
-PyTorch's, often 20. `loop_of` makes a function that is called as `numba_parallel_for` is, and runs
-the loop on the host's threads, by the function that GCC's `#pragma omp parallel` calls.
+PyTorch's wheels bring a libgomp of their own. Idle threads of one pool spin for a while, on cores
+that the other pool needs: forward and backward of 4096 x 512 took 1.4 ms when alternating with
+PyTorch's calls, often 20. `loop_of` makes a function that is called like `numba_parallel_for` but
+runs the loop on the host's threads, by GOMP_parallel, which GCC calls for `#pragma omp parallel`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from numba.extending import intrinsic
 from nbnorm.cpu.launch import BYTES, INT, LOOP
 
 _WORKER = ir.FunctionType(ir.VoidType(), [BYTES])
-# GOMP_parallel: what each thread does, what it takes, threads, flags.
+# GOMP_parallel(function that each thread runs, its argument, number of threads, flags).
 _PARALLEL = ir.FunctionType(
     ir.VoidType(), [_WORKER.as_pointer(), BYTES, ir.IntType(32), ir.IntType(32)]
 )
-# The loop, its data, how many turns it has, and the next one that nobody has taken.
+# The loop, its data, its number of turns, and the next turn that no thread has taken.
 _RECORD = ir.LiteralStructType([LOOP.as_pointer(), BYTES, INT, INT])
 
 
 @intrinsic
 def _run(typing_context, parallel, loop, lengths, data, threads):
-    """Do a loop's turns, one after the other, by whichever thread is free."""
+    """Run a loop's turns one by one, each on whichever thread is free."""
 
     def codegen(context, builder, signature, args):
         parallel, loop, lengths, data, threads = args
@@ -55,7 +55,7 @@ def _run(typing_context, parallel, loop, lengths, data, threads):
 
 
 def _worker(module):
-    """Make the function that takes turns while there are any."""
+    """Make the function that each thread runs: take turns while any are left."""
     function = ir.Function(module, _WORKER, module.get_unique_name("nbnorm_host_worker"))
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))
@@ -81,7 +81,7 @@ def _worker(module):
 
 
 def loop_of(library: ctypes.CDLL) -> Any:
-    """Return the function, compiled, that runs loops on a library's pool; keep it to call it."""
+    """Return a compiled function that runs loops on a library's pool; keep it alive to call it."""
     parallel = ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
 
     def on_host(loop, args, lengths, steps, data, dimensions, count, threads):

@@ -1,16 +1,16 @@
-"""What Numba cannot say (LLVM, as objects.py, launch.py and host.py).
+"""What Numba cannot express, in LLVM (as in objects.py, launch.py and host.py).
 
-`each` is a loop whose iterations do not depend on one another, as `#pragma omp simd` in C. A plain
-loop over more than a few arrays is not vectorised, as LLVM would have to check each written one
-against all others (at most eight checks), and one that works in place runs value by value.
+`each` is a loop with independent iterations, as `#pragma omp simd` in C. LLVM does not vectorise a
+plain loop over more than a few arrays, as it would have to check each written array against all
+others (at most eight checks), and a loop that works in place runs value by value.
 
-`piece`, `two`, `four`, `row` and `part` slice without counting references. Each function that an
-array passes through on its way to a slice counts it up and down, atomically: per row, as long as
-the arithmetic on 512 values.
+`piece`, `two`, `four`, `row` and `part` slice without counting references. Numba counts them
+atomically in every function that an array passes through: per row, that takes as long as the
+arithmetic on 512 values.
 
-`each_to` can store past the cache. Ordinary stores read every line of the output before they write
-it; non-temporal ones do not: 103 MB read and written took 4.9 ms with the first, 3.3 ms with the
-second. A tile computed in a buffer and then copied out gained nothing, as the memory waits while
+`each_to` can store past the cache. An ordinary store reads the line that it overwrites, a
+non-temporal store does not: reading and writing 103 MB took 4.9 ms with the former, 3.3 ms with the
+latter. Computing a tile in a buffer and copying it out gained nothing, as the memory waits while
 the tile is computed.
 """
 
@@ -42,7 +42,7 @@ def piece(typing_context, view, n, c, s, size):
 def _pieces(count):
     @intrinsic
     def pieces(typing_context, view, n, step, c, s, size):
-        """The pieces at n, n + step, n + 2 step, ...; for None, None as often."""
+        """Pieces at n, n + step, n + 2 step, ..., as a tuple; a tuple of None for None."""
         ints = (types.intp,) * 5
         if isinstance(view, types.NoneType):
             return types.UniTuple(types.none, count)(view, *ints), _nothing
@@ -65,7 +65,7 @@ two, four = _pieces(2), _pieces(4)
 
 @intrinsic
 def in_sequence(typing_context, views, step):
-    """Whether x[n + 1] begins `step` values after x[n] in every view of a tuple but None."""
+    """Whether x[n + 1] begins `step` values after x[n], in every view that is not None."""
 
     def codegen(context, builder, signature, args):
         same = context.get_constant(types.boolean, True)
@@ -92,9 +92,9 @@ def _piece(context, builder, memory, view, n, c, s, size):
 
 @intrinsic
 def new(typing_context, shape, dtype):
-    """An array of a length, or of a tuple of lengths, that holds anything.
+    """Uninitialised array; shape is a length or a tuple of lengths.
 
-    `np.empty` is two functions more to compile for every dtype and rank, 60 ms.
+    `np.empty` would be two more functions to compile for every dtype and rank, 60 ms.
     """
     one = isinstance(shape, types.Integer)
     kind = types.Array(dtype.dtype, 1 if one else len(shape), "C")
@@ -108,7 +108,10 @@ def new(typing_context, shape, dtype):
 
 @intrinsic(prefer_literal=True)
 def news(typing_context, count, size, dtype):
-    """So many arrays of a length, in one piece of memory; a small call is half allocations."""
+    """Tuple of `count` uninitialised arrays of one length, allocated together.
+
+    Allocations are half the time of a small call.
+    """
 
     def codegen(context, builder, signature, args):
         _, arrays = _news(context, builder, signature.return_type, args[1])
@@ -119,7 +122,7 @@ def news(typing_context, count, size, dtype):
 
 @intrinsic(prefer_literal=True)
 def zeros(typing_context, count, size, dtype):
-    """`news` of arrays that hold 0."""
+    """`news` filled with 0."""
 
     def codegen(context, builder, signature, args):
         whole, arrays = _news(context, builder, signature.return_type, args[1])
@@ -134,7 +137,7 @@ def _row_of(dtype):
 
 
 def _news(context, builder, rows, size):
-    """All the memory as an array, and the arrays it is made of."""
+    """One array over all the memory, and the tuple of arrays that share it."""
     kind = rows.dtype
     whole = context.make_array(kind)(
         context, builder, _new(context, builder, kind, [builder.mul(size, size.type(rows.count))])
@@ -150,7 +153,7 @@ def _news(context, builder, rows, size):
 
 @intrinsic
 def clear(typing_context, array):
-    """Set all of an array in C order to 0."""
+    """Fill an array in C order with 0."""
 
     def codegen(context, builder, signature, args):
         _clear(builder, context.make_array(array)(context, builder, args[0]))
@@ -195,7 +198,7 @@ def of_chunk(typing_context, partial, i, k, c0, c1):
 
 @intrinsic
 def part(typing_context, values, begin, end):
-    """values[begin:end] of a row, or of each in a tuple, not counted; None for None."""
+    """values[begin:end] of a row, or of each row in a tuple, not counted; None for None."""
     ints = (types.intp,) * 2
 
     def of(context, builder, kind, value, begin, size):
@@ -229,7 +232,7 @@ def _new(context, builder, kind, lengths):
 
 
 def array_at(context, builder, kind, data, lengths, meminfo=None):
-    """Make an array of memory, in C order; `meminfo` counts its references, where it is given."""
+    """Make an array in C order from memory at `data`; `meminfo`, if given, counts references."""
     array = context.make_array(kind)(context, builder)
     itemsize = context.get_constant(types.intp, kind.dtype.bitwidth // 8)
     strides = [itemsize]
@@ -248,9 +251,9 @@ def array_at(context, builder, kind, data, lengths, meminfo=None):
 
 @intrinsic
 def row_of(typing_context, array):
-    """All of a C-contiguous array as one row, writeable in type, not counted; None for None.
+    """A C-contiguous array as one row, typed as writeable, not counted; None for None.
 
-    The array must live as long as its row: an argument does, and a result that is returned.
+    The array must outlive its row, as arguments and returned results do.
     """
     if isinstance(array, types.NoneType):
         return types.none(array), _nothing
@@ -265,7 +268,7 @@ def row_of(typing_context, array):
 
 @intrinsic
 def line_after(typing_context, array):
-    """Values from an array's first one to the first at or after it that begins a cache line."""
+    """Number of values from an array's start to the first cache line at or after it."""
 
     def codegen(context, builder, signature, args):
         data = context.make_array(array)(context, builder, args[0]).data
@@ -287,10 +290,10 @@ def address_of(typing_context, array):
 
 @intrinsic
 def each(typing_context, size, body, args):
-    """body(j, *args) for every j < size.
+    """Call body(j, *args) for every j < size, in any order.
 
-    Of arrays that it also reads, the body may write element j only. It gets arrays without their
-    reference counts, which it would change for every j.
+    Of the arrays that it also reads, the body may write element j only. It gets arrays without
+    reference counts, which it would otherwise change for every j.
     """
     body_signature = typing_context.resolve_function_type(body, (types.intp, *args.types), {})
 
@@ -308,17 +311,17 @@ def each(typing_context, size, body, args):
 def each_to(typing_context, size, body, args, outs, streamed):
     """`each` of a body that writes to its last arguments, `outs`; past the cache if `streamed`.
 
-    Whole vectors are streamed, from the first cache line on; none where the outs do not reach a
+    Whole vectors are streamed, from the first cache line on; none if the outs do not reach a cache
     line at the same value. The body writes a vector to the stack, which LLVM turns into a register.
 
-    One intrinsic, as a function would count references to args: an atomic operation waits for all
-    streaming stores (channels-last inference took 9.0 ms rather than 3.3).
+    This is one intrinsic because a function would count references to args, and such an atomic
+    operation waits for all streaming stores (channels-last inference took 9.0 ms rather than 3.3).
     """
     kinds = (*args.types, *outs.types)
     body_signature = typing_context.resolve_function_type(body, (types.intp, *kinds), {})
     dtypes = [out.dtype for out in outs.types if isinstance(out, types.Array)]
     itemsize = dtypes[0].bitwidth // 8
-    # One vector of the compute dtype: half a line of half precision, which two stores fill.
+    # One vector of the compute dtype. In half precision that is half a line: two stores fill it.
     width = LINE // max(itemsize, 4)
 
     def codegen(context, builder, signature, values):
@@ -334,7 +337,7 @@ def each_to(typing_context, size, body, args, outs, streamed):
         stack = [cgutils.alloca_once(builder, vector) for _ in targets]
 
         def body_at(first, outputs):
-            """The body for inputs from value `first` on."""
+            """The body, its inputs shifted to begin at value `first`."""
             outputs = iter(outputs)
             inputs = _rebased(
                 context, builder, args, args_, lambda data: builder.gep(data, [first])
@@ -371,7 +374,7 @@ def each_to(typing_context, size, body, args, outs, streamed):
 
 
 def _before_line(builder, pointers, itemsize):
-    """Values before the first cache line; -1 where that is not the same for all pointers."""
+    """Number of values before the first cache line; -1 if it differs between the pointers."""
     counts = []
     for pointer in pointers:
         address = builder.ptrtoint(pointer, ir.IntType(64))
@@ -384,11 +387,11 @@ def _before_line(builder, pointers, itemsize):
 
 
 def _fetch(builder, pointer):
-    """Ask for a cache line that will be written soon.
+    """Prefetch a cache line that will be written soon.
 
-    An ordinary store of a line that is not there holds up all stores behind it. Where y begins 16
-    bytes after a line, every plane of 28 x 28 ends with one: inference of 32 x 512 x 28 x 28 took
-    2.4 ms, and takes 1.3 so.
+    An ordinary store to a line that is not in the cache holds up all stores behind it. If y begins
+    16 bytes after a line, every plane of 28 x 28 ends with such a store: inference of
+    32 x 512 x 28 x 28 took 2.4 ms, now 1.3.
     """
     pointer = builder.bitcast(pointer, ir.PointerType(ir.IntType(8)))
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
@@ -397,7 +400,7 @@ def _fetch(builder, pointer):
 
 
 def _loop(builder, begin, end, body):
-    """body(j) for begin <= j < end, whose iterations do not depend on one another."""
+    """Emit body(j) for begin <= j < end, marked as a loop of independent iterations."""
     group = _Distinct(builder.module, ())
     before = builder.block
     loop, done = builder.append_basic_block("each"), builder.append_basic_block("each.done")
@@ -419,7 +422,7 @@ def _loop(builder, begin, end, body):
         name = ir.MetaDataString(builder.module, name)
         return builder.module.add_metadata([name, *operands])
 
-    # A loop unrolled before it is vectorised never is: 64 lanes added up took 54 ns, not 20.
+    # Once unrolled, a loop is never vectorised: adding up 64 lanes took 54 ns, not 20.
     properties = (
         property_("llvm.loop.parallel_accesses", group),
         property_("llvm.loop.unroll.disable"),
@@ -446,7 +449,7 @@ def _rebased(context, builder, kind, packed, rebase):
 
 
 class _Distinct(ir.values.MDValue):  # type: ignore[misc]
-    """`distinct !{...}`, equal to no other node; llvmlite has none of these."""
+    """`distinct !{...}`: metadata equal to no other node, which llvmlite lacks."""
 
     def __init__(self, module, operands, *, names_itself=False):
         super().__init__(module, operands, str(len(module.metadata)))
@@ -463,9 +466,9 @@ class _Distinct(ir.values.MDValue):  # type: ignore[misc]
 
 @intrinsic
 def sum_of(typing_context, values):
-    """Sum of a piece of float64: in four vectors of eight, these added in pairs, then the rest.
+    """Sum of a float64 array: in four vectors of eight, these pairwise, then the rest.
 
-    LLVM may not reorder the sum of a plain loop, and adds one value after another: 49 of them took
+    LLVM may not reorder the sum of a plain loop and adds one value after another: 49 of them took
     as long as 32 rows of 49 columns.
     """
 
@@ -479,7 +482,7 @@ def sum_of(typing_context, values):
         rest = cgutils.alloca_once_value(builder, zero)
 
         def add(begin, sums, width):
-            """Add what is left from `begin` on to the sums, as often as it fills all of them."""
+            """Add values from `begin` on, as long as they fill all sums; return where it ends."""
             step = size.type(len(sums) * width)
             end = builder.sub(size, builder.srem(builder.sub(size, begin), step))
             with cgutils.for_range_slice(builder, begin, end, step) as (i, _):
@@ -509,11 +512,11 @@ def sum_of(typing_context, values):
 
 
 @intrinsic
-def at_once(typing_context, value):
-    """The value, loaded without waiting for the condition that selects it.
+def unconditional(typing_context, value):
+    """value, loaded without waiting for the condition that selects it.
 
-    LLVM would make one masked load of loading and selecting. The processor would then begin to read
-    dy only when x is there and compared.
+    LLVM would merge load and selection into a masked load. The processor would then begin to read
+    dy only after x has arrived and been compared.
     """
 
     def codegen(context, builder, signature, args):
@@ -536,7 +539,7 @@ def half_to_float(typing_context, bits):
 
 @intrinsic
 def half_from_float(typing_context, value):
-    """Bits of the float16 next to a float32."""
+    """Bits of the float16 nearest to a float32."""
 
     def codegen(context, builder, signature, args):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
@@ -546,7 +549,10 @@ def half_from_float(typing_context, value):
 
 @intrinsic
 def _fence(typing_context):
-    """Wait until all stores can be seen, those past the cache too: releasing a lock does not."""
+    """Wait until all stores are visible to other threads, streaming stores included.
+
+    Releasing a lock does not wait for those.
+    """
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
@@ -557,6 +563,6 @@ def _fence(typing_context):
 
 @ordered
 def fence(streamed):
-    """`_fence`, once a chunk, where anything was streamed."""
+    """Call `_fence`, once per chunk, if anything was streamed."""
     if streamed:
         _fence()

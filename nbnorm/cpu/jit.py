@@ -1,4 +1,4 @@
-"""How kernels are compiled: the only file that says nogil or fastmath."""
+"""How kernels are compiled: the only file that sets nogil or fastmath."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
-# Modules whose functions work on one value or channel, inside a loop of others.
+# Modules whose functions handle one value or channel and run inside loops.
 _INNERMOST = ("nbnorm.cpu.channel", "nbnorm.cpu.element", "nbnorm.cpu.storage")
 
 
 class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """Code of a function that only compiled code calls: no machine code is made of it by itself.
+    """Code of a function that only compiled code calls; by itself it becomes no machine code.
 
-    Numba makes machine code of every function, by itself and again within each of its callers, and
-    optimises all of it each time: a kernel of fifty functions, five levels deep, took 9 s to
-    compile. What runs inside a loop must be optimised before it gets there, or the loop is not
-    vectorised (some kernels took 20 times as long); the rest is optimised in the kernel alone.
+    Numba generates and optimises machine code for every function, and again within each of its
+    callers: a kernel of fifty functions, five levels deep, took 9 s to compile. What runs inside a
+    loop must be optimised before it is inlined, or the loop is not vectorised (some kernels took
+    20 times as long); the rest is optimised in the kernel only.
     """
 
     innermost = False
-    shared = False
+    noinline = False
 
     def add_ir_module(self, ir_module: Any) -> None:
-        if self.shared:
+        if self.noinline:
             for function in ir_module.functions:
                 if not function.is_declaration and "alwaysinline" not in function.attributes:
                     function.attributes.add("noinline")
@@ -58,7 +58,7 @@ class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
 
     @property
     def codegen(self) -> Any:
-        """Where Numba would set the environment of machine code; there is none."""
+        """A stand-in: Numba would set the environment of machine code, of which there is none."""
         return SimpleNamespace(set_env=lambda name, environment: None)
 
 
@@ -73,11 +73,11 @@ class _UseInnerLibrary(FunctionPass):  # type: ignore[misc]
         state.library = _InnerLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         function = state.func_id.func
         state.library.innermost = function.__module__ in _INNERMOST
-        state.library.shared = getattr(function, "shared", False)
+        state.library.noinline = getattr(function, "noinline", False)
         return False
 
 
-# For closures and for expressions of whole arrays, which kernels have none of: 4 % of the time.
+# Passes for closures and array expressions, which kernels do not use: 4 % of the compile time.
 _IDLE = (InlineClosureLikes, NopythonRewrites)
 
 
@@ -90,7 +90,7 @@ class _InnerCompiler(CompilerBase):  # type: ignore[misc]
         return [passes]
 
 
-# Of these two, what is not said is that of the caller: a user's fastmath would change bits.
+# Set explicitly, as Numba inherits both from the caller: a user's fastmath would change bits.
 _OF_THE_CALLER = {"fastmath": False, "forceinline": False}
 _INNER = {
     "no_cpython_wrapper": True,
@@ -103,30 +103,30 @@ _FUSED = {**_INNER, "fastmath": {"contract"}}
 
 
 def ordered(function: Callable[..., Any]) -> Any:
-    """Compile arithmetic exactly as it is written, every operation rounded by itself.
+    """Compile arithmetic exactly as written, every operation rounded by itself.
 
-    LLVM optimises a function again in every kernel that it is inlined in. With "reassoc" it splits
-    a sum as it sees fit there, with "contract" it fuses a product that it has not moved to another
-    block, and two kernels disagree in the last bit (seen: sum dy of 256 values by itself and in the
-    fused backward). Lanes that are written out vectorise as well.
+    LLVM optimises a function again in every kernel that inlines it. With "reassoc" it splits sums
+    as it sees fit there. With "contract" it fuses a product with a sum, unless it has moved the
+    product to another block. Two kernels then disagree in the last bit (seen: sum dy of 256 values
+    by itself and in the fused backward). Lanes that are written out vectorise just as well.
     """
     return numba.njit(**_INNER)(function)
 
 
-def shared(function: Callable[..., Any]) -> Any:
-    """`ordered`, with one copy of the machine code in a kernel that calls the function twice."""
-    function.shared = True  # type: ignore[attr-defined]
+def noinline(function: Callable[..., Any]) -> Any:
+    """`ordered`, not inlined: a kernel that calls the function twice has its code once."""
+    function.noinline = True  # type: ignore[attr-defined]
     return ordered(function)
 
 
 def compiled_too(function: Function) -> Function:
-    """Let compiled functions call one that Python calls; for Python it stays what it is."""
+    """Let compiled functions call a Python function; for Python it stays what it is."""
     same: Function = register_jitable(**_INNER)(function)
     return same
 
 
 def overloaded(function: Callable[..., Any]) -> Any:
-    """Let users' compiled functions call one of Python's; literal arguments are known by type."""
+    """Let users' compiled functions call a Python function; literals are typed as literals."""
     return overload(function, jit_options=_INNER, prefer_literal=True, target="cpu")
 
 
@@ -142,16 +142,17 @@ def by_types(choose: Callable[..., Any], options: dict[str, Any] = _INNER) -> An
 
 
 def fused_by_types(choose: Callable[..., Any]) -> Any:
-    """`by_types` of a function whose product and sum are one multiply-add; see `none_without`."""
+    """`by_types` with product and sum as one multiply-add; see `none_without`."""
     return by_types(choose, _FUSED)
 
 
 def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function that returns None where its argument `name` is None.
+    """Compile a function that returns None if its argument `name` is None.
 
-    The type decides. Numba prunes `if argument is None` only where it holds; elsewhere the result
-    would be Optional, and a loop over it would not vectorise. `fused`: a product and its sum are
-    one multiply-add; only for a product of what the innermost loop runs over, see `ordered`.
+    The choice is made by type. Numba prunes `if argument is None` only where it holds. Elsewhere
+    the result would be Optional, and a loop over it would not vectorise. With `fused`, a product
+    and its sum are one multiply-add; use it only for products within the innermost loop (see
+    `ordered`).
     """
     options = _FUSED if fused else _INNER
 
@@ -169,14 +170,14 @@ def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., A
 
 
 def entry(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function that Python calls."""
+    """Compile a function that Python calls, cached on disk under `name`."""
     return lambda function: _cached(function, name)
 
 
 def entry_point(function: Callable[..., Any], name: str, signature: Any) -> Callable[..., Any]:
-    """Compile a function of these types; return what Python calls without asking for them.
+    """Compile a function for these types; return what Python calls without checking types.
 
-    Numba's dispatcher, which asks every argument for its type, takes 0.5 us for a dozen.
+    Numba's dispatcher asks every argument for its type, 0.5 us for a dozen.
     """
     dispatcher = _cached(function, name)
     dispatcher.compile(signature)
@@ -187,9 +188,9 @@ def entry_point(function: Callable[..., Any], name: str, signature: Any) -> Call
 def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a function that is made several times a name of its own in compiled code.
 
-    Numba tells functions of one name apart by a counter, which starts anew in every process. Of two
-    kernels from the cache, compiled by two processes, one then calls the other's function (seen: a
-    rows kernel that summed by columns).
+    Numba tells functions of one name apart by a counter that starts anew in every process. Of two
+    cached kernels, compiled by two processes, one can then call the other's function (seen: a rows
+    kernel that summed by columns).
     """
 
     def rename(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
-"""The loops over blocks and chunks of channels, one source for rows and columns.
+"""Passes over blocks and chunks of channels, built from one source for rows and columns.
 
-There are two ways through a pass. `fused`, a thread takes a block of channels through both steps:
-the block is still near for the second one. Else every (span, chunk) is shared out, then every
-(strip, part). Either way threads run the same functions, on units that are independent.
+A pass runs in one of two ways. `fused`: each thread takes a block of channels through both steps
+(statistics and normalisation, or sums and dx), so the block is still in cache for the second one.
+Otherwise every (span, chunk) is a unit of the first step, and then every (strip, part) a unit of
+the second. Either way threads run the same functions, on independent units.
 """
 
 from types import ModuleType, SimpleNamespace
@@ -12,17 +13,17 @@ import numpy as np
 
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
-from nbnorm.cpu.channel import finish, finish_sums, rstd_of
+from nbnorm.cpu.channel import finish_moments, finish_sums, rstd_of
 from nbnorm.cpu.jit import entry, named, ordered
 from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import Plan
 from nbnorm.cpu.threads import pool
 
-_FIRST = np.int64(0)  # channel; for a plain 0 the function would be compiled once more
+_FIRST = np.int64(0)  # channel; with a plain 0 the function would be compiled once more
 
 
 class Work(NamedTuple):
-    """How a pass is shared out: what `plan.Plan` says, and by whom it is done (`threads.pool`)."""
+    """How a pass is divided (see `plan.Plan`), and the pool and threads that run it."""
 
     block: int
     blocks: int
@@ -40,7 +41,7 @@ class Work(NamedTuple):
 
 
 def work_for(cut: Plan) -> tuple[int, ...]:
-    """Return the numbers of `Work`; asking for the pool starts it."""
+    """Return the fields of `Work`; asking for the pool starts it."""
     return (
         cut.block, cut.blocks, cut.span, cut.spans, cut.chunks,
         cut.strip, cut.strips, cut.parts, cut.part,
@@ -50,7 +51,7 @@ def work_for(cut: Plan) -> tuple[int, ...]:
 
 @ordered
 def work_of(n):
-    """`Work` of its numbers."""
+    """`Work` from its fields."""
     return Work(
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
     )  # fmt: skip
@@ -58,22 +59,23 @@ def work_of(n):
 
 @ordered
 def in_parts(grid, work):
-    """`plan.Grid` with parts for chunks."""
+    """`plan.Grid` with parts in place of chunks."""
     N, C, S, tile, fold, _ = grid
     return N, C, S, tile, fold, work.part
 
 
 @ordered
 def channels(block, u, C):
-    """First channel of block u and the one after its last."""
+    """First channel of block u, and the channel after its last."""
     return u * block, min((u + 1) * block, C)
 
 
 def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
-    """Make the six passes of a traversal: their kernels, for Python; the passes; their units."""
+    """Make the six passes of a traversal: kernels for Python, passes for compiled code, units."""
     name = traversal.__name__.rpartition(".")[2]
     stats_chunk, apply_chunk = traversal.stats, traversal.apply
-    reduce_chunk, differentiate_chunk = traversal.reduce, traversal.differentiate
+    backward_reduce_chunk = traversal.backward_reduce
+    backward_apply_chunk = traversal.backward_apply
 
     @ordered
     @named(f"{name}_stats_unit")
@@ -84,11 +86,11 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     @ordered
     @named(f"{name}_stats_pass")
     def stats(x, grid, work, eps, partial, mean, m2, rstd):
-        """Mean, M2 and rstd of every channel; partial takes those of its chunks."""
+        """Mean, M2 and rstd of every channel; partial receives the moments of the chunks."""
         units = work.spans * work.chunks
         args = x, grid, work.span, work.chunks, partial
         launch((work.pool, work.threads), units, stats_unit, args)
-        finish(partial, _FIRST, grid[1], eps, mean, m2, rstd)
+        finish_moments(partial, _FIRST, grid[1], eps, mean, m2, rstd)
 
     @ordered
     @named(f"{name}_apply_unit")
@@ -107,18 +109,18 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     @ordered
     @named(f"{name}_forward_block")
     def forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u):
-        """Statistics, then normalisation: norm's mean and rstd are written, then used."""
+        """Statistics of block u into norm's mean and rstd, then its normalisation."""
         c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
             stats_chunk(x, grid, c0, c1, k, partial)
-        finish(partial, c0, c1, eps, norm[0], m2, norm[1])
+        finish_moments(partial, c0, c1, eps, norm[0], m2, norm[1])
         for k in range(partial.shape[1]):
             apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
 
     @ordered
     @named(f"{name}_forward_pass")
     def forward(x, residual, grid, work, norm, eps, floor, partial, m2, y):
-        """`stats`, into norm's mean and rstd, then `apply`."""
+        """`stats` into norm's mean and rstd, then `apply`."""
         if work.fused:
             streamed = work.streamed != 0
             args = x, residual, grid, work.block, norm, eps, floor, streamed, partial, m2, y
@@ -128,60 +130,60 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
             apply(x, residual, grid, work, norm, floor, y)
 
     @ordered
-    @named(f"{name}_reduce_unit")
-    def reduce_unit(dy, x, y, grid, block, chunks, norm, partial, u):
+    @named(f"{name}_backward_reduce_unit")
+    def backward_reduce_unit(dy, x, y, grid, block, chunks, norm, partial, u):
         c0, c1 = channels(block, u // chunks, grid[1])
-        reduce_chunk(dy, x, y, grid, norm, c0, c1, u % chunks, partial)
+        backward_reduce_chunk(dy, x, y, grid, norm, c0, c1, u % chunks, partial)
 
     @ordered
-    @named(f"{name}_reduce_pass")
-    def reduce(dy, x, y, grid, work, norm, partial, sums):
-        """Sum dy and sum dy x_hat of every channel; partial takes those of its chunks."""
+    @named(f"{name}_backward_reduce_pass")
+    def backward_reduce(dy, x, y, grid, work, norm, partial, sums):
+        """sums = sum dy, sum dy x_hat of every channel; partial receives those of the chunks."""
         units = work.spans * work.chunks
         args = dy, x, y, grid, work.span, work.chunks, norm, partial
-        launch((work.pool, work.threads), units, reduce_unit, args)
+        launch((work.pool, work.threads), units, backward_reduce_unit, args)
         finish_sums(partial, norm, _FIRST, grid[1], x, sums)
 
     @ordered
-    @named(f"{name}_differentiate_unit")
-    def differentiate_unit(
+    @named(f"{name}_backward_apply_unit")
+    def backward_apply_unit(
         dy, x, y, grid, block, chunks, norm, sums, count, streamed, dx, dresidual, u
     ):
         c0, c1 = channels(block, u // chunks, grid[1])
-        differentiate_chunk(
+        backward_apply_chunk(
             dy, x, y, grid, norm, sums, count, streamed, c0, c1, u % chunks, dx, dresidual
         )
 
     @ordered
-    @named(f"{name}_differentiate_pass")
-    def differentiate(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
-        """dx and dresidual, each where given; without sums mean and rstd are constants."""
+    @named(f"{name}_backward_apply_pass")
+    def backward_apply(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
+        """Write dx and dresidual, each if given; sums=None means frozen statistics."""
         units, streamed = work.strips * work.parts, work.streamed != 0
         args = (
             dy, x, y, in_parts(grid, work), work.strip, work.parts, norm, sums, count, streamed,
             dx, dresidual,
         )  # fmt: skip
-        launch((work.pool, work.threads), units, differentiate_unit, args)
+        launch((work.pool, work.threads), units, backward_apply_unit, args)
 
     @ordered
     @named(f"{name}_backward_block")
     def backward_block(
         dy, x, y, grid, block, norm, count, streamed, partial, sums, dx, dresidual, u
     ):
-        """The two sums, then dx."""
+        """Sums of block u, then its dx and dresidual."""
         c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
-            reduce_chunk(dy, x, y, grid, norm, c0, c1, k, partial)
+            backward_reduce_chunk(dy, x, y, grid, norm, c0, c1, k, partial)
         finish_sums(partial, norm, c0, c1, x, sums)
         for k in range(partial.shape[1]):
-            differentiate_chunk(
+            backward_apply_chunk(
                 dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual
             )
 
     @ordered
     @named(f"{name}_backward_pass")
     def backward(dy, x, y, grid, work, norm, count, partial, sums, dx, dresidual):
-        """`reduce`, then `differentiate` with its sums."""
+        """`backward_reduce`, then `backward_apply` with its sums."""
         if work.fused:
             streamed = work.streamed != 0
             args = (
@@ -189,8 +191,8 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
             )  # fmt: skip
             launch((work.pool, work.threads), work.blocks, backward_block, args)
         else:
-            reduce(dy, x, y, grid, work, norm, partial, sums)
-            differentiate(dy, x, y, grid, work, norm, sums, count, dx, dresidual)
+            backward_reduce(dy, x, y, grid, work, norm, partial, sums)
+            backward_apply(dy, x, y, grid, work, norm, sums, count, dx, dresidual)
 
     @entry(f"{name}_stats")
     def stats_kernel(x, grid, work, eps, partial, mean, m2, rstd):
@@ -204,13 +206,13 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     def forward_kernel(x, residual, grid, work, norm, eps, floor, partial, m2, y):
         forward(x, residual, grid, work_of(work), norm, eps, floor, partial, m2, y)
 
-    @entry(f"{name}_reduce")
-    def reduce_kernel(dy, x, y, grid, work, norm, partial, sums):
-        reduce(dy, x, y, grid, work_of(work), norm, partial, sums)
+    @entry(f"{name}_backward_reduce")
+    def backward_reduce_kernel(dy, x, y, grid, work, norm, partial, sums):
+        backward_reduce(dy, x, y, grid, work_of(work), norm, partial, sums)
 
-    @entry(f"{name}_differentiate")
-    def differentiate_kernel(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
-        differentiate(dy, x, y, grid, work_of(work), norm, sums, count, dx, dresidual)
+    @entry(f"{name}_backward_apply")
+    def backward_apply_kernel(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
+        backward_apply(dy, x, y, grid, work_of(work), norm, sums, count, dx, dresidual)
 
     @entry(f"{name}_backward")
     def backward_kernel(dy, x, y, grid, work, norm, count, partial, sums, dx, dresidual):
@@ -219,15 +221,17 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     return (
         SimpleNamespace(
             stats=stats_kernel, apply=apply_kernel, forward=forward_kernel,
-            reduce=reduce_kernel, differentiate=differentiate_kernel, backward=backward_kernel,
+            backward_reduce=backward_reduce_kernel, backward_apply=backward_apply_kernel,
+            backward=backward_kernel,
         ),
         SimpleNamespace(
             stats=stats, apply=apply, forward=forward,
-            reduce=reduce, differentiate=differentiate, backward=backward,
+            backward_reduce=backward_reduce, backward_apply=backward_apply, backward=backward,
         ),
         SimpleNamespace(
             stats=stats_unit, apply=apply_unit, forward=forward_block,
-            reduce=reduce_unit, differentiate=differentiate_unit, backward=backward_block,
+            backward_reduce=backward_reduce_unit, backward_apply=backward_apply_unit,
+            backward=backward_block,
         ),
     )  # fmt: skip
 
@@ -238,14 +242,14 @@ columns, columns_passes, columns_units = _build(_columns)
 
 @entry("rstd_all")
 def rstd_all(var, eps, rstd):
-    """rstd of every channel's variance."""
+    """rstd = 1 / sqrt(var + eps) of every channel."""
     for c in range(var.size):
         rstd[c] = rstd_of(var[c], eps)
 
 
 @ordered
-def take_statistics(running_mean, running_var, eps, mean, rstd):
-    """mean and rstd of running statistics."""
+def inference_statistics(running_mean, running_var, eps, mean, rstd):
+    """Mean and rstd of every channel from running statistics, in float64."""
     for c in range(mean.size):
         mean[c] = running_mean[c]
         rstd[c] = rstd_of(np.float64(running_var[c]), eps)
@@ -253,7 +257,7 @@ def take_statistics(running_mean, running_var, eps, mean, rstd):
 
 @ordered
 def move_all(running_mean, running_var, mean, m2, momentum, divisor):
-    """Running statistics towards those of a batch, whose variance is M2 / divisor."""
+    """running = (1 - momentum) running + momentum batch; the batch's variance is M2 / divisor."""
     old = 1.0 - momentum
     for c in range(mean.size):
         running_mean[c] = old * running_mean[c] + momentum * mean[c]
@@ -262,11 +266,11 @@ def move_all(running_mean, running_var, mean, m2, momentum, divisor):
 
 @entry("move")
 def move(running_mean, running_var, mean, m2, momentum, divisor):
-    """`move_all`, called from Python."""
+    """`move_all` for Python."""
     move_all(running_mean, running_var, mean, m2, momentum, divisor)
 
 
 def cache_folder() -> str | None:
-    """Return the folder that compiled kernels are kept in, None where they are not."""
+    """Return the folder of compiled kernels, or None if they are not kept."""
     folder: str | None = rows.stats._cache.cache_path
     return folder

@@ -1,9 +1,9 @@
-"""Units of work shared out among the threads of Numba's pool (LLVM, as intrinsics.py).
+"""Units of work, shared among the threads of Numba's pool (LLVM, as intrinsics.py).
 
-Numba compiles a prange's body, a wrapper around that and the kernel, 1-2 s more than a serial loop,
-and the result runs on threads only. `launch` compiles one function that does a share of the units.
-The pool is called by address, with that function, when the kernel runs; where there is no pool it
-is one share, done by the caller.
+For a prange Numba compiles the loop's body, a wrapper around it and the kernel, 1-2 s more than for
+a serial loop, and the result always runs on threads. `launch` compiles one function that does a
+share of the units. The kernel calls the pool by address with that function. Without a pool there is
+one share, which the caller does.
 """
 
 from llvmlite import ir
@@ -13,11 +13,12 @@ from numba.extending import intrinsic
 
 INT = ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
-# What Numba's pool calls, a gufunc's loop: (arguments, lengths, steps, data). See `_share`.
+# What Numba's pool calls, a gufunc's loop(arguments, lengths, steps, data). See `_share`.
 LOOP = ir.FunctionType(
     ir.VoidType(), [BYTES.as_pointer(), INT.as_pointer(), INT.as_pointer(), BYTES]
 )
-# numba_parallel_for: a loop, what it takes, its core dimensions, arguments, and threads.
+# numba_parallel_for(loop, arguments, lengths, steps, data, core dimensions, number of arguments,
+# number of threads).
 _POOL = ir.FunctionType(
     ir.VoidType(),
     [BYTES, BYTES.as_pointer(), INT.as_pointer(), INT.as_pointer(), BYTES, INT, INT, INT],
@@ -26,10 +27,10 @@ _POOL = ir.FunctionType(
 
 @intrinsic
 def launch(typing_context, pool, units, body, args):
-    """body(*args, u) for every u < units, by the threads of `pool`; see `threads.pool`.
+    """Call body(*args, u) for every u < units on the threads of `pool`; see `threads.pool`.
 
-    Each thread does one stretch of units. What the body raises, for want of memory, is raised as
-    MemoryError when all have ended.
+    Each thread takes one contiguous range of units. If the body raises, which it does only for
+    lack of memory, `launch` raises MemoryError when all threads have ended.
     """
     called = typing_context.resolve_function_type(body, (*args.types, types.intp), {})
     compiled = body.dispatcher.get_compile_result(called)
@@ -49,8 +50,8 @@ def launch(typing_context, pool, units, body, args):
         for i, value in enumerate((packed, units, shares, INT(0))):
             builder.store(value, cgutils.gep_inbounds(builder, memory, 0, i))
         data = builder.bitcast(memory, BYTES)
-        # The only argument is the number of the share, as an address that begins at 0, in steps
-        # of 1.
+        # The loop's only argument is the number of the share, passed as an address: from 0 on, in
+        # steps of 1.
         number = cgutils.alloca_once_value(builder, ir.Constant(BYTES, None))
         length = cgutils.alloca_once_value(builder, shares)
         step = cgutils.alloca_once_value(builder, INT(1))
@@ -65,7 +66,7 @@ def launch(typing_context, pool, units, body, args):
                 )
         failed = builder.load(cgutils.gep_inbounds(builder, memory, 0, 3))
         with builder.if_then(builder.icmp_unsigned("!=", failed, INT(0)), likely=False):
-            message = ("no memory for what the arithmetic needs beside its results",)
+            message = ("no memory for temporary arrays",)
             context.call_conv.return_user_exc(builder, MemoryError, message)
         return context.get_dummy_value()
 
@@ -73,10 +74,10 @@ def launch(typing_context, pool, units, body, args):
 
 
 def _share(context, module, descriptor, called, work):
-    """Make the function that does some of the shares of `work`: (args, units, shares, failed)."""
+    """Make the function that does some of the shares of `work` = (args, units, shares, failed)."""
     function = ir.Function(module, LOOP, module.get_unique_name("nbnorm_share"))
     function.linkage = "internal"
-    function.attributes.add("noinline")  # it is called at two places
+    function.attributes.add("noinline")  # called in two places
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     numbers, lengths, _, data = function.args
     memory = builder.bitcast(data, work.as_pointer())

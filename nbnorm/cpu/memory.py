@@ -1,4 +1,7 @@
-"""Memory for results and copies, and questions about it; `nbnorm.cuda.memory` has the same."""
+"""Memory for results and copies, and questions about it.
+
+`nbnorm.cuda.memory` has the same functions for a GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ zeros = np.zeros
 
 
 def contiguous(array: NDArray) -> NDArray:
-    """Return the array itself or a copy, in C order and aligned."""
+    """Return the array in C order and aligned: itself, or else a copy."""
     return np.require(array, requirements=["C", "A"])
 
 
@@ -25,15 +28,15 @@ def aligned(array: NDArray) -> bool:
 
 
 def plain(array: NDArray) -> bool:
-    """Whether an array is contiguous, aligned and can be written to.
+    """Whether an array is C-contiguous, aligned and writeable.
 
-    Read-only arrays are another type to Numba, which would compile every kernel anew for them.
+    Numba types read-only arrays differently and would compile every kernel again for them.
     """
     return array.flags.carray
 
 
 def constant(size: int, value: float, dtype: np.dtype[Any]) -> NDArray:
-    """Return an array of one value, never to be written to; small ones are made once."""
+    """Return an array filled with one value, never to be written to; small ones are cached."""
     if size > 1 << 12:
         return np.full(size, value, dtype)
     return _small_constant(size, value, dtype)

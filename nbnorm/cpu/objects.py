@@ -1,9 +1,9 @@
-"""Arrays as Python hands them over, read by compiled code where they lie.
+"""NumPy arrays as Python objects, which compiled code reads in place.
 
 Numba's dispatcher asks each argument for its type and unpacks it: 0.5 us for ten arrays, and one
-compiled function for every rank. An `Object` comes to a compiled function as its address. What is
-read of it are the fields that NumPy promises to C (PyArrayObject_fields): data, rank, shape, dtype
-and flags. The caller holds the objects while the function runs, so nothing is counted.
+compiled function for every rank. An `Object` reaches a compiled function as its address. The
+function reads the fields that NumPy guarantees to C (PyArrayObject_fields): data, rank, shape,
+dtype and flags. The caller holds the objects while the function runs, so no references are counted.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from numba.extending import NativeValue, intrinsic, models, register_model, unbo
 from nbnorm.cpu.intrinsics import array_at
 from nbnorm.cpu.jit import ordered
 
-# In words. Before an array's own fields stands what every Python object has, its class at the end.
+# Offsets in words of 8 bytes. An array's own fields follow the head of every Python object, which
+# ends with the class.
 _HEAD = object.__basicsize__ // 8
 _CLASS, _DATA, _RANK, _SHAPE, _STRIDES, _DTYPE, _FLAGS = (_HEAD + i for i in (-1, 0, 1, 2, 3, 5, 6))
 
-# Of a dtype (PyArray_Descr), the word with its number and its byte order. Unpickled arrays have
-# dtypes of their own, so their addresses say nothing.
+# The word of a dtype (PyArray_Descr) that holds its type number and its byte order. Addresses of
+# dtypes do not identify them: unpickled arrays have dtypes of their own.
 _KIND, _KIND_BITS = _HEAD + 1, -1 << 32 | 0xFF << 16
 
-# NumPy's flags of an array. NumPy's integers, as functions are compiled anew for each of Python's.
+# NumPy's array flags, as NumPy integers: every plain int would be a type of its own to compile for.
 ALIGNED = np.int64(0x100)
 WRITABLE = np.int64(0x400) | ALIGNED
 
 
 class Object(types.Type):  # type: ignore[misc]
-    """Any Python object: its address."""
+    """Any Python object, represented by its address."""
 
     def __init__(self) -> None:
         super().__init__("nbnorm_object")
@@ -50,7 +51,7 @@ def _address(kind: Any, obj: Any, c: Any) -> Any:
 
 @intrinsic
 def address(typing_context, obj):
-    """The object's address, `id` in Python."""
+    """Address of the object, `id` in Python."""
 
     def codegen(context, builder, signature, args):
         return builder.ptrtoint(args[0], ir.IntType(64))
@@ -70,7 +71,7 @@ def word(typing_context, start, i):
 
 @intrinsic
 def half_word(typing_context, start, i):
-    """The first 4 of the i-th 8 bytes from an address on: a C int of a machine in use."""
+    """The first 4 of the i-th 8 bytes from an address on: a C int on all current machines."""
 
     def codegen(context, builder, signature, args):
         whole = builder.gep(_pointer(builder, args[0], ir.IntType(64)), [args[1]])
@@ -106,7 +107,7 @@ def data(array):
 
 @ordered
 def is_array(obj, ndarray, dtype, flags):
-    """Whether an object is an ndarray, no subclass, of this `kind_of` dtype, with these flags."""
+    """Whether an object is exactly an ndarray, with this `kind_of` its dtype and these flags."""
     at = address(obj)
     return (
         word(at, _CLASS) == ndarray
@@ -117,7 +118,7 @@ def is_array(obj, ndarray, dtype, flags):
 
 @ordered
 def has_form(array, form, rank):
-    """Whether an array has these lengths and, after them, strides."""
+    """Whether an array has the shape and, after it in `form`, the strides."""
     at = address(array)
     if half_word(at, _RANK) != rank:
         return False
@@ -131,7 +132,7 @@ def has_form(array, form, rank):
 
 @ordered
 def is_vector(array, size, itemsize):
-    """Whether an array has shape (size,) and no gaps."""
+    """Whether an array has shape (size,) and is contiguous."""
     at = address(array)
     return (
         half_word(at, _RANK) == 1
@@ -146,12 +147,12 @@ def _word(start: int, i: int) -> int:
 
 
 def kind_of(dtype: np.dtype[Any]) -> int:
-    """What tells a dtype from others: its number and its byte order."""
+    """Return what identifies a dtype: its type number and its byte order."""
     return _word(id(dtype), _KIND) & _KIND_BITS
 
 
 def readable() -> bool:
-    """Whether arrays lie on this machine and interpreter as they are read here."""
+    """Whether this interpreter and NumPy lay out arrays as this module reads them."""
     array = np.zeros((3, 5), np.float32)
     at, dtype = id(array), array.dtype
     fields = _word(at, _CLASS), _word(at, _DATA), _word(at, _DTYPE)

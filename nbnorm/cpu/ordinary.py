@@ -1,9 +1,9 @@
-"""Whether a call is ordinary, told by compiled code of the objects that Python has.
+"""Compiled checks of whether a call is ordinary.
 
 In an ordinary call every array is exactly an ndarray of x's dtype, float32 or float64 (mean and
-rstd of a backward call are float64); x lies without gaps in the order that kernels walk it, and
-what has its shape in the same order; parameters have one axis; what is written shares memory with
-nothing else. The general way checks all of it, and more, in Python, and says why.
+rstd of a backward call are float64). x has no gaps and an order that kernels walk, and arrays of
+x's shape have the same order. Parameters have one axis. Arrays that are written share memory with
+nothing else. The general path checks all of this and more, in Python, and raises the errors.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,9 @@ from nbnorm.cpu.objects import (
 
 
 class Site(NamedTuple):
-    """What an entry knows of x before it sees it, from `plan.Grid` on.
+    """What an entry knows about x in advance, beginning with the fields of `plan.Grid`.
 
-    After it come `kernels.Work` and x's form, its lengths and its strides.
+    In memory `kernels.Work` and x's form follow: its shape, then its strides.
     """
 
     N: int
@@ -37,7 +37,7 @@ class Site(NamedTuple):
     fold: int
     per: int
     itemsize: int
-    # The address of the class, x's dtype and float64 as `kind_of` tells them, the address of None.
+    # The address of numpy.ndarray, `kind_of` x's dtype and of float64, the address of None.
     ndarray: int
     dtype: int
     float64: int
@@ -50,7 +50,7 @@ SITE, WORK = len(Site._fields), len(Work._fields)
 
 @ordered
 def site_of(numbers):
-    """`Site` of the object that holds it."""
+    """`Site` from the `numbers` of an entry."""
     n = values(numbers, SITE, np.int64)
     return Site(
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11],
@@ -59,7 +59,7 @@ def site_of(numbers):
 
 @ordered
 def form_of(numbers, site):
-    """Lengths and strides of x."""
+    """Shape of x followed by its strides."""
     return values(numbers, SITE + WORK + 2 * site.rank, np.int64)[SITE + WORK :]
 
 
@@ -71,7 +71,7 @@ def given(obj, site):
 
 @ordered
 def parameter(obj, site, dtype, flags):
-    """Whether an argument is a vector with a value for every channel, or None."""
+    """Whether an argument is None or has shape (C,), this dtype and these flags."""
     return not given(obj, site) or (
         is_array(obj, site.ndarray, dtype, flags)
         and is_vector(obj, site.C, 8 if dtype == site.float64 else site.itemsize)
@@ -80,19 +80,19 @@ def parameter(obj, site, dtype, flags):
 
 @ordered
 def like_x(obj, site, form, flags):
-    """Whether an argument is x, or an array like it."""
+    """Whether an argument has x's dtype, shape and strides, and these flags."""
     return is_array(obj, site.ndarray, site.dtype, flags) and has_form(obj, form, site.rank)
 
 
 @ordered
 def like_or_none(obj, site, form):
-    """Whether an argument is an array like x, or None."""
+    """Whether an argument is None, or an array like x."""
     return not given(obj, site) or like_x(obj, site, form, ALIGNED)
 
 
 @ordered
 def bytes_of(obj, site, size):
-    """First byte of an argument of so many values, and the one after its last; 0 of None."""
+    """Address of the first of `size` values, and of the byte after the last; 0, 0 for None."""
     if not given(obj, site):
         return 0, 0
     begin = data(obj)
@@ -101,13 +101,16 @@ def bytes_of(obj, site, size):
 
 @ordered
 def apart(a, b):
-    """Whether two stretches of memory have no byte in common."""
+    """Whether two ranges of memory have no byte in common."""
     return a[1] <= b[0] or b[1] <= a[0]
 
 
 @ordered
 def writable_apart(out, inplace, tensors, parameters, site, form):
-    """Whether `out`, like x, may be written: it is `inplace` or apart from it, and from others."""
+    """Whether `out` is like x and can be written without changing an input that is still needed.
+
+    It must be `inplace` itself or apart from it, and apart from all tensors and parameters.
+    """
     if not like_x(out, site, form, WRITABLE):
         return False
     size = site.N * site.C * site.S
@@ -125,7 +128,7 @@ def writable_apart(out, inplace, tensors, parameters, site, form):
 
 @ordered
 def statistics_apart(running_mean, running_var, tensors, parameters, site):
-    """Whether running statistics share memory with nothing else."""
+    """Whether running statistics share memory neither with each other nor with an array."""
     mean, var = bytes_of(running_mean, site, site.C), bytes_of(running_var, site, site.C)
     shared = 0 if apart(mean, var) else 1
     for tensor in tensors:
@@ -142,14 +145,14 @@ def forward_is_ordinary(
     x, gamma, beta, running_mean, running_var, residual, out, numbers,
     eps, momentum, correction, training,
 ):  # fmt: skip
-    """Whether a forward call is; out is None where a new array takes y."""
+    """Whether a forward call is ordinary; out is None if y goes to a new array."""
     site = site_of(numbers)
     form = form_of(numbers, site)
     flags = WRITABLE if training else ALIGNED
     if not (
         0 <= eps < np.inf
         and abs(momentum) < np.inf
-        and (not training or correction < site.N * site.S)  # there are values for a variance
+        and (not training or correction < site.N * site.S)  # enough values for a variance
         and like_x(x, site, form, ALIGNED)
         and parameter(gamma, site, site.dtype, ALIGNED)
         and parameter(beta, site, site.dtype, ALIGNED)
@@ -171,7 +174,7 @@ def forward_is_ordinary(
 
 @ordered
 def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
-    """Whether a backward call is; out is None where a new array takes dx."""
+    """Whether a backward call is ordinary; out is None if dx goes to a new array."""
     site = site_of(numbers)
     form = form_of(numbers, site)
     if not (

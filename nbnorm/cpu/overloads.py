@@ -1,12 +1,12 @@
-"""nbnorm's functions inside functions that users compile: what Numba calls instead of Python's.
+"""nbnorm's functions within functions that users compile: what Numba calls instead of Python's.
 
-A call is checked as in Python, by types when it is compiled and by values when it runs, and is then
-computed by the units of kernels.py, in their order, by the thread that makes it: the bits are those
-of a call from Python. x is C-contiguous, so that (N, C, S) follows from its shape.
+A call is checked as in Python, by types at compile time and by values at run time. The units of
+kernels.py then compute it, in their usual order, in the calling thread: the bits are those of a
+call from Python. x is C-contiguous, so (N, C, S) follows from its shape.
 
-`forward`, `inference` and so on are given the types of a call's arguments (None, or the default,
-of what is left out) and return its source. Messages name the argument, as those in Python do, but
-hold no values: a compiled function raises constants.
+`forward`, `inference` and so on receive the types of a call's arguments (None, or the default, for
+those left out) and return the function to compile. Messages name the argument, as in Python, but
+contain no values: compiled functions can only raise constants.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from numba.core.errors import TypingError
 from nbnorm import functional, moments
 from nbnorm._layout import PLANE
 from nbnorm.cpu import _CACHES, kernels
-from nbnorm.cpu.channel import finish, finish_sums
+from nbnorm.cpu.channel import finish_moments, finish_sums
 from nbnorm.cpu.intrinsics import address_of, row_of
 from nbnorm.cpu.jit import by_types, named, ordered, overloaded
 from nbnorm.cpu.plan import past_cache, serial
@@ -28,14 +28,14 @@ BatchNormForward, BatchNormBackward = functional.BatchNormForward, functional.Ba
 Moments = moments.Moments
 _OWN, _LAST = _CACHES
 
-# What the types of arguments say.
+# Checks of types, at compile time.
 
 
 def _array(kind, name, dims, dims_in_words, written=False):
-    """Refuse what is not an array that kernels can read where it lies."""
+    """Refuse anything but a C-contiguous array of floats, which kernels can read in place."""
     if isinstance(kind, types.Optional):
         raise TypingError(
-            f"{name} may be None when this runs; in compiled code its type must say whether it is"
+            f"{name} may be None when this runs; in compiled code its type must say which it is"
         )
     if not isinstance(kind, types.Array) or kind.dtype not in (types.float32, types.float64):
         raise TypingError(
@@ -103,7 +103,7 @@ def _channels_last(axis, x):
 
 
 def _floor(activation):
-    """Least value of y."""
+    """Lower bound of y."""
     return 0.0 if _relu(activation) else -np.inf
 
 
@@ -118,7 +118,7 @@ def _relu(activation):
 
 
 def _known(kind):
-    """Whether a call trains; None where it is not known before it runs."""
+    """The value of `training`; None if it is known only at run time."""
     training = _literal(kind)
     if type(training) is bool:
         return training
@@ -134,7 +134,10 @@ def _refused(**kinds):
 
 
 def _for_mask(relu, **kinds):
-    """Refuse ReLU without what its mask is computed from: None has to be said."""
+    """Refuse ReLU if an argument that its mask depends on is left out.
+
+    None has to be passed explicitly: it is not the same as having forgotten the argument.
+    """
     for name, kind in kinds.items():
         if relu and kind is None:
             raise TypingError(
@@ -144,17 +147,17 @@ def _for_mask(relu, **kinds):
 
 
 def _dtype(x, *parameters):
-    """float64 where x or a parameter is, else float32; as `Frame.scale_and_shift` has it."""
+    """float64 if x or a parameter is, else float32; as in `Frame.scale_and_shift`."""
     wide = any(_given(kind) and kind.dtype == types.float64 for kind in (x, *parameters))
     return np.float64 if wide else np.float32
 
 
-# What their values say. `gamma` and the like come as rows, see `row_of`, or as None.
+# Checks of values, at run time. gamma and the like are rows (see `row_of`) or None.
 
 
 @by_types
 def wrong_size(values, C):
-    """Whether there is not one value for every channel."""
+    """Whether `values` does not have one value for every channel."""
     if isinstance(values, types.NoneType):
         return lambda values, C: False
     return lambda values, C: values.size != C
@@ -162,7 +165,7 @@ def wrong_size(values, C):
 
 @by_types
 def overlap(a, b):
-    """Whether two rows have a byte in common."""
+    """Whether two rows share a byte."""
     if isinstance(a, types.NoneType) or isinstance(b, types.NoneType):
         return lambda a, b: False
 
@@ -175,7 +178,7 @@ def overlap(a, b):
 
 @ordered
 def check_parameters(C, gamma, beta):
-    """Refuse parameters of another size."""
+    """Refuse gamma or beta of the wrong size."""
     if wrong_size(gamma, C):
         raise ValueError("gamma must have one value for every channel of x")
     if wrong_size(beta, C):
@@ -184,14 +187,14 @@ def check_parameters(C, gamma, beta):
 
 @ordered
 def check_mean(C, mean):
-    """Refuse a mean of another size."""
+    """Refuse a mean of the wrong size."""
     if wrong_size(mean, C):
         raise ValueError("mean must have one value for every channel of x")
 
 
 @ordered
 def check_rstd(C, rstd):
-    """Refuse an rstd of another size."""
+    """Refuse an rstd of the wrong size."""
     if wrong_size(rstd, C):
         raise ValueError("rstd must have one value for every channel of x")
 
@@ -205,18 +208,18 @@ def check_eps(eps):
 
 @ordered
 def check_moves(m, momentum, correction, training):
-    """Refuse numbers that running statistics cannot be moved by."""
+    """Refuse numbers that running statistics cannot be updated with."""
     if not np.abs(momentum) < np.inf:
         raise ValueError("momentum must be finite")
     if not np.abs(correction) < np.inf:
         raise ValueError("correction must be finite")
     if training and 0 < m <= correction:
-        raise ValueError("expected more values per channel when training than `correction` is")
+        raise ValueError("expected more values per channel than `correction` when training")
 
 
 @ordered
 def check_running(C, running_mean, running_var, x, gamma, beta, written):
-    """Refuse running statistics of another size, or that share memory where they are `written`."""
+    """Refuse running statistics of the wrong size or, if `written`, in shared memory."""
     if wrong_size(running_mean, C):
         raise ValueError("running_mean must have one value for every channel of x")
     if wrong_size(running_var, C):
@@ -229,7 +232,7 @@ def check_running(C, running_mean, running_var, x, gamma, beta, written):
 
 @ordered
 def check_apart(running_mean, running_var, other):
-    """Refuse running statistics that share memory with one another or another array."""
+    """Refuse running statistics that share memory with each other or with another array."""
     if overlap(running_mean, running_var):
         raise ValueError("running_mean and running_var share memory, and both are written")
     if overlap(running_mean, other) or overlap(running_var, other):
@@ -238,7 +241,7 @@ def check_apart(running_mean, running_var, other):
 
 @by_types
 def check_same(array, x):
-    """Refuse a dy of another shape than x's."""
+    """Refuse a dy whose shape is not x's."""
 
     def check_same(array, x):
         if array.shape != x.shape:
@@ -247,12 +250,12 @@ def check_same(array, x):
     return check_same
 
 
-# (N, C, S) and rows of one dtype.
+# Shapes (N, C, S), and parameters in one dtype.
 
 
 @ordered
 def channels_first(x):
-    """N, C and S where the channels are axis 1."""
+    """N, C and S if the channels are axis 1."""
     S = 1
     for n in x.shape[2:]:
         S *= n
@@ -261,22 +264,22 @@ def channels_first(x):
 
 @ordered
 def channels_last(x):
-    """N, C and S where the channels are the last axis."""
+    """N, C and S = 1 if the channels are the last axis."""
     N = 1
     for n in x.shape[:-1]:
         N *= n
-    return N, x.shape[-1], np.intp(1)  # not a literal, which units would be compiled anew for
+    return N, x.shape[-1], np.intp(1)  # for a literal, units would be compiled again
 
 
 @by_types
-def as_row(values, C, instead, dtype):
-    """Return a parameter in a dtype: itself where it has that, a number everywhere for None."""
+def as_row(values, C, default, dtype):
+    """A parameter in a dtype: itself if it has it, `default` in every channel if it is None."""
     if isinstance(values, types.NoneType):
-        return lambda values, C, instead, dtype: np.full(C, instead, dtype)
+        return lambda values, C, default, dtype: np.full(C, default, dtype)
     if values.dtype == dtype.instance_type:
-        return lambda values, C, instead, dtype: values
+        return lambda values, C, default, dtype: values
 
-    def convert(values, C, instead, dtype):
+    def convert(values, C, default, dtype):
         out = np.empty(C, dtype)
         for c in range(C):
             out[c] = values[c]
@@ -286,20 +289,20 @@ def as_row(values, C, instead, dtype):
 
 
 @ordered
-def no_row(values, C, instead, dtype):
-    """None, for the beta that no mask needs."""
+def no_row(values, C, default, dtype):
+    """None, in place of a beta that no mask needs."""
 
 
 @ordered
 def rounded(values, dtype):
-    """Return a copy in a dtype."""
+    """Copy of `values` in a dtype."""
     out = np.empty(values.size, dtype)
     for c in range(values.size):
         out[c] = values[c]
     return out
 
 
-# The passes: what `cpu` does by kernels, in one thread.
+# Passes: what `nbnorm.cpu` does with kernels, in one thread.
 
 
 @ordered
@@ -313,20 +316,20 @@ def cut(shape, x, tensors):
 
 @ordered
 def view(row, shape):
-    """A row as the units take an array."""
+    """A row as the view that units take."""
     return row, shape[1] * shape[2], shape[2]
 
 
 @ordered
 def units_of(channels, size):
-    """How many units of `size` channels there are."""
+    """Number of units of `size` channels."""
     return (channels + size - 1) // size
 
 
 def _passes(traversal, units):
     """Make the passes of a traversal; x, dy, y and dx are rows, `shape` is (N, C, S)."""
     stats_unit, apply_unit, forward_block = units.stats, units.apply, units.forward
-    reduce_unit, differentiate_unit = units.reduce, units.differentiate
+    backward_reduce_unit, backward_apply_unit = units.backward_reduce, units.backward_apply
     backward_block = units.backward
 
     @ordered
@@ -337,7 +340,7 @@ def _passes(traversal, units):
         partial, rstd, x_ = np.empty((4, chunks, C)), np.empty(C), view(x, shape)
         for u in range(units_of(C, span) * chunks):
             stats_unit(x_, grid, span, chunks, partial, u)
-        finish(partial, 0, C, 0.0, mean, m2, rstd)
+        finish_moments(partial, 0, C, 0.0, mean, m2, rstd)
 
     @ordered
     @named(f"{traversal}_calling_apply")
@@ -356,22 +359,22 @@ def _passes(traversal, units):
             forward_block(x_, None, grid, block, norm, eps, floor, streamed, partial, m2, y_, u)
 
     @ordered
-    @named(f"{traversal}_calling_reduce")
-    def reduce(shape, dy, x, norm, sums):
+    @named(f"{traversal}_calling_backward_reduce")
+    def backward_reduce(shape, dy, x, norm, sums):
         grid, chunks, _, span, _ = cut(shape, x, 2)
         C = shape[1]
         partial, dy_, x_ = np.empty((2, chunks, C)), view(dy, shape), view(x, shape)
         for u in range(units_of(C, span) * chunks):
-            reduce_unit(dy_, x_, None, grid, span, chunks, norm, partial, u)
+            backward_reduce_unit(dy_, x_, None, grid, span, chunks, norm, partial, u)
         finish_sums(partial, norm, 0, C, x_, sums)
 
     @ordered
-    @named(f"{traversal}_calling_differentiate")
-    def differentiate(shape, dy, x, norm, sums, count, dx):
+    @named(f"{traversal}_calling_backward_apply")
+    def backward_apply(shape, dy, x, norm, sums, count, dx):
         grid, chunks, _, span, streamed = cut(shape, x, 3)
         dy_, x_, dx_ = view(dy, shape), view(x, shape), view(dx, shape)
         for u in range(units_of(shape[1], span) * chunks):
-            differentiate_unit(
+            backward_apply_unit(
                 dy_, x_, None, grid, span, chunks, norm, sums, count, streamed, dx_, None, u
             )
 
@@ -390,14 +393,14 @@ def _passes(traversal, units):
         "stats": stats,
         "apply": apply,
         "forward": forward,
-        "reduce": reduce,
-        "differentiate": differentiate,
+        "backward_reduce": backward_reduce,
+        "backward_apply": backward_apply,
         "backward": backward,
     }
 
 
 def _by_size(name, by_rows, by_columns):
-    """Make a pass that goes by rows or by columns, as planes of that size do."""
+    """Make a pass that goes by rows or by columns, depending on the size of a plane."""
 
     @ordered
     @named(f"calling_{name}")
@@ -412,7 +415,7 @@ def _by_size(name, by_rows, by_columns):
 
 @by_types
 def move(running_mean, running_var, mean, m2, momentum, divisor):
-    """Running statistics towards a batch's, where there are any."""
+    """`kernels.move_all`; does nothing without running statistics."""
     if isinstance(running_mean, types.NoneType):
         return lambda running_mean, running_var, mean, m2, momentum, divisor: None
     return kernels.move_all.py_func
@@ -420,14 +423,14 @@ def move(running_mean, running_var, mean, m2, momentum, divisor):
 
 @lru_cache(maxsize=2)
 def _steps(last):
-    """Make the steps of all functions; S is 1 where the channels are the `last` axis."""
+    """Make the steps of all functions; `last`: the channels are the last axis, so S is 1."""
     passes = _passes("columns", kernels.columns_units)
     if not last:
         by_rows = _passes("rows", kernels.rows_units)
         passes = {name: _by_size(name, by_rows[name], passes[name]) for name in passes}
     apply_pass, forward_pass = passes["apply"], passes["forward"]
-    reduce_pass, differentiate_pass = passes["reduce"], passes["differentiate"]
-    backward_pass, take_statistics = passes["backward"], kernels.take_statistics
+    backward_reduce_pass, backward_apply_pass = passes["backward_reduce"], passes["backward_apply"]
+    backward_pass, inference_statistics = passes["backward"], kernels.inference_statistics
     where = "last" if last else "first"
 
     @ordered
@@ -442,7 +445,7 @@ def _steps(last):
     @ordered
     @named(f"calling_infer_{where}")
     def infer(shape, _, x, norm, running_mean, running_var, momentum, eps, correction, floor, y):
-        take_statistics(running_mean, running_var, eps, norm[0], norm[1])
+        inference_statistics(running_mean, running_var, eps, norm[0], norm[1])
         if x.size > 0:
             apply_pass(shape, x, norm, floor, y)
 
@@ -464,8 +467,8 @@ def _steps(last):
     @named(f"calling_back_frozen_{where}")
     def back_frozen(shape, _, dy, x, norm, sums, dx):
         if x.size > 0:
-            reduce_pass(shape, dy, x, norm, sums)
-            differentiate_pass(shape, dy, x, norm, None, float(shape[0] * shape[2]), dx)
+            backward_reduce_pass(shape, dy, x, norm, sums)
+            backward_apply_pass(shape, dy, x, norm, None, float(shape[0] * shape[2]), dx)
 
     @ordered
     @named(f"calling_back_either_{where}")
@@ -483,7 +486,7 @@ def _steps(last):
     )
 
 
-# The public functions.
+# Public functions.
 
 
 def forward(
@@ -501,7 +504,7 @@ def forward(
     activation=None,
     out=None,
 ):
-    """`batch_norm_forward`."""
+    """Check the types of a call of `batch_norm_forward`; return the function to compile."""
     _tensor(x)
     _where_given(gamma=gamma, beta=beta)
     known = _known(training)
@@ -545,7 +548,7 @@ def forward(
 def inference(
     x, gamma, beta, mean, var, eps=1e-5, axis=1, residual=None, activation=None, out=None
 ):
-    """`batch_norm_inference`."""
+    """Check the types of a call of `batch_norm_inference`; return the function to compile."""
     _tensor(x)
     _where_given(gamma=gamma, beta=beta)
     _per_channel(mean=mean, var=var)
@@ -575,7 +578,7 @@ def inference(
 
 
 def apply(x, gamma, beta, mean, rstd, axis=1, residual=None, activation=None, out=None):
-    """`batch_norm_apply`."""
+    """Check the types of a call of `batch_norm_apply`; return the function to compile."""
     _tensor(x)
     _where_given(gamma=gamma, beta=beta)
     _per_channel(mean=mean, rstd=rstd)
@@ -604,7 +607,7 @@ def apply(x, gamma, beta, mean, rstd, axis=1, residual=None, activation=None, ou
 
 
 def stats(x, axis=1):
-    """`batch_norm_stats`."""
+    """Check the types of a call of `batch_norm_stats`; return the function to compile."""
     _tensor(x)
     steps = _steps(_channels_last(axis, x))
     shape_of, run = steps.shape_of, steps.stats
@@ -633,7 +636,7 @@ def backward(
     output_mask=None,
     out=None,
 ):
-    """`batch_norm_backward`."""
+    """Check the types of a call of `batch_norm_backward`; return the function to compile."""
     relu = _backward_types(dy, x, gamma, mean, rstd, beta, activation, out=out, y=y)
     if output_mask is not None:
         raise TypingError("output_mask is not supported in compiled code; call nbnorm from Python")
@@ -664,11 +667,11 @@ def backward(
 
 
 def backward_reduce(dy, x, mean, rstd, gamma=None, beta=None, y=None, activation=None, axis=1):
-    """`batch_norm_backward_reduce`."""
+    """Check the types of a call of `batch_norm_backward_reduce`; return the function to compile."""
     relu = _backward_types(dy, x, gamma, mean, rstd, beta, activation, y=y)
     _for_mask(relu, gamma=gamma)
     steps = _steps(_channels_last(axis, x))
-    shape_of, run = steps.shape_of, steps.reduce
+    shape_of, run = steps.shape_of, steps.backward_reduce
     wide, mask_row = (_dtype(x, gamma, beta), as_row) if relu else (_dtype(x, gamma), no_row)
 
     def backward_reduce(dy, x, mean, rstd, gamma=None, beta=None, y=None, activation=None, axis=1):
@@ -694,12 +697,12 @@ def backward_apply(
     dy, x, gamma, mean, rstd, sum_dy, sum_dy_xhat, count, beta=None, y=None, activation=None,
     axis=1, out=None,
 ):  # fmt: skip
-    """`batch_norm_backward_apply`."""
+    """Check the types of a call of `batch_norm_backward_apply`; return the function to compile."""
     relu = _backward_types(dy, x, gamma, mean, rstd, beta, activation, out=out, y=y)
     _per_channel(sum_dy=sum_dy, sum_dy_xhat=sum_dy_xhat)
     _whole(count=count)
     steps = _steps(_channels_last(axis, x))
-    shape_of, run = steps.shape_of, steps.differentiate
+    shape_of, run = steps.shape_of, steps.backward_apply
     wide, mask_row = (_dtype(x, gamma, beta), as_row) if relu else (_dtype(x, gamma), no_row)
     dtype = _dtype(x)
 
@@ -732,7 +735,7 @@ def backward_apply(
 
 
 def _backward_types(dy, x, gamma, mean, rstd, beta, activation, **refused):
-    """Check what the backward functions have in common; say whether there is ReLU."""
+    """Check the types that all backward functions take; return whether there is ReLU."""
     _tensor(x)
     _like_x(dy, "dy", x)
     _where_given(gamma=gamma, beta=beta)
@@ -746,7 +749,7 @@ def _backward_types(dy, x, gamma, mean, rstd, beta, activation, **refused):
 def update_running_stats(
     running_mean, running_var, moments, momentum=0.1, correction=1, inplace=True
 ):
-    """`update_running_stats`."""
+    """Check the types of a call of `update_running_stats`; return the function to compile."""
     _per_channel(True, running_mean=running_mean, running_var=running_var)
     if getattr(moments, "instance_class", None) is not Moments:
         raise TypingError(f"moments must be nbnorm.Moments, got {moments}")
@@ -785,9 +788,9 @@ def update_running_stats(
 
 @lru_cache(maxsize=1)
 def register():
-    """Tell Numba of all these, once: when nbnorm is imported.
+    """Register all overloads with Numba, once, when nbnorm is imported.
 
-    It is also nbnorm's entry point for Numba, which calls it before it compiles anything.
+    This is also nbnorm's entry point for Numba, which calls it before it compiles anything.
     """
     for function, overload in (
         (functional.batch_norm_forward, forward),

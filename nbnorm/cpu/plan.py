@@ -1,8 +1,8 @@
-"""How a pass over (N, C, S) is cut up: tiles and chunks by shape, blocks and sharing by machine.
+"""How a pass over (N, C, S) is divided: tiles and chunks by shape, blocks and threads by machine.
 
-What decides bits (traversal, tile, fold, chunk) follows from shape and dtype alone. Threads and
-caches decide which channels go together, in what order, and whether threads are used at all. What
-is `compiled_too` also cuts up the passes of compiled functions that call nbnorm, see overloads.py.
+What determines bits (traversal, tile, fold, chunk) follows from shape and dtype alone. Threads and
+caches determine which channels are processed together, in what order, and whether threads are used
+at all. The functions that are `compiled_too` also divide the passes of overloads.py.
 """
 
 from functools import lru_cache
@@ -13,33 +13,33 @@ from nbnorm.cpu.caches import Caches
 from nbnorm.cpu.jit import compiled_too
 
 TILE_BYTES = 16 << 10  # bytes of a tile in the compute dtype: a third of L1
-CHUNK = 1 << 18  # values in a chunk: the share of work that threads split a channel into
+CHUNK = 1 << 18  # values in a chunk: threads split a channel into chunks
 CHUNK_ROWS = 512  # rows that are not split: work per channel and chunk is a tenth of the rest
 
-SHARES = 4  # units of work for every thread, so that their shares differ by less than a quarter
-SERIAL_BELOW = 1 << 15  # values: a parallel launch costs more than the whole pass
-# All tensors of a block, in times a thread's own cache; four times that where the last cache holds
-# everything. Forward of 32 x 256 x 56 x 56 took 7.8 ms in blocks of one channel, 6.2 in blocks of
-# four: a longer way through memory is worth more than a nearer cache.
+SHARES = 4  # units of work per thread, so that the threads' shares differ by less than a quarter
+SERIAL_BELOW = 1 << 15  # values; for fewer, a parallel launch costs more than the whole pass
+# Size of all tensors of a block as a multiple of a thread's own cache; four times that if the
+# last-level cache holds everything. Forward of 32 x 256 x 56 x 56 took 7.8 ms in blocks of one
+# channel, 6.2 in blocks of four: longer contiguous reads are worth more than a nearer cache.
 NEAR = 4
-RUN_BYTES = 16 << 10  # bytes to read in sequence, enough to keep the memory busy
-# Bytes of a row that one thread writes. Where it is 2 KiB, the processor fetches ahead into what
-# another thread writes: inference of 256 x 1024 took 45 us with two threads and 34 with one.
+RUN_BYTES = 16 << 10  # bytes read contiguously, enough to keep the memory busy
+# Bytes of a row that one thread writes, at least. With 2 KiB, the processor prefetches what another
+# thread writes: inference of 256 x 1024 took 45 us with two threads and 34 with one.
 PAGE = 4 << 10
-# Values of a plane that is normalised by itself, although summed by columns with others.
+# Planes of this many values or more are normalised one by one, though summed by columns.
 PLANE_ALONE = 128
-PLANES_BYTES = 64 << 10  # of planes that follow one another, to stream them one by one
-# Bytes, in the compute dtype, of a row of planes shorter than that: with coefficients for every
-# column, more do not stay in L1 (forward of 32 x 512 x 7 x 7 took 267 us with 8 KiB, 225 with 4.5).
+PLANES_BYTES = 64 << 10  # of contiguous planes, to stream them one by one
+# Bytes, in the compute dtype, of a row of smaller planes. Every column has its own coefficients,
+# and more do not stay in L1 (forward of 32 x 512 x 7 x 7 took 267 us with 8 KiB, 225 with 4.5).
 COLUMNS = 9 << 9
-LINE_CHANNELS = 16  # so many begin at a cache line, whatever the plane
+LINE_CHANNELS = 16  # a multiple of this many channels fills whole cache lines for any S
 
 
 class Grid(NamedTuple):
     """How values are grouped for the innermost loops.
 
-    By rows, a tile is `tile` values of a row or, where `fold` > 1, `fold` whole rows. By columns,
-    a row of columns is `fold` samples, and `tile` is the size of a plane.
+    By rows, a tile is `tile` values of a row or, if `fold` > 1, `fold` whole rows. By columns, a
+    row is `fold` samples, and `tile` is the size S of a plane.
     """
 
     N: int
@@ -47,17 +47,17 @@ class Grid(NamedTuple):
     S: int
     tile: int
     fold: int
-    per: int  # tiles, or rows of columns, in a chunk
+    per: int  # tiles (by rows) or rows (by columns) in a chunk
 
 
 class Plan(NamedTuple):
-    """Cut of a pass.
+    """How a pass is divided.
 
-    `fused`: a thread takes whole channels through both halves, `block` of them at a time. A half by
-    itself takes `span` of them at a time, for long runs through memory; the one that writes takes
-    `strip` of them and, for chunks, `parts` of `part` tiles or rows. `threads` share the work.
-    `streamed`: the output is stored past the cache, as it is too large for its next reader to find
-    it there.
+    If `fused`, a thread takes whole channels through both steps, `block` of them at a time.
+    Otherwise a step takes `span` channels at a time, to read long contiguous stretches; a step
+    that writes takes `strip` channels and, in place of chunks, `parts` of `part` tiles or rows.
+    `threads` share the work. If `streamed`, the output is stored past the cache, as it is too
+    large for its next reader to find it there.
     """
 
     traversal: str
@@ -77,35 +77,36 @@ class Plan(NamedTuple):
 
     @property
     def parallel(self) -> bool:
-        """Whether threads are used."""
+        """Whether more than one thread is used."""
         return self.threads > 1
 
 
 @compiled_too
 def by_rows(S: int) -> bool:
-    """Whether planes of S values are summed along themselves rather than down the samples."""
+    """Whether to sum planes of S values along S rather than down the samples."""
     return S >= PLANE
 
 
 @compiled_too
 def fold_of(C: int, S: int) -> int:
-    """How many samples make one row of the column traversal."""
+    """Number of samples in a row of the column traversal."""
     return max(1, SAMPLE // (C * S))
 
 
 @compiled_too
 def planes_alone(S: int, channels: int, itemsize: int, streamed: bool) -> bool:
-    """Whether so many short planes of a sample are normalised one by one, not as a row of columns.
+    """Whether to normalise this many short planes of a sample one by one, not as a row of columns.
 
-    A channel's coefficients are then numbers, not a column each: 14 x 14 planes in cache took 0.6
-    times as long. But planes do not begin at a cache line: a few of them stream worse than a row.
+    A channel's coefficients are then scalars instead of one value per column: 14 x 14 planes in
+    cache took 0.6 times as long. But planes that do not begin at a cache line stream more slowly
+    than a row, unless many of them are contiguous.
     """
     return S >= PLANE_ALONE and (not streamed or channels * S * itemsize >= PLANES_BYTES)
 
 
 @compiled_too
 def past_cache(N: int, C: int, S: int, itemsize: int, tensors: int, last: int) -> bool:
-    """Whether the last cache does not hold all tensors of a pass, so that results are streamed."""
+    """Whether the last-level cache cannot hold all tensors, so that results are streamed."""
     return tensors * N * C * S * itemsize > last
 
 
@@ -135,11 +136,12 @@ def serial(
 
 @lru_cache(maxsize=1024)
 def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, tensors: int) -> Plan:
-    """Cut a pass over N samples of C channels of S values, none of them 0.
+    """Divide a pass over N samples of C channels of S values, none of them 0.
 
-    A thread's block of channels should stay near between the halves of the pass. Results are
-    streamed where the last cache does not hold all tensors of the pass: ordinary stores would first
-    drive out what is to be read, then fetch what they overwrite.
+    `tensors` is the number of arrays of that size that the pass touches. A thread's block of
+    channels should stay in cache between the two steps. Results are streamed if the last-level
+    cache cannot hold all tensors: ordinary stores would first evict what is yet to be read, then
+    read the lines that they overwrite.
     """
     parallel = threads > 1 and N * C * S >= SERIAL_BELOW
     streamed = past_cache(N, C, S, itemsize, tensors, caches.last)
@@ -187,30 +189,30 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
 
 @compiled_too
 def _shares(items: int, most: int) -> tuple[int, int]:
-    """How many chunks of at most so many items, and how many items each has but the last."""
+    """Number of chunks of at most `most` items, and items in each chunk but the last."""
     chunks = _ceil(items, most)
     return chunks, _ceil(items, chunks)
 
 
 def _parts(rows: int, per: int, least: int) -> tuple[int, int]:
-    """At least so many parts of rows, none longer than a chunk, and how many rows each has."""
+    """Number of parts of rows, `least` or more, none longer than a chunk; and rows in each."""
     part = min(per, _ceil(rows, least))
     return _ceil(rows, part), part
 
 
 def _channels_of(units: int, C: int, chunks: int) -> int:
-    """How many channels to take at once for `units` units of work, with channels in `chunks`."""
+    """Channels to take at once for `units` units of work if each channel has `chunks` chunks."""
     return _ceil(C, _ceil(units, chunks))
 
 
 def _equal(block: int, C: int, threads: int) -> int:
-    """A block of up to so many channels, for as many blocks for every thread where C allows it."""
+    """Size of a block, at most `block`, that gives all threads equally many if C allows it."""
     return _ceil(C, _ceil(_ceil(C, block), threads) * threads)
 
 
 @compiled_too
 def _channels_in_row(S: int, itemsize: int, streamed: bool) -> int:
-    """How many channels make a row of columns."""
+    """Number of channels in a row of the column traversal."""
     if S == 1:
         return RUN_BYTES // itemsize
     if S >= PLANE_ALONE:  # normalised plane by plane unless streamed

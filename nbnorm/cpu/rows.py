@@ -1,8 +1,9 @@
-"""Rows: S is large. A tile is a piece of a row x[n, c, :], or several short rows, summed along S.
+"""Row traversal, for large S: a tile is a piece of a row x[n, c, :] or several short rows.
 
-The tiles of a channel, row after row, are numbered; a chunk is `per` of them in sequence.
-`stats`, `apply`, `reduce` and `differentiate` do chunk k of the channels c0 <= c < c1. x, dy, y,
-residual, dx and dresidual come as views (memory, stride of n, stride of c), as None where absent.
+Tiles are summed along S. The tiles of a channel are numbered row after row; a chunk is `per`
+consecutive tiles. `stats`, `apply`, `backward_reduce` and `backward_apply` process chunk k of the
+channels c0 <= c < c1. x, dy, y, residual, dx and dresidual are views (memory, stride of n, stride
+of c), or None if absent.
 """
 
 import numpy as np
@@ -19,17 +20,17 @@ from nbnorm.cpu.channel import (
     scales,
 )
 from nbnorm.cpu.intrinsics import clear, each, each_to, fence, four, new, of_chunk, piece, zeros
-from nbnorm.cpu.jit import none_without, ordered, shared
+from nbnorm.cpu.jit import noinline, none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
-# A tile is summed in so many chains side by side: eight vectors of eight, enough to hide the time
-# that an addition takes. Short chains also round less. `total` is written for 64.
+# Lanes that a tile is summed in: eight vectors of eight, enough to hide the latency of an
+# addition. Short chains of additions also round less. `total` is written for 64.
 LANES = 64
 
 
 @ordered
 def tiles(grid, k):
-    """Numbers of the first tile of chunk k and of the one after its last."""
+    """First tile of chunk k, and the tile after its last."""
     N, _, S, tile, fold, per = grid
     count = ((N + fold - 1) // fold) * ((S + tile - 1) // tile)
     return k * per, min((k + 1) * per, count)
@@ -37,7 +38,7 @@ def tiles(grid, k):
 
 @ordered
 def locate(grid, t):
-    """Tile t is x[n0:n1, :, s : s + size]."""
+    """n0, n1, s and size of tile t = x[n0:n1, :, s : s + size]."""
     N, _, S, tile, fold, _ = grid
     across = (S + tile - 1) // tile
     n = t // across
@@ -47,24 +48,24 @@ def locate(grid, t):
 
 @none_without("values")
 def line(values):
-    """A piece as a view whose samples are its values; None for None."""
+    """A piece as a view whose samples are single values; None for None."""
     return values, 1, 0
 
 
 @ordered
-def add_piece(x, K, s, q):
-    """Add d and d^2 of d = x - K, in x's dtype, to the lanes s and q."""
+def add_moment_piece(x, K, s, q):
+    """s += d and q += d^2 lane by lane in x's dtype, where d = x - K."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
-        each(LANES, element.add_rows, (four(line(x), i, LANES, 0, 0, LANES), K, s, q))
+        each(LANES, element.add_moment_rows, (four(line(x), i, LANES, 0, 0, LANES), K, s, q))
     for i in range(whole, x.size, LANES):
         size = min(LANES, x.size - i)
-        each(size, element.add_row, (piece(line(x), i, 0, 0, size), K, s, q))
+        each(size, element.add_moment_row, (piece(line(x), i, 0, 0, size), K, s, q))
 
 
 @ordered
 def total(lanes, wide):
-    """Sum of all lanes in pairs, in float64; they are left at 0."""
+    """Sum of all lanes, pairwise in float64; the lanes are reset to 0."""
     each(LANES // 2, element.add_half, (lanes, wide, LANES // 2))
     each(LANES // 4, element.add_half, (wide, wide, LANES // 4))
     each(LANES // 8, element.add_half, (wide, wide, LANES // 8))
@@ -72,8 +73,8 @@ def total(lanes, wide):
     return ((wide[0] + wide[4]) + (wide[2] + wide[6])) + ((wide[1] + wide[5]) + (wide[3] + wide[7]))
 
 
-@shared
-def constant(x, n0, n1, c, s, size, K):
+@noinline
+def all_equal(x, n0, n1, c, s, size, K):
     """Whether every x of a tile is K: a dead channel, which need not be summed again."""
     others = 0
     for n in range(n0, n1):
@@ -85,40 +86,40 @@ def constant(x, n0, n1, c, s, size, K):
 
 @ordered
 def in_float64(x):
-    """Copy a piece."""
+    """Copy of a piece in float64."""
     out = new(x.size, np.float64)
     for i in range(x.size):
         out[i] = load(x, i)
     return out
 
 
-@shared
-def sums64(x, n0, n1, c, s, size, K):
-    """Sum d and d^2 of a tile in float64."""
+@noinline
+def moment_sums64(x, n0, n1, c, s, size, K):
+    """sum d and sum d^2 of a tile in float64, where d = x - K."""
     s_lanes, q_lanes, wide = zeros(3, LANES, np.float64)
     for n in range(n0, n1):
-        add_piece(in_float64(piece(x, n, c, s, size)), K, s_lanes, q_lanes)
+        add_moment_piece(in_float64(piece(x, n, c, s, size)), K, s_lanes, q_lanes)
     return total(s_lanes, wide), total(q_lanes, wide)
 
 
-@shared
+@noinline
 def moments64(x, n0, n1, c, s, size, K):
-    """Mean, as a value near it and the rest, and M2 of a tile in two passes.
+    """Two-pass moments of a tile: a value near the mean, the mean less that value, M2.
 
-    Used where the sums in x's dtype were lost.
+    Used if the sums in x's dtype are `lost`.
     """
-    if constant(x, n0, n1, c, s, size, K):
+    if all_equal(x, n0, n1, c, s, size, K):
         return K, 0.0, 0.0
     m = (n1 - n0) * size
-    d, _ = sums64(x, n0, n1, c, s, size, K)
+    d, _ = moment_sums64(x, n0, n1, c, s, size, K)
     center = K + d / m
-    d, q = sums64(x, n0, n1, c, s, size, center)
+    d, q = moment_sums64(x, n0, n1, c, s, size, center)
     return center, d / m, q - d * d / m
 
 
 @ordered
 def first_mean(x):
-    """Mean of the first values, exact where they are all the same."""
+    """Mean of the first values, exact if they are all equal."""
     values = min(FIRST, x.size)
     first = np.float64(load(x, 0))
     s = 0.0
@@ -129,13 +130,13 @@ def first_mean(x):
 
 @ordered
 def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
-    """Merge the moments of one tile into those of its chunk."""
+    """Merge the moments of a tile into those of chunk k of channel c."""
     count, shift, delta, m2 = partial[0, k, c], partial[1, k, c], partial[2, k, c], partial[3, k, c]
     if count == 0:
         shift = first_mean(piece(x, n0, c, s, size))
     K = s_lanes.dtype.type(shift + delta)
     for n in range(n0, n1):
-        add_piece(piece(x, n, c, s, size), K, s_lanes, q_lanes)
+        add_moment_piece(piece(x, n, c, s, size), K, s_lanes, q_lanes)
     d, q = total(s_lanes, wide), total(q_lanes, wide)
     m = (n1 - n0) * size
     mean = d / m
@@ -143,7 +144,7 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
     if lost(m, mean, q, merged[2], s_lanes):
         near, rest, m2_tile = moments64(x, n0, n1, c, s, size, np.float64(K))
-        if count == 0:  # a shift that far off would cost delta its digits
+        if count == 0:  # a shift that far off would cost delta digits
             shift = near
         merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
     partial[0, k, c], partial[2, k, c], partial[3, k, c] = merged
@@ -157,9 +158,9 @@ def clear_chunk(partial, k, c0, c1):
         clear(of_chunk(partial, i, k, c0, c1))
 
 
-@shared
+@noinline
 def stats(x, grid, c0, c1, k, partial):
-    """partial[:, k, c] = count, shift, delta, M2 of chunk k."""
+    """partial[:, k, c] = count, shift, delta, M2 of chunk k, for channels c0 <= c < c1."""
     dtype = computed(x).dtype
     s_lanes, q_lanes = zeros(2, LANES, dtype)
     wide = new(LANES, np.float64)
@@ -171,9 +172,9 @@ def stats(x, grid, c0, c1, k, partial):
             add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial)
 
 
-@shared
+@noinline
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
+    """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k, channels c0 <= c < c1."""
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     low = hi.dtype.type(floor)
     begin, end = tiles(grid, k)
@@ -187,13 +188,13 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
                     (x_, residual_, hi[i], u[i], a[i], b[i], low),
                     (piece(y, n, c, s, size),),
                 )
-                each_to(size, element.normalise, args, outs, streamed)
+                each_to(size, element.apply, args, outs, streamed)
     fence(streamed)
 
 
 @ordered
 def add_gradient_piece(dy, x, y, hi, u, a, b, scale, zero, s, t):
-    """Add g and g (x u - hi) scale, g = dy masked by ReLU, to the lanes s and t."""
+    """s += g and t += g (x u - hi) scale lane by lane, where g = dy masked by ReLU."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         dy_, x_ = four(line(dy), i, LANES, 0, 0, LANES), four(line(x), i, LANES, 0, 0, LANES)
@@ -206,9 +207,9 @@ def add_gradient_piece(dy, x, y, hi, u, a, b, scale, zero, s, t):
         each(size, element.add_gradient_row, (dy_, x_, y_, hi, u, a, b, scale, zero, s, t))
 
 
-@shared
-def sums_again(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
-    """Sums of g and of g (x u - hi) scale over chunk k of channel c, in float64."""
+@noinline
+def gradient_sums64(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
+    """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64."""
     s_sum, t_sum = 0.0, 0.0
     begin, end = tiles(grid, k)
     for t in range(begin, end):
@@ -216,7 +217,7 @@ def sums_again(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
         for n in range(n0, n1):
             dy_, x_, y_ = piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size)
             for i in range(size):
-                g = np.float64(element.gradient(i, dy_, x_, y_, hi, u, a, b, zero))
+                g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, zero))
                 s_sum += g
                 t_sum += g * ((np.float64(load(x_, i)) * u - hi) * scale)
     return s_sum, t_sum
@@ -224,15 +225,15 @@ def sums_again(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
 
 @ordered
 def overflowed(partial, k, c):
-    """Whether the sums of chunk k of a channel are not finite."""
+    """Whether a sum of chunk k of channel c is not finite."""
     return not abs(partial[0, k, c]) + abs(partial[1, k, c]) < np.inf
 
 
-@shared
-def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
-    """partial[:, k, c] = sum dy, sum dy (x u - hi) scale of chunk k, dy masked by y > 0.
+@noinline
+def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
+    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k, where g = dy masked by y > 0.
 
-    The mask is recomputed where norm holds beta, read where y is given.
+    The mask is recomputed from x if norm holds beta, and read if y is given.
     """
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale = scales(norm, c0, c1, u)
@@ -255,14 +256,14 @@ def reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     for c in range(c0, c1):
         if overflowed(partial, k, c):
             i = c - c0
-            partial[0, k, c], partial[1, k, c] = sums_again(
+            partial[0, k, c], partial[1, k, c] = gradient_sums64(
                 dy, x, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], zero
             )
 
 
-@shared
-def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """Write dx and dresidual, each where given; sums=None where statistics are frozen."""
+@noinline
+def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
+    """Write dx and dresidual, each if given; sums=None means frozen statistics."""
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     v, f = factors(norm, sums, count, c0, c1, u)
     hpq = coefficients(norm, sums, count, c0, c1, u, v)
@@ -280,5 +281,5 @@ def differentiate(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dr
                     dy_, x_, y_, hi[i], u[i], a[i], element.at(b, i), coefficients_of(hpq, i),
                     v[i], f[i], zero,
                 )  # fmt: skip
-                each_to(size, element.differentiate, args, outs, streamed)
+                each_to(size, element.backward_apply, args, outs, streamed)
     fence(streamed)

@@ -1,4 +1,4 @@
-"""The state of the source that kernels are compiled from."""
+"""The state of the source that kernels are compiled from, as a digest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from importlib.resources.abc import Traversable
 
 
 def digest(folder: Traversable) -> str | None:
-    """Digest of all modules in a folder or zip; None where there are none to be read."""
-    with suppress(Exception):  # a zip replaced under us, a loader that shows no files
+    """Return a digest of all modules in a folder or zip; None if none can be read."""
+    with suppress(Exception):  # a zip replaced meanwhile, a loader that shows no files
         modules = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
             for file in folder.iterdir()
@@ -22,10 +22,10 @@ def digest(folder: Traversable) -> str | None:
 
 
 def now() -> str | None:
-    """Digest of the modules of this package as they are at this moment."""
+    """Return the digest of this package's modules as they are now."""
     return digest(files("nbnorm.cpu"))
 
 
-# Taken before the modules are imported, and compared when a kernel is kept: an edit in between
-# would file old kernels under new source for good (seen: means wrong by 0.2).
+# Taken before the modules are imported, and compared when a kernel is saved. Otherwise an edit in
+# between would store old kernels under the new source for good (seen: means wrong by 0.2).
 IMPORTED = now()

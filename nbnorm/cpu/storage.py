@@ -1,8 +1,8 @@
 """How values lie in memory: as they are, or as 16 bits that kernels widen and round themselves.
 
-Numba has no half precision on the CPU. float16 comes to the kernels as uint16, bfloat16 as int16.
-`load` makes float32 of either, exactly; `store` rounds to nearest, ties to even, and to Inf what is
-too large. A NaN stays one.
+Numba has no half precision on the CPU. Kernels receive float16 as uint16, bfloat16 as int16. `load`
+converts either to float32, exactly. `store` rounds to nearest, ties to even; values that are too
+large become Inf, and NaN stays NaN.
 """
 
 import numpy as np
@@ -14,22 +14,22 @@ from nbnorm.cpu.jit import by_types, ordered
 
 @ordered
 def bfloat16_to_float(bits):
-    """float32 with the same upper half."""
+    """float32 of the bits of a bfloat16, its upper half."""
     return np.int32(np.int32(bits) << 16).view(np.float32)
 
 
 @ordered
 def bfloat16_from_float(value):
-    """Upper half of a float32, rounded; the carry of an overflow makes Inf."""
+    """Bits of the bfloat16 nearest to a float32; the carry of an overflow makes Inf."""
     bits = np.float32(value).view(np.int32)
     rounded = bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))
-    quiet = bits | np.int32(0x400000)  # a NaN stays one, whatever is cut off its payload
+    quiet = bits | np.int32(0x400000)  # NaN stays NaN, whatever is cut off its payload
     return np.int16((quiet if value != value else rounded) >> 16)
 
 
 @by_types
 def load(values, j):
-    """values[j] in the dtype it is computed in; None for None."""
+    """values[j] in the compute dtype; None for None."""
     if isinstance(values, types.NoneType):
         return lambda values, j: None
     if values.dtype == types.uint16:
@@ -58,7 +58,7 @@ def store(values, j, value):
 
 @by_types
 def stored_as_zero(values):
-    """Greatest value that `store` rounds to 0: half the least number, a tie that goes to even."""
+    """Greatest value that `store` rounds to 0: half the least number, a tie, goes to even."""
     if values.dtype == types.uint16:
         return lambda values: np.float32(2.0**-25)
     if values.dtype == types.int16:
@@ -70,7 +70,7 @@ def stored_as_zero(values):
 
 @by_types
 def computed(view):
-    """Return an empty array of the dtype that a view's values are computed in."""
+    """Empty array of the dtype that a view's values are computed in."""
     if view.types[0].dtype in (types.float32, types.float64):
         return lambda view: view[0][:0]
     return lambda view: new(0, np.float32)
@@ -80,7 +80,7 @@ def computed(view):
 def limits(like):
     """Least normal and greatest number of an array's dtype, in float64.
 
-    `np.finfo` in a kernel is two functions more to compile.
+    `np.finfo` in a kernel would be two more functions to compile.
     """
     found = np.finfo(like.dtype.name)
     tiny, most = float(found.tiny), float(found.max)

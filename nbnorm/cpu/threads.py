@@ -1,7 +1,7 @@
-"""Threads of Numba's that kernels may use: how many, who waits for whom, and after a fork.
+"""Threads for parallel kernels: how many, whose, who waits for whom, and what follows a fork.
 
 Numba's own rules hold: `numba.set_num_threads`, `NUMBA_NUM_THREADS` and `NUMBA_THREADING_LAYER` are
-respected, and nothing global is changed; only whose threads run kernels may be another's (`adopt`).
+respected, and nothing global is changed. Only `adopt` replaces the threads that kernels run on.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from llvmlite.binding import address_of_symbol
 
 from nbnorm.cpu.host import loop_of
 
-# The workqueue layer aborts the process where two threads run parallel kernels at the same time.
-# Reentrant: a signal handler or a finaliser with kernels of its own runs within a thread's turn.
+# The workqueue layer aborts the process if two threads run parallel kernels at the same time. The
+# lock is reentrant: a signal handler or finaliser may run kernels within a thread's turn.
 _one_at_a_time = threading.RLock()
 _no_wait = nullcontext()
 _serial_only = False
 
 
 def count() -> int:
-    """Threads for a parallel kernel; asking starts them."""
+    """Number of threads for a parallel kernel; starts them."""
     return 1 if _serial_only else _pool()[1]()
 
 
 def pool() -> int:
-    """Address of the function that runs a loop on threads; 0 where Numba has none. Starts them."""
+    """Address of the function that runs a loop on threads, 0 if Numba has none; starts them."""
     return 0 if _serial_only else _pool()[0]
 
 
 @lru_cache(maxsize=1)
 def _pool() -> tuple[int, Callable[[], int]]:
-    """Start threads; return the functions that run a loop on them and count them.
+    """Start threads; return the function that runs a loop on them, and one that counts them.
 
-    Compiled code of Numba's calls both by these names; `numba.get_num_threads` takes 1 us, a lock.
+    Numba's compiled code calls both by these names. `numba.get_num_threads` takes 1 us, for a lock.
     """
     numba.get_num_threads()
     loop, how_many = (address_of_symbol(name) for name in ("numba_parallel_for", "get_num_threads"))
@@ -50,7 +50,7 @@ def _pool() -> tuple[int, Callable[[], int]]:
     if _host is None or numba.threading_layer() != "omp":
         return loop, count
     library, most = _host
-    _loops.append(loop_of(library))  # sites know its address for ever
+    _loops.append(loop_of(library))  # never freed: sites keep its address
     return _loops[-1].address, lambda: min(count(), most())
 
 
@@ -61,9 +61,9 @@ _loops: list[Any] = []
 def adopt(library: str, most: Callable[[], int]) -> None:
     """Run kernels on the threads of a host's OpenMP library instead of Numba's own.
 
-    `library` is the file of a libgomp that the host has loaded, `most` says how many threads the
-    host would use. Nothing changes where it is not loaded, or where Numba's threads are not
-    OpenMP's.
+    `library` is the file of a libgomp that the host has loaded; `most` returns the number of
+    threads that the host would use. Nothing changes if the library is not loaded, or if Numba's
+    threads are not OpenMP's.
     """
     global _host
     with suppress(OSError, AttributeError):
@@ -74,19 +74,19 @@ def adopt(library: str, most: Callable[[], int]) -> None:
 
 
 def one_at_a_time() -> bool:
-    """Whether kernels that use threads must take turns, once threads have been started."""
+    """Whether kernels that use threads must take turns; known once threads have started."""
     return not _serial_only and numba.threading_layer() == "workqueue"
 
 
 def turn(parallel: bool) -> AbstractContextManager[object]:
-    """Return the context that a kernel runs in."""
+    """Return the context to run a kernel in: a lock if kernels must take turns."""
     return _one_at_a_time if parallel and one_at_a_time() else _no_wait
 
 
 def _after_fork() -> None:
-    """Stay serial under GNU OpenMP: a child that uses its parent's threads is ended, or hangs.
+    """Stay serial in a child under GNU OpenMP, which ends or hangs if it uses its parent's threads.
 
-    Whether a host had started them is not known.
+    Whether a host had started its threads is unknown, so its children stay serial, too.
     """
     global _one_at_a_time, _serial_only
     _one_at_a_time = threading.RLock()

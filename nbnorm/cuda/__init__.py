@@ -1,9 +1,11 @@
-"""The CUDA backend: functions over (N, C, S) device arrays, signature by signature the CPU's.
+"""CUDA backend: batch normalization of (N, C, S) device arrays, same functions as `nbnorm.cpu`.
 
-x, dy, y, residual, dx and dresidual are CuPy arrays of shape (N, C, S), none of it 0, of one dtype,
-in the layout that `_layout` promises. Everything of shape (C,) is contiguous and float64; gamma and
-beta may both be float32. Nothing is checked here, nothing waits for the device, and all memory is
-CuPy's, of its current stream.
+x, dy, y, residual, dx and dresidual are CuPy arrays of shape (N, C, S), with no axis of length 0
+and one dtype, in a layout that `_layout` accepts. Per-channel arrays have shape (C,) and are
+contiguous float64; gamma and beta may both be float32 instead. Nothing is checked here, and nothing
+waits for the device. CuPy allocates all memory, on its current stream.
+
+The backward functions mask dy by ReLU if they get beta or y, as on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from functools import lru_cache
 from math import inf
 from typing import Any, NamedTuple
 
-import numba_cuda  # noqa: F401  # else Numba's own, older `numba.cuda` would be found
+import numba_cuda  # noqa: F401  # replaces Numba's own, older `numba.cuda`
 
 from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
@@ -24,22 +26,23 @@ from nbnorm.cuda.values import WARP
 
 
 def stats(x: Array) -> tuple[Array, Array]:
-    """Mean and M2 of every channel."""
+    """Return mean and M2 = sum (x - mean)^2 of each channel, shape (C,) each."""
     mean, m2, _ = _stats(x, 0.0)
     return mean, m2
 
 
 def _stats(x: Array, eps: float) -> tuple[Array, Array, Array]:
+    """Return mean, M2 and rstd of each channel, shape (C,) each."""
     N, C, S = x.shape
     empty = memory.empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
     ready = _pass("stats", x, mean, x)
     partial = empty((2, C, ready.chunks))
     args = partial, C, ready.chunks, float(N * S), eps, mean, m2, rstd
-    # float64 has no digits to lose to a first value far from the mean: once more, around the mean.
+    # float64 has no digits to lose to a first value far from the mean: sum again around the mean.
     for again in (False, True) if ready.dtype == "float64" else (False,):
         _run(ready, x, (x,), partial, mean, again)
-        launch.run(kernels.finish, "float64", "float64", _warps(C), THREADS, *args)
+        launch.run(kernels.finish_moments, "float64", "float64", _warps(C), THREADS, *args)
     return mean, m2, rstd
 
 
@@ -53,7 +56,7 @@ def apply(
     relu: bool,
     y: Array,
 ) -> None:
-    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
+    """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     tensors = x, residual, y
     ready = _pass("apply", x, gamma, *tensors)
     floor = 0.0 if relu else -inf
@@ -69,29 +72,29 @@ def forward(
     relu: bool,
     y: Array,
 ) -> tuple[Array, Array, Array]:
-    """Normalise x with its own statistics into y; return mean, M2 and rstd."""
+    """Normalise x with its own statistics into y; return mean, M2 and rstd, shape (C,) each."""
     tensors = x, residual, y
-    kept = _kept("forward", x, gamma, *tensors, keeps=1)
-    if kept is None:
+    fused = _fused("forward", x, gamma, *tensors, keeps=1)
+    if fused is None:
         mean, m2, rstd = _stats(x, eps)
         apply(x, gamma, beta, mean, rstd, residual, relu, y)
         return mean, m2, rstd
     N, C, S = x.shape
     empty = memory.empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
-    partial = empty((2, C, kept.chunks))
+    partial = empty((2, C, fused.chunks))
     floor = 0.0 if relu else -inf
     _run(
-        kept, x, tensors, float(N * S), eps, partial, mean, m2, rstd, gamma, beta, floor,
+        fused, x, tensors, float(N * S), eps, partial, mean, m2, rstd, gamma, beta, floor,
         residual is not None,
     )  # fmt: skip
     return mean, m2, rstd
 
 
 def rstd(var: Array, eps: float) -> Array:
-    """1 / sqrt(var + eps), 0 where that is 1/0, as `forward` has it."""
+    """Return 1 / sqrt(var + eps), shape (C,); 0 where var + eps is 0, as in `forward`."""
     result = memory.empty(var.size)
-    if var.size:  # a grid of no blocks is an error
+    if var.size:  # CUDA refuses a grid without blocks
         args = var, eps, result, var.size
         launch.run(kernels.rstd_all, "float64", "float64", _ceil(var.size, THREADS), THREADS, *args)
     return result
@@ -105,9 +108,10 @@ def move(
     momentum: float,
     divisor: float,
 ) -> None:
-    """Move running statistics, of any strides, towards a batch's; its variance is M2 / divisor.
+    """Update running statistics in place from a batch's mean and its variance M2 / divisor.
 
-    running = (1 - momentum) running + momentum batch, rounded once to running's dtype.
+    running = (1 - momentum) running + momentum batch, rounded once to running's dtype. The running
+    arrays may have any strides.
     """
     dtype = running_mean.dtype
     compiled = _name(dtype) in ("float32", "float64") and dtype == running_var.dtype
@@ -128,14 +132,14 @@ def backward_reduce(
     beta: Array | None,
     y: Array | None,
 ) -> Array:
-    """Sum dy and sum dy x_hat of every channel, shape (2, C)."""
+    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy masked by ReLU."""
     C = x.shape[1]
     empty = memory.empty
     tensors = dy, x, y
-    ready = _pass("reduce", x, gamma, *tensors)
+    ready = _pass("backward_reduce", x, gamma, *tensors)
     partial, sums = empty((2, C, ready.chunks)), empty((2, C))
-    masked, shift = _mask(gamma, beta, y)
-    _run(ready, x, tensors, mean, rstd, gamma, shift, masked, partial)
+    mask, beta_ = _mask(gamma, beta, y)
+    _run(ready, x, tensors, mean, rstd, gamma, beta_, mask, partial)
     dtype = ready.dtype
     args = partial, C, ready.chunks, mean, rstd, sums
     launch.run(kernels.finish_sums(dtype), dtype, dtype, _warps(C), THREADS, *args)
@@ -155,15 +159,19 @@ def backward_apply(
     dx: Array | None,
     dresidual: Array | None,
 ) -> None:
-    """Write dx and dresidual, each where given; sums None: mean and rstd are constants."""
+    """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
+
+    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy masked by
+    ReLU.
+    """
     tensors = dy, x, y, dx, dresidual
-    ready = _pass("differentiate", x, gamma, *tensors)
-    masked, shift = _mask(gamma, beta, y)
+    ready = _pass("backward_apply", x, gamma, *tensors)
+    mask, beta_ = _mask(gamma, beta, y)
     outs = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
     _run(
-        ready, x, tensors, mean, rstd, gamma, shift,
-        sums if training else mean, float(count), masked, training, outs,
+        ready, x, tensors, mean, rstd, gamma, beta_,
+        sums if training else mean, float(count), mask, training, outs,
     )  # fmt: skip
 
 
@@ -178,33 +186,37 @@ def backward(
     dx: Array | None,
     dresidual: Array | None,
 ) -> Array:
-    """`backward_reduce`, then `backward_apply` with its sums, which are returned."""
+    """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
     N, C, S = x.shape
     tensors = dy, x, y, dx, dresidual
-    kept = _kept("backward", x, gamma, *tensors, keeps=2)
-    if kept is None:
+    fused = _fused("backward", x, gamma, *tensors, keeps=2)
+    if fused is None:
         sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y)
         backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual)
         return sums
     empty = memory.empty
-    partial, sums = empty((2, C, kept.chunks)), empty((2, C))
-    masked, shift = _mask(gamma, beta, y)
+    partial, sums = empty((2, C, fused.chunks)), empty((2, C))
+    mask, beta_ = _mask(gamma, beta, y)
     outs = (dx is not None) + 2 * (dresidual is not None)
     _run(
-        kept, x, tensors, mean, rstd, gamma, shift, partial, sums, float(N * S), masked, outs,
+        fused, x, tensors, mean, rstd, gamma, beta_, partial, sums, float(N * S), mask, outs,
     )  # fmt: skip
     return sums
 
 
 def _mask(gamma: Array, beta: Array | None, y: Array | None) -> tuple[int, Array]:
-    """How ReLU's mask comes about: 0 none, 1 recomputed, 2 read from y; and a beta to point to."""
+    """Return `mask` and the array to pass as beta.
+
+    `mask` is 0 without ReLU, 1 if its mask is recomputed from x, and 2 if it is read from y. beta
+    is read only if `mask` is 1; otherwise gamma stands in for it.
+    """
     if y is not None:
         return 2, gamma
     return (0, gamma) if beta is None else (1, beta)
 
 
 class _Pass(NamedTuple):
-    """A kernel of the traversal, ready for tensors of one shape, dtype, strides and alignment."""
+    """A kernel of a traversal, ready for tensors of one shape, dtype, strides and alignment."""
 
     kernel: Any
     dtype: str
@@ -213,25 +225,26 @@ class _Pass(NamedTuple):
     cluster: int
     shared: int
     chunks: int
-    views: tuple[int, ...]  # what stands for the tensors: their strides, a gap for each address
-    step: int  # from gap to gap
+    views: tuple[int, ...]  # arguments of the tensors: a gap for the address, then the strides
+    step: int  # distance between two gaps
     geometry: tuple[int, ...]
 
 
 def _pass(name: str, x: Array, parameters: Array, *tensors: Array | None) -> _Pass:
-    """Prepare a kernel for these tensors, which are in the order of its arguments."""
+    """Prepare a kernel for these tensors, given in the order of its arguments."""
     ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors))
     assert ready is not None
     return ready
 
 
-def _kept(
+def _fused(
     name: str, x: Array, parameters: Array, *tensors: Array | None, keeps: int
 ) -> _Pass | None:
-    """Prepare a kernel that reads memory once and keeps so many tensors, if they fit.
+    """Prepare a kernel that reads memory once and keeps `keeps` tensors on chip; None if it cannot.
 
-    Not in float64, whose statistics are taken twice, and only where all tensors are read in
-    vectors: one that is not would change the sums of the others, which are to be those of `stats`.
+    It cannot for float64, whose statistics are taken twice, nor unless all tensors are read in
+    vectors: otherwise its sums would be added in another order than those of `stats`, and its bits
+    must be the same.
     """
     resident = keeps, *launch.limits()
     if not _may_keep(x.shape, x.dtype.itemsize, *resident):
@@ -241,13 +254,13 @@ def _kept(
 
 @lru_cache(maxsize=4096)
 def _may_keep(shape: Axes, itemsize: int, keeps: int, shared: int, clusters: bool) -> bool:
-    """Whether tensors fit, wherever they lie: what does not is not looked at any further."""
+    """Whether tensors fit on chip if they are aligned, a quick test that rules out most."""
     cut = plan(*shape, itemsize, VECTOR)
     return itemsize < 8 and residence(cut, keeps, shared, clusters) is not None
 
 
 def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
-    """Whether all tensors begin at a multiple of a vector; their strides, None of one absent."""
+    """Return whether all tensors begin at a multiple of a vector; their strides, None if absent."""
     address, addresses = launch.address, 0
     strides: list[Axes | None] = []
     for tensor in tensors:
@@ -269,9 +282,10 @@ def _prepared(
     *strides: Axes | None,
     resident: tuple[int, int, bool] | None = None,
 ) -> _Pass | None:
-    """Prepare a kernel; the strides of an absent tensor, which it will not touch, are 0.
+    """Prepare a kernel; an absent tensor, which the kernel does not touch, has strides 0.
 
-    `resident`: how many tensors it keeps, and what the device's limits are; None if it cannot.
+    `resident` is None or, for a kernel that reads memory once, how many tensors it keeps on chip,
+    followed by the device's limits. Returns None if they do not fit.
     """
     N, C, S = shape
     itemsize = dtype.itemsize
@@ -300,7 +314,7 @@ def _prepared(
         if kept is None:
             return None
         cluster, each, blocks, shared = kept
-        source = kernels.resident(*of, cluster > 1)
+        source = kernels.fused(*of, cluster > 1)
         geometry += cluster, each
     return _Pass(
         getattr(source, name), dtype.name, parameters.name, blocks, cluster, shared, cut.chunks,
@@ -309,7 +323,7 @@ def _prepared(
 
 
 def _run(ready: _Pass, x: Array, tensors: tuple[Array | None, ...], *args: Any) -> None:
-    """Launch; in place of an absent tensor, which the kernel will not touch, stands x."""
+    """Launch a kernel; x stands in for an absent tensor, which the kernel does not touch."""
     kernel, dtype, parameters, blocks, cluster, shared, _, strides, step, geometry = ready
     views: list[Any] = list(strides)
     views[::step] = [x if tensor is None else tensor for tensor in tensors]
@@ -320,7 +334,7 @@ def _run(ready: _Pass, x: Array, tensors: tuple[Array | None, ...], *args: Any) 
 
 
 def _warps(C: int) -> int:
-    """Blocks for one warp a channel."""
+    """Return the number of blocks for one warp per channel."""
     return _ceil(C, THREADS // WARP)
 
 

@@ -1,13 +1,15 @@
-"""Columns on the GPU: S is small. A block takes `group` channels, side by side, of `per` samples.
+"""Column traversal on the GPU, for small S: a block takes `per` samples of `group` channels.
 
-The columns of a group are read by `lanes` threads, `width` columns each, and as many samples at a
-time as the block has threads for: `at_once`. Each column has sums of its own; those of a channel
-are added up in shared memory. x[n] is contiguous; to a kernel a tensor comes as its memory and the
-stride of n, in values. From there on it is a view of a thread's columns: (memory, stride of n,
-where they begin), or, where a block has put a chunk aside in shared memory, `kept_at`.
+The channels of a group are adjacent. Their columns are read by `lanes` threads, `width` columns
+each, and the block reads as many samples at a time (`at_once`) as it has threads for. Each column
+has its own sums; the columns of a channel are added up in shared memory. x[n] is contiguous. A
+kernel gets a tensor as its memory and the stride of n, in values. Device functions get a view of
+the thread's columns: (memory, stride of n, where they begin), or `kept_at` for a chunk that the
+block keeps in shared memory.
 
-What is done with a chunk is written once, as in rows.py, and with units of 1. A thread one of whose
-columns needs others goes through its columns one after the other: `normalise_singly` and so on.
+As in rows.py, what is done with a chunk is written once. It is written for units of 1. A thread
+with a column that needs another unit does its columns one after the other: `apply_singly` and so
+on.
 """
 
 from __future__ import annotations
@@ -18,44 +20,47 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from nbnorm.cuda.channel import coefficients, finish_moments, finishing
+from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL
 from nbnorm.cuda.values import (
     WARP,
     centred,
-    gradients_of,
-    moments_of,
+    gradient_sums_of,
+    masked,
+    moment_sums_of,
     normalised,
-    passed,
     rectified,
     warp_sum,
 )
 
-SHORT = 8  # columns of a channel that one thread adds up by itself
+SHORT = 8  # columns of a channel that a single thread adds up
 
 
 def build(dtype: str, width: int) -> SimpleNamespace:
-    """Kernels for tensors of a dtype that are read and written `width` values at a time."""
+    """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
     load, store = memory_of(dtype, width)
     load_one, store_one = memory_of(dtype, 1)
-    # Vectors under way where two or three tensors are read at once.
+    # Vectors in flight per tensor if two or three tensors are read at once.
     few = UNROLL if width <= 4 else UNROLL // 2
     fewer = UNROLL if width <= 4 else 1
     size, pair_size, fewer_size = UNROLL * width, few * width, fewer * width
-    moments, gradients = moments_of(computed, UNROLL, width), gradients_of(computed, fewer, width)
-    of = coefficients(computed)
+    moment_sums, gradient_sums = (
+        moment_sums_of(computed, UNROLL, width),
+        gradient_sums_of(computed, fewer, width),
+    )
+    of = channel_functions(computed)
     plain_affine, affine, scale_of = of.plain_affine, of.affine, of.scale_of
-    plain_factor, factor, gradient = of.plain_factor, of.factor, of.gradient
-    finish_gradients = finishing(computed)
-    zero, one, least = computed(0), computed(1), computed(STORED_AS_ZERO.get(dtype, 0.0))
+    plain_factors, factors, coefficients = of.plain_factors, of.factors, of.coefficients
+    finish_sums_channel = finish_sums_channel_of(computed)
+    zero, one, threshold = computed(0), computed(1), computed(STORED_AS_ZERO.get(dtype, 0.0))
     cells = THREADS * width
 
     @device
     def located(C, S, group, lanes, g):
-        """First channel and columns of a group, this thread's row and column, rows at once."""
+        """First channel and columns of group g, this thread's row and column, rows at once."""
         c0 = g * group
         columns = min(group, C - c0) * S
         row = quotient(cuda.threadIdx.x, lanes)
@@ -64,19 +69,19 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def samples(N, per, k, columns, row, column, at_once):
-        """Sample from which and before which this thread reads chunk k; none without a column."""
+        """First sample of chunk k for this thread, and the end, 0 for a thread without a column."""
         end = min((k + 1) * per, N) if row < at_once and column < columns else 0
         return k * per + row, end
 
     @device
     def kept_at(slab, per, lanes, column, k, at):
-        """Where a thread keeps its part of chunk k, the `at`-th that the block keeps."""
+        """Where a thread keeps its columns of chunk k, the `at`-th chunk that the block keeps."""
         start = at * per * lanes * width + quotient(column, width)
         return slab, lanes, k * per, start, per * lanes
 
     @device
     def fetch(view, unroll, n, end, at_once, values):
-        """Load `unroll` samples from n on, `at_once` apart; how many there are before end."""
+        """Load up to `unroll` samples n, n + at_once, ... before end; return their number."""
         memory, n_stride, start = view
         count = 0
         for r in range(unroll):
@@ -88,7 +93,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def keep(kept, unroll, n, end, at_once, values):
-        """Put aside what was fetched, neighbours side by side."""
+        """Keep in shared memory what was fetched, neighbouring threads side by side."""
         slab, lanes, first, start, apart = kept
         for r in range(unroll):
             i = n + r * at_once
@@ -98,7 +103,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def recall(kept, unroll, n, end, at_once, values):
-        """Load what was kept, as `fetch` loads what was not."""
+        """Load what was kept, as `fetch` loads from memory."""
         slab, lanes, first, start, apart = kept
         for r in range(unroll):
             i = n + r * at_once
@@ -112,13 +117,13 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def fetch_one(view, i, w):
-        """Column w of sample i."""
+        """Return column w of sample i."""
         value = cuda.local.array(1, computed)
         load_one(view[0], i * view[1] + view[2] + w, value, 0)
         return value[0]
 
     @device
-    def put_one(view, i, w, value):
+    def write_one(view, i, w, value):
         """Store column w of sample i."""
         values = cuda.local.array(1, computed)
         values[0] = value
@@ -126,13 +131,13 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def keep_one(kept, i, w, value):
-        """Put aside column w of sample i."""
+        """Keep column w of sample i."""
         slab, lanes, first, start, apart = kept
         slab[start + w * apart + (i - first) * lanes] = value
 
     @device
     def recall_one(kept, i, w):
-        """Column w of sample i of what was kept."""
+        """Return column w of sample i of what was kept."""
         slab, lanes, first, start, apart = kept
         return slab[start + w * apart + (i - first) * lanes]
 
@@ -141,16 +146,16 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         """Keep nothing."""
 
     @device
-    def first_values(x, c0, S, column, shift):
-        """First values of the channels of a thread's columns, in float64."""
+    def first_values(x, c0, S, column, K):
+        """K[w] = first value of the channel of column w, in float64."""
         value = cuda.local.array(1, computed)
         for w in range(width):
             load_one(x, (c0 + quotient(column + w, S)) * S, value, 0)
-            shift[w] = types.float64(value[0])
+            K[w] = types.float64(value[0])
 
     @device
     def by_channel(sums, shared, S, columns, row, column, at_once, chunks, k, partial):
-        """Add up the columns of each channel into partial[c, k], first over rows, then over S."""
+        """partial[c, k] = sum of the columns of each channel, first over rows, then over S."""
         cuda.syncthreads()
         if row < at_once and column < columns:
             for w in range(width):
@@ -185,8 +190,8 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 c += cuda.blockDim.x // WARP
 
     @device
-    def put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial):
-        """Add two sums up over the block; they go to partial[:, c, k]."""
+    def store_sums(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial):
+        """partial[:, c, k] = two sums over the block."""
         by_channel(s, shared, S, columns, row, column, at_once, chunks, c0 * chunks + k, partial)
         by_channel(
             t, shared, S, columns, row, column, at_once, chunks, (C + c0) * chunks + k, partial
@@ -194,13 +199,13 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def channel_of(mine, w):
-        """Channel of column w of a thread's."""
+        """Channel of this thread's column w."""
         _, c0, S, column = mine
         return c0 + quotient(column + w, S)
 
     @device
-    def affines(mine, hi, a, b):
-        """hi, a, b of each of a thread's columns, with u = 1, and whether that will do for all."""
+    def affine_each(mine, hi, a, b):
+        """hi, a and b of this thread's columns with u = 1; whether u = 1 will do for all."""
         (mean, rstd, gamma, beta), _, _, _ = mine
         plain = True
         for w in range(width):
@@ -210,27 +215,29 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         return plain
 
     @device
-    def scales(mine, scale):
-        """`scale_of` each of a thread's columns, with u = 1."""
+    def scale_each(mine, scale):
+        """`scale_of` this thread's columns, with u = 1."""
         (_, rstd, _, _), _, _, _ = mine
         for w in range(width):
             scale[w] = scale_of(rstd, one, channel_of(mine, w))
 
     @device
-    def gradients_each(mine, sums, C, count, h, p, q):
-        """h, p, q of each of a thread's columns, with v = 1, and whether that will do for all."""
+    def coefficients_each(mine, sums, C, count, h, p, q):
+        """h, p and q of this thread's columns with v = 1; whether v = 1 will do for all."""
         (mean, rstd, _, _), _, _, _ = mine
         plain = True
         for w in range(width):
             c = channel_of(mine, w)
-            h[w], p[w], q[w] = gradient(mean, rstd, sums, C, count, one, one, c)
-            plain = plain and plain_factor(rstd, sums, C, count, c)
+            h[w], p[w], q[w] = coefficients(mean, rstd, sums, C, count, one, one, c)
+            plain = plain and plain_factors(rstd, sums, C, count, c)
         return plain
 
-    def summing(keep: Any) -> Any:
+    def stats_with(keep: Any) -> Any:
+        """Make `stats_chunk`, which calls `keep` with what it has loaded."""
+
         @device
-        def moments_of_chunk(x, kept, n, end, at_once, shift, s, q):
-            """sum d and sum d^2 of this thread's columns, d = x - shift."""
+        def stats_chunk(x, kept, n, end, at_once, K, s, q):
+            """s = sum d and q = sum d^2 of this thread's columns, where d = x - K."""
             values = cuda.local.array(size, computed)
             for w in range(width):
                 s[w] = 0.0
@@ -239,17 +246,19 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 count = fetch(x, UNROLL, n, end, at_once, values)
                 keep(kept, UNROLL, n, end, at_once, values)
                 for w in range(width):
-                    s_more, q_more = moments(values, w, count, shift[w])
+                    s_more, q_more = moment_sums(values, w, count, K[w])
                     s[w] += s_more
                     q[w] += q_more
                 n += UNROLL * at_once
 
-        return moments_of_chunk
+        return stats_chunk
 
-    def normalising(fetch_x: Any, fetch_one_x: Any) -> Any:
+    def apply_with(fetch_x: Any, fetch_one_x: Any) -> Any:
+        """Make `apply_chunk`, which loads x by `fetch_x`."""
+
         @device
-        def normalise_singly(x, residual, y, n, end, at_once, mine, low, added):
-            """`normalise_chunk` of columns some of which need a unit, one after the other."""
+        def apply_singly(x, residual, y, n, end, at_once, mine, low, added):
+            """`apply_chunk`, column by column: at least one needs a unit."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             for w in range(width):
                 hi, u, a, b = affine(mean, rstd, gamma, beta, channel_of(mine, w))
@@ -258,16 +267,16 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     value = normalised(fetch_one_x(x, i, w), hi, u, a, b)
                     if added:
                         value += fetch_one(residual, i, w)
-                    put_one(y, i, w, rectified(value, low))
+                    write_one(y, i, w, rectified(value, low))
                     i += at_once
 
         @device
-        def normalise_chunk(x, residual, y, n, end, at_once, mine, plain, hi, a, b, low, added):
-            """y = act((x u - hi) a + b [+ residual]); plain: u is 1."""
+        def apply_chunk(x, residual, y, n, end, at_once, mine, plain, hi, a, b, low, added):
+            """y = act((x u - hi) a + b [+ residual]); u is 1 if `plain`."""
             values = cuda.local.array(pair_size, computed)
             more = cuda.local.array(pair_size, computed)
             if not plain:
-                normalise_singly(x, residual, y, n, end, at_once, mine, low, added)
+                apply_singly(x, residual, y, n, end, at_once, mine, low, added)
                 return
             while n < end:
                 fetch_x(x, few, n, end, at_once, values)
@@ -284,12 +293,14 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                         store(y[0], i * y[1] + y[2], values, r * width)
                 n += few * at_once
 
-        return normalise_chunk
+        return apply_chunk
 
-    def reducing(keep: Any, keep_one: Any) -> Any:
+    def backward_reduce_with(keep: Any, keep_one: Any) -> Any:
+        """Make `backward_reduce_chunk`, which calls `keep` with what it has loaded."""
+
         @device
-        def sums_again(dy, x, y, kept_g, n, end, at_once, mine, w, masked):
-            """Sums of `gradients_of_chunk` of column w, which needs a unit, in float64."""
+        def gradient_sums64(dy, x, y, kept_g, n, end, at_once, mine, w, mask):
+            """sum g and sum g (x u - hi) scale of column w, which needs a unit, in float64."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             c = channel_of(mine, w)
             hi, u, a, b = affine(mean, rstd, gamma, beta, c)
@@ -297,10 +308,10 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             s, t, output = 0.0, 0.0, zero
             while n < end:
                 g, value = fetch_one(dy, n, w), fetch_one(x, n, w)
-                if masked == 2:
+                if mask == 2:
                     output = fetch_one(y, n, w)
-                if masked:
-                    g = passed(g, value, output, hi, u, a, b, masked, least, zero)
+                if mask:
+                    g = masked(g, value, output, hi, u, a, b, mask, threshold, zero)
                 keep_one(kept_g, n, w, g)
                 d = cuda.fma(types.float64(value), unit, -types.float64(hi))
                 s += types.float64(g)
@@ -309,19 +320,19 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             return s, t
 
         @device
-        def sums_singly(dy, x, y, kept_g, n, end, at_once, mine, masked, s, t):
-            """Replace what `gradients_of_chunk` has for columns that need a unit."""
+        def backward_reduce_singly(dy, x, y, kept_g, n, end, at_once, mine, mask, s, t):
+            """Replace the sums of those columns that need a unit."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             for w in range(width):
                 _, _, _, fits = plain_affine(mean, rstd, gamma, beta, channel_of(mine, w))
                 if not fits:
-                    s[w], t[w] = sums_again(dy, x, y, kept_g, n, end, at_once, mine, w, masked)
+                    s[w], t[w] = gradient_sums64(dy, x, y, kept_g, n, end, at_once, mine, w, mask)
 
         @device
-        def gradients_of_chunk(
-            dy, x, y, kept_g, kept_x, n, end, at_once, mine, plain, hi, a, b, scale, masked, s, t
+        def backward_reduce_chunk(
+            dy, x, y, kept_g, kept_x, n, end, at_once, mine, plain, hi, a, b, scale, mask, s, t
         ):
-            """Sums of g and of g (x u - hi) scale of this thread's columns, g = dy past ReLU."""
+            """s = sum g, t = sum g (x u - hi) scale of this thread's columns; g is masked dy."""
             g = cuda.local.array(fewer_size, computed)
             values = cuda.local.array(fewer_size, computed)
             outputs = cuda.local.array(fewer_size, computed)
@@ -332,85 +343,87 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             while n < end:
                 count = fetch(dy, fewer, n, end, at_once, g)
                 fetch(x, fewer, n, end, at_once, values)
-                if masked == 2:
+                if mask == 2:
                     fetch(y, fewer, n, end, at_once, outputs)
-                if masked:
+                if mask:
                     for r in range(fewer):
                         for w in range(width):
                             j = r * width + w
-                            g[j] = passed(
-                                g[j], values[j], outputs[j], hi[w], one, a[w], b[w], masked, least,
-                                zero,
+                            g[j] = masked(
+                                g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
+                                threshold, zero,
                             )  # fmt: skip
                 keep(kept_g, fewer, n, end, at_once, g)
                 keep(kept_x, fewer, n, end, at_once, values)
                 for w in range(width):
-                    s_more, t_more = gradients(g, values, w, count, hi[w], one, scale[w])
+                    s_more, t_more = gradient_sums(g, values, w, count, hi[w], one, scale[w])
                     s[w] += s_more
                     t[w] += t_more
                 n += fewer * at_once
             if not plain:
-                sums_singly(dy, x, y, kept_g, begin, end, at_once, mine, masked, s, t)
+                backward_reduce_singly(dy, x, y, kept_g, begin, end, at_once, mine, mask, s, t)
 
-        return gradients_of_chunk
+        return backward_reduce_chunk
 
-    def differentiating(fetch_g: Any, fetch_one_g: Any) -> Any:
+    def backward_apply_with(fetch_g: Any, fetch_one_g: Any) -> Any:
+        """Make `backward_apply_chunk`, which loads dy and x by `fetch_g`."""
+
         @device
-        def differentiate_singly(
-            dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count, masked, training, outs
+        def backward_apply_singly(
+            dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count, mask, training, outs
         ):
-            """`differentiate_chunk` of columns some of which need a unit, one after the other."""
+            """`backward_apply_chunk`, column by column: at least one needs a unit."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             for w in range(width):
                 c = channel_of(mine, w)
                 hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-                v, f = factor(rstd, gamma, sums, C, count, u, training, c)
+                v, f = factors(rstd, gamma, sums, C, count, u, training, c)
                 h, p, q, output = zero, zero, zero, zero
                 if training:
-                    h, p, q = gradient(mean, rstd, sums, C, count, u, v, c)
+                    h, p, q = coefficients(mean, rstd, sums, C, count, u, v, c)
                 i = n
                 while i < end:
                     g, value = fetch_one_g(dy, i, w), fetch_one_g(x, i, w)
-                    if masked == 2:
+                    if mask == 2:
                         output = fetch_one(y, i, w)
-                    if masked:
-                        g = passed(g, value, output, hi, u, a, b, masked, least, zero)
+                    if mask:
+                        g = masked(g, value, output, hi, u, a, b, mask, threshold, zero)
                     if outs & 2:
-                        put_one(dresidual, i, w, g)
+                        write_one(dresidual, i, w, g)
                     if outs & 1:
                         d = centred(g, value, hi, u, h, p, q, v, training)
-                        put_one(dx, i, w, f * d)
+                        write_one(dx, i, w, f * d)
                     i += at_once
 
         @device
-        def differentiate_chunk(
+        def backward_apply_chunk(
             dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
-            plain, hi, a, b, h, p, q, masked, training, outs,
+            plain, hi, a, b, h, p, q, mask, training, outs,
         ):  # fmt: skip
-            """dx (outs & 1) and dresidual (outs & 2) of dy, or of dy past ReLU and masked 0."""
+            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is masked already."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
             if not plain:
-                differentiate_singly(
+                backward_apply_singly(
                     dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
-                    masked, training, outs,
+                    mask, training, outs,
                 )  # fmt: skip
                 return
             while n < end:
                 fetch_g(dy, few, n, end, at_once, g)
                 fetch_g(x, few, n, end, at_once, values)
-                if masked == 2:
+                if mask == 2:
                     fetch(y, few, n, end, at_once, outputs)
                 for r in range(few):
                     i = n + r * at_once
                     if i < end:
                         for w in range(width):
                             j = r * width + w
-                            if masked:
-                                g[j] = passed(
-                                    g[j], values[j], outputs[j], hi[w], one, a[w], b[w], masked,
-                                    least, zero,
+                            if mask:
+                                g[j] = masked(
+                                    g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
+                                    threshold, zero,
                                 )  # fmt: skip
                         if outs & 2:
                             store(dresidual[0], i * dresidual[1] + dresidual[2], g, r * width)
@@ -424,41 +437,44 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                             store(dx[0], i * dx[1] + dx[2], values, r * width)
                 n += few * at_once
 
-        return differentiate_chunk
+        return backward_apply_chunk
 
-    moments_of_chunk, normalise_chunk = summing(drop), normalising(fetch, fetch_one)
-    gradients_of_chunk = reducing(drop, drop_one)
-    differentiate_chunk = differentiating(fetch, fetch_one)
+    stats_chunk, apply_chunk = stats_with(drop), apply_with(fetch, fetch_one)
+    backward_reduce_chunk = backward_reduce_with(drop, drop_one)
+    backward_apply_chunk = backward_apply_with(fetch, fetch_one)
 
     @kernel(2)
     def stats(x, xn, C, S, N, group, lanes, per, chunks, partial, mean, again):
-        """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K, or K = mean[c]."""
+        """partial[:, c, k] = sum d, sum d^2 of chunk k, where d = x - K.
+
+        K is the channel's first value, stored in mean[c]; or mean[c] itself if `again`.
+        """
         g = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - g * chunks
         c0, columns, row, column, at_once = located(C, S, group, lanes, g)
         n, end = samples(N, per, k, columns, row, column, at_once)
         shared = cuda.shared.array(cells, types.float64)
-        shift = cuda.local.array(width, types.float64)
+        K = cuda.local.array(width, types.float64)
         s = cuda.local.array(width, types.float64)
         q = cuda.local.array(width, types.float64)
         if n < end:
             if again:
                 for w in range(width):
-                    shift[w] = mean[c0 + quotient(column + w, S)]
+                    K[w] = mean[c0 + quotient(column + w, S)]
             else:
-                first_values(x, c0, S, column, shift)
+                first_values(x, c0, S, column, K)
                 if n == 0:
                     for w in range(width):
-                        mean[c0 + quotient(column + w, S)] = shift[w]
-        moments_of_chunk((x, xn, c0 * S + column), 0, n, end, at_once, shift, s, q)
-        put(s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+                        mean[c0 + quotient(column + w, S)] = K[w]
+        stats_chunk((x, xn, c0 * S + column), 0, n, end, at_once, K, s, q)
+        store_sums(s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
 
     @kernel(2)
     def apply(
         x, xn, residual, rn, y, yn, C, S, N, group, lanes, per, chunks,
         mean, rstd, gamma, beta, floor, added,
     ):  # fmt: skip
-        """y = act(gamma (x - mean) rstd + beta [+ residual]), the last block first."""
+        """y = act(gamma (x - mean) rstd + beta [+ residual]), from the last block to the first."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         g = quotient(block, chunks)
         c0, columns, row, column, at_once = located(C, S, group, lanes, g)
@@ -468,19 +484,19 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         b = cuda.local.array(width, computed)
         mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            plain = affines(mine, hi, a, b)
+            plain = affine_each(mine, hi, a, b)
         start = c0 * S + column
-        normalise_chunk(
+        apply_chunk(
             (x, xn, start), (residual, rn, start), (y, yn, start), n, end, at_once,
             mine, plain, hi, a, b, computed(floor), added,
         )  # fmt: skip
 
     @kernel(2)
-    def reduce(
+    def backward_reduce(
         dy, dyn, x, xn, y, yn, C, S, N, group, lanes, per, chunks,
-        mean, rstd, gamma, beta, masked, partial,
+        mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum dy, sum dy (x u - hi) scale of chunk k."""
+        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k, g = dy masked by ReLU."""
         g = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - g * chunks
         c0, columns, row, column, at_once = located(C, S, group, lanes, g)
@@ -494,21 +510,21 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         t = cuda.local.array(width, types.float64)
         mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            plain = affines(mine, hi, a, b)
-            scales(mine, scale)
+            plain = affine_each(mine, hi, a, b)
+            scale_each(mine, scale)
         start = c0 * S + column
-        gradients_of_chunk(
+        backward_reduce_chunk(
             (dy, dyn, start), (x, xn, start), (y, yn, start), 0, 0, n, end, at_once,
-            mine, plain, hi, a, b, scale, masked, s, t,
+            mine, plain, hi, a, b, scale, mask, s, t,
         )  # fmt: skip
-        put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+        store_sums(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
 
     @kernel(2)
-    def differentiate(
+    def backward_apply(
         dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn, C, S, N, group, lanes, per, chunks,
-        mean, rstd, gamma, beta, sums, count, masked, training, outs,
+        mean, rstd, gamma, beta, sums, count, mask, training, outs,
     ):  # fmt: skip
-        """dx (outs & 1) and dresidual (outs & 2); not training: statistics are constants."""
+        """Write dx (outs & 1) and dresidual (outs & 2); statistics are frozen unless `training`."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         g = quotient(block, chunks)
         c0, columns, row, column, at_once = located(C, S, group, lanes, g)
@@ -521,32 +537,32 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         q = cuda.local.array(width, computed)
         mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            plain = affines(mine, hi, a, b)
+            plain = affine_each(mine, hi, a, b)
             if training:
-                plain = gradients_each(mine, sums, C, count, h, p, q) and plain
+                plain = coefficients_each(mine, sums, C, count, h, p, q) and plain
         start = c0 * S + column
-        differentiate_chunk(
+        backward_apply_chunk(
             (dy, dyn, start), (x, xn, start), (y, yn, start),
             (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
-            mine, sums, C, count, plain, hi, a, b, h, p, q, masked, training, outs,
+            mine, sums, C, count, plain, hi, a, b, h, p, q, mask, training, outs,
         )  # fmt: skip
 
-    keep_moments, normalise_kept = summing(keep), normalising(recall, recall_one)
-    keep_gradients = reducing(keep, keep_one)
-    differentiate_kept = differentiating(recall, recall_one)
+    stats_keeping, apply_kept = stats_with(keep), apply_with(recall, recall_one)
+    backward_reduce_keeping = backward_reduce_with(keep, keep_one)
+    backward_apply_kept = backward_apply_with(recall, recall_one)
 
-    def resident(together: Any) -> SimpleNamespace:
-        """Kernels that read memory once: `blocks` blocks keep a group, `each` chunks a block.
+    def fused(barrier: Any) -> SimpleNamespace:
+        """Return kernels that read memory once and keep a group of channels on chip.
 
-        `together` has the blocks of a group wait for each other.
+        `blocks` blocks keep a group, `each` chunks per block. `barrier` waits for all of them.
         """
 
         @kernel(1)
         def forward(
             x, xn, residual, rn, y, yn, C, S, N, group, lanes, per, chunks, blocks, each,
-            m, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
+            count, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
         ):  # fmt: skip
-            """`stats`, `finish` and `apply`."""
+            """`stats`, `finish_moments` and `apply`."""
             slab = cuda.shared.array(0, computed)
             shared = cuda.shared.array(cells, types.float64)
             g = quotient(cuda.blockIdx.x, blocks)
@@ -557,34 +573,36 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             hi = cuda.local.array(width, computed)
             a = cuda.local.array(width, computed)
             b = cuda.local.array(width, computed)
-            shift = cuda.local.array(width, types.float64)
+            K = cuda.local.array(width, types.float64)
             s = cuda.local.array(width, types.float64)
             q = cuda.local.array(width, types.float64)
             if row < at_once and column < columns:
-                first_values(x, c0, S, column, shift)
+                first_values(x, c0, S, column, K)
                 if begin == 0 and row == 0:
                     for w in range(width):
-                        mean[c0 + quotient(column + w, S)] = shift[w]
+                        mean[c0 + quotient(column + w, S)] = K[w]
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
                 kept = kept_at(slab, per, lanes, column, k, k - begin)
-                keep_moments((x, xn, start), kept, n, end, at_once, shift, s, q)
-                put(s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+                stats_keeping((x, xn, start), kept, n, end, at_once, K, s, q)
+                store_sums(
+                    s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial
+                )
                 k += 1
-            together()
+            barrier()
             c = rank * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
             while c < quotient(columns, S):
-                finish_moments(partial, c0 + c, C, chunks, m, eps, mean, m2, rstd)
+                finish_moments_channel(partial, c0 + c, C, chunks, count, eps, mean, m2, rstd)
                 c += blocks * (cuda.blockDim.x // WARP)
-            together()
+            barrier()
             mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
             if row < at_once and column < columns:
-                plain = affines(mine, hi, a, b)
+                plain = affine_each(mine, hi, a, b)
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
-                normalise_kept(
+                apply_kept(
                     kept_at(slab, per, lanes, column, k, k - begin),
                     (residual, rn, start), (y, yn, start), n, end, at_once,
                     mine, plain, hi, a, b, computed(floor), added,
@@ -595,9 +613,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         def backward(
             dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn,
             C, S, N, group, lanes, per, chunks, blocks, each,
-            mean, rstd, gamma, beta, partial, sums, count, masked, outs,
+            mean, rstd, gamma, beta, partial, sums, count, mask, outs,
         ):  # fmt: skip
-            """`reduce`, `finish_sums` and `differentiate`."""
+            """`backward_reduce`, `finish_sums` and `backward_apply`."""
             slab = cuda.shared.array(0, computed)
             shared = cuda.shared.array(cells, types.float64)
             g = quotient(cuda.blockIdx.x, blocks)
@@ -616,31 +634,33 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             t = cuda.local.array(width, types.float64)
             mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
             if row < at_once and column < columns:
-                plain = affines(mine, hi, a, b)
-                scales(mine, scale)
+                plain = affine_each(mine, hi, a, b)
+                scale_each(mine, scale)
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
-                keep_gradients(
+                backward_reduce_keeping(
                     (dy, dyn, start), (x, xn, start), (y, yn, start),
                     kept_at(slab, per, lanes, column, k, k - begin),
                     kept_at(slab, per, lanes, column, k, k - begin + each),
-                    n, end, at_once, mine, plain, hi, a, b, scale, masked, s, t,
+                    n, end, at_once, mine, plain, hi, a, b, scale, mask, s, t,
                 )  # fmt: skip
-                put(s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+                store_sums(
+                    s, t, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial
+                )
                 k += 1
-            together()
+            barrier()
             c = rank * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
             while c < quotient(columns, S):
-                finish_gradients(partial, c0 + c, C, chunks, mean, rstd, sums)
+                finish_sums_channel(partial, c0 + c, C, chunks, mean, rstd, sums)
                 c += blocks * (cuda.blockDim.x // WARP)
-            together()
+            barrier()
             if row < at_once and column < columns:
-                plain = gradients_each(mine, sums, C, count, h, p, q) and plain
+                plain = coefficients_each(mine, sums, C, count, h, p, q) and plain
             k = begin
             while k < stop:
                 n, end = samples(N, per, k, columns, row, column, at_once)
-                differentiate_kept(
+                backward_apply_kept(
                     kept_at(slab, per, lanes, column, k, k - begin),
                     kept_at(slab, per, lanes, column, k, k - begin + each), (y, yn, start),
                     (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
@@ -651,5 +671,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         return SimpleNamespace(forward=forward, backward=backward)
 
     return SimpleNamespace(
-        stats=stats, apply=apply, reduce=reduce, differentiate=differentiate, resident=resident
+        stats=stats,
+        apply=apply,
+        backward_reduce=backward_reduce,
+        backward_apply=backward_apply,
+        fused=fused,
     )

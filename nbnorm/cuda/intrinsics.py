@@ -1,7 +1,8 @@
-"""What numba.cuda cannot say: vectors of 16 bytes, halves, 32-bit division, exponents, clusters.
+"""What numba.cuda cannot express: 16-byte vectors, halves, 32-bit division, exponents, clusters.
 
-The only file with LLVM and PTX in it. `memory_of` gives the load and the store of a storage dtype
-and a width, between memory (a raw pointer) and a thread's own array of the dtype it computes in.
+This is the only file with LLVM and PTX. `memory_of` returns the load and the store for a storage
+dtype and a width. They move values between memory (a raw pointer) and a thread's local array of the
+compute dtype.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
 
 class Storage(NamedTuple):
-    """A dtype in memory: pointer type, type it is computed in, bytes, and PTX's name of it."""
+    """A dtype in memory: pointer type, compute dtype, bytes, and its name in PTX."""
 
     pointer: Any
     computed: Any
@@ -32,7 +33,7 @@ STORAGE = {
 
 
 class _Word(NamedTuple):
-    """What moves values between memory and registers: PTX type, constraint, LLVM type, values."""
+    """A register of a load or store: PTX type, constraint, LLVM type, number of values in it."""
 
     ptx: str
     constraint: str
@@ -49,17 +50,17 @@ def _word(storage: Storage, width: int) -> _Word:
 
 
 def memory_of(dtype: str, width: int) -> tuple[Any, Any]:
-    """(load, store) of `width` values, whose address is a multiple of their size.
+    """Return load and store of `width` values at an address that is a multiple of their size.
 
     load(pointer, index, values, start): values[start : start + width] = pointer[index : ...].
-    store(pointer, index, values, start): the other way round, rounded to nearest even.
+    store(pointer, index, values, start): the reverse, rounded to nearest, ties to even.
     """
     storage = STORAGE[dtype]
     word = _word(storage, width)
     words = width // word.values
     suffix = (f".v{words}" if words > 1 else "") + f".{word.ptx}"
 
-    # Side effects: LLVM must not read again what a store may have overwritten (y may be x).
+    # With side effects: LLVM must not repeat a load after a store to its memory (y may be x).
     @intrinsic
     def load(typing_context, pointer, index, values, start):
         def codegen(context, builder, signature, args):
@@ -110,7 +111,10 @@ def memory_of(dtype: str, width: int) -> tuple[Any, Any]:
 
 @intrinsic
 def quotient(typing_context, a, b):
-    """a // b of numbers from 0 to 2^31: a 64-bit division is a call, Python's checks for 0 more."""
+    """a // b for 0 <= a, b < 2^31, with no check for 0.
+
+    A 64-bit division is a function call, and Python's checks b.
+    """
 
     def codegen(context, builder, signature, args):
         a, b = (builder.trunc(value, _I32) for value in args)
@@ -121,7 +125,7 @@ def quotient(typing_context, a, b):
 
 @intrinsic
 def exponent_of(typing_context, value):
-    """e of 2^e <= |value| < 2^(e + 1), an int64: -1023 of 0 and subnormal, 1024 of Inf and NaN."""
+    """e of 2^e <= |value| < 2^(e + 1), int64; -1023 for 0 and subnormal, 1024 for Inf and NaN."""
 
     def codegen(context, builder, signature, args):
         bits = builder.trunc(builder.lshr(builder.bitcast(args[0], _I64), _I64(52)), _I32)
@@ -133,7 +137,7 @@ def exponent_of(typing_context, value):
 
 @intrinsic
 def power_of(typing_context, exponent):
-    """2^exponent, a float64, of exponents from -1022 to 1023."""
+    """2^exponent as float64, for exponents from -1022 to 1023."""
 
     def codegen(context, builder, signature, args):
         biased = builder.add(args[0], _I64(1023))
@@ -144,7 +148,7 @@ def power_of(typing_context, exponent):
 
 @intrinsic
 def cluster_barrier(typing_context):
-    """Wait for all blocks of the cluster; what they wrote before is there afterwards. sm_90."""
+    """Wait for all blocks of the cluster and see what they wrote before. Needs sm_90."""
 
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [])
@@ -165,7 +169,7 @@ def _address(builder: Any, pointer: Any, index: Any) -> Any:
 
 
 def _widened(builder: Any, word: Any, storage: Storage) -> list[Any]:
-    """Values of the computed type from a register."""
+    """Return the values in a register, in the compute dtype."""
     if storage.itemsize >= 4:
         return [word]
     if storage.ptx == "bf16":
@@ -182,7 +186,7 @@ def _widened(builder: Any, word: Any, storage: Storage) -> list[Any]:
 
 
 def _narrowed(builder: Any, values: list[Any], storage: Storage) -> Any:
-    """A register from values of the computed type."""
+    """Return a register with these values of the compute dtype."""
     if storage.itemsize >= 4:
         return values[0]
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""How device code is compiled: the only file that says forceinline, launch bounds or fastmath."""
+"""How device code is compiled: the only file that sets forceinline, launch bounds or fastmath."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from nbnorm.cuda.plan import THREADS
 
 
 def device(function: Callable[..., Any]) -> Any:
-    """Compile a function of one thread, inlined where it is called: its arrays are registers."""
+    """Compile a device function, inlined by its callers so that its arrays stay in registers."""
     return cuda.jit(device=True, forceinline=True)(function)
 
 
 def kernel(resident: int = 4) -> Any:
-    """Compile a kernel of which a multiprocessor can hold so many blocks of `THREADS` threads.
+    """Compile a kernel of which `resident` blocks of `THREADS` threads fit into a multiprocessor.
 
-    Its 65,536 registers are 64 a thread with four blocks, 80 with three, 128 with two.
+    Its 65,536 registers are 64 per thread with four blocks, 80 with three, 128 with two.
     """
     return cuda.jit(launch_bounds=(THREADS, resident))

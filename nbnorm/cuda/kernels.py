@@ -1,4 +1,7 @@
-"""All kernels and their argument types, which follow from the arguments' names."""
+"""All kernels, and the types of their arguments, which follow from the arguments' names.
+
+An argument whose name is in none of the sets below is an int64.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +17,36 @@ from nbnorm.cuda.values import block_barrier
 
 _TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual"))
 _STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial"))
-_FLOATS = frozenset(("m", "eps", "count", "floor", "momentum", "divisor"))
+_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor"))
 # gamma and beta, running statistics: float32 or float64.
 _PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var"))
 
 
 @lru_cache(maxsize=64)
 def build(traversal: str, dtype: str, width: int) -> Any:
-    """Kernels of a traversal."""
+    """Return the kernels of a traversal."""
     source = rows if traversal == "rows" else columns
     return source.build(dtype, width)
 
 
 @lru_cache(maxsize=64)
-def resident(traversal: str, dtype: str, width: int, clusters: bool) -> Any:
-    """Kernels that read memory once; for blocks that work alone, or clusters of them."""
-    together = cluster_barrier if clusters else block_barrier
-    return build(traversal, dtype, width).resident(together)
+def fused(traversal: str, dtype: str, width: int, clusters: bool) -> Any:
+    """Return the kernels that read memory once, for single blocks or for clusters of blocks."""
+    barrier = cluster_barrier if clusters else block_barrier
+    return build(traversal, dtype, width).fused(barrier)
 
 
 @lru_cache(maxsize=4)
 def finish_sums(dtype: str) -> Any:
-    """The kernel that ends `reduce`."""
+    """Return the kernel that follows `backward_reduce`."""
     return channel.finish_sums(STORAGE[dtype].computed)
 
 
-finish, rstd_all, move = channel.finish, channel.rstd_all, channel.move
+finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
 
 
 def signature(kernel: Any, dtype: str, parameters: str) -> tuple[Any, ...]:
-    """Argument types of a kernel for tensors and parameters of these dtypes."""
+    """Return the argument types of a kernel for tensors and parameters of these dtypes."""
 
     def kind(name: str) -> Any:
         if name in _TENSORS:

@@ -1,9 +1,9 @@
-"""From kernels and device arrays to launches: raw pointers on CuPy's current stream.
+"""Launches of kernels with raw pointers, on CuPy's current stream.
 
 Numba's own launch asks each array for its CUDA array interface and synchronises with its stream:
 200 us of host time and eight synchronisations for eight arrays. `cuda.core.launch` takes pointers,
-but an object for every number: 10 us for twenty arguments. Here arguments, 8 bytes each, are packed
-into memory that the driver's array of pointers was made for once: 2 us.
+but needs an object for every number: 10 us for twenty arguments. Here the arguments, 8 bytes each,
+are packed into memory for which the driver's array of pointers was made once: 2 us.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from nbnorm.cuda.kernels import signature
 from nbnorm.cuda.loading import load
 from nbnorm.cuda.plan import CLUSTER
 
-_FORMATS = {types.int64: "q", types.float64: "d"}  # all else is an address
+_FORMATS = {types.int64: "q", types.float64: "d"}  # anything else is an address
 _MAXIMUM = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_CONFIGS = 64  # descriptions of launches that a slot keeps
+_CONFIGS = 64  # launch configurations that a slot caches
 
 _NO_CONTEXT = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
 
@@ -33,7 +33,7 @@ _launch, _launch_clusters = driver.cuLaunchKernel, driver.cuLaunchKernelEx
 
 
 def address(array: Any) -> int:
-    """Where a device array begins."""
+    """Return the address of a device array."""
     pointer: int = array.data.ptr
     return pointer
 
@@ -48,16 +48,17 @@ def run(
     cluster: int = 1,
     shared: int = 0,
 ) -> None:
-    """Launch a kernel; arrays are handed over by their address.
+    """Launch a kernel; arrays are passed by address.
 
-    `cluster` blocks wait for each other; each has so many bytes of `shared` memory besides its own.
+    `cluster` blocks can wait for each other; each gets `shared` bytes of shared memory besides its
+    static ones.
     """
     device = _current_device()
     bound = _bound(kernel, dtype, parameters, device, shared > 0)
     values = list(args)
     for i in bound.arrays:
         values[i] = values[i].data.ptr
-    # Out of the list while in use: the launch lets other threads run.
+    # Taken out of the list while in use: other threads can run during the launch.
     try:
         slot = bound.idle.pop()
     except IndexError:
@@ -73,7 +74,7 @@ def run(
         config.hStream = stream
         launch, to_launch = _launch_clusters, (config, bound.function, slot.pointers, 0)
     (error,) = launch(*to_launch)
-    if error == _NO_CONTEXT:  # nothing has made the device this thread's yet
+    if error == _NO_CONTEXT:  # this thread has no current context yet
         cuda.current_context(device)
         (error,) = launch(*to_launch)
     if error:
@@ -82,7 +83,7 @@ def run(
 
 
 def limits() -> tuple[int, bool]:
-    """Bytes of shared memory that a block may have on this device; whether it has clusters."""
+    """Return the bytes of shared memory a block may have, and whether the device has clusters."""
     return _limits(_current_device())
 
 
@@ -97,24 +98,24 @@ def _limits(device: int) -> tuple[int, bool]:
     ):
         error, value = driver.cuDeviceGetAttribute(attribute, device)
         if error:
-            raise RuntimeError(f"CUDA does not tell what device {device} can do: {_words(error)}")
+            raise RuntimeError(f"CUDA could not query device {device}: {_words(error)}")
         values.append(value)
     shared, clusters, multiprocessors = values
-    return shared, bool(clusters) and multiprocessors >= CLUSTER  # fewer in a slice of a GPU
+    return shared, bool(clusters) and multiprocessors >= CLUSTER  # a slice of a GPU may have fewer
 
 
 class _Bound:
-    """A kernel loaded on a device, and how its arguments are handed over."""
+    """A kernel loaded on a device, and how its arguments are packed."""
 
     def __init__(self, kernel: Any, kinds: tuple[Any, ...], device: int, keeps: bool) -> None:
         with cuda.gpus[device]:
             self.loaded = load(kernel, kinds)  # unloaded when it is collected
-            if keeps:  # launches say how much they take of what there is
+            if keeps:  # allow all there is; a launch says how much it takes
                 most = _limits(device)[0] - self.loaded.shared
                 of = driver.CUkernel(self.loaded.handle)
                 error, *_ = driver.cuKernelSetAttribute(_MAXIMUM, most, of, device)
                 if error:
-                    raise RuntimeError(f"CUDA does not give a block {most} bytes: {_words(error)}")
+                    raise RuntimeError(f"CUDA refuses {most} bytes to a block: {_words(error)}")
         self.function = driver.CUfunction(self.loaded.handle)
         formats = [_FORMATS.get(kind, "P") for kind in kinds]
         self.arrays = [i for i, letter in enumerate(formats) if letter == "P"]
@@ -124,7 +125,7 @@ class _Bound:
 
 
 class _Slot:
-    """Memory for the arguments of one launch, where pointers to each of them are, its shapes."""
+    """Memory for the arguments of one launch, the pointers to them, and launch configurations."""
 
     def __init__(self, size: int) -> None:
         self.packed = (ctypes.c_char * size)()
@@ -134,7 +135,7 @@ class _Slot:
         self._configs: dict[tuple[int, ...], Any] = {}
 
     def config(self, blocks: int, threads: int, cluster: int, shared: int) -> Any:
-        """Describe a launch of clusters; it takes 4 us to make and is kept."""
+        """Return the configuration of a launch of clusters, cached as making it takes 4 us."""
         key = blocks, threads, cluster, shared
         if key in self._configs:
             return self._configs[key]

@@ -1,7 +1,7 @@
-"""A kernel compiled and loaded on a device: the one file that knows what numba-cuda keeps inside.
+"""Compiling and loading kernels: the one file that depends on numba-cuda's internals.
 
-Numba's only public way to run a kernel is its own launch. The attributes that our launch needs of a
-loaded kernel are read here. They are not public: pyproject.toml says which numba-cuda has them.
+Numba's only public way to run a kernel is its own launch. Our launch needs attributes of a loaded
+kernel that are not public; they are read here. pyproject.toml says which numba-cuda has them.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ _PACKAGES = ("numba-cuda", "numba", "llvmlite", "cuda-core", "cuda-bindings", "c
 class Loaded(NamedTuple):
     """A kernel on a device."""
 
-    owner: Any  # the kernel is unloaded when it is collected
-    handle: int  # the driver's, a CUkernel
-    shared: int  # bytes of shared memory that every block takes
+    owner: Any  # unloads the kernel when it is collected
+    handle: int  # the driver's CUkernel
+    shared: int  # bytes of shared memory that every block needs
 
 
 def load(kernel: Any, kinds: tuple[Any, ...]) -> Loaded:
     """Compile a kernel for arguments of these types and load it on the current device."""
     with _explained(kernel):
         owner = kernel.compile(types.void(*kinds))._codelibrary.get_cufunc()
-        # cuda-core's handle is a number or an object of cuda-bindings, which is one as well.
+        # cuda-core's handle is an int or an object of cuda-bindings, which int() accepts.
         return Loaded(owner, int(owner.kernel.handle), int(owner.attrs.shared))
 
 
 @contextmanager
 def _explained(kernel: Any) -> Iterator[None]:
-    """Say what is to be done where numba-cuda is another than this file knows, or lacks a part."""
+    """Raise an error that says what to do if numba-cuda lacks a part or has other internals."""
     try:
         yield
     except (NvvmSupportError, DynamicLibNotFoundError) as error:
-        reason = str(error).partition("\n")[0]  # all folders that were looked in follow
+        reason = str(error).partition("\n")[0]  # the folders that were searched follow
         raise RuntimeError(
             "CUDA's compiler is not all there: install nbnorm-kernels[cuda], or set CUDA_HOME to a "
-            f"CUDA toolkit, /usr/local/cuda say; {_versions()} ({reason})"
+            f"CUDA toolkit such as /usr/local/cuda; {_versions()} ({reason})"
         ) from error
     except (AttributeError, TypeError) as error:
         raise RuntimeError(
             f"nbnorm could not load the kernel {kernel.py_func.__name__}, as these versions do not "
-            f"go together: {_versions()}; expected numba-cuda 0.30 or later ({error})"
+            f"fit together: {_versions()}; expected numba-cuda 0.30 or later ({error})"
         ) from error
 
 

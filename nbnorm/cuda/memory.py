@@ -1,6 +1,6 @@
-"""Memory on a GPU: CuPy's, of its current device and stream.
+"""Memory on a GPU, allocated by CuPy on its current device and stream.
 
-The functions of `nbnorm.cpu.memory`, and what only arrays on a GPU need.
+The functions are those of `nbnorm.cpu.memory`, and what only arrays on a GPU need.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from_host = cupy.asarray
 
 
 def aligned(_: Array) -> bool:
-    """Whether every value lies at a multiple of its size: others were refused."""
+    """Whether every value lies at a multiple of its size; arrays for which not were refused."""
     return True
 
 
 def plain(array: Array) -> bool:
-    """Whether an array is contiguous, aligned and can be written to."""
+    """Whether an array is C-contiguous, aligned and writeable."""
     return bool(array.flags.c_contiguous)
 
 
 def constant(size: int, value: float, dtype: Any) -> Array:
-    """Return an array of one value, which nobody writes to: a small one is made once a device."""
+    """Return an array filled with one value, never to be written to; small ones are cached."""
     if size > 1 << 12:
         return cupy.full(size, value, dtype)
     return _small_constant(size, value, dtype, cupy.cuda.runtime.getDevice())
 
 
-@cache  # given back, it could be overwritten while another stream reads it
+@cache  # never freed: memory reused by one stream may still be read by another
 def _small_constant(size: int, value: float, dtype: Any, device: int) -> Array:
     array = cupy.full(size, value, dtype)
     cupy.cuda.get_current_stream().synchronize()  # other streams will read it
@@ -47,7 +47,7 @@ def _small_constant(size: int, value: float, dtype: Any, device: int) -> Array:
 
 
 def current_for(array: Array) -> AbstractContextManager[None]:
-    """Make the device of an array CuPy's current one, and the stream that its library works on."""
+    """Make the device of an array, and the stream of its library, current in CuPy."""
     library = type(array).__module__.partition(".")[0]
     device = array.device.id if library == "cupy" else array.__dlpack_device__()[1]
     if library == "cupy" and device == cupy.cuda.runtime.getDevice():
@@ -69,7 +69,7 @@ def _made_current(library: str, device: int) -> Iterator[None]:
 
 
 class _Foreign:
-    """Another library's stream, in the form that CuPy takes it in."""
+    """Another library's stream, as CuPy accepts it."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
@@ -80,7 +80,7 @@ class _Foreign:
 
 
 def _stream_of(library: str, device: int) -> int | None:
-    """Return torch's current stream; other libraries wait for CuPy's when they hand arrays over."""
+    """Return torch's current stream; other libraries wait for CuPy's when they pass arrays on."""
     if library != "torch":
         return None
     stream: int = sys.modules["torch"].cuda.current_stream(device).cuda_stream

@@ -1,7 +1,7 @@
-"""How a pass over (N, C, S) is cut up on a GPU: pure, from shape, strides, addresses and dtype.
+"""How a pass over (N, C, S) is divided on a GPU, computed from shape, alignment and dtype.
 
-What decides bits (traversal, width, group, lanes, per) follows from shape, alignment and dtype
-alone, so that results are the same on every GPU.
+What determines bits (traversal, width, group, lanes, per) follows from these alone, so results are
+the same on every GPU.
 """
 
 from functools import lru_cache
@@ -10,30 +10,31 @@ from typing import NamedTuple
 
 from nbnorm._layout import PLANE
 
-THREADS = 256  # a block; no fewer than PLANE, so that there is one for every column of a plane
+THREADS = 256  # per block; at least PLANE, so that every column of a plane has a thread
 VECTOR = 16  # bytes of the widest access
-UNROLL = 4  # vectors of one tensor that a thread has under way
-# Values of a channel, or of a group of channels, that one block takes. Three such chunks in float32
-# fit into a multiprocessor's shared memory on sm_90, and eight blocks of three hold a channel of 32
-# images of 112 x 112.
+UNROLL = 4  # vectors of one tensor that a thread has in flight
+# Values of a channel, or of a group of channels, that one block takes. On sm_90 three such chunks
+# fit into a multiprocessor's shared memory as float32, and eight blocks of three hold a channel of
+# 32 images of 112 x 112.
 CHUNK = 17 << 10
-CLUSTER = 8  # blocks that every GPU with clusters can have wait for each other
-CHUNKS = 1024  # of a channel at most: one warp adds them up
+CLUSTER = 8  # blocks in a cluster, which every GPU that has clusters supports
+CHUNKS = 1024  # per channel, at most: one warp adds them up
 # Greatest value that is stored as 0: half the least number, a tie, goes to even.
 STORED_AS_ZERO = {"float16": 2.0**-25, "bfloat16": 2.0**-134}
-LANES = 32  # vectors side by side, at least, where a row of columns has as many
+LANES = 32  # least number of threads side by side, if a sample has as many vectors
 
 
 class Plan(NamedTuple):
-    """Cut of a pass.
+    """How a pass is divided.
 
-    By rows, a block takes `per` vectors of one channel, counted through all its planes. By columns,
-    it takes `group` channels of `per` samples, `lanes` threads side by side along the columns and
-    as many samples at a time as there are threads for. Either way there are `chunks` of them.
+    By rows, a block takes `per` vectors of one channel, numbered through all its planes. By
+    columns, it takes `group` channels of `per` samples, with `lanes` threads side by side along the
+    columns and as many samples at a time as there are threads for. In both cases that is a chunk;
+    there are `chunks` of them.
     """
 
     traversal: str
-    width: int  # values that are loaded at once
+    width: int  # values loaded at once
     group: int
     lanes: int
     per: int
@@ -43,9 +44,9 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def plan(N: int, C: int, S: int, itemsize: int, aligned: int, threads: int = THREADS) -> Plan:
-    """Cut a pass over N samples of C channels of S values, none of them 0.
+    """Divide a pass over N samples of C channels of S values, none of them 0.
 
-    `aligned` is a number of bytes that divides all addresses and strides of planes and samples.
+    `aligned` is a number of bytes that divides all addresses and all strides of planes and samples.
     """
     width = VECTOR // itemsize
     if S >= PLANE:
@@ -78,20 +79,20 @@ def plan(N: int, C: int, S: int, itemsize: int, aligned: int, threads: int = THR
 
 
 class Residence(NamedTuple):
-    """How blocks share a channel, or group of channels, that stays in shared memory."""
+    """How blocks share a channel, or a group of channels, that stays in shared memory."""
 
-    blocks: int  # a channel: a cluster, whose blocks can wait for each other
-    each: int  # chunks that a block keeps
+    blocks: int  # per channel or group: a cluster, whose blocks can wait for each other
+    each: int  # chunks per block
     grid: int
-    shared: int  # bytes that a block's chunks take
+    shared: int  # bytes of a block's chunks
 
 
 @lru_cache(maxsize=1024)
 def residence(cut: Plan, tensors: int, shared: int, clusters: bool) -> Residence | None:
-    """How to keep so many tensors from sums to results; None where they do not fit.
+    """Return how to keep `tensors` tensors on chip from sums to results; None if they do not fit.
 
-    A block may have so many bytes of `shared` memory, of which sums need some. Values are kept as
-    float32 whatever their dtype. A block keeps one chunk, or more where there are more than eight.
+    A block may have `shared` bytes of shared memory, some of which the sums need. Values are kept
+    as float32 whatever their dtype. A block keeps one chunk, or more if there are more than eight.
     """
     chunk = cut.per * cut.lanes * cut.width * 4 * tensors
     sums = 8 * (THREADS * cut.width if cut.traversal == "columns" else LANES)

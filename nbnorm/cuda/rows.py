@@ -1,12 +1,12 @@
-"""Rows on the GPU: S is large. A block takes `per` vectors of one channel, a chunk of it.
+"""Row traversal on the GPU, for large S: a block takes `per` vectors of one channel, a chunk of it.
 
 The vectors of a channel are numbered through all its planes; vector v lies in sample v // vectors.
-To a kernel a tensor comes as its memory, the stride of n and that of c, in values. From there on it
-is a view of one channel: (memory, vectors, stride of n, where the channel begins), or, where a
-block has put a chunk aside in shared memory, (slab, per, first, where the chunk begins).
+A kernel gets a tensor as its memory and the strides of n and c, in values. Device functions get a
+view of one channel: (memory, vectors, stride of n, where the channel begins), or, for a chunk that
+the block keeps in shared memory, (slab, per, first, where the chunk begins).
 
-What is done with a chunk is written once, and compiled for either way of reading it: sums, and
-with them all bits, are the same.
+What is done with a chunk is written once and compiled for both ways of reading it, so that sums,
+and with them all bits, are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from nbnorm.cuda.channel import coefficients, finish_moments, finishing
+from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL
@@ -25,31 +25,34 @@ from nbnorm.cuda.values import (
     WARP,
     block_sum,
     centred,
-    gradients_of,
-    moments_of,
+    gradient_sums_of,
+    masked,
+    moment_sums_of,
     normalised,
-    passed,
     rectified,
 )
 
 
 def build(dtype: str, width: int) -> SimpleNamespace:
-    """Kernels for tensors of a dtype that are read and written `width` values at a time."""
+    """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
     load, store = memory_of(dtype, width)
     load_one, _ = memory_of(dtype, 1)
-    # Vectors under way where two or three tensors are read at once.
+    # Vectors in flight per tensor if two or three tensors are read at once.
     few = UNROLL if width <= 4 else UNROLL // 2
     size, pair_size = UNROLL * width, few * width
-    moments, gradients = moments_of(computed, size, 1), gradients_of(computed, pair_size, 1)
-    of = coefficients(computed)
-    affine, scale_of, factor, gradient = of.affine, of.scale_of, of.factor, of.gradient
-    finish_gradients = finishing(computed)
-    zero, least = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
+    moment_sums, gradient_sums = (
+        moment_sums_of(computed, size, 1),
+        gradient_sums_of(computed, pair_size, 1),
+    )
+    of = channel_functions(computed)
+    affine, scale_of, factors, coefficients = of.affine, of.scale_of, of.factors, of.coefficients
+    finish_sums_channel = finish_sums_channel_of(computed)
+    zero, threshold = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
 
     @device
     def located(block, total, per, chunks):
-        """Channel, chunk of it, and the vectors from which and before which that reaches."""
+        """Channel, chunk, first vector of the chunk, and the vector after its last."""
         c = quotient(block, chunks)
         k = block - c * chunks
         return c, k, k * per, min((k + 1) * per, total)
@@ -63,7 +66,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def fetch(view, unroll, i, end, values):
-        """Load `unroll` vectors from i on, a block apart; how many values there are before end."""
+        """Load up to `unroll` vectors before end, a block apart; return their number of values."""
         count = 0
         for r in range(unroll):
             j = i + r * cuda.blockDim.x
@@ -74,7 +77,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def keep(kept, unroll, i, end, values):
-        """Put aside what was fetched, neighbours side by side."""
+        """Keep in shared memory what was fetched, neighbouring threads side by side."""
         slab, per, first, start = kept
         for r in range(unroll):
             j = i + r * cuda.blockDim.x
@@ -84,7 +87,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def recall(kept, unroll, i, end, values):
-        """Load what was kept, as `fetch` loads what was not."""
+        """Load what was kept, as `fetch` loads from memory."""
         slab, per, first, start = kept
         for r in range(unroll):
             j = i + r * cuda.blockDim.x
@@ -98,24 +101,26 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def first_value(x, start):
-        """The channel's first value, in float64."""
+        """First value of a channel, in float64."""
         value = cuda.local.array(1, computed)
         load_one(x, start, value, 0)
         return types.float64(value[0])
 
     @device
-    def put(partial, C, c, k, chunks, s, t, shared):
-        """Add two sums up over the block; they go to partial[:, c, k]."""
+    def store_sums(partial, C, c, k, chunks, s, t, shared):
+        """partial[:, c, k] = two sums over the block."""
         s = block_sum(s, shared)
         t = block_sum(t, shared)
         if cuda.threadIdx.x == 0:
             partial[c * chunks + k] = s
             partial[(C + c) * chunks + k] = t
 
-    def summing(keep: Any) -> Any:
+    def stats_with(keep: Any) -> Any:
+        """Make `stats_chunk`, which calls `keep` with what it has loaded."""
+
         @device
-        def moments_of_chunk(x, kept, first, end, shift):
-            """sum d and sum d^2 of this thread's values, d = x - shift."""
+        def stats_chunk(x, kept, first, end, K):
+            """sum d and sum d^2 of this thread's values, where d = x - K."""
             values = cuda.local.array(size, computed)
             s = 0.0
             q = 0.0
@@ -123,17 +128,19 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             while i < end:
                 count = fetch(x, UNROLL, i, end, values)
                 keep(kept, UNROLL, i, end, values)
-                s_more, q_more = moments(values, 0, count, shift)
+                s_more, q_more = moment_sums(values, 0, count, K)
                 s += s_more
                 q += q_more
                 i += UNROLL * cuda.blockDim.x
             return s, q
 
-        return moments_of_chunk
+        return stats_chunk
 
-    def normalising(fetch_x: Any) -> Any:
+    def apply_with(fetch_x: Any) -> Any:
+        """Make `apply_chunk`, which loads x by `fetch_x`."""
+
         @device
-        def normalise_chunk(x, residual, y, first, end, hi, u, a, b, low, added):
+        def apply_chunk(x, residual, y, first, end, hi, u, a, b, low, added):
             """y = act((x u - hi) a + b [+ residual])."""
             values = cuda.local.array(pair_size, computed)
             more = cuda.local.array(pair_size, computed)
@@ -153,12 +160,14 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                         store(y[0], place(y, j), values, r * width)
                 i += few * cuda.blockDim.x
 
-        return normalise_chunk
+        return apply_chunk
 
-    def reducing(keep: Any) -> Any:
+    def backward_reduce_with(keep: Any) -> Any:
+        """Make `backward_reduce_chunk`, which calls `keep` with what it has loaded."""
+
         @device
-        def gradients_of_chunk(dy, x, y, kept_g, kept_x, first, end, hi, u, a, b, scale, masked):
-            """Sums of g and of g (x u - hi) scale of this thread's values, g = dy past ReLU."""
+        def backward_reduce_chunk(dy, x, y, kept_g, kept_x, first, end, hi, u, a, b, scale, mask):
+            """sum g and sum g (x u - hi) scale of this thread's values; g is masked dy."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -168,28 +177,32 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             while i < end:
                 count = fetch(dy, few, i, end, g)
                 fetch(x, few, i, end, values)
-                if masked == 2:
+                if mask == 2:
                     fetch(y, few, i, end, outputs)
-                if masked:
+                if mask:
                     for w in range(pair_size):
-                        g[w] = passed(g[w], values[w], outputs[w], hi, u, a, b, masked, least, zero)
+                        g[w] = masked(
+                            g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
+                        )
                 keep(kept_g, few, i, end, g)
                 keep(kept_x, few, i, end, values)
-                s_more, t_more = gradients(g, values, 0, count, hi, u, scale)
+                s_more, t_more = gradient_sums(g, values, 0, count, hi, u, scale)
                 s += s_more
                 t += t_more
                 i += few * cuda.blockDim.x
             return s, t
 
-        return gradients_of_chunk
+        return backward_reduce_chunk
 
-    def differentiating(fetch_g: Any) -> Any:
+    def backward_apply_with(fetch_g: Any) -> Any:
+        """Make `backward_apply_chunk`, which loads dy and x by `fetch_g`."""
+
         @device
-        def differentiate_chunk(
+        def backward_apply_chunk(
             dy, x, y, dx, dresidual, first, end,
-            hi, u, a, b, h, p, q, v, f, masked, training, outs,
+            hi, u, a, b, h, p, q, v, f, mask, training, outs,
         ):  # fmt: skip
-            """dx (outs & 1) and dresidual (outs & 2) of dy, or of dy past ReLU and masked 0."""
+            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is masked already."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -197,15 +210,15 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             while i < end:
                 fetch_g(dy, few, i, end, g)
                 fetch_g(x, few, i, end, values)
-                if masked == 2:
+                if mask == 2:
                     fetch(y, few, i, end, outputs)
                 for r in range(few):
                     j = i + r * cuda.blockDim.x
                     if j < end:
-                        if masked:
+                        if mask:
                             for w in range(r * width, (r + 1) * width):
-                                g[w] = passed(
-                                    g[w], values[w], outputs[w], hi, u, a, b, masked, least, zero
+                                g[w] = masked(
+                                    g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
                                 )
                         if outs & 2:
                             store(dresidual[0], place(dresidual, j), g, r * width)
@@ -216,112 +229,121 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                             store(dx[0], place(dx, j), values, r * width)
                 i += few * cuda.blockDim.x
 
-        return differentiate_chunk
+        return backward_apply_chunk
 
-    moments_of_chunk, normalise_chunk = summing(drop), normalising(fetch)
-    gradients_of_chunk, differentiate_chunk = reducing(drop), differentiating(fetch)
+    stats_chunk, apply_chunk = stats_with(drop), apply_with(fetch)
+    backward_reduce_chunk, backward_apply_chunk = (
+        backward_reduce_with(drop),
+        backward_apply_with(fetch),
+    )
 
     @kernel(3)
     def stats(x, xn, xc, C, vectors, total, per, chunks, partial, mean, again):
-        """partial[:, c, k] = sum d, sum d^2 of chunk k, d = x - K; mean[c] = K, or K = mean[c]."""
+        """partial[:, c, k] = sum d, sum d^2 of chunk k, where d = x - K.
+
+        K is the channel's first value, stored in mean[c]; or mean[c] itself if `again`.
+        """
         c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
         shared = cuda.shared.array(WARP, types.float64)
-        shift = mean[c] if again else first_value(x, c * xc)
-        s, q = moments_of_chunk((x, vectors, xn, c * xc), 0, first, end, shift)
-        put(partial, C, c, k, chunks, s, q, shared)
+        K = mean[c] if again else first_value(x, c * xc)
+        s, q = stats_chunk((x, vectors, xn, c * xc), 0, first, end, K)
+        store_sums(partial, C, c, k, chunks, s, q, shared)
         if cuda.threadIdx.x == 0 and k == 0 and not again:
-            mean[c] = shift
+            mean[c] = K
 
     @kernel()
     def apply(
         x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, per, chunks,
         mean, rstd, gamma, beta, floor, added,
     ):  # fmt: skip
-        """y = act(gamma (x - mean) rstd + beta [+ residual]).
+        """y = act(gamma (x - mean) rstd + beta [+ residual]), from the last block to the first.
 
-        From the last block to the first: what the statistics read last is still in the cache.
+        What the statistics read last is then still in the cache.
         """
         c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
         hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-        normalise_chunk(
+        apply_chunk(
             (x, vectors, xn, c * xc), (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
             first, end, hi, u, a, b, computed(floor), added,
         )  # fmt: skip
 
     @kernel(2)
-    def reduce(
+    def backward_reduce(
         dy, dyn, dyc, x, xn, xc, y, yn, yc, C, vectors, total, per, chunks,
-        mean, rstd, gamma, beta, masked, partial,
+        mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum dy, sum dy (x u - hi) scale of chunk k."""
+        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k, g = dy masked by ReLU."""
         c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
         shared = cuda.shared.array(WARP, types.float64)
         hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-        s, t = gradients_of_chunk(
+        s, t = backward_reduce_chunk(
             (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc), 0, 0,
-            first, end, hi, u, a, b, scale_of(rstd, u, c), masked,
+            first, end, hi, u, a, b, scale_of(rstd, u, c), mask,
         )  # fmt: skip
-        put(partial, C, c, k, chunks, s, t, shared)
+        store_sums(partial, C, c, k, chunks, s, t, shared)
 
     @kernel(2)
-    def differentiate(
+    def backward_apply(
         dy, dyn, dyc, x, xn, xc, y, yn, yc, dx, dxn, dxc, dresidual, rn, rc,
         C, vectors, total, per, chunks,
-        mean, rstd, gamma, beta, sums, count, masked, training, outs,
+        mean, rstd, gamma, beta, sums, count, mask, training, outs,
     ):  # fmt: skip
-        """dx (outs & 1) and dresidual (outs & 2); not training: statistics are constants."""
+        """Write dx (outs & 1) and dresidual (outs & 2); statistics are frozen unless `training`."""
         c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
         hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-        v, f = factor(rstd, gamma, sums, C, count, u, training, c)
+        v, f = factors(rstd, gamma, sums, C, count, u, training, c)
         h, p, q = zero, zero, zero
         if training:
-            h, p, q = gradient(mean, rstd, sums, C, count, u, v, c)
-        differentiate_chunk(
+            h, p, q = coefficients(mean, rstd, sums, C, count, u, v, c)
+        backward_apply_chunk(
             (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc),
             (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
-            first, end, hi, u, a, b, h, p, q, v, f, masked, training, outs,
+            first, end, hi, u, a, b, h, p, q, v, f, mask, training, outs,
         )  # fmt: skip
 
-    keep_moments, normalise_kept = summing(keep), normalising(recall)
-    keep_gradients, differentiate_kept = reducing(keep), differentiating(recall)
+    stats_keeping, apply_kept = stats_with(keep), apply_with(recall)
+    backward_reduce_keeping, backward_apply_kept = (
+        backward_reduce_with(keep),
+        backward_apply_with(recall),
+    )
 
-    def resident(together: Any) -> SimpleNamespace:
-        """Kernels that read memory once: `blocks` blocks keep a channel, `each` chunks a block.
+    def fused(barrier: Any) -> SimpleNamespace:
+        """Return kernels that read memory once and keep a channel on chip.
 
-        `together` has the blocks of a channel wait for each other.
+        `blocks` blocks keep a channel, `each` chunks per block. `barrier` waits for all of them.
         """
 
         @kernel(3)
         def forward(
             x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, per, chunks, blocks, each,
-            m, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
+            count, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
         ):  # fmt: skip
-            """`stats`, `finish` and `apply`."""
+            """`stats`, `finish_moments` and `apply`."""
             slab = cuda.shared.array(0, computed)
             shared = cuda.shared.array(WARP, types.float64)
             c = quotient(cuda.blockIdx.x, blocks)
             begin = (cuda.blockIdx.x - c * blocks) * each
             stop = min(begin + each, chunks)
-            shift = first_value(x, c * xc)
+            K = first_value(x, c * xc)
             k = begin
             while k < stop:
                 first, end = k * per, min((k + 1) * per, total)
                 kept = slab, per, first, (k - begin) * per * width
-                s, q = keep_moments((x, vectors, xn, c * xc), kept, first, end, shift)
-                put(partial, C, c, k, chunks, s, q, shared)
+                s, q = stats_keeping((x, vectors, xn, c * xc), kept, first, end, K)
+                store_sums(partial, C, c, k, chunks, s, q, shared)
                 k += 1
             if cuda.threadIdx.x == 0 and begin == 0:
-                mean[c] = shift
-            together()
+                mean[c] = K
+            barrier()
             if cuda.threadIdx.x < WARP and begin == 0:
-                finish_moments(partial, c, C, chunks, m, eps, mean, m2, rstd)
-            together()
+                finish_moments_channel(partial, c, C, chunks, count, eps, mean, m2, rstd)
+            barrier()
             hi, u, a, b = affine(mean, rstd, gamma, beta, c)
             k = begin
             while k < stop:
                 first, end = k * per, min((k + 1) * per, total)
                 kept = slab, per, first, (k - begin) * per * width
-                normalise_kept(
+                apply_kept(
                     kept, (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
                     first, end, hi, u, a, b, computed(floor), added,
                 )  # fmt: skip
@@ -331,15 +353,15 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         def backward(
             dy, dyn, dyc, x, xn, xc, y, yn, yc, dx, dxn, dxc, dresidual, rn, rc,
             C, vectors, total, per, chunks, blocks, each,
-            mean, rstd, gamma, beta, partial, sums, count, masked, outs,
+            mean, rstd, gamma, beta, partial, sums, count, mask, outs,
         ):  # fmt: skip
-            """`reduce`, `finish_sums` and `differentiate`."""
+            """`backward_reduce`, `finish_sums` and `backward_apply`."""
             slab = cuda.shared.array(0, computed)
             shared = cuda.shared.array(WARP, types.float64)
             c = quotient(cuda.blockIdx.x, blocks)
             begin = (cuda.blockIdx.x - c * blocks) * each
             stop = min(begin + each, chunks)
-            half = each * per * width  # of the slab: g, then x
+            half = each * per * width  # half of the slab: it holds g, then x
             hi, u, a, b = affine(mean, rstd, gamma, beta, c)
             scale = scale_of(rstd, u, c)
             y_view = y, vectors, yn, c * yc
@@ -347,24 +369,24 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             while k < stop:
                 first, end = k * per, min((k + 1) * per, total)
                 start = (k - begin) * per * width
-                s, t = keep_gradients(
+                s, t = backward_reduce_keeping(
                     (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), y_view,
                     (slab, per, first, start), (slab, per, first, start + half),
-                    first, end, hi, u, a, b, scale, masked,
+                    first, end, hi, u, a, b, scale, mask,
                 )  # fmt: skip
-                put(partial, C, c, k, chunks, s, t, shared)
+                store_sums(partial, C, c, k, chunks, s, t, shared)
                 k += 1
-            together()
+            barrier()
             if cuda.threadIdx.x < WARP and begin == 0:
-                finish_gradients(partial, c, C, chunks, mean, rstd, sums)
-            together()
-            v, f = factor(rstd, gamma, sums, C, count, u, True, c)
-            h, p, q = gradient(mean, rstd, sums, C, count, u, v, c)
+                finish_sums_channel(partial, c, C, chunks, mean, rstd, sums)
+            barrier()
+            v, f = factors(rstd, gamma, sums, C, count, u, True, c)
+            h, p, q = coefficients(mean, rstd, sums, C, count, u, v, c)
             k = begin
             while k < stop:
                 first, end = k * per, min((k + 1) * per, total)
                 start = (k - begin) * per * width
-                differentiate_kept(
+                backward_apply_kept(
                     (slab, per, first, start), (slab, per, first, start + half), y_view,
                     (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
                     first, end, hi, u, a, b, h, p, q, v, f, 0, True, outs,
@@ -374,5 +396,9 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         return SimpleNamespace(forward=forward, backward=backward)
 
     return SimpleNamespace(
-        stats=stats, apply=apply, reduce=reduce, differentiate=differentiate, resident=resident
+        stats=stats,
+        apply=apply,
+        backward_reduce=backward_reduce,
+        backward_apply=backward_apply,
+        fused=fused,
     )

@@ -1,11 +1,11 @@
-"""What a thread does with a batch of values, and a block with the sums of its threads.
+"""What a thread does with a tile of values, and a block with the sums of its threads.
 
-A batch is `number` values of one channel, every `step`-th of a thread's own array from `start` on,
-of which the first `count` are there. It is summed in the compute dtype around its own mean; what is
-added up over batches, threads and blocks is float64.
+A tile is `number` values of one channel: every `step`-th value of a thread's local array from
+`start` on, of which the first `count` are there. It is summed in the compute dtype around its own
+mean. Sums over tiles, threads and blocks are float64.
 
-Where a product is added, it is by `fma`, here and in channel.py: which of them to fuse is else the
-compiler's choice, and could be another one in each kernel.
+Products are added by `fma`, here and in channel.py. Otherwise the compiler would choose which ones
+to fuse, and could choose others in each kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALL_LANES = 0xFFFFFFFF
 
 @device
 def warp_sum(value):
-    """Sum over a warp, in pairs, the same in every lane."""
+    """Sum over a warp, pairwise, the same in every lane."""
     value += cuda.shfl_xor_sync(ALL_LANES, value, 16)
     value += cuda.shfl_xor_sync(ALL_LANES, value, 8)
     value += cuda.shfl_xor_sync(ALL_LANES, value, 4)
@@ -55,62 +55,64 @@ def block_sum(value, shared):
 
 @device
 def rectified(value, floor):
-    """max(value, floor) that lets NaN pass; floor is 0 for ReLU, -inf for no activation."""
+    """max(value, floor), but NaN stays NaN; floor is 0 for ReLU, -inf for no activation."""
     return floor if value <= floor else value
 
 
 @device
 def normalised(x, hi, u, a, b):
-    """y before residual and activation; backward recomputes the ReLU mask by this expression.
+    """y before residual and ReLU: (x u - hi) a + b.
 
-    x u - hi is rounded once, u being a power of two; of u = 1 it is x - hi.
+    Backward recomputes the ReLU mask with the same expression. x u - hi is rounded once, as u is a
+    power of two; for u = 1 it is x - hi.
     """
     return cuda.fma(cuda.fma(x, u, -hi), a, b)
 
 
 @device
 def centred(g, x, hi, u, h, p, q, v, training):
-    """dx / f, or g v where statistics are constants."""
+    """dx / f = (g v - h) - ((x u - hi) p + q), or g v for frozen statistics."""
     return cuda.fma(g, v, -h) - normalised(x, hi, u, p, q) if training else g * v
 
 
 @device
-def passed(g, x, y, hi, u, a, b, masked, least, zero):
-    """dy where ReLU let the value pass: recomputed from x (masked 1), or read from y (2).
+def masked(g, x, y, hi, u, a, b, mask, threshold, zero):
+    """dy if ReLU let the value pass, else 0.
 
-    What is not above `least` was stored as 0.
+    The mask is recomputed from x (mask = 1) or read from y (mask = 2). A value that does not exceed
+    `threshold` was stored as 0.
     """
-    if masked == 1:
-        return g if normalised(x, hi, u, a, b) > least else zero
+    if mask == 1:
+        return g if normalised(x, hi, u, a, b) > threshold else zero
     return g if y > zero else zero
 
 
-def moments_of(computed: Any, number: int, step: int) -> Any:
-    """Return `moments` for batches of `number` values, `step` apart, in the dtype `computed`."""
+def moment_sums_of(computed: Any, number: int, step: int) -> Any:
+    """Return `moment_sums` for tiles of `number` values, `step` apart, of dtype `computed`."""
     limits = np.finfo(np.float32 if computed == types.float32 else np.float64)
-    # Between these no square of a deviation that counts has over- or underflowed.
+    # Between these bounds, no square of a deviation that counts has over- or underflowed.
     least, most = float(limits.tiny) * 2.0**26, float(limits.max)
     narrow = computed == types.float32
     zero = computed(0)
 
     @device
-    def moments64(values, start, count, shift):
-        """`moments` in float64, for squares that float32 does not hold."""
+    def moment_sums64(values, start, count, K):
+        """`moment_sums` in float64, for squares that float32 does not hold."""
         s = 0.0
         q = 0.0
         for i in range(number):
             if i < count:
-                d = types.float64(values[start + i * step]) - shift
+                d = types.float64(values[start + i * step]) - K
                 s += d
                 q = cuda.fma(d, d, q)
         return s, q
 
     @device
-    def moments(values, start, count, shift):
-        """Sums of d and of d^2, d = x - shift, of a batch.
+    def moment_sums(values, start, count, K):
+        """sum d and sum d^2 of a tile, where d = x - K.
 
-        With e = x - c from the batch's own mean c, and c' = c - shift: sum d = n c' + sum e, and
-        sum d^2 = sum e^2 + c' (n c' + 2 sum e) (Chan, Golub & LeVeque 1983, from one shift).
+        With e = x - c from the tile's own mean c, and c' = c - K: sum d = n c' + sum e and
+        sum d^2 = sum e^2 + c' (n c' + 2 sum e) (Chan, Golub & LeVeque 1983, from one K).
         """
         if count <= 0:
             return 0.0, 0.0
@@ -127,23 +129,23 @@ def moments_of(computed: Any, number: int, step: int) -> Any:
                 s += e
                 q = cuda.fma(e, e, q)
         if narrow and not (least <= q <= most):
-            return moments64(values, start, count, shift)
-        c, n = types.float64(center) - shift, types.float64(count)
+            return moment_sums64(values, start, count, K)
+        c, n = types.float64(center) - K, types.float64(count)
         s, q = types.float64(s), types.float64(q)
         return cuda.fma(n, c, s), cuda.fma(c, cuda.fma(n, c, s + s), q)
 
-    return moments
+    return moment_sums
 
 
-def gradients_of(computed: Any, number: int, step: int) -> Any:
-    """Return `gradients` for batches of `number` values, `step` apart."""
+def gradient_sums_of(computed: Any, number: int, step: int) -> Any:
+    """Return `gradient_sums` for tiles of `number` values, `step` apart."""
     zero = computed(0)
     narrow = computed == types.float32
     most = float(np.finfo(np.float32).max)
 
     @device
-    def gradients64(g, x, start, count, hi, u, scale):
-        """`gradients` in float64, for sums or an x_hat that float32 does not hold."""
+    def gradient_sums64(g, x, start, count, hi, u, scale):
+        """`gradient_sums` in float64, for sums or an x_hat that float32 does not hold."""
         hi, u, scale = types.float64(hi), types.float64(u), types.float64(scale)
         s = 0.0
         t = 0.0
@@ -155,8 +157,8 @@ def gradients_of(computed: Any, number: int, step: int) -> Any:
         return s, t
 
     @device
-    def gradients(g, x, start, count, hi, u, scale):
-        """Sums of g and of g (x u - hi) scale of a batch."""
+    def gradient_sums(g, x, start, count, hi, u, scale):
+        """sum g and sum g (x u - hi) scale of a tile."""
         s = zero
         t = zero
         for i in range(number):
@@ -165,7 +167,7 @@ def gradients_of(computed: Any, number: int, step: int) -> Any:
                 d = cuda.fma(x[start + i * step], u, -hi)
                 t = cuda.fma(g[start + i * step], d * scale, t)
         if narrow and not (abs(s) <= most and abs(t) <= most):
-            return gradients64(g, x, start, count, hi, u, scale)
+            return gradient_sums64(g, x, start, count, hi, u, scale)
         return types.float64(s), types.float64(t)
 
-    return gradients
+    return gradient_sums

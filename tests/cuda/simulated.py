@@ -41,13 +41,13 @@ COLUMNS = [
 ROW, COLUMN = (11, 2, 256), (21, 5, 24)  # both of several chunks
 MODES = ("plain", "relu", "residual and relu")
 REACHED = {  # kernels that each function launches
-    "stats": ["stats", "finish"],
-    "forward": ["stats", "finish", "apply"],
+    "stats": ["stats", "finish_moments"],
+    "forward": ["stats", "finish_moments", "apply"],
     "apply": ["apply"],
     "rstd": ["rstd_all"],
-    "backward_reduce": ["reduce", "finish_sums"],
-    "backward_apply": ["differentiate"],
-    "backward": ["reduce", "finish_sums", "differentiate"],
+    "backward_reduce": ["backward_reduce", "finish_sums"],
+    "backward_apply": ["backward_apply"],
+    "backward": ["backward_reduce", "finish_sums", "backward_apply"],
 }
 shapes = pytest.mark.parametrize("shape", ROWS + COLUMNS, ids=str)
 both = pytest.mark.parametrize("shape", [ROW, COLUMN], ids=["rows", "columns"])
@@ -123,15 +123,15 @@ def call(name, *args):
     del simulator.launches[:]
     result = getattr(backend, name)(*args)
     found = simulator.launches[:]
-    if args[0].dtype == np.float64 and found[:4] == 2 * ["stats", "finish"]:
+    if args[0].dtype == np.float64 and found[:4] == 2 * ["stats", "finish_moments"]:
         del found[:2]  # float64 may be summed once more, around the mean
-    resident = simulator.limits[0] and name in ("forward", "backward")
-    assert found == ([name] if resident else REACHED[name]), name
+    fused = simulator.limits[0] and name in ("forward", "backward")
+    assert found == ([name] if fused else REACHED[name]), name
     return result
 
 
 @contextmanager
-def resident(shared=1 << 16, *, clusters=True):
+def fused(shared=1 << 16, *, clusters=True):
     """Blocks may have so many bytes of shared memory: forward and backward read memory once."""
     simulator.limits = shared, clusters
     try:
@@ -427,7 +427,7 @@ def test_keeping_chunks_changes_no_bit(arena, shape, dtype, mode):
         assert chunks(shape, dtype) == KEPT[shape]
     recipe = Recipe(shape, 1, dtype, offset=3.0)
     expected = Run(arena, recipe, mode)
-    with resident():
+    with fused():
         assert_same_results(expected, Run(arena, recipe, mode).check())
         with last_thread_first():
             assert_same_results(expected, Run(arena, recipe, mode))
@@ -440,7 +440,7 @@ def test_what_is_kept_is_read_once(arena, shape, dtype):
     run = Run(arena, Recipe(shape, 1, dtype), "residual and relu")
     vectors = run.x.size // width
     (y, dx, dresidual), rest = run._wanted("y", "dx", "dresidual"), (run.gamma, run.mean, run.rstd)
-    with resident():
+    with fused():
         simulator.loads.clear()
         call("forward", run.x, run.gamma, run.beta, run.eps, run.residual, True, y)
         assert simulator.loads[width] == 2 * vectors  # x, residual
@@ -454,7 +454,7 @@ def test_what_is_kept_is_read_once(arena, shape, dtype):
 def test_kept_in_place_changes_no_bit(arena, shape, dtype):
     run = Run(arena, Recipe(shape, 1, dtype), "residual and relu")
     rest = run.gamma, run.mean, run.rstd, None
-    with resident():
+    with fused():
         for name in ("x", "residual"):
             tensors = {"x": run.x, "residual": run.residual}
             tensors[name] = y = arena.place(tensors[name])
@@ -472,7 +472,7 @@ def test_kept_in_place_changes_no_bit(arena, shape, dtype):
 def test_blocks_that_cannot_wait_for_each_other_keep_single_chunks(arena, shape):
     recipe = Recipe(shape, 1)
     expected = Run(arena, recipe, "relu")
-    with resident(clusters=False):
+    with fused(clusters=False):
         assert_same_results(expected, Run(arena, recipe, "relu"))
 
 
@@ -492,10 +492,10 @@ def test_blocks_that_cannot_wait_for_each_other_keep_single_chunks(arena, shape)
 def test_what_cannot_be_kept_is_read_again(arena, shape, dtype, shared, clusters, layout):
     run = Run(arena, Recipe(shape, 1, dtype), "relu", layouts=layout)
     (y,) = run._wanted("y")
-    with resident(shared, clusters=clusters):
+    with fused(shared, clusters=clusters):
         del simulator.launches[:]
         backend.forward(run.x, run.gamma, run.beta, run.eps, None, True, y)
-    assert simulator.launches[-3:] == ["stats", "finish", "apply"]
+    assert simulator.launches[-3:] == ["stats", "finish_moments", "apply"]
     assert_same_bits(y, run.y)
 
 
@@ -506,7 +506,7 @@ def test_nan_stays_in_its_channel_where_it_is_kept(arena, shape, dtype):
     x = recipe.x()
     x[0, 1, 0] = np.nan
     expected = Run(arena, recipe, "relu", x=x)
-    with resident():
+    with fused():
         assert_same_results(expected, Run(arena, recipe, "relu", x=x))
 
 
@@ -648,7 +648,7 @@ def test_every_finite_x_is_normalised(arena, shape, dtype, mode):
     recipe = Recipe(shape, 1, dtype, eps=0.0)
     x, gamma, dy = extremes(recipe)
     run = Run(arena, recipe, mode, x=x, gamma=gamma, dy=dy).check()
-    with resident():
+    with fused():
         assert_same_results(run, Run(arena, recipe, mode, x=x, gamma=gamma, dy=dy))
     ordinary = Run(arena, recipe, mode).results()
     for name, values in run.results().items():
@@ -825,9 +825,9 @@ def test_a_block_that_leaves_others_waiting_is_found():
 
     lonely = simulator.cuda.jit()(leaving)
     lonely.py_func.__signature__ = inspect.Signature()
-    with resident(), pytest.raises(AssertionError, match="has ended that others wait for"):
+    with fused(), pytest.raises(AssertionError, match="has ended that others wait for"):
         simulator.run(lonely, "float32", "float32", 2, THREADS, cluster=2)
-    with resident(), pytest.raises(AssertionError, match="a cluster that there is none of"):
+    with fused(), pytest.raises(AssertionError, match="a cluster that there is none of"):
         simulator.run(lonely, "float32", "float32", 2, THREADS)
 
 

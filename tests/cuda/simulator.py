@@ -276,7 +276,7 @@ class _Waiting(ast.NodeTransformer):
     """Calls of functions that wait for other threads become `yield from`."""
 
     def __init__(self, trees):
-        self.names = {"syncthreads", "shfl_xor_sync", "together"}
+        self.names = {"syncthreads", "shfl_xor_sync", "barrier"}
         functions = [
             node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         ]

@@ -46,8 +46,8 @@ from nbnorm.cuda.jit import kernel  # noqa: E402
 from nbnorm.cuda.plan import THREADS, VECTOR  # noqa: E402
 
 TRAVERSALS = ("rows", "columns")
-READ = {"stats": 1, "apply": 2, "reduce": 3, "differentiate": 3}  # tensors
-WRITTEN = {"stats": 0, "apply": 1, "reduce": 0, "differentiate": 2}
+READ = {"stats": 1, "apply": 2, "backward_reduce": 3, "backward_apply": 3}  # tensors
+WRITTEN = {"stats": 0, "apply": 1, "backward_reduce": 0, "backward_apply": 2}
 KEPT_READ, KEPT_WRITTEN = {"forward": 2, "backward": 3}, {"forward": 1, "backward": 2}
 
 
@@ -81,7 +81,7 @@ def kept_passes():
 
 @pytest.mark.parametrize(("traversal", "name", "dtype", "width"), list(kept_passes()))
 def test_what_reads_memory_once_stays_in_registers_too(traversal, name, dtype, width):
-    of = getattr(kernels.resident(traversal, dtype, width, False), name)
+    of = getattr(kernels.fused(traversal, dtype, width, False), name)
     codes = compiled(of, dtype, "float32")
     assert_lean(codes, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
     for code in codes.values():
@@ -95,7 +95,7 @@ def test_what_reads_memory_once_stays_in_registers_too(traversal, name, dtype, w
 @pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, KEPT_READ)))
 def test_blocks_of_a_cluster_wait_for_each_other_and_see_what_was_written(traversal, name, dtype):
     width = VECTOR // STORAGE[dtype].itemsize
-    of = getattr(kernels.resident(traversal, dtype, width, True), name)
+    of = getattr(kernels.fused(traversal, dtype, width, True), name)
     (code,) = compiled(of, dtype, "float32", ("sm_90a",)).values()  # the first that has clusters
     assert_lean({"": code}, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
     # Twice: what this block wrote is out, all have arrived, what others wrote is not in L1.
@@ -124,16 +124,16 @@ def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
     """Kernels that read memory once and those that do it twice are to give the same bits."""
     width = VECTOR // STORAGE[dtype].itemsize
     separate = kernels.build(traversal, dtype, width)
-    kept = kernels.resident(traversal, dtype, width, False)
+    kept = kernels.fused(traversal, dtype, width, False)
     passes = [getattr(separate, name) for name in READ] + [kept.forward, kept.backward]
-    for of in (*passes, kernels.finish, kernels.finish_sums(dtype)):
-        assert fused_by_choice(of, "float64" if of is kernels.finish else dtype) == []
+    for of in (*passes, kernels.finish_moments, kernels.finish_sums(dtype)):
+        assert fused_by_choice(of, "float64" if of is kernels.finish_moments else dtype) == []
 
 
 @pytest.mark.parametrize(
     ("of", "dtype"),
     [
-        (kernels.finish, "float64"),
+        (kernels.finish_moments, "float64"),
         (kernels.rstd_all, "float64"),
         (kernels.move, "float32"),
         (kernels.move, "float64"),

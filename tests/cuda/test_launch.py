@@ -102,7 +102,7 @@ def names_of(launch):
     if name == "finish_sums":
         kernel = kernels.finish_sums("float32")
     elif name in ("forward", "backward"):
-        kernel = getattr(kernels.resident(module, "float32", 4, False), name)
+        kernel = getattr(kernels.fused(module, "float32", 4, False), name)
     elif module == "channel":
         kernel = getattr(kernels, name)
     else:
@@ -161,8 +161,8 @@ def test_forward_hands_over_addresses_strides_and_numbers(driver, backend):
                 **view(rows, "x", "x", x), **numbers, partial=partial, mean=mean, again=0,
             )  # fmt: skip
             check(
-                finish, "channel.finish", -(-C // 8), partial=partial, C=C, chunks=cut.chunks,
-                m=float(N * S), eps=1e-5, mean=mean, m2=m2, rstd=rstd,
+                finish, "channel.finish_moments", -(-C // 8), partial=partial, C=C,
+                chunks=cut.chunks, count=float(N * S), eps=1e-5, mean=mean, m2=m2, rstd=rstd,
             )  # fmt: skip
             check(
                 apply, f"{traversal}.apply", cut.blocks, **view(rows, "x", "x", x),
@@ -181,15 +181,15 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         mean, rstd = channels(F64, C), channels(F64, C)
         cut, numbers = geometry(rows, x)
         traversal = "rows" if rows else "columns"
-        for masked, outs in ((0, 1), (1, 2), (2, 3)):
+        for mask, outs in ((0, 1), (1, 2), (2, 3)):
             cupy.allocated.clear()
             given = {
-                "beta": beta if masked else None,
-                "y": y if masked == 2 else None,
+                "beta": beta if mask else None,
+                "y": y if mask == 2 else None,
                 "dx": dx if outs & 1 else None,
                 "dresidual": dresidual if outs & 2 else None,
             }
-            reduce, finish, differentiate = driver.during(
+            backward_reduce, finish, backward_apply = driver.during(
                 backend.backward, dy, x, gamma, mean, rstd, **given
             )
             sums = driver.returned
@@ -197,17 +197,23 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
             assert (partial.shape, sums.shape) == ((2, C, cut.chunks), (2, C))
             common = {
                 **view(rows, "dy", "dy", dy), **view(rows, "x", "x", x),
-                **view(rows, "y", "y", y if masked == 2 else x, absent=masked != 2), **numbers,
-                "mean": mean, "rstd": rstd, "gamma": gamma, "masked": masked,
-                "beta": beta if masked == 1 else gamma,
+                **view(rows, "y", "y", y if mask == 2 else x, absent=mask != 2), **numbers,
+                "mean": mean, "rstd": rstd, "gamma": gamma, "mask": mask,
+                "beta": beta if mask == 1 else gamma,
             }  # fmt: skip
-            check(reduce, f"{traversal}.reduce", cut.blocks, **common, partial=partial)
+            check(
+                backward_reduce,
+                f"{traversal}.backward_reduce",
+                cut.blocks,
+                **common,
+                partial=partial,
+            )
             check(
                 finish, "channel.finish_sums", -(-C // 8), partial=partial, C=C,
                 chunks=cut.chunks, mean=mean, rstd=rstd, sums=sums,
             )  # fmt: skip
             check(
-                differentiate, f"{traversal}.differentiate", cut.blocks, **common,
+                backward_apply, f"{traversal}.backward_apply", cut.blocks, **common,
                 **view(rows, "dx", "dx", dx if outs & 1 else x, absent=not outs & 1),
                 **view(rows, "dresidual", "r", dresidual if outs & 2 else x, absent=not outs & 2),
                 sums=sums, count=float(N * S), training=1, outs=outs,
@@ -220,7 +226,7 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
 
 
 @contextmanager
-def resident(driver, shared=SHARED, clusters=True):
+def fused(driver, shared=SHARED, clusters=True):
     """On devices with so much shared memory, forward and backward read memory once."""
     from nbnorm.cuda import launch
 
@@ -251,7 +257,7 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
         gamma, beta = channels(F32, C), channels(F32, C)
         cut, numbers = geometry(rows, x)
         kept = residence(cut, 1, SHARED, True)
-        with resident(driver):
+        with fused(driver):
             cupy.allocated.clear()
             (forward,) = driver.during(backend.forward, x, gamma, beta, 1e-5, residual, True, y)
             mean, m2, rstd = driver.returned
@@ -260,7 +266,7 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
                 forward, f"{traversal}.forward", kept.grid, kept.blocks, kept.shared,
                 **view(rows, "x", "x", x), **view(rows, "residual", "r", residual),
                 **view(rows, "y", "y", y), **numbers, blocks=kept.blocks, each=kept.each,
-                m=float(N * S), eps=1e-5, partial=partial, mean=mean, m2=m2, rstd=rstd,
+                count=float(N * S), eps=1e-5, partial=partial, mean=mean, m2=m2, rstd=rstd,
                 gamma=gamma, beta=beta, floor=0.0, added=1,
             )  # fmt: skip
             clusters.add((kept.blocks, kept.each))
@@ -276,7 +282,7 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
                 **view(rows, "dy", "dy", dy), **view(rows, "x", "x", x), **view(rows, "y", "y", y),
                 **view(rows, "dx", "dx", dx), **view(rows, "dresidual", "r", dresidual),
                 **numbers, blocks=kept.blocks, each=kept.each, mean=mean, rstd=rstd, gamma=gamma,
-                beta=gamma, partial=partial, sums=driver.returned, count=float(N * S), masked=2,
+                beta=gamma, partial=partial, sums=driver.returned, count=float(N * S), mask=2,
                 outs=3,
             )  # fmt: skip
     assert (1, 1) in clusters
@@ -289,7 +295,7 @@ def test_kept_chunks_and_sums_may_have_more_than_any_kernel(driver, backend):
     """48 KB without asking, of which a kernel's own shared memory is a part."""
     for N, C, S in ((118, 256, 49), (4, 3, 1 << 13), (30, 3, 1 << 13)):
         x, y = fake.Array((N, C, S), F32), fake.Array((N, C, S), F32)
-        with resident(driver):
+        with fused(driver):
             args = x, channels(F32, C), channels(F32, C), 1e-5, None, False, y
             assert len(driver.during(backend.forward, *args)) == 1
 
@@ -301,7 +307,7 @@ def test_what_a_device_cannot_keep_is_read_twice(driver, backend):
         x, y = fake.Array(shape, F32), fake.Array(shape, F32)
         args = x, channels(F32, C), channels(F32, C), 1e-5, None, False, y
         for shared, clusters, within in ((1 << 12, True, 0), (SHARED, False, 1)):
-            with resident(driver, shared, clusters):
+            with fused(driver, shared, clusters):
                 launches = driver.during(backend.forward, *args)
             few = geometry(S >= 256, x)[0].chunks <= within
             assert len(launches) == (1 if few else 3), (shape, shared, clusters)
@@ -312,7 +318,7 @@ def test_a_call_that_reads_memory_once_asks_the_driver_for_one_launch(driver, ba
     for shape in LARGE[1:3]:
         x, y = fake.Array(shape, F32), fake.Array(shape, F32)
         args = x, channels(F32, shape[1]), channels(F32, shape[1]), 1e-5, None, False, y
-        with resident(driver):
+        with fused(driver):
             backend.forward(*args)
             for stream in (7, 12):
                 cupy.use(stream=stream)
@@ -643,7 +649,7 @@ def host_times(driver, backend):
             for name, (_, call) in calls_of(backend, rows=rows, samples=samples).items():
                 if shared and name not in ("forward", "backward"):
                     continue
-                with resident(driver, shared):
+                with fused(driver, shared):
                     cupy.allocated.clear()
                     (*_, launch) = driver.during(call)
                     for array in cupy.allocated:
