@@ -132,7 +132,7 @@ def test_the_reference_lists_every_public_name():
     listed = set(re.findall(r"^   ~?(nbnorm\.[\w.]+)$", (ROOT / "docs/api.rst").read_text(), re.M))
     package = ROOT / "nbnorm"
     modules = [*package.glob("integrations/[a-z]*"), package / "reference.py"]
-    modules += [path for path in package.glob("[a-z]*.py") if path.stem in OF_THEIR_OWN]
+    modules += [path for path in package.glob("[a-z]*") if path.stem in OF_THEIR_OWN]
     expected = {f"nbnorm.{name}" for name in nbnorm.__all__}
     expected |= {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules}
     assert listed == expected
