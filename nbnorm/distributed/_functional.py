@@ -284,7 +284,7 @@ def sync_batch_norm_backward(
     ------
     TypeError, ValueError
         On the rank whose arguments are invalid, as in `batch_norm_backward`; also if count is not
-        a positive integer.
+        an integer, or not positive although x is not empty.
     RuntimeError
         On every other rank if one rank's arguments are invalid. The message gives the rank and its
         error.
