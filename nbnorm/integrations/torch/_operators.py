@@ -41,7 +41,7 @@ def compute(
         array_of(x),
         array_of(weight),
         array_of(bias),
-        array_of(running_mean, resolve=not training),  # in training a copy would be updated
+        array_of(running_mean, resolve=not training),  # a copy would be updated instead
         array_of(running_var, resolve=not training),
         training=training,
         momentum=momentum,
