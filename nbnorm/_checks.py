@@ -119,7 +119,7 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
         return False
     unit = math.gcd(*(step for step, _ in steps)) or 1
     if sum(step * (n - 1) for step, n in steps) // unit + 1 < prod(shape):
-        return True  # fewer addresses than elements
+        return True  # fewer places than elements
     places = np.zeros(1, np.int64)
     for step, n in steps:
         places = np.unique(np.add.outer(places, step * np.arange(n)))
@@ -235,7 +235,7 @@ def _same_view(a: NDArray, b: NDArray) -> bool:
 def _overlap(a: NDArray, b: NDArray) -> bool:
     try:
         return bool(np.shares_memory(a, b, max_work=1 << 16))  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:  # undecided within max_work: assume an overlap
+    except np.exceptions.TooHardError:  # not settled within bounds: refuse rather than corrupt
         return True
 
 
