@@ -147,9 +147,9 @@ def fold_into_conv(
     eps : float, default 1e-5
         Added to the variance; finite and not negative.
     transposed : bool, default False
-        Whether it is a transposed convolution.
+        Whether the layer is a transposed convolution.
     groups : int, default 1
-        Groups of the convolution.
+        Number of groups of the convolution.
 
     Returns
     -------
