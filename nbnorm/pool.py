@@ -40,7 +40,7 @@ def set_pool_limit(nbytes: int | None) -> int:
 
     The pool keeps the memory of large results after they are collected, and reuses it for later
     results of similar size. A loop of ``y = batch_norm_forward(x, ...)`` then takes as long as with
-    ``out=``. Used and idle memory together never exceed `nbytes`; further results are ordinary
+    ``out=``. Used and idle memory together do not exceed `nbytes`; further results are ordinary
     arrays. The pool does not keep more memory than was in use at once, and drops the memory that
     has been idle longest first. The environment variable ``NBNORM_POOL_LIMIT`` sets the limit at
     import.

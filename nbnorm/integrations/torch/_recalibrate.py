@@ -28,7 +28,7 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     model : torch.nn.Module
         Recalibrates its `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` modules with running statistics,
         converted or not. Others, such as SyncBatchNorm and lazy modules that have not seen an
-        input, do not change. All other modules keep their mode: call ``model.eval()`` before to
+        input, do not change. All other modules keep their mode: call ``model.eval()`` first to
         turn dropout off.
 
     Raises
