@@ -1,9 +1,9 @@
-"""Arrays in and out: what is accepted, where it lies, how results go back.
+"""Conversion of arguments to NumPy or CuPy arrays, and of results back to the caller's library.
 
-`take` turns any accepted array into a plain `numpy.ndarray` on the same memory, or a CuPy array if
-that is a GPU's; `home_of` says how results are handed back, so that a torch tensor in means torch
-tensors out. Neither imports the other library: an array brings its own. Only the first array on a
-GPU imports the CUDA backend.
+`take` views any accepted array as a plain `numpy.ndarray` on the same memory, or as a CuPy array if
+it is on a GPU. `home_of` converts results back, so torch tensors in give torch tensors out. Neither
+imports the other library, since the array's existence implies that it is imported. The first array
+on a GPU imports the CUDA backend.
 """
 
 import sys
@@ -22,11 +22,11 @@ from nbnorm._typing import Array, NDArray
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# DLPack's device types: the CPU and pinned memory, CUDA and its managed memory.
+# DLPack's device types: CPU and pinned memory; CUDA and managed memory.
 _HOST, _GPU = (1, 3), (2, 13)
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-# Compared as dtypes where possible: NumPy makes a dtype's name anew at every look, in 1.7 us.
+# Compare dtypes, not names, where possible: NumPy builds dtype.name at each access, in 1.7 us.
 _KNOWN = frozenset(np.dtype(name) for name in DTYPES[:3])
 
 
@@ -46,7 +46,7 @@ def take(obj: Array, name: str) -> NDArray:
         _refuse_tensor(obj, name)
         array = _from_dlpack(obj, name)
     else:
-        # A list, a DataFrame, an xarray or dask array: what NumPy can make an array of.
+        # NumPy can convert a list, a DataFrame, or an xarray or dask array.
         convertible = isinstance(obj, list | tuple) or hasattr(obj, "__array__")
         raise TypeError(
             f"{name} must be a NumPy array, a CuPy array or an object with __dlpack__, got "
@@ -58,8 +58,8 @@ def take(obj: Array, name: str) -> NDArray:
 
 
 def take_floating(obj: Array, name: str) -> NDArray:
-    """`take` for data, parameters and statistics: any of the four floating dtypes."""
-    if type(obj) is np.ndarray and obj.dtype in _KNOWN:  # most are: one step for all
+    """Call `take`, and raise if the dtype is not one of the four floating dtypes."""
+    if type(obj) is np.ndarray and obj.dtype in _KNOWN:  # fast path for most arrays
         return obj
     array = take(obj, name)
     if array.dtype not in _KNOWN and array.dtype.name != "bfloat16":
@@ -69,7 +69,7 @@ def take_floating(obj: Array, name: str) -> NDArray:
 
 
 def _remedy(obj: Array, name: str, dtype: str) -> str:
-    """Say how to make floats of an array of another dtype; nothing where that is not known."""
+    """Return advice for converting an array to a floating dtype, or an empty string."""
     if "complex" in dtype:
         return f"; pass {name}.real and {name}.imag, separately or stacked as channels"
     if not dtype.startswith(("bool", "int", "uint")):
@@ -81,37 +81,37 @@ def _remedy(obj: Array, name: str, dtype: str) -> str:
 
 
 def is_cupy(cls: type) -> bool:
-    """Whether a class is CuPy's array."""
+    """Return True for CuPy's array class."""
     return cls.__module__.partition(".")[0] == "cupy" and cls.__name__ == "ndarray"
 
 
 def place_of(array: Array) -> str:
-    """Where an array that was taken lies, in words."""
+    """Return the location of an array returned by `take`, in words."""
     if isinstance(array, np.ndarray):
         return "CPU memory"
     return f"the memory of CUDA device {array.device.id}"
 
 
 def on_gpu(obj: Array) -> bool:
-    """Whether an object is an array in the memory of a CUDA device."""
+    """Return True if an object is an array in the memory of a CUDA device."""
     if is_cupy(type(obj)):
         return True
     if isinstance(obj, np.ndarray) or not hasattr(obj, "__dlpack_device__"):
         return False
-    with suppress(Exception):  # taking it as an array will say what is wrong
+    with suppress(Exception):  # `take` reports the error later
         return int(obj.__dlpack_device__()[0]) in _GPU
     return False
 
 
 def device_of(obj: Array) -> int | None:
-    """The CUDA device that an array lies on; None for one in CPU memory."""
+    """Return the id of the CUDA device that holds an array, or None for CPU memory."""
     if not on_gpu(obj):
         return None
     return int(obj.device.id if is_cupy(type(obj)) else obj.__dlpack_device__()[1])
 
 
 def moved_to(x: Array, array: NDArray) -> NDArray:
-    """Copy an array to where x lies: a CuPy array if that is a GPU."""
+    """Copy an array to the device of x, as a CuPy array if that is a GPU."""
     if not on_gpu(x):
         return on_host(array)
     memory = cuda_backend("x").memory
@@ -121,16 +121,16 @@ def moved_to(x: Array, array: NDArray) -> NDArray:
 
 
 def on_host(array: Array) -> NDArray:
-    """Return an array, or a copy of one on a GPU, in CPU memory."""
+    """Return an array in CPU memory, copied if it is on a GPU."""
     if isinstance(array, np.ndarray):
         return array
-    array.device.synchronize()  # whatever stream wrote it
+    array.device.synchronize()  # the array may have been written on any stream
     copied: NDArray = array.get()
     return copied
 
 
 def overwrite(array: Array, values: NDArray) -> None:
-    """Write values in CPU memory into an array that may be on a GPU, in its dtype."""
+    """Round values to an array's dtype and write them to it; the array may be on a GPU."""
     with np.errstate(all="ignore"):  # a statistic may overflow the dtype
         rounded = values.astype(array.dtype)
     if isinstance(array, np.ndarray):
@@ -141,10 +141,10 @@ def overwrite(array: Array, values: NDArray) -> None:
 
 
 def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Run a function on the device of its argument `name`, on the stream that its library works on.
+    """Run a function on the device of its argument `name`, on its library's current stream.
 
-    Arrays in CPU memory have neither. For moments, the device of their mean counts. Where
-    torch.compile is in use, it is told to call the function rather than to trace it.
+    Has no effect for arrays in CPU memory. The device of moments is that of their mean. Also tells
+    torch.compile to call the function instead of tracing it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -171,7 +171,7 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
             with backend(name).memory.current_for(x):
                 return function(*args, **kwargs)
 
-        # With the module's own globals: doctest looks for them to tell what belongs to a module.
+        # Give the wrapper the module's globals, by which doctest recognises a module's functions.
         code, scope, closure = call.__code__, function.__globals__, call.__closure__
         found: Callable[_P, _R] = wraps(function)(FunctionType(code, scope, closure=closure))
         return untraced(found)
@@ -180,17 +180,17 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 
 def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Tell torch.compile to call a function rather than to trace it."""
+    """Tell torch.compile to call a function instead of tracing it."""
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=_NOT_TRACED)
     return function
 
 
-# What torch.compile says of a call that it is asked to trace: kernels work on memory.
+# Message of torch.compile for a call that it cannot trace.
 _NOT_TRACED = "nbnorm computes on memory; nbnorm.integrations.torch can be compiled"
 
 
 def cuda_backend(name: str) -> ModuleType:
-    """`nbnorm.cuda`, imported for the first array on a GPU; `name` is the argument's."""
+    """Import and return `nbnorm.cuda`; `name` is that of the argument on the GPU."""
     try:
         from nbnorm import cuda
     except ImportError as error:
@@ -204,7 +204,7 @@ def cuda_backend(name: str) -> ModuleType:
 
 
 def home_of(obj: Array) -> Callable[[NDArray], Array]:
-    """Return the function that hands a result back as an array of obj's library and device."""
+    """Return a function that converts a result to an array of obj's library and device."""
     library = _home(type(obj))  # type: ignore[arg-type]
     if library is None:
         return _as_it_is
@@ -214,15 +214,15 @@ def home_of(obj: Array) -> Callable[[NDArray], Array]:
         half = array.dtype.name == "bfloat16"
         bits = array.view(np.int16) if half else array
         given = library.from_dlpack(bits)
-        # CPU memory may be that of several devices, as JAX's and array-api-strict's.
+        # A library may have several devices in CPU memory, as do JAX and array-api-strict.
         if device is not None and given.device != device:
             try:
                 given = library.from_dlpack(bits, device=device)
-            except ValueError:  # one that cannot hold float64
+            except ValueError:  # the device does not support float64
                 return array
         if half:
             return given.view(library.bfloat16)
-        # A library that cannot hold float64 (JAX without x64) rounds it silently: keep ours then.
+        # JAX without x64 silently rounds float64 to float32: return the NumPy array instead.
         held = str(given.dtype).rpartition(".")[2]
         return given if held == array.dtype.name else array
 
@@ -235,14 +235,14 @@ def _as_it_is(array: NDArray) -> Array:
 
 @lru_cache(maxsize=64)
 def _home(cls: type) -> Any:
-    """Return the library that results go back to, None for NumPy's and CuPy's own arrays."""
+    """Return the library for results, or None for NumPy's and CuPy's own arrays."""
     return None if issubclass(cls, np.ndarray) or is_cupy(cls) else _library_of(cls)
 
 
 def _library_of(cls: type) -> Any:
-    """Return the module with `from_dlpack` that made arrays of this class; it is imported."""
-    # The longest package prefix that offers from_dlpack: torch, array_api_strict, jax.numpy. A
-    # class that is derived from a library's own belongs to that library.
+    """Return the module with `from_dlpack` that defines this class; it is already imported."""
+    # Examples are torch, array_api_strict and jax.numpy. A subclass of a library's class belongs
+    # to that library.
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         for module in ({"jaxlib": "jax.numpy", "jax": "jax.numpy"}.get(root, root), root):
@@ -252,8 +252,8 @@ def _library_of(cls: type) -> Any:
     raise TypeError(f"cannot return arrays of {cls.__module__}.{cls.__qualname__}: no from_dlpack")
 
 
-# What stands for an array while a function is transformed, recorded or differentiated, and the way
-# out.
+# Classes that represent an array while a function is transformed, recorded or differentiated, with
+# the error message for each.
 _STAND_INS = {
     "jax._src.core.Tracer": (
         "a JAX tracer, which has no values; "
@@ -276,15 +276,15 @@ _STAND_INS = {
 
 @lru_cache(maxsize=64)
 def stand_in_of(cls: type) -> str:
-    """Say what an object of this class is where it only stands for an array; otherwise nothing."""
+    """Return the error message for a class that only represents an array, else an empty string."""
     names = (f"{base.__module__}.{base.__name__}" for base in cls.__mro__)
     return next((_STAND_INS[name] for name in names if name in _STAND_INS), "")
 
 
 def _refuse_tensor(obj: Array, name: str) -> None:
-    """Refuse a tensor of torch's whose memory, if it has any, is not all that it means."""
+    """Raise for a torch tensor that has no memory, or whose memory is not its whole meaning."""
     torch = sys.modules.get("torch")
-    tensor = getattr(torch, "Tensor", None)  # None of a torch that is being imported
+    tensor = getattr(torch, "Tensor", None)  # None while torch is being imported
     if torch is None or tensor is None or not isinstance(obj, tensor):
         return
     own = type(obj).__torch_dispatch__ is not tensor.__torch_dispatch__  # FakeTensor, DTensor
@@ -329,10 +329,10 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(f"{name} ({dtype}) has no memory: {error}") from error
     if kind not in _HOST + _GPU:
-        # x says which device the call is for; another array can only be on the wrong one.
+        # x determines the device of the call, so any other array is on the wrong device.
         refusal = TypeError if name == "x" else ValueError
         raise refusal(f"{name} is in no memory that is computed on (DLPack device type {kind})")
-    if has_lazy_sign(obj):  # DLPack drops the bit
+    if has_lazy_sign(obj):  # DLPack drops the negative bit
         obj = obj.resolve_neg()
     library: Any = np if kind in _HOST else cuda_backend(name).memory
     half = dtype.endswith("bfloat16")
@@ -348,20 +348,20 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
 
 
 def _aligned(array: Array, name: str) -> Array:
-    """Refuse an array on a GPU whose values lie across words: no access there works."""
+    """Raise for a GPU array that is not aligned to its itemsize, which GPUs cannot access."""
     if array.data.ptr % array.itemsize:
         raise ValueError(f"{name} does not begin at a multiple of its {array.itemsize} bytes")
     return array
 
 
 def _bits(obj: Array) -> Array:
-    """View a bfloat16 array as int16 in its own library: DLPack has no bfloat16 for NumPy."""
+    """View a bfloat16 array as int16 in its library: NumPy's DLPack does not support bfloat16."""
     library = _library_of(type(obj))
     return obj.view(library.int16)
 
 
 def _bfloat16(name: str) -> np.dtype[Any]:
-    """NumPy's bfloat16, which ml_dtypes adds to it."""
+    """Return NumPy's bfloat16 dtype, which ml_dtypes provides."""
     try:
         import ml_dtypes
     except ImportError:

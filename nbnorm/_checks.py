@@ -1,4 +1,4 @@
-"""All checks of the public functions. Messages say what the argument was and should be."""
+"""All argument checks of the public functions. Messages give the actual and expected values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def axes(axis: Any) -> Shape:
-    """Return the channel axes as given, as a tuple of ints."""
+    """Return the channel axes as a tuple of ints, in the given order."""
     try:
         return tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
     except TypeError:
@@ -25,7 +25,7 @@ def axes(axis: Any) -> Shape:
 
 
 def channel_axes(shape: Shape, given: Shape, name: str = "x") -> tuple[Shape, Shape, int]:
-    """Return the channel axes, ascending and not negative, their shape, and values per channel."""
+    """Return sorted nonnegative channel axes, their shape, and the number of values per channel."""
     ndim = len(shape)
     axis = given[0] if len(given) == 1 else given
     if ndim < 2:
@@ -46,7 +46,7 @@ def channel_axes(shape: Shape, given: Shape, name: str = "x") -> tuple[Shape, Sh
 def channel_shape(
     array: NDArray, name: str, expected: tuple[int, ...], x: NDArray, axis: Axis
 ) -> None:
-    """Refuse a parameter or statistic that does not have the shape of the channel axes."""
+    """Raise if a parameter or statistic does not have the shape of the channel axes."""
     if array.shape != expected:
         message = (
             f"{name} has shape {array.shape}, expected {expected} "
@@ -60,7 +60,7 @@ def channel_shape(
 
 
 def kept_not_reduced(axis: int | Shape, others: Shape) -> str:
-    """Say how to get what `axis` would mean if it named the axes to reduce."""
+    """Return advice for a caller who passed the axes to reduce as `axis`."""
     instead = others[0] if len(others) == 1 else others
     return (
         f"; axis names the channel axes, which are kept: to reduce over {axis}, pass axis={instead}"
@@ -68,25 +68,25 @@ def kept_not_reduced(axis: int | Shape, others: Shape) -> str:
 
 
 def same_shape(array: NDArray, name: str, x: NDArray) -> None:
-    """Refuse an array that does not have x's shape."""
+    """Raise if an array does not have x's shape."""
     if array.shape != x.shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {x.shape}, the shape of x")
 
 
 def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
-    """Refuse an array that does not have x's dtype."""
+    """Raise if an array does not have x's dtype."""
     if array.dtype != x.dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
 
 
 def same_place(place: str, name: str, expected: str) -> None:
-    """Refuse an array that does not lie where x does; both places in words."""
+    """Raise if an array is not in the same place as x; both places are given in words."""
     if place != expected:
         raise ValueError(f"{name} is in {place}, expected {expected}, where x is")
 
 
 def same_device(array: Array, name: str, x: Array) -> None:
-    """Refuse an array of x's library that is on another device, as the library sees it."""
+    """Raise if an array of x's library is on another of the library's devices than x."""
     if type(array) is not type(x) or not hasattr(x, "device"):
         return
     if array.device != x.device:
@@ -94,9 +94,9 @@ def same_device(array: Array, name: str, x: Array) -> None:
 
 
 def writable(array: NDArray, name: str, instead: str) -> None:
-    """Refuse an array that cannot be written to, or whose elements share their memory."""
+    """Raise if an array is read-only or its elements share memory with each other."""
     array = _mirror(array)
-    if array.flags.carray:  # most are: one step for all
+    if array.flags.carray:  # fast path for most arrays
         return
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only; {instead}")
@@ -106,7 +106,7 @@ def writable(array: NDArray, name: str, instead: str) -> None:
 
 @lru_cache(maxsize=1024)
 def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
-    """Whether two elements lie in one place."""
+    """Return True if two elements share memory."""
     if 0 in shape:
         return False
     steps = sorted((abs(step), n) for step, n in zip(strides, shape, strict=True) if n > 1)
@@ -115,7 +115,7 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
         if step <= inside:
             break
         inside += step * (n - 1)
-    else:  # each step leads past all that is inside it
+    else:  # each stride exceeds the extent of all smaller strides
         return False
     unit = math.gcd(*(step for step, _ in steps)) or 1
     if sum(step * (n - 1) for step, n in steps) // unit + 1 < prod(shape):
@@ -127,9 +127,9 @@ def _shares_with_itself(shape: Shape, strides: Shape) -> bool:
 
 
 def mutable(given: Array, name: str, instead: str) -> None:
-    """Refuse an array whose library does not allow writing to its memory.
+    """Raise if an array's library does not allow writing to its memory.
 
-    JAX's arrays are immutable, and a tensor with torch's negative bit is read from a copy.
+    JAX arrays are immutable, and torch tensors with the negative bit are read from a copy.
     """
     if type(given) is np.ndarray:
         return
@@ -143,13 +143,13 @@ def mutable(given: Array, name: str, instead: str) -> None:
 
 
 def has_lazy_sign(obj: Array) -> bool:
-    """Whether an array is a torch tensor whose values are yet to be negated: conj().imag is one."""
+    """Return True for a torch tensor with the negative bit, such as conj().imag."""
     negative = getattr(obj, "is_neg", None)
     return negative is not None and bool(negative())
 
 
 def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
-    """Refuse running statistics that cannot be updated in place; `arrays` are all of the call's.
+    """Raise if running statistics cannot be updated in place; `arrays` are all of the call's.
 
     An array that shares memory with them would change between the forward and the backward pass.
     """
@@ -157,7 +157,7 @@ def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
     writable(mean, "running_mean", instead)
     writable(var, "running_var", instead)
     apart(mean, "running_mean", var, "running_var")
-    # Most arrays own their memory: one step for each of those. CuPy's arrays always claim to.
+    # Fast path for arrays that own their memory, as most do. CuPy arrays always claim to.
     owned = type(mean) is np.ndarray and mean.flags.owndata and var.flags.owndata
     for name, other in arrays.items():
         if name in _RUNNING:
@@ -172,9 +172,9 @@ _RUNNING = frozenset(("running_mean", "running_var"))
 
 
 def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
-    """Refuse an array that is to be written and shares memory with another."""
+    """Raise if an array that will be written shares memory with another."""
     distinct = written is not other
-    # CuPy's arrays claim to own even memory that came by DLPack; a mirror never does.
+    # CuPy arrays claim to own even memory imported through DLPack; a mirror never does.
     written, other = _mirror(written), _mirror(other)
     if distinct and written.flags.owndata and other.flags.owndata:
         return
@@ -183,9 +183,9 @@ def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
 
 
 def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inplace: str) -> None:
-    """Refuse an `out` whose shape or dtype is not x's, or that overlaps an input.
+    """Raise if the shape or dtype of `out` is not that of x, or if `out` overlaps an input.
 
-    The input called `inplace` may be out itself: the same memory with the same strides.
+    The input named `inplace` may be `out` itself: the same memory with the same strides.
     """
     same_shape(out, "out", x)
     if out.dtype != x.dtype:
@@ -207,7 +207,7 @@ def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inpl
 
 
 def _mirror(array: NDArray) -> NDArray:
-    """Return a NumPy array with `array`'s address and strides: to ask about memory, not to read."""
+    """Return a NumPy array with `array`'s address and strides, for overlap tests; never read it."""
     return array if isinstance(array, np.ndarray) else np.asarray(_Mirror(array))
 
 
@@ -240,7 +240,7 @@ def _overlap(a: NDArray, b: NDArray) -> bool:
 
 
 class _NotGiven:
-    """Default of an argument for which None has a meaning of its own."""
+    """Default of an argument for which None has its own meaning."""
 
     def __repr__(self) -> str:
         return "<not given>"
@@ -250,9 +250,9 @@ NOT_GIVEN: Any = _NotGiven()
 
 
 def given(array: Any, name: str, needed: bool) -> Any:
-    """Return a parameter that ReLU's mask is computed from; None where it was left out.
+    """Return a parameter of the ReLU mask, or None if it was omitted.
 
-    Where the mask is `needed`, refuse to go on without the parameter: the mask would be wrong.
+    Raise if the mask is `needed` and the parameter was omitted: the mask would be wrong.
     """
     if array is not NOT_GIVEN:
         return array
@@ -265,7 +265,7 @@ def given(array: Any, name: str, needed: bool) -> Any:
 
 
 def epsilon(eps: float) -> float:
-    """Return eps as a float; refuse a negative one, NaN and infinity."""
+    """Return eps as a float; raise if it is negative, NaN or infinite."""
     value = number(eps, "eps")
     if not 0 <= value < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
@@ -285,7 +285,7 @@ def number(value: Any, name: str) -> float:
 
 
 def finite(value: Any, name: str) -> float:
-    """Return a finite real number as a float; refuse NaN and infinity."""
+    """Return a real number as a float; raise if it is NaN or infinite."""
     number_ = number(value, name)
     if not -math.inf < number_ < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -293,7 +293,7 @@ def finite(value: Any, name: str) -> float:
 
 
 def relu(activation: str | None) -> bool:
-    """Whether the activation is ReLU; refuse one that is not known."""
+    """Return True if the activation is ReLU; raise if it is unknown."""
     if activation is None:
         return False
     if isinstance(activation, str) and activation == "relu":
@@ -302,7 +302,7 @@ def relu(activation: str | None) -> bool:
 
 
 def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:
-    """Return the four booleans that say which gradients are wanted."""
+    """Return the four booleans that select the gradients; raise if there are not four."""
     if (
         not isinstance(mask, tuple | list)
         or len(mask) != 4
@@ -316,9 +316,9 @@ def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:
 
 
 def enough_values(m: int, correction: float, got: str, *of_what: object) -> None:
-    """Refuse a batch with too few values per channel for the corrected variance.
+    """Raise if a batch has too few values per channel for the corrected variance.
 
-    `got`, formatted with `of_what`, says what was given.
+    The error message describes the batch by `got`, formatted with `of_what`.
     """
     if 0 < m <= correction:
         raise ValueError(
@@ -328,7 +328,7 @@ def enough_values(m: int, correction: float, got: str, *of_what: object) -> None
 
 
 def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
-    """Refuse one running statistic without the other, and their absence where they normalise."""
+    """Raise if only one running statistic is given, or none although they normalise."""
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
@@ -337,7 +337,7 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
 
 
 def count(value: Any, x: NDArray) -> int:
-    """Return the number of values per channel that the sums were taken over."""
+    """Return `count` as an int; raise if it is not positive although x is not empty."""
     try:
         m = operator.index(value)
     except TypeError:

@@ -1,4 +1,4 @@
-"""What the arrays of one call have in common: x's shape, channel axes, layout and library."""
+"""`Frame`: checks the arrays of one call against x, and converts them to and from (N, C, S)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nbnorm._typing import Array, Axis, NDArray
 
 
 class Out(NamedTuple):
-    """An output that was passed: as it is handed back, and as the array that it is."""
+    """An output argument: the object that was passed, and its NumPy or CuPy array."""
 
     given: Array
     taken: NDArray
 
 
 class Target(NamedTuple):
-    """A result in x's shape, the (N, C, S) array that it is written through, and its `Out`."""
+    """A result in x's shape, the (N, C, S) array that kernels write, and its `Out`, if any."""
 
     array: NDArray
     written: NDArray
@@ -31,10 +31,10 @@ class Target(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What follows from x's shape, strides and channel axes.
+    """Properties derived from x's shape, strides and channel axes.
 
-    `channels` is the shape of the channel axes, `size` their product, `m` the number of values per
-    channel. `fitting` are x's strides where x itself has the view that kernels need.
+    `channels` is the shape of the channel axes, `size` the number of channels, `m` the number of
+    values per channel. `fitting` is x's strides if x has the view that kernels need, else None.
     """
 
     channels: tuple[int, ...]
@@ -57,24 +57,24 @@ def geometry_of(
 
 
 class Frame:
-    """x as (N, C, S), and everything that has to match it.
+    """View of x as (N, C, S), with the other arrays of the call, which must match x.
 
     Attributes
     ----------
     x : ndarray
-        x as NumPy sees it, in its own shape.
+        x as a NumPy or CuPy array, in its own shape.
     inputs : dict of str to ndarray
-        x and the others that have been checked, by name.
+        x and the other arrays checked so far, by name.
     m, channels : int
-        Values per channel, number of channels.
+        Number of values per channel, and number of channels.
     channel_shape : tuple of int
-        The shape of the channel axes.
+        Shape of the channel axes.
     empty : bool
-        Whether there is nothing to compute: no samples or no channels.
+        True if x has no values.
     backend : module
-        The functions that compute on (N, C, S) arrays of x's device.
+        Functions that compute on (N, C, S) arrays on x's device.
     memory : module
-        What allocates there.
+        Functions that allocate on x's device.
     """
 
     backend: ModuleType = cpu
@@ -95,7 +95,7 @@ class Frame:
         )
 
     def required_like_x(self, array: Array, name: str) -> NDArray:
-        """Check dy, residual or y: x's shape and dtype."""
+        """Return dy, residual or y as an array; raise unless it has x's shape and dtype."""
         taken = take(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
@@ -105,15 +105,15 @@ class Frame:
         return taken
 
     def like_x(self, array: Array | None, name: str) -> NDArray | None:
-        """`required_like_x` of an argument that may be None."""
+        """Call `required_like_x` for an argument that may be None."""
         return None if array is None else self.required_like_x(array, name)
 
     def per_channel(self, array: Array | None, name: str) -> NDArray | None:
-        """`required` of an argument that may be None."""
+        """Call `required` for an argument that may be None."""
         return None if array is None else self.required(array, name)
 
     def required(self, array: Array, name: str) -> NDArray:
-        """Check a parameter or statistic: floating, the channel axes' shape."""
+        """Return a parameter or statistic as an array; check its dtype and shape."""
         taken = take_floating(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
@@ -122,7 +122,7 @@ class Frame:
         return taken
 
     def out(self, out: Array | None, inplace: str) -> Out | None:
-        """Check an output against all inputs so far; `inplace` names the one that it may be."""
+        """Check an output against all inputs so far; it may be the input named `inplace`."""
         if out is None:
             return None
         taken = take(out, "out")
@@ -133,13 +133,13 @@ class Frame:
         return Out(out, taken)
 
     def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
-        """Refuse an array in other memory than x's, or on another device of x's library."""
+        """Raise if an array is not in the same memory, or on the same device, as x."""
         _checks.same_place(place_of(taken), name, place_of(self.x))
-        if self.backend is cpu:  # elsewhere a place is a device
+        if self.backend is cpu:  # on a GPU, the place already names the device
             _checks.same_device(given, name, self._given)
 
     def view(self, array: NDArray | None) -> NDArray | None:
-        """(N, C, S) view of an array of x's shape, or a contiguous copy where it has none."""
+        """Return an array of x's shape as an (N, C, S) view, or as a copy if there is none."""
         if array is None:
             return None
         if self._fits(array):
@@ -148,7 +148,7 @@ class Frame:
         return copy.reshape(self._layout.shape)
 
     def target(self, out: Out | None = None) -> Target:
-        """Memory for a result: out, or a fresh array of x's shape, dtype and order in memory."""
+        """Return memory for a result: out, or a new array with x's shape, dtype and order."""
         layout = self._layout
         if out is None and layout.natural and layout.dense == layout.order:
             array: NDArray = self.memory.empty(self.x.shape, self.x.dtype)
@@ -159,7 +159,7 @@ class Frame:
         return Target(array, self.memory.empty(layout.shape, self.x.dtype), out)
 
     def settle(self, target: Target) -> Any:
-        """Hand a result back: as the out that was passed, else as an array of x's library."""
+        """Return a finished result: the `out` that was passed, or an array of x's library."""
         if not (target.written.base is target.array or self.empty or self._fits(target.array)):
             turned = self._turned(target.array)
             turned[...] = target.written.reshape(turned.shape)
@@ -171,15 +171,15 @@ class Frame:
         return array.transpose(tuple(map(dense.index, range(len(dense)))))
 
     def statistic(self, array: NDArray) -> NDArray:
-        """Return a statistic as contiguous float64 of shape (C,), itself where it is that."""
+        """Return a statistic as contiguous float64 of shape (C,), without a copy if it is that."""
         return self._flat(array, _FLOAT64)
 
     def scale_and_shift(
         self, gamma: NDArray | None, beta: NDArray | None
     ) -> tuple[NDArray, NDArray]:
-        """Return gamma and beta with shape (C,), in one dtype that kernels are compiled for.
+        """Return gamma and beta with shape (C,), in a common dtype that kernels support.
 
-        float32 as long as that loses nothing, and float64 for x in float64.
+        The dtype is float64 if x, gamma or beta is float64, else float32, which is then exact.
         """
         wide = self.x.dtype == _FLOAT64
         for array in (gamma, beta):
@@ -192,35 +192,35 @@ class Frame:
         )
 
     def unflat(self, array: NDArray) -> NDArray:
-        """The channel axes' shape, from (C,)."""
+        """Reshape an array of shape (C,) to the shape of the channel axes."""
         return array if len(self.channel_shape) == 1 else array.reshape(self.channel_shape)
 
     def scale_and_mask(
         self, relu: bool, gamma: NDArray | None, beta: NDArray | None, y: NDArray | None
     ) -> tuple[NDArray, NDArray | None, NDArray | None]:
-        """(gamma, beta, y) as the backend's backward takes them: the last two for ReLU's mask."""
+        """Return (gamma, beta, y) for the backend; the last two give the ReLU mask, or are None."""
         if not relu or y is not None:
             return self.scale_and_shift(gamma, None)[0], None, self.view(y) if relu else None
         return *self.scale_and_shift(gamma, beta), None
 
     def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
-        """Sum of shape (C,) rounded once to gamma's dtype, x's where there is no gamma."""
+        """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None."""
         dtype = self.x.dtype if gamma is None else gamma.dtype
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # as IEEE has it
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # IEEE results
             return self.home(self.unflat(total.astype(dtype)))
 
     def _flat(self, array: NDArray, dtype: np.dtype[Any]) -> NDArray:
-        """Return an array as (C,), plain and of this dtype: itself where it is all that."""
+        """Return an array as contiguous (C,) of this dtype, without a copy if it is that."""
         if array.dtype != dtype or not self.memory.plain(array):
             array = array.astype(dtype, "C")
         return array if array.ndim == 1 else array.reshape(-1)
 
     def _turned(self, array: NDArray) -> NDArray:
-        """Transpose x's axes to the layout's order."""
+        """Transpose an array of x's shape to the layout's order of axes."""
         return array if self._layout.natural else array.transpose(self._layout.order)
 
     def _fits(self, array: NDArray) -> bool:
-        """Whether an array of x's shape has the (N, C, S) view that kernels need."""
+        """Return True if an array of x's shape has the (N, C, S) view that kernels need."""
         return self.memory.aligned(array) and (
             array.strides == self._fitting
             or fits(self._layout, array.shape, array.strides, array.itemsize)

@@ -1,8 +1,9 @@
-"""Shape, strides and channel axes to one (N, C, S): integers only.
+"""Map shape, strides and channel axes to a layout (N, C, S), with integer arithmetic only.
 
-Axes are put in their order in memory, outermost first; those outside the channel axes become N,
-the channel axes C, those inside S. Kernels need each sample's plane contiguous, small planes packed
-and tiny samples packed too; an array that offers no such view is copied once.
+Axes are sorted by their order in memory, outermost first. Axes outside the channel axes become N,
+the channel axes C, and axes inside them S. Kernels need the plane of each sample and channel to be
+contiguous, small planes to be packed, and tiny samples to be packed as well. An array without such
+a view is copied once.
 """
 
 from functools import lru_cache
@@ -12,19 +13,20 @@ from typing import NamedTuple
 
 Axes = tuple[int, ...]
 
-# Planes from this size on are read one by one, so channels may lie apart; below, whole samples
-# are read. Summing down the samples is the faster way at 14 x 14, along the plane at 28 x 28.
+# Planes of at least this many values are read one by one, so channels may lie apart. For smaller
+# planes whole samples are read. Summing down the samples is faster at 14 x 14, along the plane at
+# 28 x 28.
 PLANE = 256
-# Samples of fewer values are read several at a time, so they must lie side by side.
+# Samples with fewer values are read several at a time, so they must be adjacent.
 SAMPLE = 256
 
 
 class Layout(NamedTuple):
-    """How x is seen: transposed to `order`, reshaped to `shape` = (N, C, S).
+    """View of x: transposed to `order`, then reshaped to `shape` = (N, C, S).
 
-    `natural` says that `order` is C order. `groups` are the axes of more than one value that N, C
-    and S are made of. `dense` is x's order in memory; None where x has gaps, repeats or runs
-    backwards: results are then in C order.
+    `natural` is True if `order` is C order. `groups` are the axes longer than 1 that form N, C and
+    S. `dense` is the order of x's axes in memory, or None if x has gaps, repeats values or has
+    negative strides; results are then in C order.
     """
 
     order: Axes
@@ -35,7 +37,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(shape: Axes, strides: Axes, itemsize: int, channel_axes: Axes) -> Layout:
-    """Return how x is seen. Where x itself `fits` no view, it is how x's copy will be seen."""
+    """Return the layout of x or, if x itself does not fit one (see `fits`), that of its copy."""
     natural = tuple(range(len(shape)))
     if _is_dense(shape, strides, itemsize, natural):
         memory = natural
@@ -54,7 +56,7 @@ def layout_of(shape: Axes, strides: Axes, itemsize: int, channel_axes: Axes) -> 
 
 @lru_cache(maxsize=4096)
 def fits(layout: Layout, shape: Axes, strides: Axes, itemsize: int) -> bool:
-    """Whether an array of these strides, seen by `layout`, is what the kernels need."""
+    """Return True if an array with these strides, viewed by `layout`, is what kernels need."""
     if any(stride % itemsize for stride in strides):
         return False
     merged = [_merged_stride(shape, strides, axes) for axes in layout.groups]
@@ -70,10 +72,10 @@ def fits(layout: Layout, shape: Axes, strides: Axes, itemsize: int) -> bool:
 
 
 def _grouped(shape: Axes, order: Axes, channel_axes: Axes, dense: Axes | None) -> Layout | None:
-    """Layout of axes in this order; None where the channel axes are apart or out of order."""
+    """Return the layout for this order; None if channel axes are not adjacent and in order."""
     long = tuple(i for i in order if shape[i] != 1)
     channels = tuple(i for i in channel_axes if shape[i] != 1)
-    # A single channel takes no room in memory: split where its axis stands.
+    # A single channel has no extent in memory: split at the position of its axis.
     begin = long.index(channels[0]) if channels else sum(i < channel_axes[0] for i in long)
     end = begin + len(channels)
     if long[begin:end] != channels:
@@ -84,7 +86,7 @@ def _grouped(shape: Axes, order: Axes, channel_axes: Axes, dense: Axes | None) -
 
 
 def _merged_stride(shape: Axes, strides: Axes, axes: Axes) -> int | None:
-    """Stride in bytes of these axes walked as one, None where they cannot be; 0 of no axes."""
+    """Return the stride in bytes of axes merged into one; None if impossible, 0 for no axes."""
     for outer, inner in pairwise(axes):
         if strides[outer] != strides[inner] * shape[inner]:
             return None
@@ -92,7 +94,7 @@ def _merged_stride(shape: Axes, strides: Axes, axes: Axes) -> int | None:
 
 
 def _is_dense(shape: Axes, strides: Axes, itemsize: int, order: Axes) -> bool:
-    """Whether an array fills its memory without gaps when it is walked in this order."""
+    """Return True if an array, traversed in this order of axes, fills its memory without gaps."""
     expected = itemsize
     for i in reversed(order):
         if shape[i] > 1 and strides[i] != expected:

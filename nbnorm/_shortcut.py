@@ -1,8 +1,8 @@
-"""Ordinary calls on NumPy arrays, with their checks compiled; None where a call is not ordinary.
+"""Fast path for common calls on NumPy arrays, with compiled checks; returns None for other calls.
 
-Checks and arithmetic of a small call take 2 us when compiled, and ten more as Python: an entry
-(`nbnorm.cpu.entries`) does all of it, with threads where the call is large. What is not recognised,
-wrong arguments among it, has been left untouched and goes through `functional`.
+The checks and arithmetic of a small call take 2 us when compiled; checks in Python take ten more.
+A compiled entry (`nbnorm.cpu.entries`) does all of it, with threads if the call is large. For all
+other calls, including those with invalid arguments, it writes nothing, and `functional` takes over.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nbnorm.cpu.plan import SERIAL_BELOW, by_rows, plan
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _READABLE = readable()
-_EXACT = 1 << 53  # ints below are floats as well
+_EXACT = 1 << 53  # smaller ints are exact as floats
 
 
 class _Site:
-    """What there is to know of calls on arrays of one shape, strides, dtype and channel axis."""
+    """Cached properties of calls on arrays of one shape, strides, dtype and channel axis."""
 
     __slots__ = (
         "C", "backward", "dense", "dtype", "form", "forward", "inference", "numbers", "order",
@@ -39,31 +39,31 @@ class _Site:
         N, self.C, S = layout.shape
         self.dtype = dtype
         self.small = N * self.C * S < SERIAL_BELOW  # done serially
-        # x's axes by their place in memory, and back; None where that is their own order.
+        # The permutation of x's axes to their order in memory (None if trivial), and its inverse.
         order = layout.order
         self.order = None if layout.natural else order
         self.dense = tuple(lengths[i] for i in order)
         self.turn = tuple(map(order.index, range(len(order))))
         self.form = (*lengths, *strides)
         self.traversal = "rows" if by_rows(S) else "columns"
-        # What an entry is told: of a small call, and by the numbers of threads and of tensors.
+        # Arguments of entries: for small calls, and by the numbers of threads and of tensors.
         self.serial = self._numbers(1, 2) if self.small else None
         self.numbers: dict[tuple[int, int], NDArray] = {}
-        # Entries: without a residual and with it; by where ReLU's mask is from.
+        # Entries: without and with a residual; for backward, by the source of the ReLU mask.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
         self.backward: dict[str, Any] = {}
 
     def new(self) -> NDArray:
-        """Return an array like x."""
+        """Return a new array with x's shape, dtype and memory order."""
         empty = np.empty if self.small else cpu.memory.empty
         array: NDArray = empty(self.dense, self.dtype)
         return array if self.order is None else array.transpose(self.turn)
 
     def work(self, tensors: int) -> NDArray | None:
-        """Numbers for an entry that passes over so many arrays like x, on threads.
+        """Return the arguments of a threaded entry that passes over `tensors` arrays like x.
 
-        None where threads have to take turns, which the general way sees to.
+        Return None if calls must take turns on the threads, which only the general path handles.
         """
         count = threads.count()
         numbers: NDArray | None = self.numbers.get((count, tensors))
@@ -78,7 +78,7 @@ class _Site:
 
 @lru_cache(maxsize=1024)
 def _site(shape: Axes, strides: Axes, dtype: np.dtype[Any], axis: int) -> _Site | None:
-    """Return the site of calls on such arrays; None where none can be ordinary."""
+    """Return the site of calls on such arrays, or None if the fast path does not support them."""
     if not (_READABLE and len(shape) >= 2 and -len(shape) <= axis < len(shape)) or 0 in shape:
         return None
     layout = layout_of(shape, strides, dtype.itemsize, (axis % len(shape),))
@@ -91,20 +91,20 @@ def _site_of(x: NDArray, axis: int) -> _Site | None:
     dtype = x.dtype
     if dtype is _FLOAT32 or dtype is _FLOAT64:
         return _site(x.shape, x.strides, dtype, axis)
-    for known in _FLOAT32, _FLOAT64:  # that of an unpickled array is another object
+    for known in _FLOAT32, _FLOAT64:  # an unpickled array has its own dtype object
         if dtype == known and dtype.metadata is None:
             return _site(x.shape, x.strides, known, axis)
     return None
 
 
 def adopt(library: str, most: Callable[[], int]) -> None:
-    """Run kernels on the threads of a host's library; see `threads.adopt`."""
+    """Run kernels on the threads of another package's library; see `threads.adopt`."""
     threads.adopt(library, most)
-    _site.cache_clear()  # sites know their pool
+    _site.cache_clear()  # sites depend on the thread pool
 
 
 def _floor(activation: Any) -> float | None:
-    """Least value of y, 0 with ReLU; None of anything else than an activation."""
+    """Return the lower bound of y: 0 with ReLU, -inf without; None for an unknown activation."""
     if activation is None:
         return -inf
     return 0.0 if type(activation) is str and activation == "relu" else None
@@ -125,7 +125,7 @@ def forward(
     activation: Any,
     out: Any,
 ) -> tuple[Any, Any, Any] | None:
-    """y, mean and rstd of `batch_norm_forward`."""
+    """Return y, mean and rstd of `batch_norm_forward`, or None."""
     if (
         type(axis) is not int
         or type(eps) is not float
@@ -176,7 +176,7 @@ def inference(
     out: Any,
     statistics: bool = False,
 ) -> tuple[Any, Any, Any] | None:
-    """y of `batch_norm_inference`; where `statistics` are wanted also mean and rstd, in float64."""
+    """Return (y, mean, rstd) of `batch_norm_inference`; the last two are None or float64."""
     if type(axis) is not int or type(eps) is not float:
         return None
     site, floor = _site_of(x, axis), _floor(activation)
@@ -215,7 +215,7 @@ def backward(
     output_mask: Any,
     out: Any,
 ) -> tuple[Any, Any, Any, Any] | None:
-    """dx, dgamma, dbeta and dresidual of `batch_norm_backward`; beta is None where not given."""
+    """Return dx, dgamma, dbeta and dresidual of `batch_norm_backward`; an omitted beta is None."""
     if (
         type(axis) is not int
         or training is not True
@@ -248,7 +248,7 @@ def backward(
 
 
 def _all_of(dtype: np.dtype[Any], *arrays: Any) -> bool:
-    """Whether what is given are arrays of a dtype: no entry is compiled for a call that is not."""
+    """Return True if all arguments are None or arrays of `dtype`; else compile no entry."""
     return all(a is None or (type(a) is np.ndarray and a.dtype == dtype) for a in arrays)
 
 

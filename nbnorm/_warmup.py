@@ -1,4 +1,4 @@
-"""Kernels compiled before they are needed."""
+"""`warmup`: compile kernels before they are needed."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ def warmup(
     residual: bool = False,
     training: bool = True,
 ) -> None:
-    """Compile what calls on arrays of these shapes need, or load it from the cache.
+    """Compile the kernels for arrays of these shapes, or load them from the cache.
 
-    The first call with another dtype, another kind of shape (large planes, or small ones and
-    vectors) or another set of options compiles for some seconds. The kernels are kept on disk, so
-    that this happens once on a machine; `nbnorm.show_config` says where. To compile ahead, in the
-    build of a container or before requests are served, call this.
+    The first call with a new dtype, kind of shape (large planes, or small planes and vectors) or
+    set of options compiles kernels, which takes some seconds. nbnorm caches the kernels on disk, so
+    this happens once per machine; `nbnorm.show_config` prints the folder. Call `warmup` to compile
+    them in advance, such as when building a container or before serving requests.
 
     Parameters
     ----------
     *shapes : tuples of int
-        Shapes of x. What is compiled depends on the size of the planes.
+        Shapes of x. The size of the planes determines the kernels.
     dtype : dtype, default float32
-        Of x: float32, float64, float16 or bfloat16.
+        Dtype of x: float32, float64, float16 or bfloat16.
     axis, activation : optional
         As in `batch_norm_forward`.
     residual : bool, default False
-        Whether a residual is added before the activation.
+        Whether to prepare calls that add a residual before the activation.
     training : bool, default True
-        Whether to prepare training forward and backward as well as inference.
+        Whether to prepare the training forward and backward passes as well as inference.
 
     Raises
     ------
     TypeError
         dtype is not one of the four; no shape is given.
     ValueError
-        Shapes, axis or activation that do not fit.
+        A shape, axis or activation is invalid.
 
     Notes
     -----
-    The functions run once on zeros, which takes the memory of one such call for each shape in turn.
-    Other kernels may be needed for arrays with gaps between their values, for parameters or
-    statistics of another dtype than x's, and where not all gradients are wanted (``output_mask``).
+    Runs the functions once on zeros, for one shape at a time, which takes the memory of such a
+    call. Other kernels may be needed for arrays with gaps between their values, for parameters or
+    statistics with another dtype than x, and if not all gradients are requested (``output_mask``).
 
     Examples
     --------
@@ -82,5 +82,5 @@ def warmup(
 
 
 def _parameters_of(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
-    """Return the dtype in which users have parameters for x of this dtype."""
+    """Return the usual dtype of parameters for x of this dtype."""
     return np.float64 if dtype == np.float64 else np.float32

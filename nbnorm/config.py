@@ -1,4 +1,4 @@
-"""What this installation runs on: one page to put into a bug report."""
+"""Versions, hardware and settings of this installation, for bug reports."""
 
 import platform
 from importlib.util import find_spec
@@ -12,16 +12,16 @@ from nbnorm import pool
 from nbnorm._version import __version__
 from nbnorm.cpu.kernels import cache_folder
 
-# The features that decide how wide the kernels' vectors are and whether halves are converted
-# in hardware; a host lists a hundred others.
+# CPU features that determine the vector width of the kernels and the conversion of 16-bit floats in
+# hardware. LLVM reports a hundred others.
 _FEATURES = "sse4.2 avx avx2 fma f16c avx512f avx512vl avx512bf16 avx512fp16 neon fullfp16 bf16 sve"
 
 
 def show_config() -> None:
     """Print versions, CPU, threads, threading layer, cache folder and CUDA state.
 
-    ``python -m nbnorm`` does the same. Looking changes nothing: no kernel is compiled, no thread
-    started, and of CUDA's packages it only says whether they are installed.
+    ``python -m nbnorm`` does the same. The function has no side effects: it compiles no kernel,
+    starts no thread, and only reports whether CUDA's packages are installed.
 
     Examples
     --------
@@ -46,13 +46,13 @@ def show_config() -> None:
 
 
 def _cpu_features() -> str:
-    """Return those of the host's features that matter to the kernels."""
+    """Return the host's CPU features that matter to the kernels."""
     host = llvmlite.binding.get_host_cpu_features()
     return " ".join(name for name in _FEATURES.split() if host.get(name)) or "none of note"
 
 
 def _threads() -> dict[str, str]:
-    """Return threads in use and their layer, or how Numba will choose it when it starts them."""
+    """Return the number of threads and their layer, or how Numba will choose it."""
     layer: str
     most = numba.config.NUMBA_NUM_THREADS
     try:
@@ -67,5 +67,5 @@ def _threads() -> dict[str, str]:
 
 
 def _installed(package: str) -> str:
-    """Say whether a top-level package is installed, without importing it."""
+    """Return "installed" or "not installed" for a top-level package, without importing it."""
     return "not installed" if find_spec(package) is None else "installed"

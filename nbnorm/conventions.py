@@ -1,8 +1,8 @@
-"""Batch norms of other frameworks: their checkpoints and hyperparameters to nbnorm's and back.
+"""Conversion of other frameworks' batch norm checkpoints and hyperparameters to nbnorm and back.
 
-All compute gamma (x - mean) / sqrt(var + eps) + beta. They differ in the names of the arrays, in
-eps, in which statistic momentum weighs, and in the variance that they keep. `CONVENTIONS` says how;
-`load` and `dump` go by what stands there and import no framework.
+All frameworks compute gamma (x - mean) / sqrt(var + eps) + beta. They differ in the names of the
+arrays, in eps, in the statistic that momentum weights, and in the correction of the running
+variance. `CONVENTIONS` lists these differences. `load` and `dump` use it and import no framework.
 """
 
 import math
@@ -26,37 +26,37 @@ _OURS = (*_IDENTITY, *_STATISTICS, "num_batches_tracked")
 
 
 class Convention(NamedTuple):
-    """What a framework calls the parts of its batch norm, and what it means by them.
+    """A framework's names for the parts of its batch norm, and their meaning.
 
     Attributes
     ----------
     name : str
-        The framework's, as `load` and `dump` take it.
+        Name of the framework in `load` and `dump`.
     arrays : mapping of str to str
-        The framework's names of the arrays, in its own order, and what they are in
-        `BatchNorm.state_dict`. "factor" is not there: Caffe's statistics are sums, divided by it.
+        The framework's names of the arrays, in its order, and their names in
+        `BatchNorm.state_dict`. Only "factor" has none: Caffe stores sums, which it divides by it.
     eps : tuple of str and float
         Keyword and default.
     momentum : tuple of str and float
         Keyword and default.
     weighs : "new" or "old"
-        Which statistic momentum is the weight of. nbnorm's weighs the new one.
+        The statistic that momentum is the weight of. In nbnorm it is the new one.
     correction : int
-        What the running variance takes from m: 1 unbiased, 0 biased.
+        The running variance averages M2 / (m - correction): 1 is unbiased, 0 biased.
     axis : int, default 1
-        Default of the channel axis.
+        Default channel axis.
     takes_axis : bool, default False
         Whether there is a hyperparameter `axis`, with nbnorm's meaning.
     several_axes : bool, default False
-        Whether parameters may have the shape of more than one axis.
+        Whether parameters may span more than one axis.
     leaves_out : mapping of str to tuple of str
-        Keywords that are True by default, and the arrays (nbnorm's names) that are not there where
-        they are False.
+        Keywords, True by default, and the arrays (nbnorm's names) that are absent if they are
+        False.
     fixes_gamma : tuple of str and bool, or None
-        Keyword, True by default, and the value with which gamma counts as 1 whatever its array
-        holds.
+        Keyword, True by default, and the value for which the framework uses 1 for gamma and
+        ignores the array.
     tags : tuple of str
-        What names in a saved file may begin with, before any prefix.
+        Strings that may precede names, and any prefix, in saved files.
 
     Examples
     --------
@@ -82,16 +82,16 @@ class Convention(NamedTuple):
     tags: tuple[str, ...] = ()
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return the keywords that `load` takes, with the framework's defaults."""
+        """Return the keywords that `load` accepts, with the framework's defaults."""
         return dict([self.eps, self.momentum]) | dict.fromkeys(self.switches(), True)
 
     def switches(self) -> list[str]:
-        """Return those of them that say which arrays there are, or which count."""
+        """Return the hyperparameters that determine which arrays exist or are used."""
         return [*self.leaves_out, *(self.fixes_gamma or ())[:1]]
 
 
 def _in_our_order(*names: str) -> dict[str, str]:
-    """Return what these names are where they stand in nbnorm's order."""
+    """Map names, given in nbnorm's order of arrays, to nbnorm's names."""
     return dict(zip(names, _OURS, strict=False))
 
 
@@ -194,7 +194,7 @@ def load(
     axis: Axis | None = None,
     **hyperparameters: Any,
 ) -> BatchNorm:
-    """Return the layer that a batch norm of another framework is.
+    """Return a layer with the parameters and statistics of another framework's batch norm.
 
     Parameters
     ----------
@@ -202,40 +202,40 @@ def load(
         "torch", "keras", "flax", "onnx", "caffe", "chainer", "mxnet" (the operator and its symbol)
         or "gluon" (MXNet's layer).
     arrays : mapping of str to array, or sequence of arrays
-        Parameters and statistics under the framework's names, or in its order:
-        ``CONVENTIONS[framework].arrays`` has both. NumPy arrays or anything with ``__dlpack__``,
-        of any floating dtype; the number of batches (torch, chainer) may be absent.
+        Parameters and statistics under the framework's names, or in its order; see
+        ``CONVENTIONS[framework].arrays``. NumPy arrays or any objects with ``__dlpack__``, of any
+        floating dtype. The number of batches (torch, chainer) may be absent.
     prefix : str, default ""
-        What the names of this layer's arrays begin with. Others in the mapping are left alone.
+        Prefix of the names of this layer's arrays. Other names in the mapping are ignored.
     axis : int or tuple of int, optional
-        Channel axis or axes of the inputs, those that **keep** their statistics and are not
-        reduced: one for each dimension of the arrays. The framework's default: -1 for keras and
-        flax, 1 for the others.
+        Channel axes of the inputs, one per dimension of the arrays: the axes that **keep** their
+        statistics, not the axes to reduce. Defaults to the framework's: -1 for keras and flax, 1
+        for the others.
     **hyperparameters
-        The framework's own keywords, with the framework's defaults:
+        The framework's keywords, with the framework's defaults:
         ``CONVENTIONS[framework].hyperparameters()``.
 
     Returns
     -------
     BatchNorm
-        In training mode, as every new layer; of the arrays' dtype, of the widest one where they
-        differ. Parameters that the framework's layer lacks are 1 and 0. An activation is no part
-        of it: set ``layer.activation``.
+        Layer in training mode, like every new layer. It has the dtype of the arrays, or the widest
+        if they differ. Parameters that the framework's layer lacks are 1 and 0. The layer has no
+        activation; set ``layer.activation`` if needed.
 
     Raises
     ------
     TypeError
-        A hyperparameter that the framework's layer does not have; arrays that are neither a mapping
-        nor a sequence, or not of a floating dtype; a momentum that is no number.
+        A hyperparameter is unknown to the framework; arrays is neither a mapping nor a sequence, or
+        an array is not floating; momentum is not a number.
     ValueError
-        An unknown framework, missing or unexpected names, shapes that differ or do not fit `axis`,
-        an eps or a factor of Caffe's that is negative or not finite, a momentum that is not finite.
+        The framework is unknown; a name is missing or unexpected; shapes differ or do not fit
+        `axis`; eps or Caffe's factor is negative or not finite; momentum is not finite.
 
     Notes
     -----
-    Caffe's running statistics are weighted sums, and "factor" the sum of their weights:
-    mean / factor, 0 where the factor is 0. With ``moving_average_fraction=1`` all batches weigh the
-    same, which is ``momentum=None``.
+    Caffe stores running statistics as weighted sums, and the sum of the weights as "factor". The
+    running mean is mean / factor, or 0 if the factor is 0. ``moving_average_fraction=1`` weights
+    all batches equally, which is ``momentum=None`` in nbnorm.
 
     Examples
     --------
@@ -273,7 +273,7 @@ def load(
         for name in _STATISTICS:
             sums = values[name].astype(np.float64)
             values[name] = sums / divisor if divisor > 0 else np.zeros_like(sums)
-        if momentum == 0:  # no sum is made smaller: all batches weigh the same
+        if momentum == 0:  # sums never decay: all batches have the same weight
             momentum, count = None, round(divisor)
 
     layer = BatchNorm(
@@ -298,48 +298,51 @@ def load(
 def dump(
     framework: str, layer: BatchNorm, *, prefix: str = "", **switches: bool
 ) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """Return a layer's arrays and hyperparameters as another framework has them.
+    """Return a layer's arrays and hyperparameters in another framework's convention.
 
-    ``load(framework, arrays, **hyperparameters)`` is the way back.
+    ``load(framework, arrays, **hyperparameters)`` is the inverse.
 
     Parameters
     ----------
     framework : str
         As in `load`.
     layer : BatchNorm
-        Whose parameters and running statistics are copied.
+        Layer whose parameters and running statistics are copied.
     prefix : str, default ""
-        Put before every name.
+        Prefix for every name.
     **switches
-        The framework's own keywords that say which arrays its layer has: `affine` and
+        The framework's keywords that select the arrays of its layer: `affine` and
         `track_running_stats` (torch), `scale` and `center` (keras), `use_scale` and `use_bias`
-        (flax), `scale` and `bias_term` (caffe), `use_gamma` and `use_beta` (chainer); or whether
-        gamma counts: `fix_gamma` (mxnet), `scale` (gluon). By default as the layer has them.
+        (flax), `scale` and `bias_term` (caffe), `use_gamma` and `use_beta` (chainer); or that
+        determine whether gamma is used: `fix_gamma` (mxnet), `scale` (gluon). They default to
+        those that match the layer.
 
     Returns
     -------
     arrays : dict of str to ndarray
-        Under the framework's names, in its order; of the layer's dtype, for caffe at least float32.
+        Copies under the framework's names, in its order, with the layer's dtype; for caffe at
+        least float32.
     hyperparameters : dict of str to object
-        Keywords of the framework's layer: eps, momentum, `switches`, and `axis` where it has one.
+        Keywords of the framework's layer: eps, momentum, `switches`, and `axis` if it has one.
 
     Raises
     ------
     TypeError
-        `layer` is no `BatchNorm`; a switch that the framework does not have.
+        `layer` is not a `BatchNorm`; a switch is unknown to the framework.
     ValueError
-        What the framework cannot hold: parameters of several axes, ``momentum=None``, no running
-        statistics; a switch that leaves out parameters which are not 1 and 0; an unknown framework.
+        The framework is unknown; it does not support the layer's parameters of several axes,
+        ``momentum=None`` or lack of running statistics; a switch drops parameters that are not 1
+        and 0.
 
     Notes
     -----
-    The running variance is handed over as it is: the outputs at inference are the same. A layer
-    with another `correction` than the framework's goes on there with the framework's. The layer's
-    activation is no part of it.
+    The running variance does not change, so outputs at inference are the same. If the layer's
+    `correction` differs from the framework's, further training there uses the framework's. The
+    layer's activation is not included.
 
-    For Caffe the statistics are multiplied by a factor of 1 / momentum, with which it weighs the
-    next batch as the layer does. The factor 1, which some converters write, would make the next
-    batch count as much as all that were before.
+    For Caffe the statistics are multiplied by a factor of 1 / momentum, so that Caffe weights the
+    next batch as the layer does. The factor 1, which some converters write, would give the next
+    batch as much weight as all previous ones together.
 
     Examples
     --------
@@ -372,7 +375,7 @@ def dump(
     momentum = layer.momentum
     if "factor" in convention.arrays.values():
         state = _sums(layer, state)
-        momentum = momentum or 0.0  # None: all batches weigh the same
+        momentum = momentum or 0.0  # None: all batches have the same weight
     if convention.weighs == "old":
         if momentum is None:
             raise ValueError(f"{framework} has no cumulative average; the layer has momentum=None")
@@ -388,14 +391,14 @@ def dump(
 
 
 def _convention(framework: str) -> Convention:
-    """Return the convention of this name."""
+    """Return the convention of a framework."""
     if framework not in CONVENTIONS:
         raise ValueError(f"framework must be one of {', '.join(CONVENTIONS)}, got {framework!r}")
     return CONVENTIONS[framework]
 
 
 def _refuse_unknown(convention: Convention, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keywords that are not known."""
+    """Raise if a keyword is not known."""
     for keyword in given:
         if keyword not in known:
             listed = ", ".join(known) or "none"
@@ -405,7 +408,7 @@ def _refuse_unknown(convention: Convention, given: Iterable[str], known: Iterabl
 def _refuse_loss(
     convention: Convention, switches: Mapping[str, bool], state: Mapping[str, NDArray]
 ) -> None:
-    """Refuse to leave out what is there, unless without it the layer computes the same."""
+    """Raise if dropping the unused arrays would change what the layer computes."""
     for name in _unused(convention, switches) & state.keys():
         if name not in _IDENTITY:
             raise ValueError(f"{_title(convention, switches)} has no {name}, the layer has")
@@ -417,13 +420,13 @@ def _refuse_loss(
 
 
 def _absent(convention: Convention, switches: Mapping[str, bool]) -> set[str]:
-    """Return what there are no arrays of."""
+    """Return nbnorm's names of the absent arrays."""
     leaves_out = convention.leaves_out.items()
     return {name for keyword, names in leaves_out if not switches[keyword] for name in names}
 
 
 def _unused(convention: Convention, switches: Mapping[str, bool]) -> set[str]:
-    """Return what does not count, with an array or without."""
+    """Return nbnorm's names of the arrays that are absent or ignored."""
     absent = _absent(convention, switches)
     if convention.fixes_gamma is not None:
         keyword, fixed = convention.fixes_gamma
@@ -439,7 +442,7 @@ def _title(convention: Convention, switches: Mapping[str, bool]) -> str:
 
 
 def _weight_of_new(convention: Convention, momentum: float | None) -> float | None:
-    """Return momentum as nbnorm has it."""
+    """Return momentum in nbnorm's convention."""
     if convention.weighs == "new" and momentum is None:
         return None
     value = _checks.finite(momentum, convention.momentum[0])
@@ -452,7 +455,7 @@ def _named(
     arrays: Mapping[str, Array] | Sequence[Array],
     prefix: str,
 ) -> tuple[dict[str, str], dict[str, Array]]:
-    """Return full names, and arrays, by nbnorm's names; refuse missing and unexpected ones."""
+    """Return full names, and arrays, by nbnorm's names; raise if any is missing or unexpected."""
     absent = _absent(convention, switches)
     names = {ours: prefix + n for n, ours in convention.arrays.items() if ours not in absent}
     if isinstance(arrays, Mapping):
@@ -478,7 +481,7 @@ def _named(
 
 
 def _untagged(name: str, tags: tuple[str, ...]) -> str:
-    """Return a name without what a file puts before it."""
+    """Return a name without the tags of saved files."""
     for tag in tags:
         name = name.removeprefix(tag)
     return name
@@ -487,7 +490,7 @@ def _untagged(name: str, tags: tuple[str, ...]) -> str:
 def _common_shape(
     values: Mapping[str, NDArray], names: Mapping[str, str], axis: Axis
 ) -> tuple[int, ...]:
-    """Return the shape of all arrays, which has a dimension for every channel axis."""
+    """Return the common shape of all arrays; raise if there is none or it does not fit `axis`."""
     first, *others = values
     shape: tuple[int, ...] = values[first].shape
     for name in others:
@@ -504,12 +507,12 @@ def _common_shape(
 
 
 def _widest(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
-    """Return the dtype that holds all of several, at least float32: bfloat16 and float16 differ."""
+    """Return a dtype, at least float32, that holds all dtypes: bfloat16 and float16 differ."""
     return reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def _divisor(factor: Array, name: str) -> float:
-    """Return what Caffe's sums are divided by."""
+    """Return the divisor of Caffe's sums as a float."""
     array = take_floating(factor, name)
     if array.size != 1:
         raise ValueError(f"{name} has shape {array.shape}, expected one number")
@@ -522,8 +525,9 @@ def _divisor(factor: Array, name: str) -> float:
 def _sums(layer: BatchNorm, state: Mapping[str, NDArray]) -> dict[str, NDArray]:
     """Return the state with the running statistics as Caffe's sums, and their factor.
 
-    From it Caffe weighs the next batch with 1 / ((1 - momentum) factor + 1), the layer with its
-    momentum, or 1 / (batches + 1): so the factor is 1 / momentum, or the number of batches.
+    Caffe gives the next batch the weight 1 / ((1 - momentum) factor + 1). The layer's weight is
+    momentum, or 1 / (batches + 1) if that is None. So the factor is 1 / momentum, or the number of
+    batches.
     """
     momentum = layer.momentum
     factor = 1 / momentum if momentum else float(layer.num_batches_tracked)

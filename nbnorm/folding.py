@@ -1,4 +1,4 @@
-"""Inference is linear in x: as scale and shift, and folded into the layer before it."""
+"""Inference as scale and shift, and folded into the preceding linear or convolution layer."""
 
 import numpy as np
 
@@ -13,30 +13,31 @@ def fold_batch_norm(
 ) -> tuple[Array, Array]:
     """Return batch normalization at inference as ``y = scale * x + shift``.
 
-    The last line of Algorithm 2 of Ioffe & Szegedy (2015): scale = gamma / sqrt(var + eps) and
-    shift = beta - mean * scale, in float64 and rounded once. Where ``|mean|`` is much greater than
-    the standard deviation, scale * x + shift cancels in float32; `batch_norm_inference` does not.
+    Implements the last line of Algorithm 2 of Ioffe & Szegedy (2015):
+    scale = gamma / sqrt(var + eps) and shift = beta - mean * scale, computed in float64 and rounded
+    once. If ``|mean|`` is much greater than the standard deviation, scale * x + shift loses digits
+    to cancellation in float32; `batch_norm_inference` does not.
 
     Parameters
     ----------
     gamma, beta : array shaped like `var`, or None
-        Scale and shift of the layer, any floating dtype; None means 1 and 0.
+        Scale and shift of the layer, any floating dtype. None means 1 and 0.
     mean, var : array of one shape
         Population statistics, any floating dtype.
     eps : float, default 1e-5
-        Added to the variance; finite, not negative. Where var + eps is 0 the scale is 0.
+        Added to the variance; finite and not negative. If var + eps is 0, the scale is 0.
 
     Returns
     -------
     scale, shift : array shaped like `var`
-        Of gamma's library and dtype, or of var's where `gamma` is None.
+        Arrays with the library and dtype of `gamma`, or of `var` if `gamma` is None.
 
     Raises
     ------
     TypeError
-        An argument that is not a floating array.
+        An argument is not a floating array.
     ValueError
-        Another shape than var's; `eps` negative or not finite.
+        An argument does not have the shape of `var`; `eps` is negative or not finite.
 
     Examples
     --------
@@ -64,36 +65,36 @@ def fold_into_linear(
     *,
     eps: float = 1e-5,
 ) -> tuple[Array, Array]:
-    """Fold batch normalization at inference into the linear layer before it.
+    """Fold batch normalization at inference into the preceding linear layer.
 
-    With s = gamma / sqrt(var + eps), W' = s W and b' = beta + (b - mean) s, so that
-    W' u + b' = BN(W u + b); in float64, rounded once.
+    With s = gamma / sqrt(var + eps), computes W' = s W and b' = beta + (b - mean) s, so that
+    W' u + b' = BN(W u + b). Computes in float64 and rounds once.
 
     Parameters
     ----------
     weight : array of shape (out, in)
         Weight of the layer, any floating dtype.
     bias : array of shape (out,), or None
-        Bias of the layer; None means 0.
+        Bias of the layer. None means 0.
     gamma, beta : array of shape (out,), or None
-        Scale and shift; None means 1 and 0.
+        Scale and shift. None means 1 and 0.
     mean, var : array of shape (out,)
         Population statistics.
     eps : float, default 1e-5
-        Added to the variance; finite, not negative.
+        Added to the variance; finite and not negative.
 
     Returns
     -------
     weight, bias : array
-        New arrays of the shapes (out, in) and (out,), each of the library and dtype of the one
-        passed in; a bias where there was none is like `weight`.
+        New arrays of shapes (out, in) and (out,), with the library and dtype of the arguments. If
+        `bias` is None, the new bias has those of `weight`.
 
     Raises
     ------
     TypeError
-        An argument that is not a floating array.
+        An argument is not a floating array.
     ValueError
-        A wrong shape; `eps` negative or not finite.
+        A shape is wrong; `eps` is negative or not finite.
 
     Examples
     --------
@@ -128,41 +129,41 @@ def fold_into_conv(
     transposed: bool = False,
     groups: int = 1,
 ) -> tuple[Array, Array]:
-    """Fold batch normalization at inference into the convolution before it.
+    """Fold batch normalization at inference into the preceding convolution.
 
-    As `fold_into_linear`, with every output channel's kernel scaled. Weights are laid out as in
-    PyTorch, with any number of kernel axes.
+    Like `fold_into_linear`, but scales the kernel of every output channel. Weights have PyTorch's
+    layout, with any number of kernel axes.
 
     Parameters
     ----------
     weight : array of shape ``(out, in / groups, *kernel)`` or ``(in, out / groups, *kernel)``
-        Weight of the convolution, any floating dtype; the second form where `transposed`.
+        Weight of the convolution, any floating dtype. The second form applies if `transposed`.
     bias : array of shape (out,), or None
-        Bias of the layer; None means 0.
+        Bias of the layer. None means 0.
     gamma, beta : array of shape (out,), or None
-        Scale and shift; None means 1 and 0.
+        Scale and shift. None means 1 and 0.
     mean, var : array of shape (out,)
         Population statistics.
     eps : float, default 1e-5
-        Added to the variance; finite, not negative.
+        Added to the variance; finite and not negative.
     transposed : bool, default False
-        Whether it is a transposed convolution.
+        Whether the layer is a transposed convolution.
     groups : int, default 1
-        Groups of the convolution.
+        Number of groups of the convolution.
 
     Returns
     -------
     weight, bias : array
-        New arrays of the shape of `weight` and (out,), each of the library and dtype of the one
-        passed in; a bias where there was none is like `weight`.
+        New arrays of the shape of `weight` and (out,), with the library and dtype of the arguments.
+        If `bias` is None, the new bias has those of `weight`.
 
     Raises
     ------
     TypeError
-        An argument that is not a floating array.
+        An argument is not a floating array.
     ValueError
-        A wrong shape; `eps` negative or not finite; `groups` not a positive integer or not a
-        divisor of the first axis of `weight`.
+        A shape is wrong; `eps` is negative or not finite; `groups` is not a positive integer or
+        does not divide the length of the first axis of `weight`.
 
     Examples
     --------
@@ -179,8 +180,8 @@ def fold_into_conv(
         layout = "(in, out/groups, *kernel)" if transposed else "(out, in/groups, *kernel)"
         raise ValueError(f"weight has shape {taken.shape}, expected {layout}")
     _check_groups(groups, taken.shape, "in" if transposed else "out")
-    # One view for both layouts, (groups, a, b, *kernel), whose output channels are (groups, a)
-    # or, transposed, (groups, b).
+    # View both layouts as (groups, a, b, *kernel). The output channels are (groups, a) or,
+    # transposed, (groups, b).
     grouped = taken.reshape(groups, taken.shape[0] // groups, *taken.shape[1:])
     channels = 2 if transposed else 1
     expected = (groups * grouped.shape[channels],)
@@ -205,7 +206,7 @@ def _scale_and_shift(
     expected: tuple[int, ...],
     of: str,
 ) -> tuple[NDArray, NDArray]:
-    """Return scale and shift in float64 after checking what they are made of."""
+    """Check the arguments and return scale and shift in float64."""
     scale = rstd_of(_float64(var, "var", expected, of), eps)
     center = _float64(mean, "mean", expected, of)
     with np.errstate(all="ignore"):  # NaN and Inf pass through to their channel
@@ -220,7 +221,7 @@ def _scale_and_shift(
 def _folded_bias(
     bias: Array | None, scale: NDArray, shift: NDArray, expected: tuple[int, ...], of: str
 ) -> NDArray:
-    """Return bias * scale + shift in float64; no bias is 0."""
+    """Return bias * scale + shift in float64; None means a bias of 0."""
     if bias is None:
         return shift
     with np.errstate(all="ignore"):
@@ -228,7 +229,7 @@ def _folded_bias(
 
 
 def _float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArray:
-    """Take a parameter or statistic of the expected shape as float64."""
+    """Convert a parameter or statistic to float64; raise if its shape is not as expected."""
     array = take_floating(obj, name)
     if array.shape != expected:
         raise ValueError(f"{name} has shape {array.shape}, expected {expected} {of}")
@@ -236,7 +237,7 @@ def _float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArr
 
 
 def _check_groups(groups: int, shape: tuple[int, ...], role: str) -> None:
-    """Refuse groups that do not split the first axis of the weight evenly."""
+    """Raise if `groups` does not divide the first axis of the weight."""
     if isinstance(groups, bool | np.bool) or not isinstance(groups, int | np.integer) or groups < 1:
         raise ValueError(f"groups must be a positive integer, got {groups!r}")
     if shape[0] % groups != 0:

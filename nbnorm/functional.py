@@ -1,6 +1,6 @@
-"""The public functions: docstring, checks, allocation, order of steps; no arithmetic.
+"""The public functions: they check arguments, allocate results and call the backend's kernels.
 
-Every check comes before the first kernel: an error leaves every array as it was.
+All checks precede the first kernel, so an error leaves every array unchanged.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class BatchNormForward(NamedTuple, Generic[X]):
     Attributes
     ----------
     y : array
-        Normalised x: shape, dtype and order in memory of x.
+        Normalised x, with the shape, dtype and memory order of x.
     mean, rstd : array of float64
-        The statistics that normalised x, for the backward pass: the mean and
-        1 / sqrt(biased variance + eps), of the shape of the channel axes.
+        The statistics that normalised x, needed by the backward pass: the mean and
+        1 / sqrt(biased variance + eps), with the shape of the channel axes.
     """
 
     y: X
@@ -35,16 +35,16 @@ class BatchNormForward(NamedTuple, Generic[X]):
 
 
 class BatchNormBackward(NamedTuple, Generic[X]):
-    """Result of `batch_norm_backward`; what was not asked for is None.
+    """Result of `batch_norm_backward`; gradients that were not requested are None.
 
     Attributes
     ----------
     dx : array or None
-        Gradient of x: shape, dtype and order in memory of x.
+        Gradient of x, with the shape, dtype and memory order of x.
     dgamma, dbeta : array or None
-        Gradients of gamma and beta, of the shape of the channel axes and of gamma's dtype.
+        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma.
     dresidual : array or None
-        Gradient of the residual, like x. None where the forward's y was not given.
+        Gradient of the residual, with the shape and dtype of x. None if `y` was not given.
     """
 
     dx: X | OrNone
@@ -72,68 +72,72 @@ def batch_norm_forward(
 ) -> BatchNormForward[X]:
     """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
 
-    y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the mean
-    and the biased variance of the batch, or with the running ones where ``training=False``.
+    Computes y = act(gamma (x - mean) rstd + beta [+ residual]) with rstd = 1 / sqrt(var + eps).
+    In training, mean and var are the batch's mean and biased variance; with ``training=False``
+    they are the running statistics.
 
     Parameters
     ----------
     x : array, at least 2-d
-        float32, float64, float16 or bfloat16 (of ml_dtypes), the last two computed in float32 and
-        rounded once; NumPy's, CuPy's, or anything with ``__dlpack__``, in CPU memory or, with the
-        extra ``cuda``, on a GPU. Any strides; an array that has no (N, C, S) view (cropped images,
-        negative steps) is copied once.
+        float32, float64, float16 or bfloat16 (ml_dtypes). float16 and bfloat16 are computed in
+        float32 and rounded once. A NumPy array, a CuPy array, or any object with ``__dlpack__``,
+        in CPU memory or, with the ``cuda`` extra, on a GPU. Strides are arbitrary; an array
+        without an (N, C, S) view (cropped images, negative steps) is copied once.
     gamma, beta : array of the shape of the channel axes, optional
-        Scale and shift: float32, float64, float16 or bfloat16. None: 1 and 0.
+        Scale and shift: float32, float64, float16 or bfloat16. None means 1 and 0.
     running_mean, running_var : array of the shape of the channel axes, optional
-        Population statistics, both or neither. In training they are updated **in place**, with
-        the variance M2 / (m - correction), and may share memory with no other array of the call;
-        otherwise they normalise and are left alone.
+        Population statistics; pass both or neither. In training they are updated **in place**,
+        with the variance M2 / (m - correction), and must not share memory with any other array of
+        the call. With ``training=False`` they normalise x and do not change.
     training : bool, default True
-        Whether the statistics of this batch normalise it.
+        Normalise with the batch's statistics (True) or the running ones.
     momentum : float, default 0.1
-        Weight of the new statistic: running = (1 - momentum) running + momentum batch. PyTorch's
-        convention; 1 - momentum is Keras's. Any finite number: outside of [0, 1] this extrapolates,
-        and a running variance may become negative, which gives NaN where it normalises.
+        Weight of the new statistic: running = (1 - momentum) running + momentum batch. This is
+        PyTorch's convention; Keras's momentum is 1 minus this one. Any finite number is valid.
+        Values outside [0, 1] extrapolate and can make a running variance negative, which yields
+        NaN at inference.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
-        1: running_var takes the unbiased variance (PyTorch, cuDNN, Caffe, the paper); 0: the
-        biased one (Keras, ONNX, Flax).
+        1 updates running_var with the unbiased variance (PyTorch, cuDNN, Caffe, the paper), 0
+        with the biased one (Keras, ONNX, Flax).
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** statistics of their own, 1 for NCHW and NC, -1 for
-        channels-last, (1, 2, 3) to normalise every activation on its own. All others are reduced:
-        ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`, `jax.nn.standardize` or
-        `keras.ops.moments`.
+        Channel axes. Each index along them **keeps** its own statistics; all other axes are
+        reduced. Use 1 for NCHW and NC, -1 for channels-last, (1, 2, 3) to normalise every
+        activation separately. ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`,
+        `jax.nn.standardize` or `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last. NaN passes through.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself, which is **gone** then, and `batch_norm_backward`
-        needs it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
+        Array to write y to. It may be x itself, but x is then **overwritten** and
+        `batch_norm_backward` needs it: in training, copy x first or use another `out`. It must
+        not overlap an input in any other way.
 
     Returns
     -------
     BatchNormForward
-        (y, mean, rstd), arrays of x's library. y is `out` itself where given.
+        (y, mean, rstd), arrays of x's library. y is `out` itself if given.
 
     Raises
     ------
     TypeError
-        x not floating, masked, of non-native byte order or no array at all; residual of another
-        dtype; parameters or statistics not floating.
+        x is not a floating array, is masked, or has non-native byte order; residual has another
+        dtype; parameters or statistics are not floating.
     ValueError
-        Shapes, axis, eps, activation or out that do not fit; a momentum that is not finite; one
-        running statistic without the other; in training, ones that are read-only or share memory
-        with another array of the call, and a single value per channel with ``correction=1``.
+        A shape, axis, eps, activation or out is invalid; momentum is not finite; only one running
+        statistic is given, or none with ``training=False``; in training, a running statistic is
+        read-only or shares memory with another array of the call, or a channel has a single value
+        and ``correction=1``.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1; momentum as a running form of Algorithm 2. Statistics are
-    summed around a shift and merged in float64 by the formula of Chan, Golub & LeVeque (1983), so
-    that a mean of 1e6 standard deviations costs no digits. The result does not depend on the
-    number of threads, bit for bit. An empty batch leaves the running statistics alone. A NaN or
-    Inf stays in its channel.
+    Implements Algorithm 1 of Ioffe & Szegedy (2015), with a moving average in place of Algorithm 2.
+    Statistics are summed around a shift and merged in float64 with the formula of Chan, Golub &
+    LeVeque (1983), so a mean of 1e6 standard deviations costs no digits. Results are bitwise
+    independent of the number of threads. An empty batch does not change the running statistics. A
+    NaN or Inf stays in its channel.
 
     Examples
     --------
@@ -162,7 +166,7 @@ def batch_norm_forward(
 
 @on_its_device("x")
 def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
-    """`batch_norm_forward` of any arrays; its arguments in the order of `check_forward`'s."""
+    """`batch_norm_forward` for arrays of any library; arguments in `check_forward`'s order."""
     call = check_forward(x, *arguments)
     frame = call.frame
     if not call.training:
@@ -194,9 +198,9 @@ def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
 
 
 class ForwardCall(NamedTuple):
-    """The arguments of a call that gives y, checked, its arrays as NumPy's or CuPy's.
+    """Checked arguments of a function that computes y, with NumPy or CuPy arrays.
 
-    The fields after `out` are of `batch_norm_forward` alone; `running` are mean and variance.
+    Only `batch_norm_forward` uses the fields after `out`; `running` is (mean, variance).
     """
 
     frame: Frame
@@ -212,7 +216,7 @@ class ForwardCall(NamedTuple):
     correction: float = 0.0
 
     def apply(self, mean: NDArray, rstd: NDArray) -> Target:
-        """Normalise x with statistics that are float64 and of shape (C,)."""
+        """Normalise x with float64 statistics of shape (C,)."""
         frame = self.frame
         y = frame.target(self.out)
         if not frame.empty:
@@ -245,9 +249,9 @@ def check_forward(
     *,
     alone: bool = True,
 ) -> ForwardCall:
-    """Check and take the arguments of a forward call; compute nothing.
+    """Check and convert the arguments of a forward call; compute nothing.
 
-    If not `alone`, x is only a part of the batch, and the caller checks the number of values.
+    With ``alone=False``, x is only part of the batch, and the caller checks the number of values.
     """
     frame = Frame(x, axis)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
@@ -295,41 +299,41 @@ def batch_norm_inference(
 ) -> X:
     """Normalise x with population statistics.
 
-    y = act(gamma (x - mean) / sqrt(var + eps) + beta [+ residual]).
+    Computes y = act(gamma (x - mean) / sqrt(var + eps) + beta [+ residual]).
 
     Parameters
     ----------
     x : array, at least 2-d
-        Any floating dtype of `batch_norm_forward`.
+        Any dtype that `batch_norm_forward` accepts.
     gamma, beta : array of the shape of the channel axes, or None
-        Scale and shift. None: 1 and 0.
+        Scale and shift. None means 1 and 0.
     mean, var : array of the shape of the channel axes
         Population mean and variance, any floating dtype.
     eps : float, default 1e-5
         Added to the variance.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself; it may not otherwise overlap an input.
+        Array to write y to. It may be x itself; it must not overlap an input in any other way.
 
     Returns
     -------
     array
-        y: shape, dtype, order in memory and library of x; `out` itself where given.
+        y, with the shape, dtype, memory order and library of x; `out` itself if given.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm_forward`.
+        As in `batch_norm_forward`.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 2, line 11. To fold the same map into the weights of the layer
-    before it, see `fold_into_linear` and `fold_into_conv`.
+    Implements line 11 of Algorithm 2 of Ioffe & Szegedy (2015). `fold_into_linear` and
+    `fold_into_conv` fold the same map into the weights of the preceding layer.
 
     Examples
     --------
@@ -361,7 +365,7 @@ def _inference(
     activation: Activation,
     out: Array | None,
 ) -> X:
-    """`batch_norm_inference` of any arrays."""
+    """`batch_norm_inference` for arrays of any library."""
     frame = Frame(x, axis)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
@@ -386,40 +390,41 @@ def batch_norm_apply(
     activation: Activation = None,
     out: Array | None = None,
 ) -> X:
-    """Normalise x with a given mean and rstd: the second half of the training forward.
+    """Normalise x with a given mean and rstd: the second half of the training forward pass.
 
     Parameters
     ----------
     x : array, at least 2-d
-        Any floating dtype of `batch_norm_forward`.
+        Any dtype that `batch_norm_forward` accepts.
     gamma, beta : array of the shape of the channel axes, or None
-        Scale and shift. None: 1 and 0.
+        Scale and shift. None means 1 and 0.
     mean, rstd : array of the shape of the channel axes
-        Mean and 1 / sqrt(biased variance + eps), any floating dtype; float64 keeps the accuracy
-        of `batch_norm_forward` where the mean is large.
+        Mean and 1 / sqrt(biased variance + eps), any floating dtype. float64 keeps the accuracy
+        of `batch_norm_forward` if the mean is large.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself, which is **gone** then, and the backward functions
-        need it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
+        Array to write y to. It may be x itself, but x is then **overwritten** and the backward
+        functions need it: in training, copy x first or use another `out`. It must not overlap an
+        input in any other way.
 
     Returns
     -------
     array
-        y: shape, dtype, order in memory and library of x; `out` itself where given.
+        y, with the shape, dtype, memory order and library of x; `out` itself if given.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm_forward`.
+        As in `batch_norm_forward`.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1, its last two lines.
+    Implements the last two lines of Algorithm 1 of Ioffe & Szegedy (2015).
 
     Examples
     --------
@@ -443,30 +448,31 @@ def batch_norm_apply(
 
 @on_its_device("x")
 def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
-    """Count, mean and M2 of every channel: the first half of the training forward.
+    """Compute count, mean and M2 per channel: the first half of the training forward pass.
 
     Parameters
     ----------
     x : array, at least 2-d
-        Any floating dtype of `batch_norm_forward`.
+        Any dtype that `batch_norm_forward` accepts.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
 
     Returns
     -------
     Moments
-        (count, mean, m2): an int and float64 arrays of the shape of the channel axes. Moments of
-        several chunks merge as accurately as one pass: ``first.merge(second, third)``.
+        (count, mean, m2): an int and two float64 arrays with the shape of the channel axes.
+        Merging the moments of several chunks, ``first.merge(second, third)``, is as accurate as
+        one pass over all of them.
 
     Raises
     ------
     TypeError, ValueError
-        x or axis as in `batch_norm_forward`.
+        x or axis is invalid, as in `batch_norm_forward`.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1, its first two lines, with M2 = m var. One pass over x:
-    Chan, Golub & LeVeque (1983).
+    Implements the first two lines of Algorithm 1 of Ioffe & Szegedy (2015), with M2 = m var. Takes
+    one pass over x (Chan, Golub & LeVeque, 1983).
 
     Examples
     --------
@@ -481,7 +487,7 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
 
 
 def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
-    """Mean and M2 of frame.x, of shape (C,); zeros where x is empty."""
+    """Return mean and M2 of frame.x, of shape (C,); zeros if x is empty."""
     if frame.empty:
         return frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
     mean, m2 = frame.backend.stats(frame.view(frame.x))
@@ -504,58 +510,59 @@ def batch_norm_backward(
     output_mask: Mask = _shortcut.ALL,
     out: Array | None = None,
 ) -> BatchNormBackward[X]:
-    """Gradients of `batch_norm_forward`.
+    """Compute the gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
-    with x_hat = (x - mean) rstd and, with ReLU, dy set to 0 where y > 0 does not hold.
+    with x_hat = (x - mean) rstd. With ReLU, dy is first set to 0 wherever y > 0 is false.
 
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. Any strides, broadcast ones too.
+        Gradient of y. Any strides, including broadcast ones.
     x : array, at least 2-d
-        The forward's input. If the forward wrote y over it (``out=x``), a copy made before that.
+        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None
-        As in the forward.
+        As in the forward call.
     mean, rstd : array of the shape of the channel axes
-        As the forward returned them.
+        As returned by the forward call.
     beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on it: with ReLU pass it (None
-        where the forward had none), or `y`. Without ReLU it may be left out.
+        As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
+        if the forward call had none) or `y`. Without ReLU it may be omitted.
     y : array of x's shape and dtype, optional
-        The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
-        dresidual is returned. Without `y` the mask is recomputed from x.
+        Result of the forward call, required if that added a residual: the ReLU mask is then y > 0,
+        and dresidual is returned. Without `y` the mask is recomputed from x.
     training : bool, default True
-        False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
+        If False, mean and rstd are constants (frozen statistics) and dx = gamma rstd dy.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     activation : {None, "relu"}
-        As in the forward.
+        As in the forward call.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
     out : array of x's shape and dtype, optional
-        Where to write dx, if dx is wanted. It may be dy itself; it may not otherwise overlap an
-        input.
+        Array to write dx to, if dx is requested. It may be dy itself; it must not overlap an input
+        in any other way.
 
     Returns
     -------
     BatchNormBackward
         (dx, dgamma, dbeta, dresidual), arrays of x's library. dgamma and dbeta are float64 sums
-        rounded once to gamma's dtype (x's where gamma is None).
+        rounded once to gamma's dtype, or to x's if gamma is None.
 
     Raises
     ------
     TypeError
-        dy, x or y not floating or of different dtypes; parameters or statistics not floating.
+        dy, x or y is not floating, or their dtypes differ; parameters or statistics are not
+        floating.
     ValueError
-        Shapes, axis, activation, output_mask or out that do not fit; an activation without either
-        beta or y.
+        A shape, axis, activation, output_mask or out is invalid; an activation is given with
+        neither beta nor y.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), section 3, with the sums over the batch collected. A few hundred
-    gradients at a time are added up in the dtype of the computation: float32 gradients beyond 1e35
-    can overflow to Inf or NaN where their sum would not.
+    Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch collected. Blocks
+    of a few hundred gradients are summed in the dtype of the computation, so float32 gradients
+    beyond 1e35 can overflow to Inf or NaN even if their total would not.
 
     Examples
     --------
@@ -587,7 +594,7 @@ def batch_norm_backward(
 def _backward(
     training: bool, output_mask: Mask, out: Array | None, dy: Array, x: X, *arguments: Any
 ) -> BatchNormBackward[X]:
-    """`batch_norm_backward` of any arrays; from `dy` on in the order of `check_backward`'s."""
+    """`batch_norm_backward` for arrays of any library; from `dy` on in `check_backward`'s order."""
     call = check_backward(dy, x, *arguments)
     frame, wanted = call.frame, call.wanted(output_mask)
     out_ = frame.out(out, inplace="dy")
@@ -622,7 +629,7 @@ class Wanted(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The arguments that all backward functions have, checked, arrays as NumPy's or CuPy's."""
+    """Checked arguments common to all backward functions, with NumPy or CuPy arrays."""
 
     frame: Frame
     dy: NDArray
@@ -634,12 +641,12 @@ class BackwardCall(NamedTuple):
     relu: bool
 
     def wanted(self, output_mask: Mask) -> Wanted:
-        """Check which gradients are asked for; that of a residual only where there is y."""
+        """Check `output_mask` and return it; dresidual also requires y."""
         dx, dgamma, dbeta, dresidual = _checks.output_mask(output_mask)
         return Wanted(dx, dgamma, dbeta, dresidual and self.y is not None)
 
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
-        """(dy, x, gamma, mean, rstd), and (beta, y) for ReLU's mask, as the backend takes them."""
+        """Return (dy, x, gamma, mean, rstd) and the ReLU mask's (beta, y), for the backend."""
         frame = self.frame
         gamma, *mask = frame.scale_and_mask(self.relu, self.gamma, self.beta, self.y)
         statistics = frame.statistic(self.mean), frame.statistic(self.rstd)
@@ -657,7 +664,7 @@ def check_backward(
     axis: Axis,
     activation: Activation,
 ) -> BackwardCall:
-    """Check and take the arguments that all backward functions have; compute nothing."""
+    """Check and convert the arguments common to all backward functions; compute nothing."""
     frame = Frame(x, axis)
     relu = _checks.relu(activation)
     gamma = _checks.given(gamma, "gamma", relu and y is None)
@@ -681,39 +688,39 @@ def batch_norm_backward_reduce(
     activation: Activation = None,
     axis: Axis = 1,
 ) -> tuple[Array, Array]:
-    """Sum dy and sum dy x_hat of every channel: the first half of the training backward.
+    """Compute sum dy and sum dy x_hat per channel: the first half of the training backward pass.
 
     Parameters
     ----------
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        The forward's input. If the forward wrote y over it (``out=x``), a copy made before that.
+        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     gamma, beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on them: with ReLU pass both
-        (None where the forward had none), or `y`. Without ReLU they may be left out.
+        As in the forward call. With ``activation="relu"`` the mask depends on them, so pass both
+        (None if the forward call had none) or `y`. Without ReLU they may be omitted.
     y : array of x's shape and dtype, optional
-        The forward's result, for the mask where a residual was added.
+        Result of the forward call, required for the ReLU mask if that added a residual.
     activation : {None, "relu"}
-        As in the forward.
+        As in the forward call.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
 
     Returns
     -------
     sum_dy, sum_dy_xhat : array of float64
-        Of the shape of the channel axes: dbeta and dgamma. They add up over ranks and chunks.
+        dbeta and dgamma, with the shape of the channel axes. Sums of ranks or chunks can be added.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm_backward`.
+        As in `batch_norm_backward`.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), section 3: the gradients of beta and gamma.
+    Implements the gradients of beta and gamma in section 3 of Ioffe & Szegedy (2015).
 
     Examples
     --------
@@ -750,7 +757,7 @@ def batch_norm_backward_apply(
     axis: Axis = 1,
     out: Array | None = None,
 ) -> X:
-    """Gradient of x from the two sums: the second half of the training backward.
+    """Compute the gradient of x from the two sums: the second half of the training backward pass.
 
     dx = gamma rstd (dy - sum_dy / count - x_hat sum_dy_xhat / count).
 
@@ -759,40 +766,40 @@ def batch_norm_backward_apply(
     dy : array of x's shape and dtype
         Gradient of y.
     x : array, at least 2-d
-        The forward's input. If the forward wrote y over it (``out=x``), a copy made before that.
+        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None
-        As in the forward.
+        As in the forward call.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     sum_dy, sum_dy_xhat : array of the shape of the channel axes
-        Sums of `batch_norm_backward_reduce`, added up over every part of the batch.
+        Sums returned by `batch_norm_backward_reduce`, added over all parts of the batch.
     count : int
-        Values per channel in all those parts.
+        Number of values per channel in all parts together.
     beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on it: with ReLU pass it (None
-        where the forward had none), or `y`. Without ReLU it may be left out.
+        As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
+        if the forward call had none) or `y`. Without ReLU it may be omitted.
     y : array of x's shape and dtype, optional
-        The forward's result, for the mask where a residual was added.
+        Result of the forward call, required for the ReLU mask if that added a residual.
     activation : {None, "relu"}
-        As in the forward.
+        As in the forward call.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     out : array of x's shape and dtype, optional
-        Where to write dx. It may be dy itself; it may not otherwise overlap an input.
+        Array to write dx to. It may be dy itself; it must not overlap an input in any other way.
 
     Returns
     -------
     array
-        dx: shape, dtype, order in memory and library of x; `out` itself where given.
+        dx, with the shape, dtype, memory order and library of x; `out` itself if given.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm_backward`; a count that is not positive where x has values.
+        As in `batch_norm_backward`; count is not positive although x is not empty.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), section 3.
+    Implements the gradient of x in section 3 of Ioffe & Szegedy (2015).
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A batch normalization layer: state around the functions."""
+"""`BatchNorm`: a layer that holds parameters, gradients and running statistics."""
 
 import math
 import operator
@@ -17,12 +17,12 @@ from nbnorm.moments import Moments, Pairwise, update_running_stats
 
 
 class Saved(NamedTuple):
-    """What backward needs from the last forward: references, not copies."""
+    """What `backward` needs from the last `forward`: references, not copies."""
 
     x: Array
     mean: Array
     rstd: Array
-    y: Array | None  # only where the ReLU's mask depends on a residual
+    y: Array | None  # only if the ReLU mask depends on a residual
     residual: bool
     training: bool
 
@@ -33,53 +33,53 @@ class BatchNorm:
     Parameters
     ----------
     num_features : int or tuple of int
-        Number of channels; where `axis` is a tuple, the lengths of those axes, in ascending order
-        of the axes.
+        Number of channels. If `axis` is a tuple, the lengths of those axes, in ascending order of
+        the axes.
     eps : float, default 1e-5
         Added to the variance.
     momentum : float or None, default 0.1
-        Weight of the new batch in the running average. None: the plain average over all batches
-        seen in training, of their means and corrected variances. That is Algorithm 2 of the paper
-        (E[x] = E_B[mean_B], Var[x] = m/(m-1) E_B[var_B]) and PyTorch's. It gives each batch the
-        same weight and leaves out the variance between batch means; for exact statistics of a
-        whole data set merge moments and call `set_statistics`.
+        Weight of the new batch in the running average. None takes the plain average of the means
+        and corrected variances of all batches seen in training, as do Algorithm 2 of the paper
+        (E[x] = E_B[mean_B], Var[x] = m/(m-1) E_B[var_B]) and PyTorch. That weights all batches
+        equally and omits the variance between batch means; for the exact statistics of a data
+        set, merge moments and call `set_statistics`.
     affine : bool, default True
-        Whether there are parameters gamma ("weight") and beta ("bias").
+        Whether the layer has the parameters gamma ("weight") and beta ("bias").
     track_running_stats : bool, default True
-        Whether running statistics are kept. Without them evaluation uses batch statistics too.
+        Whether the layer keeps running statistics. If not, evaluation uses batch statistics too.
     correction : int, default 1
-        The running variance averages M2 / (m - correction): 1 unbiased, 0 biased.
+        The running variance averages M2 / (m - correction): 1 is unbiased, 0 biased.
     axis : int or tuple of int, default 1
-        Channel axis or axes of the inputs: those that **keep** statistics of their own, not those
-        that are reduced.
+        Channel axes of the inputs: the axes that **keep** their statistics, not the axes to
+        reduce.
     activation : None or "relu", default None
         Fused activation, applied last.
     dtype : floating dtype, default float32
-        Of parameters and running statistics; independent of the inputs' dtype.
+        Dtype of parameters and running statistics, independent of the inputs' dtype.
 
     Attributes
     ----------
     parameters : dict of str to ndarray
-        "weight" (gamma, starts at 1) and "bias" (beta, starts at 0); empty without `affine`. These
-        and the running statistics are NumPy arrays until `forward` gets an x on a GPU: they follow
-        it there, as CuPy arrays, and back.
+        "weight" (gamma, initially 1) and "bias" (beta, initially 0); empty without `affine`.
+        Parameters and running statistics are NumPy arrays until `forward` gets an x on a GPU. They
+        then move there as CuPy arrays, and back with the next x in CPU memory.
     grads : dict of str to array
-        Gradients of the parameters under the same keys; each backward replaces them by arrays of
-        x's library.
+        Gradients of the parameters, under the same keys. Each `backward` replaces them by new
+        arrays of x's library.
     running_mean, running_var : ndarray or None
-        Start at 0 and 1; None without `track_running_stats`.
+        Initially 0 and 1; None without `track_running_stats`.
     num_batches_tracked : int
-        Number of batches that went into the running statistics. Empty batches do not count.
+        Number of batches in the running statistics. Empty batches do not count.
     training : bool
-        Set by `train` and `eval`; starts as True.
+        Set by `train` and `eval`; initially True.
 
     Raises
     ------
     TypeError
         `dtype` is not one of the four floating dtypes.
     ValueError
-        `num_features` is negative or does not fit `axis`. Everything else is checked by the
-        functions that the layer calls.
+        `num_features` is negative or does not fit `axis`. `forward` and `backward` check the other
+        options.
 
     Examples
     --------
@@ -135,18 +135,18 @@ class BatchNorm:
         self.running_mean = np.zeros(shape, dtype) if track_running_stats else None
         self.running_var = np.ones(shape, dtype) if track_running_stats else None
         self.num_batches_tracked = 0
-        self._device: int | None = None  # the GPU that parameters and statistics lie on
+        self._device: int | None = None  # GPU of the parameters and statistics; None on the CPU
         self._saved: Saved | None = None
-        self._seen: Pairwise | None = None  # moments of batches, within `_collecting`
+        self._seen: Pairwise | None = None  # moments of batches, inside `_collecting`
 
     def forward(self, x: X, residual: Array | None = None) -> X:
-        """Normalise x: by its own statistics in training, by the running ones in evaluation.
+        """Normalise x with its own statistics in training, with the running ones in evaluation.
 
         Parameters
         ----------
         x : array
-            Any floating dtype, the channel axes shaped like the parameters. Kept by reference
-            until the next forward: write neither into it nor into the parameters before
+            Any floating dtype; the channel axes have the shape of the parameters. The layer keeps
+            a reference until the next `forward`: do not modify x or the parameters before
             `backward`.
         residual : array shaped like x, optional
             Added before the activation.
@@ -154,12 +154,12 @@ class BatchNorm:
         Returns
         -------
         array
-            Of x's shape, dtype and library.
+            y, with x's shape, dtype and library.
 
         Raises
         ------
         TypeError, ValueError
-            As `batch_norm_forward`; the running statistics are then as they were.
+            As in `batch_norm_forward`; the running statistics do not change then.
         """
         if type(x) is not np.ndarray or self._device is not None:
             self._follow(x)
@@ -190,11 +190,11 @@ class BatchNorm:
         return y
 
     def __call__(self, x: X, residual: Array | None = None) -> X:
-        """`forward`."""
+        """Call `forward`."""
         return self.forward(x, residual)
 
     def _follow(self, x: Array) -> None:
-        """Move parameters and statistics to where x lies, if they lie elsewhere."""
+        """Move parameters and statistics to the device of x, if they are elsewhere."""
         device = device_of(x)
         if device == self._device:
             return
@@ -207,29 +207,30 @@ class BatchNorm:
     def _normalise(
         self, x: Array, training: bool, **options: Any
     ) -> tuple[Array, Array, Array, int]:
-        """Return y, mean, rstd, and the number of values in the batch."""
+        """Return y, mean, rstd and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
 
     @contextmanager
     def _collecting(self) -> Iterator[Pairwise]:
-        """Within a ``with``, collect the moments of batches instead of moving running averages.
+        """Collect the moments of batches inside the block; do not update running statistics.
 
-        Whatever the mode, batches are normalised as in training.
+        Batches are normalised as in training, whatever the layer's mode.
         """
         seen = Pairwise()
-        try:  # at once: an interrupt may come at any line
+        try:  # starts before the assignment, as an interrupt may come at any line
             self._seen = seen
             yield seen
         finally:
             self._seen = None
 
     def _collect(self, x: Array, training: bool, **options: Any) -> tuple[Array, Array, Array, int]:
-        """`_normalise`, with the moments of the batch added to those seen."""
+        """Call `_normalise` and add the moments of the batch to those collected."""
         assert self.running_mean is not None
         assert self._seen is not None
         shape = self.running_mean.shape
-        # Running statistics that are the batch's: all of a SyncBatchNorm's ranks together.
+        # With momentum 1 the running statistics become the batch's: for SyncBatchNorm, those of
+        # all ranks together.
         mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
         options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
         _, _, _, values = results = self._normalise(x, training, **options)
@@ -239,33 +240,33 @@ class BatchNorm:
         return results
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes of a copy, which collects nothing of its own."""
+        """Return the attributes of a copy; a copy does not collect moments."""
         return vars(self) | {"_seen": None}
 
     def backward(self, dy: Array) -> Any:
-        """Return the gradient of the last forward's input; those of the parameters go to `grads`.
+        """Return the gradient of the last input; store the gradients of the parameters in `grads`.
 
-        After a forward in evaluation mode running statistics, if kept, count as constants.
+        After a `forward` in evaluation mode, running statistics, if kept, are constants.
 
         Parameters
         ----------
         dy : array
-            Gradient of the output, of its shape and dtype.
+            Gradient of the output, with its shape and dtype.
 
         Returns
         -------
         dx : array
             Gradient of x.
         dresidual : array
-            Gradient of the residual, if there was one. Without an activation this is `dy` itself,
-            not a copy.
+            Gradient of the residual, only if `forward` got one. Without an activation this is
+            `dy` itself, not a copy.
 
         Raises
         ------
         RuntimeError
-            There was no forward.
+            `forward` has not been called.
         TypeError, ValueError
-            As `batch_norm_backward`; `grads` is then as it was.
+            As in `batch_norm_backward`; `grads` does not change then.
         """
         if self._saved is None:
             raise RuntimeError("backward called before forward")
@@ -287,37 +288,37 @@ class BatchNorm:
         return dx, dy if saved.y is None else dresidual
 
     def _differentiate(self, dy: Array, saved: "Saved", **options: Any) -> tuple[Array | None, ...]:
-        """What `batch_norm_backward` returns."""
+        """Return the result of `batch_norm_backward`."""
         return batch_norm_backward(
             dy, saved.x, mean=saved.mean, rstd=saved.rstd, training=saved.training, **options
         )
 
     def train(self) -> "BatchNorm":
-        """Switch to training: batch statistics normalise, running ones are updated."""
+        """Switch to training: normalise with batch statistics and update the running ones."""
         self.training = True
         return self
 
     def eval(self) -> "BatchNorm":
-        """Switch to evaluation: running statistics normalise and stay."""
+        """Switch to evaluation: normalise with the running statistics and do not update them."""
         self.training = False
         return self
 
     def set_statistics(self, moments: Moments) -> None:
-        """Replace the running statistics by those of given moments.
+        """Set the running statistics from moments.
 
         Parameters
         ----------
         moments : Moments
-            Usually of a whole data set: `batch_norm_stats` of every chunk, merged. The variance
-            is M2 / (count - correction).
+            Usually those of a whole data set: `batch_norm_stats` of every chunk, merged. The
+            running variance becomes M2 / (count - correction).
 
         Raises
         ------
         TypeError
             The mean or M2 is not a floating array.
         ValueError
-            The layer keeps no running statistics, or they share memory with a parameter; too few
-            values, a wrong shape.
+            The layer keeps no running statistics, or they share memory with a parameter; the
+            moments have too few values or the wrong shape.
 
         Examples
         --------
@@ -334,7 +335,7 @@ class BatchNorm:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
         if moments.count == 0:
             raise ValueError("moments are of no values, and their mean and variance mean nothing")
-        # From zeros: a NaN in the old statistics would survive a factor of 0.
+        # Start from zeros: a NaN in the old statistics would survive a factor of 0.
         zeros = np.zeros(self.running_mean.shape, self.dtype)
         mean, m2 = (on_host(take_floating(getattr(moments, n), n)) for n in ("mean", "m2"))
         mean, var = update_running_stats(
@@ -351,20 +352,21 @@ class BatchNorm:
         Returns
         -------
         dict of str to ndarray
-            In CPU memory: "weight" and "bias" with `affine`; "running_mean", "running_var" and
-            "num_batches_tracked" (int64, no axes) with `track_running_stats`.
+            Arrays in CPU memory: "weight" and "bias" with `affine`; "running_mean", "running_var"
+            and "num_batches_tracked" (int64, 0-d) with `track_running_stats`.
 
         Examples
         --------
-        Into a layer of PyTorch's, whose ``state_dict()`` `load_state_dict` takes as it is:
+        Load the state into a PyTorch layer. (`load_state_dict` accepts the ``state_dict()`` of a
+        PyTorch layer as it is.)
 
         >>> state = layer.state_dict()  # doctest: +SKIP
         >>> module.load_state_dict(  # doctest: +SKIP
         ...     {name: torch.as_tensor(array) for name, array in state.items()}
         ... )
 
-        PyTorch accepts no bfloat16 NumPy arrays: for a bfloat16 layer, give ``torch.as_tensor``
-        ``array.astype("f8")``.
+        PyTorch does not accept bfloat16 NumPy arrays: for a bfloat16 layer, pass
+        ``array.astype("f8")`` to ``torch.as_tensor``.
         """
         state = {name: on_host(array).copy() for name, array in self._arrays().items()}
         if self.track_running_stats:
@@ -372,21 +374,21 @@ class BatchNorm:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy parameters and statistics out of a dict with PyTorch's names.
+        """Copy parameters and statistics from a mapping with PyTorch's names.
 
         Parameters
         ----------
         state : mapping of str to array
-            The keys of `state_dict`, all of them and no other; NumPy arrays, torch tensors or
-            anything with ``__dlpack__``, of any floating dtype. They are rounded to the layer's.
+            Exactly the keys of `state_dict`. Values are NumPy arrays, torch tensors or any objects
+            with ``__dlpack__``, of any floating dtype; they are rounded to the layer's dtype.
 
         Raises
         ------
         TypeError
             A value is not a floating array; the count is not an integer.
         ValueError
-            Missing or unexpected keys, a wrong shape, a negative count; running statistics of the
-            layer that share memory with its parameters. Nothing has been written then.
+            A key is missing or unexpected, a shape is wrong or the count is negative; the layer's
+            running statistics share memory with its parameters. The layer does not change then.
         """
         arrays = self._arrays_to_write()
         expected = [*arrays, *(["num_batches_tracked"] if self.track_running_stats else [])]
@@ -394,7 +396,7 @@ class BatchNorm:
         unexpected = [name for name in state if name not in expected]
         if missing or unexpected:
             raise ValueError(f"state has missing keys {missing} and unexpected keys {unexpected}")
-        # Copies: the state may hold the layer's own arrays, under other names.
+        # Copy first: the state may hold the layer's own arrays, under other names.
         taken = {name: on_host(take_floating(state[name], name)).copy() for name in arrays}
         for name, array in arrays.items():
             if taken[name].shape != array.shape:
@@ -405,7 +407,7 @@ class BatchNorm:
             overwrite(array, taken[name])
 
     def _arrays_to_write(self) -> dict[str, NDArray]:
-        """`_arrays`; refuse running statistics that share memory with a parameter."""
+        """Return `_arrays`; raise if running statistics share memory with a parameter."""
         arrays = self._arrays()
         if self.running_mean is not None:
             _checks.running_to_update(arrays, "it is written in place")
@@ -430,7 +432,7 @@ class BatchNorm:
 def _channel_shape(
     num_features: int | tuple[int, ...], axis: int | tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Return the shape of parameters and statistics; `num_features` must fit `axis`."""
+    """Return the shape of the parameters; raise if `num_features` does not fit `axis`."""
     shape = num_features if isinstance(num_features, tuple) else (num_features,)
     axes = axis if isinstance(axis, tuple) else (axis,)
     if len(shape) != len(axes):
@@ -444,7 +446,7 @@ def _channel_shape(
 
 
 def _batch_count(value: Any) -> int:
-    """Return num_batches_tracked, an integer or an array of one without axes, as an int."""
+    """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
     try:
         count = operator.index(value)
     except TypeError:

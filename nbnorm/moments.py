@@ -1,4 +1,4 @@
-"""Count, mean and M2 of every channel: merged, turned into running statistics."""
+"""`Moments`: count, mean and M2 per channel, which can be merged; running statistics from them."""
 
 import operator
 from typing import Any, NamedTuple, TypeVar
@@ -10,7 +10,7 @@ from nbnorm._arrays import home_of, on_its_device, take_floating
 from nbnorm._running import move
 from nbnorm._typing import Array, NDArray
 
-# Types of running statistics: what goes in comes out.
+# Types of the running statistics: results have the type of the arguments.
 Mean = TypeVar("Mean")
 Var = TypeVar("Var")
 
@@ -18,16 +18,16 @@ Var = TypeVar("Var")
 class Moments(NamedTuple):
     """Count, mean and M2 of every channel.
 
-    M2 is the sum of squared deviations from the mean. The three merge as accurately as one pass,
-    which mean and ``rstd`` do not: a variance recovered from ``rstd`` cancels where it is far below
-    ``eps``.
+    M2 is the sum of squared deviations from the mean. Merging these three is as accurate as one
+    pass over all values. Merging mean and ``rstd`` is not: recovering a variance far below ``eps``
+    from ``rstd`` suffers from cancellation.
 
     Attributes
     ----------
     count : int
         Number of values per channel; 0 for an empty batch, whose mean and M2 are 0.
     mean : array of float64
-        Mean, shaped like the channel axes: ``(C,)`` for one axis.
+        Mean, with the shape of the channel axes: ``(C,)`` for one axis.
     m2 : array of float64
         Sum of squared deviations from the mean, shaped like `mean`.
 
@@ -52,24 +52,25 @@ class Moments(NamedTuple):
         Parameters
         ----------
         *others : Moments
-            Moments of other values of the same channels. Another order may differ in the last
-            bit, the same order never does. Empty ones (``count == 0``) change nothing.
+            Moments of other values of the same channels. The same order always gives the same
+            bits; another order may change the last bit. Empty moments (``count == 0``) have no
+            effect.
 
         Returns
         -------
         Moments
-            Arrays of the library of ``self.mean``, float64.
+            float64 arrays of the library of ``self.mean``.
 
         Raises
         ------
         TypeError
-            A mean or M2 that is not a floating array, a count that is not an integer.
+            A mean or M2 is not a floating array; a count is not an integer.
         ValueError
-            Means or M2 of different shapes, a negative count.
+            Means or M2 have different shapes; a count is negative.
 
         Notes
         -----
-        The pairwise update of Chan, Golub & LeVeque (1979): with d = mean_b - mean_a and
+        Uses the pairwise update of Chan, Golub & LeVeque (1979): with d = mean_b - mean_a and
         n = n_a + n_b, mean = mean_a + d n_b / n and M2 = M2_a + M2_b + d² n_a n_b / n.
 
         Examples
@@ -97,22 +98,22 @@ class Moments(NamedTuple):
 
     @on_its_device("self")
     def var(self, correction: int = 0) -> Array:
-        """Return the variance M2 / (count - correction), 0 where there are no values.
+        """Return the variance M2 / (count - correction), or 0 if there are no values.
 
         Parameters
         ----------
         correction : int, default 0
-            0 for the biased variance that normalises, 1 for the unbiased estimate.
+            0 gives the biased variance, used to normalise; 1 the unbiased estimate.
 
         Returns
         -------
         array of float64
-            Shaped like `mean`, of its library.
+            Variance, with the shape and library of `mean`.
 
         Raises
         ------
         ValueError
-            ``0 < count <= correction``: too few values for this correction.
+            ``0 < count <= correction``: there are too few values for this correction.
 
         Examples
         --------
@@ -126,19 +127,20 @@ class Moments(NamedTuple):
 
     @on_its_device("self")
     def rstd(self, eps: float) -> Array:
-        """Return 1 / sqrt(biased variance + eps), 0 where that sum or the count is 0.
+        """Return 1 / sqrt(biased variance + eps), or 0 if that sum or the count is 0.
 
-        NaN where M2 is Inf: float64 cannot hold the squares of values beyond 1e154 or so.
+        The result is NaN if M2 is Inf: float64 cannot hold the squares of values beyond about
+        1e154.
 
         Parameters
         ----------
         eps : float
-            Added to the variance; finite, not negative.
+            Added to the variance; finite and not negative.
 
         Returns
         -------
         array of float64
-            Shaped like `mean`, of its library.
+            1 / sqrt(biased variance + eps), with the shape and library of `mean`.
 
         Raises
         ------
@@ -159,17 +161,17 @@ class Moments(NamedTuple):
 
 
 class Pairwise:
-    """Moments merged in pairs, pairs of pairs, and so on; those of an odd number at the end."""
+    """Merge moments in pairs, then pairs of pairs, and so on; leftovers at the end."""
 
     def __init__(self) -> None:
         self._number = 0
-        self._waiting: list[Any] = []  # one of 2^k parts for every k-th bit of the number
+        self._waiting: list[Any] = []  # a merge of 2^k parts for each bit k set in the number
 
     def __bool__(self) -> bool:
         return self._number > 0
 
     def add(self, moments: Any) -> None:
-        """Take the next moments, or what will become some: all that is needed is `merge`."""
+        """Add moments, or any object with a compatible `merge` method, such as a dask delayed."""
         self._number += 1
         number = self._number
         while number % 2 == 0:
@@ -178,7 +180,7 @@ class Pairwise:
         self._waiting.append(moments)
 
     def total(self) -> Any:
-        """Moments of all parts; there is at least one."""
+        """Return the moments of all parts; requires at least one part."""
         *earlier, total = self._waiting
         for part in reversed(earlier):
             total = part.merge(total)
@@ -186,19 +188,19 @@ class Pairwise:
 
 
 def rstd_of(var: NDArray, eps: float) -> NDArray:
-    """Return 1 / sqrt(var + eps) in float64, 0 where var + eps is 0.
+    """Return 1 / sqrt(var + eps) in float64, or 0 if var + eps is 0.
 
     Parameters
     ----------
     var : ndarray of float64
         Variances. NaN passes through.
     eps : float
-        Added to the variance; finite, not negative.
+        Added to the variance; finite and not negative.
 
     Returns
     -------
     ndarray of float64
-        Shaped like `var`.
+        1 / sqrt(var + eps), with the shape of `var`.
 
     Raises
     ------
@@ -227,42 +229,42 @@ def update_running_stats(
     correction: int = 1,
     inplace: bool = True,
 ) -> tuple[Mean, Var]:
-    """Move the running statistics towards those of a batch.
+    """Update running statistics with those of a batch.
 
     Each becomes ``(1 - momentum) * running + momentum * batch``, computed in float64 and rounded
-    once to its own dtype. An empty batch (``count == 0``) leaves them as they are.
+    once to its own dtype. An empty batch (``count == 0``) does not change them.
 
     Parameters
     ----------
     running_mean, running_var : array of shape moments.mean.shape
-        float32, float64, float16 or bfloat16, each its own. NumPy arrays or anything with
-        ``__dlpack__``.
+        float32, float64, float16 or bfloat16; the two dtypes may differ. NumPy arrays or any
+        objects with ``__dlpack__``.
     moments : Moments
-        Moments of the batch, or of several merged.
+        Moments of a batch, or of several batches merged.
     momentum : float, default 0.1
-        Weight of the new batch statistic (PyTorch's convention; 1 minus that of Keras). Any finite
-        number: outside of [0, 1] this extrapolates, and a running variance may become negative,
-        which gives NaN where it normalises.
+        Weight of the new batch statistic (PyTorch's convention; Keras's momentum is 1 minus this
+        one). Any finite number is valid. Values outside [0, 1] extrapolate and can make a running
+        variance negative, which yields NaN at inference.
     correction : int, default 1
-        The batch variance is M2 / (count - correction): 1 for the unbiased one (PyTorch, cuDNN,
-        Caffe, the paper), 0 for the biased one (Keras, ONNX, Flax).
+        The batch variance is M2 / (count - correction): 1 gives the unbiased variance (PyTorch,
+        cuDNN, Caffe, the paper), 0 the biased one (Keras, ONNX, Flax).
     inplace : bool, default True
-        Write into the given arrays. False leaves them alone and returns new ones of the same
-        library and dtype, which read-only arrays (JAX) need.
+        If True, write to the given arrays. If False, return new arrays of the same library and
+        dtype, as read-only arrays (JAX) require.
 
     Returns
     -------
     running_mean, running_var : array
-        With ``inplace=True`` the very objects passed in.
+        Updated statistics; the objects passed in if ``inplace=True``.
 
     Raises
     ------
     TypeError
-        Statistics that are not floating arrays, a momentum or correction that is no number.
+        A statistic is not a floating array; momentum or correction is not a number.
     ValueError
-        ``0 < count <= correction``, a momentum or correction that is not finite, arrays of another
-        shape than the moments; with ``inplace=True``, arrays that are read-only or share memory
-        with each other or the moments. Nothing has been written then.
+        ``0 < count <= correction``; momentum or correction is not finite; an array does not have
+        the shape of the moments; with ``inplace=True``, an array is read-only or shares memory
+        with the other or with the moments. Nothing is written then.
 
     Examples
     --------
@@ -300,7 +302,7 @@ def update_running_stats(
 
 
 def _var(count: int, m2: NDArray, correction: float) -> NDArray:
-    """Return M2 / (count - correction), 0 for no values; refuse too few of them."""
+    """Return M2 / (count - correction), or 0 without values; raise if there are too few."""
     correction = _checks.finite(correction, "correction")
     if count == 0:
         return np.zeros_like(m2)
@@ -311,7 +313,7 @@ def _var(count: int, m2: NDArray, correction: float) -> NDArray:
 def _taken(
     moments: Moments, expected: tuple[int, ...] | None = None
 ) -> tuple[int, NDArray, NDArray]:
-    """Return count, mean and M2 as an int and two float64 ndarrays of one shape."""
+    """Return count, mean and M2 as an int and two float64 arrays of the same shape."""
     if not isinstance(moments, Moments):
         raise TypeError(f"expected moments as nbnorm.Moments, got {type(moments).__qualname__}")
     try:

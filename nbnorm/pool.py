@@ -1,16 +1,15 @@
-"""Memory for large results, used again once the last array on it is gone.
+"""Memory pool for large results, which reuses memory after the last array on it is collected.
 
-A fresh 100 MB from the system costs more than batch normalization: its pages are mapped and zeroed
-one by one while they are first written (32 x 256 x 56 x 56 forward: 6.4 ms into memory at hand,
-11.0 ms into new memory). A result is a plain ndarray whose base is a block of the pool; the memory
-comes back when the array and all views of it have been collected.
+Allocating 100 MB from the system costs more than batch normalization: the system maps and zeroes
+each page at its first write (32 x 256 x 56 x 56 forward: 6.4 ms into reused memory, 11.0 ms into
+new memory). A result is a plain ndarray whose base is a block of the pool. The memory returns to
+the pool when the array and all its views have been collected.
 
-A block can be collected, and a signal handler can raise, at any line of any thread. So there is no
-lock here and no code of ours that runs at a collection: the interpreter appends the block's record
-to a queue, which is one operation in C. What is known about memory is kept in containers whose
-operations happen whole or not at all, and totals are summed from them rather than kept in counters.
-An interrupt can drop memory, which then goes back to the system, but neither lose track of it nor
-hand it out twice.
+A block can be collected, and a signal handler can raise, at any line of any thread. The pool
+therefore uses no lock and runs no Python code at a collection: the interpreter appends the block's
+record to a queue, which is one operation in C. The state is in containers with atomic operations,
+and totals are summed from them instead of counted. An interrupt can drop memory, which then goes
+back to the system, but it cannot leak memory or hand it out twice.
 """
 
 from __future__ import annotations
@@ -30,30 +29,31 @@ import numpy as np
 
 from nbnorm._typing import NDArray
 
-# Bytes. Smaller results come from malloc's own store, without new pages. Results of one size, one
-# at a time, took 1.05 of their time without the pool at 1 MiB, 1.03 at 2 and 1.01 at 4.
+# Bytes. malloc serves smaller results from its own store, without new pages. For results of one
+# size, one at a time, the pool took 1.05 of the time without it at 1 MiB, 1.03 at 2 and 1.01 at 4.
 LEAST = 1 << 21
-LINE = 64  # bytes: results begin at a cache line, as streaming stores like it
+LINE = 64  # bytes: results start at a cache line, which favours streaming stores
 
 
 def set_pool_limit(nbytes: int | None) -> int:
     """Set how much memory the pool may hold for results; 0 turns it off.
 
-    Large results live in memory that is kept when they are gone, and used for later results of
-    about their size: a loop of ``y = batch_norm_forward(x, ...)`` costs what it costs with
-    ``out=``. The pool never keeps more idle than results had in use at once, drops first what has
-    been idle longest, and holds at most `nbytes`, in use and idle; results beyond that are ordinary
-    arrays. The environment variable ``NBNORM_POOL_LIMIT`` sets the limit at import.
+    The pool keeps the memory of large results after they are collected, and reuses it for later
+    results of similar size. A loop of ``y = batch_norm_forward(x, ...)`` then takes as long as with
+    ``out=``. Used and idle memory together do not exceed `nbytes`; further results are ordinary
+    arrays. The pool does not keep more memory than was in use at once, and drops the memory that
+    has been idle longest first. The environment variable ``NBNORM_POOL_LIMIT`` sets the limit at
+    import.
 
     Parameters
     ----------
     nbytes : int or None
-        Bytes. None: an eighth of the machine's, or the container's, memory.
+        Limit in bytes. None means an eighth of the memory of the machine or container.
 
     Returns
     -------
     int
-        The limit that held before.
+        The previous limit.
 
     Raises
     ------
@@ -64,9 +64,9 @@ def set_pool_limit(nbytes: int | None) -> int:
 
     Notes
     -----
-    A result from the pool has a ``base``, does not own its data and so cannot be resized in place.
-    Otherwise it is an ndarray like any other. Threads may share the pool; those that need new
-    memory at the same moment may together exceed the limit by what they need.
+    A result from the pool has a ``base`` and does not own its data, so it cannot be resized in
+    place. Otherwise it is an ordinary ndarray. Threads may share the pool; if several need new
+    memory at the same moment, they may together exceed the limit by that amount.
 
     Examples
     --------
@@ -88,10 +88,10 @@ def set_pool_limit(nbytes: int | None) -> int:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
-    """`numpy.empty` in C order, in pooled memory where the array is large."""
+    """Return `numpy.empty` in C order, from pooled memory if the array is large."""
     try:
         return _empty(shape, dtype)
-    except MemoryError:  # dropping what is idle may free enough
+    except MemoryError:  # retry, as dropping idle memory may free enough
         _pool.shrink(0)
         return _empty(shape, dtype)
 
@@ -101,16 +101,16 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     block = _pool.take(nbytes) if nbytes >= LEAST and _pool.limit else None
     if block is None:
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, np.asarray(block))  # quicker than view and reshape
+    return np.ndarray(shape, dtype, np.asarray(block))  # faster than view and reshape
 
 
 def idle() -> tuple[int, int]:
-    """Bytes that are idle in the pool, and the limit."""
+    """Return the number of idle bytes in the pool, and the limit."""
     return _pool.idle(), _pool.limit
 
 
 class _Memory(NamedTuple):
-    """`size` bytes that begin at a cache line, and the array that they are part of."""
+    """`size` bytes that start at a cache line, and the array that holds them."""
 
     size: int
     interface: dict[str, Any]
@@ -118,7 +118,7 @@ class _Memory(NamedTuple):
 
 
 def _memory(size: int) -> _Memory:
-    """New memory, which the system takes some time to prepare."""
+    """Allocate new memory from the system."""
     array = np.empty(size + LINE, np.uint8)
     start = array.__array_interface__["data"][0]
     where = {"data": (start + -start % LINE, False), "shape": (size,)}
@@ -126,7 +126,7 @@ def _memory(size: int) -> _Memory:
 
 
 class _Block:
-    """Base of a result: what lives as long as the result and all views of it do."""
+    """Base of a result; it lives as long as the result and all its views."""
 
     __slots__ = ("__array_interface__", "__weakref__", "_memory")
 
@@ -141,33 +141,33 @@ class _Block:
 
 
 class _Loan(weakref.ref[_Block]):
-    """Record of a block's memory; the interpreter queues it when the block is gone."""
+    """Record of a block's memory; the interpreter queues it when the block is collected."""
 
-    memory: _Memory | None = None  # an interrupt may come before it is set
+    memory: _Memory | None = None  # still None if an interrupt comes before it is set
 
 
 class _Pool:
     """Memory in use and idle, by size.
 
-    There are four sizes to each power of two: new memory wastes a fifth at most. Idle memory also
-    serves results of half its size, so that sizes that take turns share it: 60 results of
-    (8, 16, 60..120, 60..120), one at a time, took 0.4 of their time without the pool, and 1.3 where
-    each had to find memory of its own size.
+    There are four sizes per power of two, so new memory wastes at most a fifth. Idle memory also
+    serves results down to half its size, so that results of alternating sizes share it: 60 results
+    of (8, 16, 60..120, 60..120), one at a time, took 0.4 of the time without the pool, and 1.3 if
+    each needed memory of its exact size.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._peak = 0  # most bytes in use at once; since the limit was set last
+        self._peak = 0  # most bytes in use at once since the limit was set
         self._lent: dict[int, dict[int, _Loan]] = {}  # by size, by id
         self._idle: dict[int, deque[tuple[int, _Memory]]] = {}  # by size, oldest first, numbered
         self._returned: deque[_Loan] = deque()
         self._numbers = count()
 
     def take(self, nbytes: int) -> _Block | None:
-        """A block of `nbytes` or more; None where the pool may not grow that much.
+        """Return a block of at least `nbytes`, or None if the pool may not grow that much.
 
-        Every step counts: a kernel drives all of this out of the caches, and what takes 7 us in a
-        loop by itself then takes 30.
+        Every step counts: kernels evict this code and data from the caches, so a call that takes
+        7 us in a tight loop takes 30 us after a kernel.
         """
         size = _size_class(nbytes)
         if self._returned:
@@ -190,7 +190,7 @@ class _Pool:
         return block
 
     def _make_room(self, size: int) -> bool:
-        """Drop idle memory until `size` bytes may be added; return whether they may."""
+        """Drop idle memory until `size` bytes may be added; return False if they may not."""
         self._lent.setdefault(size, {})
         self._idle.setdefault(size, deque())
         in_use, limit = self._in_use() + size, self.limit
@@ -200,12 +200,12 @@ class _Pool:
         return True
 
     def idle(self) -> int:
-        """Bytes that are idle."""
+        """Return the number of idle bytes."""
         self._collect()
         return sum(size * len(waiting) for size, waiting in self._idle.copy().items())
 
     def set_limit(self, limit: int) -> int:
-        """Set the limit, keep to it, return the one before."""
+        """Set the limit, drop idle memory beyond it, and return the previous limit."""
         before, self.limit = self.limit, limit
         self._collect()
         self.shrink(max(limit - self._in_use(), 0))
@@ -213,10 +213,10 @@ class _Pool:
         return before
 
     def _collect(self) -> None:
-        """Move returned memory to what is idle.
+        """Move returned memory to the idle memory.
 
-        An interrupt, or another thread, may come between any two steps. A loan therefore stays
-        queued until all is done, and whoever takes it out of `_lent` alone passes its memory on.
+        An interrupt or another thread may come between any two steps. A loan therefore stays queued
+        until all steps are done, and only the thread that removes it from `_lent` moves its memory.
         """
         while self._returned:
             try:
@@ -231,11 +231,11 @@ class _Pool:
                 pass
 
     def _in_use(self) -> int:
-        """Bytes of all results that live."""
+        """Return the number of bytes in use by live results."""
         return sum(size * len(lent) for size, lent in self._lent.copy().items())
 
     def shrink(self, nbytes: int) -> None:
-        """Drop what has been idle longest until at most `nbytes` are idle."""
+        """Drop the memory idle longest until at most `nbytes` are idle."""
         excess = self.idle() - nbytes
         while excess > 0:
             with suppress(IndexError, ValueError):  # another thread took the last
@@ -248,14 +248,14 @@ class _Pool:
 
 
 def _size_class(nbytes: int) -> int:
-    """nbytes rounded up to a power of two in quarters: 4, 5, 6 or 7 times a power of two."""
+    """Round nbytes up to 4, 5, 6 or 7 times a power of two."""
     step = 1 << max(nbytes.bit_length() - 3, 0)
     return -(-nbytes // step) * step
 
 
 @cache
 def _sizes_from(size: int) -> tuple[int, ...]:
-    """A class and those up to twice its size, ascending."""
+    """Return a size class and the larger ones up to twice its size, ascending."""
     sizes = [size]
     while sizes[-1] < 2 * size:
         sizes.append(_size_class(sizes[-1] + 1))
@@ -263,7 +263,7 @@ def _sizes_from(size: int) -> tuple[int, ...]:
 
 
 def _default_limit() -> int:
-    """An eighth of the memory that this process may have."""
+    """Return an eighth of the memory that this process may use."""
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not a POSIX system

@@ -1,6 +1,7 @@
 """Statistics of data larger than memory, and of the inputs of layers over many batches.
 
-Both merge count, mean and M2 of parts: however they are cut, each value weighs the same.
+Both merge the count, mean and M2 of parts, so every value has the same weight however the data is
+split.
 """
 
 import operator
@@ -23,60 +24,61 @@ from nbnorm.moments import Moments, Pairwise
 
 __all__ = ["population_stats", "recalibrate"]
 
-# 32 MiB of float32. An eighth of that took 1.06 to 1.35 times as long for a file in the page cache,
-# a 128th 2 to 3 times (benchmarks/population.py chunks).
+# Values: 32 MiB of float32. For a file in the page cache, chunks of an eighth of that took 1.06 to
+# 1.35 times as long, and of a 128th 2 to 3 times (benchmarks/population.py chunks).
 CHUNK = 1 << 23
 
 
 def population_stats(
     data: Array | Iterable[Array], *, axis: Axis = 1, chunk: int = CHUNK, progress: bool = False
 ) -> Moments:
-    """Count, mean and M2 of every channel of data that need not fit into memory.
+    """Compute count, mean and M2 per channel of data that need not fit into memory.
 
     Parameters
     ----------
     data : array, or iterable of arrays
-        Any array of `batch_norm_stats`, a memory map, or what reads an array when it is sliced (a
-        dataset of h5py); an iterable of such (files, a generator of batches),
-        which is gone through once and may differ in all but the channel axes; one dask array, whose
-        blocks are taken as they are, but for the channel axes, which are brought together.
+        An array that `batch_norm_stats` accepts, a memory map, or an object that reads an array
+        when sliced (an h5py dataset). An iterable of these (files, a generator of batches) is
+        consumed once; its arrays must agree only in the shape of the channel axes. A dask array
+        is processed block by block, after rechunking so that blocks span the channel axes.
     axis : int or tuple of int, default 1
-        Channel axes of each array: those that **keep** their statistics, not those that are
-        reduced.
+        Channel axes of each array: the axes that **keep** their statistics, not the axes to
+        reduce.
     chunk : int, default 8388608
-        How many values to take at a time. An array is cut along the axes that are reduced, the
-        outermost in memory first.
+        Maximum number of values to process at a time. Arrays are split along the reduced axes,
+        the outermost in memory first. Has no effect on dask arrays.
     progress : bool, default False
-        Whether to show a bar of the values taken (of a dask array: of its tasks), which needs the
-        extra ``progress``.
+        Whether to show a progress bar of the values processed (for a dask array, of its tasks).
+        Needs the ``progress`` extra.
 
     Returns
     -------
     Moments
-        (count, mean, m2) of all values together, arrays of the library of the first chunk. The
-        same for the same chunks, always; other chunks may change the last bits.
+        (count, mean, m2) of all values together, arrays of the first chunk's library. The same
+        chunks always give the same bits; other chunks may change the last bits.
 
     Raises
     ------
     TypeError
-        `data` is neither; an array of another dtype than `batch_norm_stats` takes: integers, such
-        as images, go in as ``(array.astype("f4") for array in arrays)``.
+        `data` is neither an array nor an iterable of arrays, or an array has a dtype that
+        `batch_norm_stats` does not accept. Convert integers, such as images, with
+        ``(array.astype("f4") for array in arrays)``.
     ValueError
-        There is no array; channel axes of different shapes; an axis that does not fit; a chunk of
-        less than one value.
+        `data` has no arrays; channel axes have different shapes; axis is invalid; chunk is less
+        than 1.
     ImportError
-        A bar without tqdm.
+        `progress` is True and tqdm is not installed.
 
     Notes
     -----
-    Chunks are merged in pairs, pairs of pairs, and so on, by the formula of Chan, Golub & LeVeque
-    (1983): a value goes through log2 of the number of merges that it would in sequence. 100,000
-    chunks of a few float64 values with a mean of 1e6 standard deviations leave the mean wrong by 3
-    roundings; in sequence it is 280.
+    Chunks are merged in pairs, then pairs of pairs, and so on, with the formula of Chan, Golub &
+    LeVeque (1983). Each value passes through log2(n) merges for n chunks, not n. For 100,000 chunks
+    of a few float64 values with a mean of 1e6 standard deviations, the mean is off by 3 roundings;
+    merging in sequence gives 280.
 
-    Memory holds one chunk, where slicing reads or copies (h5py, arrays without an (N, C, S) view),
-    and nothing of a memory map but pages that the system takes back. A dask array is computed at
-    once, by its scheduler: as many blocks are held as that works on.
+    If slicing reads or copies (h5py, arrays without an (N, C, S) view), memory holds one chunk. A
+    memory map takes only pages that the system can reclaim. A dask array is computed by its
+    scheduler in one go, so memory holds as many blocks as the scheduler works on.
 
     Examples
     --------
@@ -87,7 +89,7 @@ def population_stats(
     >>> stats.mean, stats.var()
     (array([2.5]), array([0.75]))
 
-    The statistics of a layer that sees the data itself:
+    Set the running statistics of a layer whose inputs are the data itself:
 
     >>> from nbnorm import BatchNorm
     >>> layer = BatchNorm(1)
@@ -114,7 +116,7 @@ def population_stats(
         for i, array in enumerate(arrays):
             try:
                 for piece in _pieces(array, axis, chunk):
-                    if bar is None:  # with the first piece that is right
+                    if bar is None:  # only once a piece has passed the checks
                         bar = shown.enter_context(bar_of(_size(arrays)))
                     moments = batch_norm_stats(piece, axis=axis)
                     shape = tuple(moments.mean.shape)
@@ -137,39 +139,41 @@ def population_stats(
 
 @contextmanager
 def recalibrate(*layers: BatchNorm) -> Iterator[None]:
-    """Within a ``with``, collect what layers see; at its end make that their running statistics.
+    """Collect the layers' input statistics inside the block; store them on exit.
 
-    Every forward of a layer within the block normalises by the statistics of its batch, as in
-    training, whatever the layer's mode. The running statistics stay as they are until the block has
-    ended without an exception; then each layer gets those of all the values that it has seen
-    together, batches weighted by their sizes. A layer that has seen no values keeps its own.
+    Inside the ``with`` block, every forward call of a layer normalises with the statistics of its
+    batch, as in training, whatever the layer's mode. If the block ends without an exception, the
+    running statistics of each layer become those of all values it has seen, with batches weighted
+    by their sizes. Until then they do not change. A layer that has seen no values keeps its
+    running statistics.
 
     Parameters
     ----------
     *layers : BatchNorm
-        Usually all of a network; one that stands in several places of it counts once, with what it
-        sees in all of them. `SyncBatchNorm` collects what all ranks see.
+        Usually all batch norms of a network. A layer used in several places collects its inputs
+        from all of them. `SyncBatchNorm` collects the inputs of all ranks.
 
     Returns
     -------
     context manager
-        For a ``with`` statement, to which it gives nothing.
+        For use in a ``with`` statement. It yields None.
 
     Raises
     ------
     TypeError
-        A layer that is no BatchNorm.
+        A layer is not a BatchNorm.
     ValueError
-        No layer, one that keeps no running statistics or is being recalibrated already; within the
-        block, a batch of too few values, as in training; at its end, when none has seen a value.
+        No layer is given; a layer keeps no running statistics or is already being recalibrated;
+        inside the block, a batch has too few values for training; on exit, no layer has seen a
+        value.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 2, lines 8 to 10, for fixed parameters, with the exact
-    statistics of the population in place of averages over batches, which weigh every batch the same
-    and leave out the variance between their means.
+    Implements lines 8 to 10 of Algorithm 2 of Ioffe & Szegedy (2015) for fixed parameters. The
+    paper averages over batches, which weights all batches equally and omits the variance between
+    their means. This function computes the exact population statistics.
 
-    Modes, parameters and ``num_batches_tracked`` stay what they were.
+    Modes, parameters and ``num_batches_tracked`` do not change.
 
     Examples
     --------
@@ -204,7 +208,7 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
 
 
 def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
-    """Statistics of a dask array: one graph, of which its scheduler returns C numbers."""
+    """Compute the moments of a dask array in one graph, which returns only the merged result."""
     from dask import delayed
 
     axes, _, _ = _checks.channel_axes(data.shape, _checks.axes(axis), "data")
@@ -219,14 +223,14 @@ def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
 
 
 def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
-    """Cut an array, along axes that are reduced, into pieces of `chunk` values at most."""
+    """Yield pieces of at most `chunk` values, cut along the reduced axes of an array."""
     if not hasattr(array, "shape"):
-        take_floating(array, "data")  # which refuses what is no array
+        take_floating(array, "data")  # raises, as this is not an array
     shape = tuple(array.shape)
     axes, _, _ = _checks.channel_axes(shape, _checks.axes(axis), "data")
     size, steps = prod(shape), list(shape)
     if size > chunk:
-        # Along the innermost axis each page of a map would be read for every piece.
+        # Cuts along the innermost axis would read every page of a memory map for every piece.
         strides = getattr(array, "strides", None) or range(len(shape), 0, -1)
         for a in sorted(set(range(len(shape))) - set(axes), key=lambda a: -abs(strides[a])):
             size //= shape[a]
@@ -239,11 +243,11 @@ def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
         piece = array[index]
         take_floating(piece, "data")
         yield piece
-        del piece  # memory holds one
+        del piece  # keep only one piece in memory
 
 
 def _bar(progress: bool, *, of_dask: bool = False) -> Callable[..., AbstractContextManager[Any]]:
-    """What shows a progress bar, to be updated by numbers of values, of this total, or by dask."""
+    """Return a function that opens a progress bar, updated with numbers of values or by dask."""
     title = "population statistics"
     if not progress:
         return nullcontext
@@ -262,7 +266,7 @@ def _bar(progress: bool, *, of_dask: bool = False) -> Callable[..., AbstractCont
 
 
 def _size(arrays: Iterable[Array]) -> int | None:
-    """How many values there are, where that is known without going through them."""
+    """Return the number of values, or None if only iterating over the arrays would tell."""
     if not isinstance(arrays, Sequence):
         return None
     return sum(prod(getattr(array, "shape", ())) for array in arrays)

@@ -1,14 +1,15 @@
-"""The oracle: batch normalization in plain NumPy, one line per equation of the paper.
+"""Reference implementation: batch normalization in plain NumPy, one line per equation of the paper.
 
-Every function of nbnorm under its own name, with the same arguments, for S. Ioffe & C. Szegedy,
-"Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift"
-(2015). Comments name the place: Algorithm 1 is the transform of a mini-batch, Algorithm 2 trains a
-network and then freezes it, section 3 has the gradients. docs/math.md derives them.
+Implements every function of nbnorm under the same name and with the same arguments, after S. Ioffe
+& C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+Covariate Shift" (2015). Comments cite the equations: Algorithm 1 is the transform of a mini-batch,
+Algorithm 2 trains a network and then freezes it, section 3 has the gradients. docs/math.md derives
+them.
 
-It is there to be read and to test against: slow, for NumPy arrays only, without checks of its
-arguments, and with no arithmetic in common with the kernels. All is computed in float64, in
-longdouble where x is float64 and where there is no x (folding, running statistics), and returned
-as computed; only `out` and running statistics updated in place are rounded to the dtype they have.
+The module is meant for reading and testing. It is slow, takes only NumPy arrays, does not check its
+arguments, and shares no arithmetic with the kernels. It computes in float64, or in longdouble if x
+is float64 or there is no x (folding, running statistics), and returns results in that dtype. Only
+`out` and running statistics updated in place are rounded to their own dtypes.
 
 Examples
 --------
@@ -35,7 +36,7 @@ from nbnorm.moments import Moments
 
 OptArray = NDArray | None
 
-# NaN and Inf are data here: they pass through without a warning.
+# NaN and Inf are valid data: they pass through without a warning.
 _quiet = np.errstate(all="ignore")
 
 
@@ -46,9 +47,9 @@ def batch_norm_forward(
     eps: float = 1e-5, correction: int = 1, axis: Axis = 1, residual: OptArray = None,
     activation: Activation = None, out: OptArray = None,
 ) -> BatchNormForward[NDArray]:  # fmt: skip
-    """Algorithm 1, or with ``training=False`` the same map with the running statistics.
+    """Algorithm 1; with ``training=False``, the same map with the running statistics.
 
-    Returns y of x's shape and mean and rstd = 1/sqrt(var + eps), shaped like the channel axes.
+    Returns y, with x's shape, and mean and rstd = 1/sqrt(var + eps), with that of the channel axes.
     """
     if training:
         batch = batch_norm_stats(x, axis=axis)
@@ -73,9 +74,9 @@ def batch_norm_inference(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
     axis: Axis = 1, residual: OptArray = None, activation: Activation = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
-    """Algorithm 2, line 11, not yet rearranged into scale and shift (`fold_batch_norm`).
+    """Algorithm 2, line 11, before rearranging it to scale and shift (`fold_batch_norm`).
 
-    Returns y of x's shape.
+    Returns y, with x's shape.
     """
     rstd = _rstd(_wide(var, x), eps)
     return batch_norm_apply(
@@ -92,8 +93,8 @@ def batch_norm_backward(
 ) -> BatchNormBackward[NDArray]:  # fmt: skip
     """Section 3, "the gradients of loss l": the six equations in the order of the paper.
 
-    Returns dx and dresidual of x's shape, dgamma and dbeta shaped like the channel axes; None for
-    what `output_mask` drops, and for dresidual where the forward's `y` is not given.
+    Returns dx and dresidual, with x's shape, and dgamma and dbeta, with that of the channel axes.
+    Gradients not in `output_mask` are None, as is dresidual if `y` is not given.
     """
     m, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
@@ -104,7 +105,7 @@ def batch_norm_backward(
         # dl/dvar = sum_i dl/dx_hat_i (x_i - mean) (-1/2) (var + eps)^(-3/2)
         dvar = np.sum(dxhat * deviation, axis=over, keepdims=True) * (-(r**3) / 2)
         # dl/dmean = sum_i dl/dx_hat_i (-1) / sqrt(var + eps) + dl/dvar 1/m sum_i -2 (x_i - mean)
-        dmean = -np.sum(dxhat, axis=over, keepdims=True) * r  # the last sum is 0 about the mean
+        dmean = -np.sum(dxhat, axis=over, keepdims=True) * r  # sum_i (x_i - mean) is 0
         # dl/dx_i = dl/dx_hat_i / sqrt(var + eps) + dl/dvar 2 (x_i - mean) / m + dl/dmean / m
         dx = dxhat * r + dvar * 2 * deviation / m + dmean / m
     else:
@@ -121,15 +122,15 @@ def batch_norm_backward(
 
 @_quiet
 def batch_norm_stats(x: NDArray, *, axis: Axis = 1) -> Moments:
-    """Algorithm 1, lines 1 and 2: mean and M2 = m var; both 0 where there are no values.
+    """Algorithm 1, lines 1 and 2: mean and M2 = m var; both 0 if there are no values.
 
-    Returns the count m and arrays shaped like the channel axes.
+    Returns the count m and two arrays with the shape of the channel axes.
     """
     m, over, kept = _reduction(x, axis)
     values = _wide(x, x)
     mean = np.sum(values, axis=over, keepdims=True) / max(m, 1)  # mean = 1/m sum_i x_i
-    # The same once more on what is left takes back the rounding of a long sum: the mean of equal
-    # values is that value, exactly.
+    # Adding the mean of the deviations corrects the rounding of a long sum: the mean of equal
+    # values is then exactly that value.
     mean = mean + np.sum(values - mean, axis=over, keepdims=True) / max(m, 1)
     m2 = np.sum((values - mean) ** 2, axis=over)  # var = 1/m sum_i (x_i - mean)^2
     return Moments(m, mean.reshape(kept), m2)
@@ -142,8 +143,8 @@ def update_running_stats(
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3.1, the moving average in place of Algorithm 2, line 10.
 
-    The variance that enters is m/(m - 1) var for ``correction=1``. Returns the arrays passed in or,
-    not rounded, new ones; an empty batch leaves them as they are.
+    Averages the variance m/(m - 1) var if ``correction=1``. Returns the arrays passed in or, with
+    ``inplace=False``, new ones that are not rounded. An empty batch does not change the values.
     """
     new_mean, new_var = _long(running_mean), _long(running_var)
     if moments.count > 0:
@@ -161,7 +162,7 @@ def batch_norm_apply(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, *, axis: Axis = 1,
     residual: OptArray = None, activation: Activation = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
-    """Algorithm 1, lines 3 and 4, then the residual and the activation. Returns y."""
+    """Algorithm 1, lines 3 and 4, then the residual and the activation; returns y."""
     xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
     y = _spread(gamma, x, axis) * xhat  # y_i = gamma x_hat_i + beta
     if beta is not None:
@@ -180,7 +181,7 @@ def batch_norm_backward_reduce(
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
-    Returns (sum_dy, sum_dy_xhat), shaped like the channel axes.
+    Returns (sum_dy, sum_dy_xhat), with the shape of the channel axes.
     """
     _, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
@@ -193,7 +194,7 @@ def batch_norm_backward_apply(
     sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
     activation: Activation = None, axis: Axis = 1, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
-    """Section 3, the three equations for dl/dx_i put into one (docs/math.md). Returns dx."""
+    """Section 3, the three equations for dl/dx_i combined (docs/math.md); returns dx."""
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
     xhat = _normalise(x, mean, rstd, axis)
     mean_dy = _spread(sum_dy, x, axis) / count
@@ -207,7 +208,7 @@ def batch_norm_backward_apply(
 def fold_batch_norm(
     gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
-    """Algorithm 2, line 11, as y = scale x + shift. Returns (scale, shift), shaped like `var`."""
+    """Algorithm 2, line 11, as y = scale x + shift; returns (scale, shift), shaped like `var`."""
     scale = _rstd(_long(var), eps)
     if gamma is not None:
         scale = _long(gamma) * scale  # scale = gamma / sqrt(var + eps)
@@ -235,8 +236,9 @@ def fold_into_conv(
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Return the weight and bias of the convolution followed by scale and shift.
 
-    Weights are ``(out, in / groups, *kernel)`` or, transposed, ``(in, out / groups, *kernel)``:
-    there weight[i, j] leads to output channel j of the group that input channel i belongs to.
+    Weights have shape ``(out, in / groups, *kernel)`` or, transposed,
+    ``(in, out / groups, *kernel)``. In the latter, weight[i, j] contributes to output channel j of
+    the group of input channel i.
     """
     scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
     i, j = np.indices(weight.shape[:2])
@@ -247,7 +249,7 @@ def fold_into_conv(
 
 
 def _reduction(x: NDArray, axis: Axis) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Return m, the axes summed over, and the shape of the channel axes."""
+    """Return m, the axes to sum over, and the shape of the channel axes."""
     channels = {a % x.ndim for a in np.atleast_1d(axis)}
     over = tuple(a for a in range(x.ndim) if a not in channels)
     kept = tuple(x.shape[a] for a in range(x.ndim) if a in channels)
@@ -255,7 +257,7 @@ def _reduction(x: NDArray, axis: Axis) -> tuple[int, tuple[int, ...], tuple[int,
 
 
 def _spread(values: OptArray, x: NDArray, axis: Axis) -> NDArray:
-    """Return parameters or statistics, None being 1, shaped to broadcast against x."""
+    """Return parameters or statistics (1 for None), shaped to broadcast against x."""
     if values is None:
         return _wide(np.ones(()), x)
     _, over, _ = _reduction(x, axis)
@@ -263,17 +265,17 @@ def _spread(values: OptArray, x: NDArray, axis: Axis) -> NDArray:
 
 
 def _wide(values: NDArray, x: NDArray) -> NDArray:
-    """Return values in the dtype that x is computed in."""
+    """Return values in the dtype used to compute with x."""
     return values.astype(np.float64 if x.itemsize < 8 else np.longdouble)
 
 
 def _long(values: NDArray) -> NDArray:
-    """Return values in the longest floating type there is."""
+    """Return values as longdouble."""
     return values.astype(np.longdouble)
 
 
 def _rstd(var: NDArray, eps: float) -> NDArray:
-    """Return 1 / sqrt(var + eps), 0 where there is no spread to divide by."""
+    """Return 1 / sqrt(var + eps), or 0 where var + eps is 0."""
     return np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
 
 
@@ -286,7 +288,7 @@ def _through_activation(
     dy: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
     y: OptArray, activation: Activation, axis: Axis,
 ) -> NDArray:  # fmt: skip
-    """Return dl/dy before the ReLU: dy where y > 0, y recomputed where it is not given."""
+    """Return dl/dy before the ReLU: dy where y > 0, else 0; recompute y if it is not given."""
     dy = _wide(dy, x)
     if activation is None:
         return dy
@@ -297,7 +299,7 @@ def _through_activation(
 
 
 def _store(values: NDArray, out: OptArray) -> NDArray:
-    """Round values into `out` and return that, or return them where there is none."""
+    """Round values to `out` and return it; if `out` is None, return the values."""
     if out is None:
         return values
     out[...] = values

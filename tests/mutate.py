@@ -1,8 +1,9 @@
-"""Change one line of nbnorm at a time and see that a test notices: `python tests/mutate.py [word]`.
+"""Mutation tests: change one line of nbnorm at a time and check that a test fails.
 
-The lines are in mutants.py; a word picks those of files or lines that contain it. Each mutant runs
-its own few tests on a copy of the package. It is killed where they fail, crash or never end. One
-that stays alive needs a reason in the table: that it changes time and no value, say.
+Usage: `python tests/mutate.py [word]`. mutants.py lists the changes; `word` selects those whose
+file or line contains it. Each mutant runs its own few tests on a copy of the package. It is killed
+if they fail, crash or time out. A mutant that survives needs a reason in the table, for example
+that it changes only the run time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Both passes over the ranks: the halves of a pass, with a reduction in between."""
+"""The synchronised forward and backward passes: two halves each, with a reduction in between."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class SyncBatchNormForward(NamedTuple, Generic[X]):
     Attributes
     ----------
     y : array
-        Normalised x: shape, dtype and order in memory of this rank's x.
+        Normalised x, with the shape, dtype and memory order of this rank's x.
     mean, rstd : array of float64
-        Statistics of all ranks' values, of the shape of the channel axes; the same bits on every
-        rank.
+        Statistics of the values of all ranks, with the shape of the channel axes; bitwise
+        identical on every rank.
     count : int
-        Values per channel on all ranks together, for the backward pass. With ``training=False`` of
-        this rank's x.
+        Number of values per channel on all ranks together, needed by the backward pass. With
+        ``training=False``, that of this rank's x.
     """
 
     y: X
@@ -64,68 +64,71 @@ def sync_batch_norm_forward(
     activation: Activation = None,
     out: Array | None = None,
 ) -> SyncBatchNormForward[X]:
-    """`batch_norm_forward` of the batch that the ranks of a communicator have together.
+    """Compute `batch_norm_forward` for a batch spread over the ranks of a communicator.
 
-    In training every rank has to call it. The ranks may have batches of different sizes, and empty
-    ones. With ``training=False`` nothing is communicated: a rank may evaluate by itself.
+    In training every rank must call this function. The ranks' batches may differ in size and may
+    be empty. With ``training=False`` the ranks do not communicate: one may evaluate by itself.
 
     Parameters
     ----------
     x : array, at least 2-d
-        This rank's part of the batch, in CPU memory: any floating dtype of `batch_norm_forward`,
+        This rank's part of the batch, in CPU memory. Any dtype that `batch_norm_forward` accepts,
         the same on every rank.
     gamma, beta : array of the shape of the channel axes, optional
-        Scale and shift; None: 1 and 0. That they are the same on every rank is not checked.
+        Scale and shift. None means 1 and 0. They must be equal on all ranks; this is not checked.
     running_mean, running_var : array of the shape of the channel axes, optional
-        Population statistics, both or neither. In training they are updated **in place** with the
-        statistics of all ranks: what was the same on every rank stays so, bit for bit.
+        Population statistics; pass both or neither. In training they are updated **in place** with
+        the statistics of all ranks: if equal on every rank before, they stay bitwise equal.
     comm : Communicator
-        An mpi4py communicator, `TorchProcessGroup`, or anything else with ``Allgather``.
+        An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
     training : bool, default True
-        Whether the statistics of this batch normalise it.
+        Normalise with the batch's statistics (True) or the running ones.
     momentum : float, default 0.1
         Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
-        The running variance takes M2 / (m - correction), m being the count of all ranks.
+        The running variance averages M2 / (m - correction), with m the count of all ranks.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Where to write y. It may be x itself, which is **gone** then, and the backward pass needs
-        it: in training keep a copy, or another `out`. It may not otherwise overlap an input.
+        Array to write y to. It may be x itself, but x is then **overwritten** and the backward
+        pass needs it: in training, copy x first or use another `out`. It must not overlap an input
+        in any other way.
 
     Returns
     -------
     SyncBatchNormForward
-        (y, mean, rstd, count), arrays of x's library. y is `out` itself where given.
+        (y, mean, rstd, count), arrays of x's library. y is `out` itself if given.
 
     Raises
     ------
     TypeError, ValueError
-        On the rank whose arguments are wrong, as `batch_norm_forward`; arrays on a GPU; a comm that
-        is no communicator (which nobody else can be told of).
+        On the rank whose arguments are invalid, as in `batch_norm_forward`; also if an array is on
+        a GPU, or comm is not a communicator. The other ranks do not learn of an invalid comm.
     RuntimeError
-        On every other rank, naming the one whose arguments are wrong, and why they are.
+        On every other rank if one rank's arguments are invalid. The message gives the rank and its
+        error.
     ValueError
-        On every rank: where they disagree on the pass, the shape of the channel axes, the dtype of
-        x, activation, eps, momentum or correction; where all ranks together have a single value
-        per channel with ``correction=1``. Nothing has been written then, on any rank.
+        On every rank: the ranks disagree on the pass, the shape of the channel axes, the dtype of
+        x, activation, eps, momentum or correction; or all ranks together have a single value per
+        channel and ``correction=1``. No rank has written anything then.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1, over the union of the ranks' batches. Count, mean and M2 of
-    every rank are gathered in float64 and merged by the formula of Chan, Golub & LeVeque (1983) in
-    rank order (`Moments.merge`). What goes wrong after the checks (memory, an interrupt) is not
-    announced, and the other ranks wait: ``mpiexec python -m mpi4py program.py`` ends them all.
+    Implements Algorithm 1 of Ioffe & Szegedy (2015) over the union of the ranks' batches. Count,
+    mean and M2 of every rank are gathered in float64 and merged in rank order with the formula of
+    Chan, Golub & LeVeque (1983), see `Moments.merge`. Errors after the checks (out of memory, an
+    interrupt) are not communicated and leave the other ranks waiting. Start programs with
+    ``mpiexec python -m mpi4py program.py``, which then ends all ranks.
 
     Examples
     --------
-    As with ``from mpi4py import MPI`` and ``comm=MPI.COMM_WORLD``, here with one process:
+    With MPI, use ``from mpi4py import MPI`` and ``comm=MPI.COMM_WORLD``. With one process:
 
     >>> import numpy as np
     >>> from nbnorm.distributed import SelfComm, sync_batch_norm_forward
@@ -146,7 +149,7 @@ def sync_batch_norm_forward(
     ranks = Ranks(comm)
 
     def check() -> tuple[ForwardCall, Header]:
-        """Check what `batch_norm_forward` checks, and say what the ranks must agree on."""
+        """Check the arguments as `batch_norm_forward` does; add what the ranks must agree on."""
         call = check_forward(
             x, gamma, beta, running_mean, running_var, True, momentum, eps, correction, axis,
             residual, activation, out, alone=False,
@@ -176,13 +179,13 @@ def sync_batch_norm_forward(
 
 
 def _values_per_channel(x: Array, axis: Axis) -> int:
-    """Return their number, by the shape of an x that has been checked."""
+    """Return the number of values per channel of an x that has been checked."""
     _, _, m = _checks.channel_axes(tuple(x.shape), _checks.axes(axis))
     return m
 
 
 def _merged(ranks: Ranks, counts: list[int], own: Moments) -> Moments:
-    """Moments of all ranks' values: gathered, and merged in rank order."""
+    """Gather the moments of all ranks and merge them in rank order."""
     rows = ranks.gather(own.mean, own.m2).reshape(ranks.size, 2, -1)
     first, *others = (
         Moments(count, mean, m2) for count, (mean, m2) in zip(counts, rows, strict=True)
@@ -194,17 +197,17 @@ def _merged(ranks: Ranks, counts: list[int], own: Moments) -> Moments:
 
 
 class SyncBatchNormBackward(NamedTuple, Generic[X]):
-    """Result of `sync_batch_norm_backward`; what was not asked for is None.
+    """Result of `sync_batch_norm_backward`; gradients that were not requested are None.
 
     Attributes
     ----------
     dx : array or None
-        Gradient of this rank's x: its shape, dtype and order in memory.
+        Gradient of this rank's x, with its shape, dtype and memory order.
     dgamma, dbeta : array or None
-        This rank's own sums, of the shape of the channel axes and of gamma's dtype. The gradients
-        of gamma and beta are their sums over all ranks.
+        This rank's sums, with the shape of the channel axes and the dtype of gamma. The gradients
+        of gamma and beta are the totals over all ranks, which the caller must compute.
     dresidual : array or None
-        Gradient of the residual, like x. None where the forward's y was not given.
+        Gradient of the residual, with the shape and dtype of x. None if `y` was not given.
     """
 
     dx: X | OrNone
@@ -230,68 +233,72 @@ def sync_batch_norm_backward(
     output_mask: Mask = (True, True, True, True),
     out: Array | None = None,
 ) -> SyncBatchNormBackward[X]:
-    """Gradients of `sync_batch_norm_forward`.
+    """Compute the gradients of `sync_batch_norm_forward`.
 
-    In training every rank has to call it. dx is the gradient of the sum of all ranks' losses, as
-    every value has a part in the statistics that normalise all others. With ``training=False``
-    nothing is communicated.
+    In training every rank must call this function. dx is the gradient of the sum of all ranks'
+    losses, since every value affects the statistics that normalise all others. With
+    ``training=False`` the ranks do not communicate.
 
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of this rank's y. Any strides, broadcast ones too.
+        Gradient of this rank's y. Any strides, including broadcast ones.
     x : array, at least 2-d
-        What went into the forward on this rank: not what ``out=x`` has left there, which is y.
+        This rank's input of the forward call. If that wrote y over it (``out=x``), pass a copy
+        made before.
     gamma : array of the shape of the channel axes, or None
-        As in the forward.
+        As in the forward call.
     mean, rstd : array of the shape of the channel axes
-        As the forward returned them.
+        As returned by the forward call.
     count : int
-        As the forward returned it: values per channel on all ranks together. Not looked at with
-        ``training=False``.
+        As returned by the forward call: number of values per channel on all ranks together.
+        Ignored with ``training=False``.
     comm : Communicator
-        As in the forward.
+        As in the forward call.
     beta : array of the shape of the channel axes, or None
-        As in the forward. The mask of ``activation="relu"`` depends on it: there it must be given,
-        None where the forward had none, unless `y` is. Elsewhere it may be left out.
+        As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
+        if the forward call had none) or `y`. Without ReLU it may be omitted.
     y : array of x's shape and dtype, optional
-        The forward's result, needed where a residual was added: the ReLU mask is then y > 0, and
-        dresidual is returned.
+        Result of the forward call, required if that added a residual: the ReLU mask is then y > 0,
+        and dresidual is returned.
     training : bool, default True
-        False: mean and rstd are constants (frozen statistics), dx = gamma rstd dy.
+        If False, mean and rstd are constants (frozen statistics) and dx = gamma rstd dy.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     activation : {None, "relu"}
-        As in the forward.
+        As in the forward call.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None. The ranks must agree
         on dx.
     out : array of x's shape and dtype, optional
-        Where to write dx, where that is wanted. It may be dy itself; it may not otherwise overlap
-        an input.
+        Array to write dx to, if dx is requested. It may be dy itself; it must not overlap an input
+        in any other way.
 
     Returns
     -------
     SyncBatchNormBackward
-        (dx, dgamma, dbeta, dresidual), arrays of x's library. dgamma and dbeta are this rank's own
-        sums, for the reduction that all parameters' gradients go through.
+        (dx, dgamma, dbeta, dresidual), arrays of x's library. dgamma and dbeta are this rank's
+        sums; reduce them over the ranks as the gradients of all other parameters.
 
     Raises
     ------
     TypeError, ValueError
-        On the rank whose arguments are wrong, as `batch_norm_backward`; a count that is no count.
+        On the rank whose arguments are invalid, as in `batch_norm_backward`; also if count is not
+        an integer, or not positive although x is not empty.
     RuntimeError
-        On every other rank, naming the one whose arguments are wrong, and why they are.
+        On every other rank if one rank's arguments are invalid. The message gives the rank and its
+        error.
     ValueError
-        On every rank: where they disagree on the pass, the shape of the channel axes, the dtype of
-        x, activation, count or whether dx is wanted; where count is not the number of values per
-        channel that they have together. Nothing has been written then, on any rank.
+        On every rank: the ranks disagree on the pass, the shape of the channel axes, the dtype of
+        x, activation, count or whether to compute dx; or count is not the number of values per
+        channel on all ranks together. No rank has written anything then.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), section 3, with both sums over the union of the ranks' batches: gathered
-    in float64 and added up in rank order, the same bits on every rank. PyTorch's SyncBatchNorm
-    leaves dgamma and dbeta to the reduction of gradients too.
+    Implements section 3 of Ioffe & Szegedy (2015), with both sums over the union of the ranks'
+    batches. The sums are gathered in float64 and added in rank order, so they are bitwise identical
+    on every rank. PyTorch's SyncBatchNorm also leaves the reduction of dgamma and dbeta to the
+    caller.
 
     Examples
     --------
@@ -314,7 +321,7 @@ def sync_batch_norm_backward(
     ranks = Ranks(comm)
 
     def check() -> tuple[tuple[BackwardCall, Wanted, Out | None, int], Header]:
-        """Check what `batch_norm_backward` checks, and count; say what the ranks must agree on."""
+        """Check the arguments, including count; add what the ranks must agree on."""
         call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
         wanted, out_ = call.wanted(output_mask), call.frame.out(out, inplace="dy")
         m = _checks.count(count, call.frame.x)
@@ -325,7 +332,7 @@ def sync_batch_norm_backward(
     (call, wanted, out_, m), counts = ranks.checked(check)
     if sum(counts) != m:
         raise ValueError(f"count is {m}, but the ranks' x have {sum(counts)} values per channel")
-    # The ranks agree on dx; the rest is each rank's own affair.
+    # The ranks agree on whether to compute dx; each decides on the other gradients by itself.
     frame = call.frame
     dx = frame.target(out_) if wanted.dx else None
     dresidual = frame.target() if wanted.dresidual else None
@@ -346,7 +353,7 @@ def sync_batch_norm_backward(
 
 
 def _added(ranks: Ranks, own: NDArray) -> NDArray:
-    """Both sums of backward over all ranks, added up in rank order."""
+    """Return the two sums of the backward pass over all ranks, added in rank order."""
     total, *others = ranks.gather(own).reshape(ranks.size, *own.shape)
     with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
         for sums in others:

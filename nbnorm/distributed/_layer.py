@@ -1,4 +1,4 @@
-"""The layer over the functions."""
+"""`SyncBatchNorm`: a layer whose batches are spread over ranks."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from nbnorm.layer import BatchNorm, Saved
 
 
 class SyncBatchNorm(BatchNorm):
-    """`BatchNorm` whose batches are those of all ranks of a communicator together.
+    """`BatchNorm` over batches spread over the ranks of a communicator.
 
-    In training every rank has to call `forward` and `backward`, in the same order; its batch may be
-    of any size, or empty. Evaluation communicates nothing, and without running statistics uses
-    those of the rank's own batch, as PyTorch's SyncBatchNorm does.
+    In training every rank must call `forward` and `backward`, in the same order; its batch may
+    have any size, or be empty. In evaluation the ranks do not communicate. Without running
+    statistics, evaluation uses those of the rank's own batch, as does PyTorch's SyncBatchNorm.
 
     Parameters
     ----------
     num_features : int or tuple of int
         Number of channels; see `BatchNorm`.
     comm : Communicator
-        An mpi4py communicator, `TorchProcessGroup`, or anything else with ``Allgather``.
+        An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
     **options
-        All others of `BatchNorm`: eps, momentum, affine, track_running_stats, correction, axis,
-        activation, dtype.
+        The other arguments of `BatchNorm`: eps, momentum, affine, track_running_stats, correction,
+        axis, activation, dtype.
 
     Attributes
     ----------
     comm : Communicator
-        As given.
+        The communicator passed in.
     grads : dict of str to array
-        This rank's own sums. Add them up over the ranks, or average, as all gradients.
+        This rank's sums. Add or average them over the ranks, as the gradients of all other
+        parameters.
 
     Raises
     ------
     TypeError, ValueError
-        As `BatchNorm`; a comm that is no communicator.
+        As in `BatchNorm`; comm is not a communicator.
 
     Notes
     -----
-    The other attributes are `BatchNorm`'s. Running statistics, ``num_batches_tracked`` included,
-    stay the same on every rank; parameters do as long as each rank updates them alike.
+    The other attributes are those of `BatchNorm`. Running statistics and ``num_batches_tracked``
+    stay equal on all ranks. Parameters stay equal if every rank makes the same updates.
 
     Examples
     --------
@@ -67,7 +68,7 @@ class SyncBatchNorm(BatchNorm):
         super().__init__(num_features, **options)
         Ranks(comm)
         self.comm = comm
-        self._count: int | None = None  # of the last forward, where that was synchronised
+        self._count: int | None = None  # count of the last forward; None if not synchronised
 
     def _normalise(
         self, x: Array, training: bool, **options: Any
@@ -77,7 +78,7 @@ class SyncBatchNorm(BatchNorm):
             self._count = None
             return alone
         y, mean, rstd, self._count = sync_batch_norm_forward(x, comm=self.comm, **options)
-        # A batch that is empty on this rank alone is one nevertheless.
+        # Count the values of all ranks: a batch that is empty on this rank still counts as one.
         return y, mean, rstd, self._count * math.prod(mean.shape)
 
     def _differentiate(self, dy: Array, saved: Saved, **options: Any) -> tuple[Array | None, ...]:

@@ -1,4 +1,4 @@
-"""The ranks of a communicator: which there are, and how they agree before anything is computed."""
+"""Communicators, and the agreement of their ranks on the arguments before any computation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _T = TypeVar("_T")
 
 
 class Communicator(Protocol):
-    """What is needed of a communicator: mpi4py's upper-case ``Allgather``, and its size.
+    """Interface of a communicator: mpi4py's upper-case ``Allgather``, and a size.
 
-    The size is ``Get_size()`` or ``size``. Nothing else is called, ``Allreduce`` neither: the order
-    in which that adds up is the implementation's, and may differ from rank to rank.
+    The size is ``Get_size()`` or ``size``. No other method is called. In particular, ``Allreduce``
+    is not: its order of summation depends on the implementation and may differ between ranks.
     """
 
     def Allgather(self, sendbuf: Any, recvbuf: Any) -> Any:  # noqa: N802
@@ -32,7 +32,7 @@ class Communicator(Protocol):
 
 
 class SelfComm:
-    """Communicator of one process, for a program that also runs without MPI.
+    """Communicator of a single process, for programs that also run without MPI.
 
     Examples
     --------
@@ -58,13 +58,13 @@ class SelfComm:
 
 
 class TorchProcessGroup:
-    """A process group of ``torch.distributed`` as a communicator; torch is imported here only.
+    """A ``torch.distributed`` process group as a communicator; its constructor imports torch.
 
     Parameters
     ----------
     group : torch.distributed.ProcessGroup, optional
-        One whose backend gathers tensors in CPU memory (gloo). None: the default group, which has
-        to be initialised.
+        A group whose backend gathers tensors in CPU memory (gloo). None means the default group,
+        which must be initialised.
 
     Raises
     ------
@@ -107,7 +107,7 @@ class TorchProcessGroup:
 
 
 class Header(NamedTuple):
-    """What a rank says before anything is computed; all but the last must agree."""
+    """What each rank sends before any computation; all fields but the last must agree."""
 
     version: float = 1.0
     failed: float = 0.0
@@ -121,17 +121,17 @@ class Header(NamedTuple):
     correction: float = 0.0
     total: float = 0.0
     dx: float = 0.0
-    values: float = 0.0  # per channel, of this rank's x
+    values: float = 0.0  # values per channel of this rank's x
 
 
-# Of all versions: ranks of two versions have to understand each other as far as the first field.
+# The same in all versions: ranks of different versions must be able to compare the first field.
 _HEADER_LENGTH = 16
 _REASON_BYTES = 512
 FORWARD, BACKWARD = 1.0, 2.0
 _AGREED = len(Header._fields) - 1
 _DTYPE_CODES = {np.dtype(name): float(code) for code, name in enumerate(DTYPES[:3])}
 
-# What a field is called in a message, and how its value is written there.
+# The name of each field in error messages, and a function that formats its value.
 _WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
     "version": ("the version of the protocol", "{:g}".format),
     "step": ("the pass", {FORWARD: "forward", BACKWARD: "backward"}.__getitem__),
@@ -148,7 +148,7 @@ _WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def common_fields(frame: Frame, relu: bool) -> dict[str, float]:
-    """Fields of both passes."""
+    """Return the header fields common to both passes."""
     if not isinstance(frame.x, np.ndarray):
         raise TypeError("x is in the memory of a GPU; ranks synchronise arrays in CPU memory")
     return {
@@ -162,12 +162,12 @@ def common_fields(frame: Frame, relu: bool) -> dict[str, float]:
 
 @lru_cache(maxsize=1024)
 def _checksum(shape: tuple[int, ...]) -> float:
-    """A number of few bits for a shape of any length."""
+    """Return a 32-bit checksum of a shape of any length, as a float."""
     return float(zlib.crc32(repr(shape).encode()))
 
 
 class Ranks:
-    """The ranks of a communicator, and how they agree."""
+    """The ranks of a communicator, which exchange arrays and agree on arguments."""
 
     def __init__(self, comm: Communicator) -> None:
         size = getattr(comm, "Get_size", None)
@@ -180,7 +180,7 @@ class Ranks:
         self.size = int(size() if callable(size) else comm.size)  # type: ignore[attr-defined]
 
     def gather(self, *parts: NDArray) -> NDArray:
-        """Return a row for every rank, in rank order: its parts, flat and one after the other."""
+        """Return a row per rank, in rank order: the rank's parts, flattened and concatenated."""
         length = sum(part.size for part in parts)
         buffer = np.empty((self.size + 1, length), parts[0].dtype)
         own, table = buffer[-1], buffer[:-1]
@@ -189,16 +189,16 @@ class Ranks:
         return table
 
     def checked(self, check: Callable[[], tuple[_T, Header]]) -> tuple[_T, list[int]]:
-        """Run this rank's checks and hear of the others'; return what `check` did, and counts.
+        """Run this rank's checks and exchange results; return the result of `check` and counts.
 
-        The counts are the numbers of values per channel, by rank. What is wrong on one rank
-        raises on all of them.
+        The counts are the numbers of values per channel, by rank. Invalid arguments on one rank
+        raise on every rank.
         """
         call: _T | None = None
         error: Exception | None = None
         try:
             call, header = check()
-        except Exception as own:  # sent to the others before it is raised
+        except Exception as own:  # tell the other ranks before raising
             error, header = own, Header(failed=1.0)
         row = np.zeros(_HEADER_LENGTH)
         row[: len(header)] = list(header)
@@ -209,7 +209,7 @@ class Ranks:
         return call, [int(values) for values in table[:, _AGREED].tolist()]
 
     def _refuse(self, table: NDArray, error: Exception | None) -> NoReturn:
-        """Raise this rank's own error, or what another's was, or what they disagree on."""
+        """Raise this rank's error, or else report another rank's error or a disagreement."""
         headers = [Header(*row[: _AGREED + 1].tolist()) for row in table]
         failed = [rank for rank, header in enumerate(headers) if header.failed]
         same_version = all(header.version == Header().version for header in headers)
@@ -217,7 +217,7 @@ class Ranks:
             if error is not None:
                 raise error
             raise ValueError(_disagreement(headers))
-        # Every rank knows that one has failed, and takes part in hearing why.
+        # Every rank knows that one has failed, so all take part in gathering the reason.
         text = "" if error is None else f"{type(error).__name__}: {error}"
         reason = text.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
         reasons = self.gather(np.frombuffer(reason, np.uint8))
@@ -229,7 +229,7 @@ class Ranks:
 
 
 def _disagreement(headers: list[Header]) -> str:
-    """Say on what the ranks disagree, and name the first that has it otherwise than rank 0."""
+    """Return a message that names the field and the first rank that differs from rank 0."""
     for field, (words, written) in _WORDS.items():
         values = [getattr(header, field) for header in headers]
         for rank, value in enumerate(values):
@@ -238,4 +238,4 @@ def _disagreement(headers: list[Header]) -> str:
                     f"ranks disagree on {words}: {written(values[0])} on rank 0, "
                     f"{written(value)} on rank {rank}"
                 )
-    return "ranks disagree on their headers"  # bits of equal numbers: 0.0 and -0.0
+    return "ranks disagree on their headers"  # equal numbers with different bits: 0.0 and -0.0

@@ -1,9 +1,9 @@
-"""Frameworks that nbnorm plugs into, one module each; none is imported unless asked for."""
+"""Integrations with other frameworks, one module each, imported on first use."""
 
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
-# Not imported for type checkers either: they would have to read the whole of every framework.
+# No imports under TYPE_CHECKING either: type checkers would have to read every framework.
 _SUBMODULES = ("autograd", "mygrad", "onnx", "thinc", "torch")  # imported on first use
 
 

@@ -1,9 +1,9 @@
 """HIPS autograd: `batch_norm`, differentiable with respect to x, gamma, beta and residual.
 
-The forward pass runs outside of the trace, once: what autograd records is a primitive that takes
-its result as it is, so that statistics are neither computed nor moved a second time however many
-traces there are. That primitive's gradient is one backward pass for all arguments asked for, and a
-primitive itself, so that a derivative of it is refused rather than wrong.
+The forward pass runs once, outside the trace. autograd records a primitive that only returns the
+result, so statistics are computed and updated once however many traces there are. The gradient of
+that primitive is one backward pass for all requested arguments. It is itself a primitive, so that a
+second derivative raises an error.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def batch_norm(
     residual: Array | None = None,
     activation: Activation = None,
 ) -> Array:
-    """`nbnorm.batch_norm_forward` for functions that autograd differentiates.
+    """Compute `nbnorm.batch_norm_forward` in functions that autograd differentiates.
 
     y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the
     statistics of the batch in training, the running ones otherwise.
@@ -41,23 +41,23 @@ def batch_norm(
     Parameters
     ----------
     x : ndarray, at least 2-d, or a box of one
-        float32, float64, float16 or bfloat16 (of ml_dtypes). A box is what autograd passes to a
-        function that it differentiates.
+        float32, float64, float16 or bfloat16 (ml_dtypes). autograd passes boxes to the functions
+        that it differentiates.
     gamma, beta : ndarray of the shape of the channel axes, or a box of one, optional
-        Scale and shift, of any floating dtype. None: 1 and 0.
+        Scale and shift, any floating dtype. None means 1 and 0.
     running_mean, running_var : ndarray of the shape of the channel axes, optional
-        Population statistics, both or neither. In training they are updated **in place**, whenever
-        the function is evaluated; otherwise they normalise, as constants.
+        Population statistics; pass both or neither. In training, each evaluation of the function
+        updates them **in place**; otherwise they normalise, as constants.
     training : bool, default True
-        Whether the statistics of this batch normalise it.
+        Normalise with the batch's statistics (True) or the running ones.
     momentum : float, default 0.1
         Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
-        1: running_var takes the unbiased variance; 0: the biased one.
+        1 updates running_var with the unbiased variance, 0 with the biased one.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : ndarray of x's shape and dtype, or a box of one, optional
         Added before the activation.
     activation : {None, "relu"}
@@ -66,28 +66,28 @@ def batch_norm(
     Returns
     -------
     ndarray or box of one
-        y: shape, dtype and order in memory of x; a box where an argument is one.
+        y, with the shape, dtype and memory order of x; a box if an argument is a box.
 
     Raises
     ------
     TypeError
-        As `nbnorm.batch_norm_forward`; running statistics that are boxes, such as come of keeping
-        them among the parameters that are differentiated.
+        As in `nbnorm.batch_norm_forward`; also if running statistics are boxes, which happens if
+        they are among the parameters that are differentiated.
     ValueError
-        As `nbnorm.batch_norm_forward`.
+        As in `nbnorm.batch_norm_forward`.
     RuntimeError
-        In a second derivative, of which there is none.
+        A second derivative is requested; it is not implemented.
     NotImplementedError
-        In forward mode (`autograd.make_jvp`), of which there is none either.
+        Forward mode is requested (`autograd.make_jvp`).
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1 and the gradients of section 3. One backward pass gives all
-    the gradients that are asked for and computes no others. It takes mean and rstd from the forward
-    pass and keeps x, and y where ReLU follows a residual. Each gradient has its argument's dtype.
+    Implements Algorithm 1 and the gradients in section 3 of Ioffe & Szegedy (2015). One backward
+    pass computes the requested gradients and no others. It reuses mean and rstd from the forward
+    pass and keeps x, and y if ReLU follows a residual. Each gradient has its argument's dtype.
 
-    What evaluates a function twice also moves its running statistics twice: `autograd.checkpoint`,
-    `autograd.test_util.check_grads`.
+    Tools that evaluate a function twice update its running statistics twice:
+    `autograd.checkpoint`, `autograd.test_util.check_grads`.
 
     Examples
     --------
@@ -127,23 +127,23 @@ def batch_norm(
 def _batch_norm(
     x: Array, gamma: Array, beta: Array, residual: Array, y: NDArray, *call: object
 ) -> NDArray:
-    """Return y, which has been computed: the place in the trace that a gradient belongs to."""
+    """Return y, already computed; autograd attaches the gradient to this primitive."""
     return y
 
 
 def _differentiate(
     argnums: tuple[int, ...], y: Array, arguments: tuple[Any, ...], _: dict[str, Any]
 ) -> Callable[[Array], tuple[Array, ...]]:
-    """Return the function from dy to the gradients of `argnums`, of x, gamma, beta, residual."""
+    """Return a function that maps dy to the gradients of the arguments in `argnums`."""
     x, gamma, beta, residual, _, mean, rstd, training, axis, activation = arguments
     of_x, of_gamma, of_beta, of_residual = (i in argnums for i in range(4))
-    added = residual is not None and activation is None  # its gradient is dy
+    added = residual is not None and activation is None  # the residual's gradient is dy
     mask = of_x, of_gamma, of_beta, of_residual and not added
     y = None if residual is None or added else y
     dtype = x.dtype
 
     def gradients(dy: Array) -> tuple[Array, ...]:
-        dy = dy.astype(dtype, copy=False)  # a loss may be computed in another
+        dy = dy.astype(dtype, copy=False)  # the loss may be computed in another dtype
         grads: tuple[Array, ...] = ()
         if any(mask):
             grads = _gradients(dy, x, gamma, beta, mean, rstd, y, training, axis, activation, mask)
@@ -166,7 +166,7 @@ def _gradients(
     activation: Activation,
     mask: Mask,
 ) -> tuple[NDArray, ...]:
-    """Return those of dx, dgamma, dbeta and dresidual that mask asks for."""
+    """Return those of dx, dgamma, dbeta and dresidual that are in `mask`."""
     dx, dgamma, dbeta, dresidual = batch_norm_backward(
         dy,
         x,
@@ -181,7 +181,7 @@ def _gradients(
         output_mask=mask,
     )
     if beta is not None and dbeta is not None:
-        dbeta = dbeta.astype(beta.dtype, copy=False)  # from gamma's
+        dbeta = dbeta.astype(beta.dtype, copy=False)  # it has gamma's dtype
     return tuple(grad for grad in (dx, dgamma, dbeta, dresidual) if grad is not None)
 
 

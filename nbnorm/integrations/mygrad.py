@@ -1,4 +1,4 @@
-"""mygrad: `batch_norm` of tensors, an operation whose one backward pass gives all gradients."""
+"""mygrad: `batch_norm` of tensors, with one backward pass for all gradients."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
 
-ArrayLike = Any  # what mygrad makes a tensor of: tensors, arrays, sequences of numbers
+ArrayLike = Any  # tensors, arrays, and sequences of numbers, which mygrad converts to tensors
 
 
 def batch_norm(
@@ -30,55 +30,56 @@ def batch_norm(
     activation: Activation = None,
     constant: bool | None = None,
 ) -> Tensor:
-    """`nbnorm.batch_norm_forward` of tensors, through which mygrad back-propagates.
+    """Compute `nbnorm.batch_norm_forward` for mygrad tensors, with back-propagation.
 
     y = act(gamma (x - mean) rstd + beta [+ residual]), rstd = 1 / sqrt(var + eps), with the
     statistics of the batch in training, the running ones otherwise. `mygrad.nnet.batchnorm`
-    computes the same, without running statistics, residual and activation.
+    computes the same without running statistics, residual and activation.
 
     Parameters
     ----------
     x : array_like, at least 2-d
         float32, float64 or float16.
     gamma, beta : array_like of the shape of the channel axes, optional
-        Scale and shift, of any floating dtype. None: 1 and 0.
+        Scale and shift, any floating dtype. None means 1 and 0.
     running_mean, running_var : ndarray of the shape of the channel axes, optional
-        Population statistics, both or neither; arrays, not tensors, as they have no gradient. In
-        training they are updated **in place**; otherwise they normalise, as constants.
+        Population statistics; pass both or neither. They have no gradient, so they must be arrays,
+        not tensors. In training they are updated **in place**; otherwise they normalise, as
+        constants.
     training : bool, default True
-        Whether the statistics of this batch normalise it.
+        Normalise with the batch's statistics (True) or the running ones.
     momentum : float, default 0.1
         Weight of the new statistic; any finite number.
     eps : float, default 1e-5
         Added to the variance.
     correction : int, default 1
-        1: running_var takes the unbiased variance; 0: the biased one.
+        1 updates running_var with the unbiased variance, 0 with the biased one.
     axis : int or tuple of int, default 1
-        Channel axes: those that **keep** their statistics, not those that are reduced.
+        Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array_like of x's shape and dtype, optional
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
     constant : bool, optional
-        Whether the result is a constant, through which nothing is back-propagated. None: it is one
-        if all of x, gamma, beta and residual are.
+        Whether the result is a constant, which stops back-propagation. None makes it a constant if
+        all of x, gamma, beta and residual are constants.
 
     Returns
     -------
     mygrad.Tensor
-        y: shape, dtype and order in memory of x.
+        y, with the shape, dtype and memory order of x.
 
     Raises
     ------
     TypeError, ValueError
-        As `nbnorm.batch_norm_forward`; running statistics that are tensors, a constant that is no
-        bool.
+        As in `nbnorm.batch_norm_forward`; also if running statistics are tensors, or constant is
+        not a bool or None.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1 and the gradients of section 3. One backward pass gives the
-    gradients of all tensors that are not constant and computes no others. It takes mean and rstd
-    from the forward pass and keeps y where ReLU follows a residual.
+    Implements Algorithm 1 and the gradients in section 3 of Ioffe & Szegedy (2015). One backward
+    pass computes the gradients of all tensors that are not constant, and no others. It reuses mean
+    and rstd from the forward pass and keeps y if ReLU follows a residual.
 
     Examples
     --------
@@ -117,7 +118,7 @@ def batch_norm(
 
 
 class _BatchNorm(Operation):
-    """One call of `batch_norm`: the forward pass, and what its gradient needs."""
+    """One call of `batch_norm`: the forward pass, and the state for its gradient."""
 
     def __call__(
         self,
@@ -136,8 +137,8 @@ class _BatchNorm(Operation):
             "activation": activation,
         }
         arrays = self._by_name("data")
-        # Memory of their own for y and dx: mygrad locks an array's base like the array, which works
-        # for plain arrays and not for blocks of nbnorm's pool, and copies a gradient that has one.
+        # y and dx need memory outside nbnorm's pool: mygrad locks an array's base, which fails for
+        # the pool's blocks, and copies a gradient that has a base.
         y, self._mean, self._rstd = batch_norm_forward(
             **arrays, **self._options, **others, out=np.empty_like(arrays["x"])
         )
@@ -145,7 +146,7 @@ class _BatchNorm(Operation):
         return y
 
     def backward(self, grad: NDArray, **kwargs: Any) -> None:
-        """Back-propagate to all variables, by one backward pass."""
+        """Back-propagate to all variables in one backward pass."""
         arrays, constant = self._by_name("data"), self._by_name("constant")
         x = arrays["x"]
         of_x, of_gamma, of_beta, of_residual = (
@@ -164,7 +165,7 @@ class _BatchNorm(Operation):
             out=np.empty_like(x) if of_x else None,
         )
         if self._y is None:
-            dresidual = grad  # where nothing follows the sum
+            dresidual = grad  # there is no activation after the sum
         self._grads: dict[str, Any] = {
             "x": dx,
             "gamma": dgamma,
@@ -174,14 +175,13 @@ class _BatchNorm(Operation):
         super().backward(grad, **kwargs)
 
     def backward_var(self, grad: NDArray, index: int, **kwargs: Any) -> NDArray:
-        """Return the gradient of one variable, which `backward` has computed."""
+        """Return the gradient of one variable, computed by `backward`."""
         return self._grads[self._names[index]]
 
     def _by_name(self, attribute: str) -> dict[str, Any]:
-        """An attribute of x, gamma, beta and residual, as far as given.
+        """Return an attribute of those of x, gamma, beta and residual that are given.
 
-        Of the variables as they are: mygrad replaces a tensor that is written to by one that is
-        not.
+        Looks it up at each call: mygrad replaces variables whose tensors are written to.
         """
         values = (getattr(tensor, attribute) for tensor in self.variables)
         return dict(zip(self._names, values, strict=True))

@@ -1,4 +1,4 @@
-"""ONNX: the operator `BatchNormalization` for the reference evaluator, and a `Backend` with it."""
+"""ONNX: `BatchNormalization` for the reference evaluator, and a `Backend` that uses it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,50 +18,50 @@ __all__ = ["Backend", "BatchNormalization"]
 
 
 class BatchNormalization(OpRun):
-    """The operator for ``ReferenceEvaluator(model, new_ops=[BatchNormalization])``.
+    """Operator for ``ReferenceEvaluator(model, new_ops=[BatchNormalization])``.
 
-    y = scale (x - mean) / sqrt(var + epsilon) + B, with the mean and the biased variance of the
-    batch in training, the given ones otherwise. In training
+    y = scale (x - mean) / sqrt(var + epsilon) + B, with the mean and biased variance of the batch
+    in training, the given ones otherwise. In training,
 
     running_mean = momentum mean + (1 - momentum) batch mean,
-    running_var = momentum var + (1 - momentum) biased batch variance:
+    running_var = momentum var + (1 - momentum) biased batch variance.
 
     ONNX's momentum is the weight of the *old* statistic.
 
-    Which version of the operator a node means follows from the operator set that its model imports:
+    The operator set that a model imports determines the version of the operator:
 
     ============  ==============================  ================================================
-    operator set  trains                          results in training
+    operator set  training mode                   outputs in training
     ============  ==============================  ================================================
     1, 6          unless ``is_test``              y, mean, var, saved_mean, saved_var
-    7, 9          where there is more than y      y, mean, var, saved_mean, saved_var
-    14, 15        where ``training_mode``         y, running_mean, running_var
+    7, 9          if it has outputs besides y     y, mean, var, saved_mean, saved_var
+    14, 15        if ``training_mode``            y, running_mean, running_var
     ============  ==============================  ================================================
 
-    saved_mean and saved_var are those of the batch; ``spatial=0`` (before 9) keeps statistics of
-    every activation, in arrays of shape (C, D1, ..., Dn). Since 9 an x of shape (N,) is one of
-    shape (N, 1).
+    saved_mean and saved_var are the statistics of the batch. ``spatial=0`` (before 9) keeps
+    separate statistics for every activation, in arrays of shape (C, D1, ..., Dn). From 9 on, an x
+    of shape (N,) is treated as one of shape (N, 1).
 
-    x, parameters and statistics may each have their own dtype of float16, bfloat16, float32 and
-    float64; y has that of x, statistics have that of mean and var.
+    x, parameters and statistics may have different dtypes: float16, bfloat16, float32 or float64.
+    y has x's dtype; the statistics have the dtypes of mean and var.
 
     Raises
     ------
     TypeError
-        When run: arrays of other dtypes.
+        When run: an array has another dtype.
     ValueError
-        When run: parameters or statistics that do not fit x.
+        When run: parameters or statistics do not fit x.
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1; the `operator's specification
+    Implements Algorithm 1 of Ioffe & Szegedy (2015) as in the `operator's specification
     <https://onnx.ai/onnx/operators/onnx__BatchNormalization.html>`_. Statistics are summed in
-    float64, whatever x is. An empty batch leaves the running statistics as they are.
+    float64 for all dtypes of x. An empty batch does not change the running statistics.
 
-    The evaluator does not hand `new_ops` on to functions that a model defines; `Backend` does.
+    The evaluator does not pass `new_ops` to functions defined in a model; `Backend` does.
 
-    ONNX's own operator (1.23) departs from the specification before operator set 14: of 9 to 13 it
-    normalises by a mixture of the given and the batch's statistics, and in 7 and 8 it fails.
+    ONNX's own operator (1.23) deviates from the specification before operator set 14: in 9 to 13
+    it normalises with a mixture of the given and the batch's statistics, and in 7 and 8 it fails.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class BatchNormalization(OpRun):
     """
 
     def __init__(self, onnx_node: NodeProto, run_params: dict[str, Any]) -> None:
-        # The evaluator has one class for all versions, and defaults of attributes are a version's.
+        # The evaluator uses one class for all versions, but attribute defaults depend on them.
         version = run_params["opsets"][onnx_node.domain]
         schema = defs.get_schema("BatchNormalization", version, onnx_node.domain)
         self._version = schema.since_version
@@ -100,20 +100,20 @@ class BatchNormalization(OpRun):
         var: NDArray,
         **attributes: Any,
     ) -> tuple[NDArray, ...]:
-        """Return y, and in training the statistics."""
+        """Return y and, in training, the statistics."""
         shape = x.shape
         if x.ndim == 1 and self._version >= 9:
             x = x[:, np.newaxis]
         axis = 1 if attributes.get("spatial", 1) else tuple(range(1, x.ndim))
         eps = attributes["epsilon"]
-        frame = Frame(x, axis)  # which refuses arrays under the names that the operator has
+        frame = Frame(x, axis)  # check here, so that errors use the operator's argument names
         for name, array in zip(self._names[1:], (scale, bias, mean, var), strict=True):
             frame.required(array, name)
         if not self._trains(attributes):
             y = batch_norm_inference(x, scale, bias, mean, var, eps=eps, axis=axis)
             return (y.reshape(shape),)
         mean, var = mean.copy(), var.copy()
-        momentum = 1.0 - float(attributes["momentum"])  # of the new statistic
+        momentum = 1.0 - float(attributes["momentum"])  # weight of the new statistic
         y, *_ = batch_norm_forward(
             x, scale, bias, mean, var, momentum=momentum, eps=eps, correction=0, axis=axis
         )
@@ -124,7 +124,7 @@ class BatchNormalization(OpRun):
         return *results, batch.mean.astype(x.dtype), batch.var().astype(x.dtype)
 
     def _trains(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether the node is in training mode."""
+        """Return True if the node is in training mode."""
         if self._version >= 14:
             return bool(attributes["training_mode"])
         if self._version >= 7:
@@ -133,7 +133,7 @@ class BatchNormalization(OpRun):
 
 
 class Backend(_Backend):
-    """ONNX's backend interface: models run by the reference evaluator, `BatchNormalization` by us.
+    """ONNX backend that runs models in the reference evaluator with nbnorm's `BatchNormalization`.
 
     All other operators are the evaluator's own, in NumPy. The only device is "CPU".
 
@@ -153,23 +153,23 @@ class Backend(_Backend):
 
     @classmethod
     def supports_device(cls, device: str) -> bool:
-        """Whether models can run there.
+        """Return whether models can run on a device.
 
         Parameters
         ----------
         device : str
-            ONNX's "CPU", "CUDA", "CUDA:1".
+            ONNX's name of the device: "CPU", "CUDA", "CUDA:1".
 
         Returns
         -------
         bool
-            True for the CPU.
+            True for the CPU, False for all others.
         """
         return device.partition(":")[0] == "CPU"
 
     @classmethod
     def is_compatible(cls, model: ModelProto, device: str = "CPU", **kwargs: Any) -> bool:
-        """Whether `prepare` takes this model.
+        """Return whether `prepare` accepts a model.
 
         Parameters
         ----------
@@ -178,49 +178,49 @@ class Backend(_Backend):
         device : str, default "CPU"
             As in `supports_device`.
         **kwargs
-            Of the interface; not used.
+            Part of the interface; ignored.
 
         Returns
         -------
         bool
-            Whether every operator has an implementation, and the device is the CPU.
+            True if every operator has an implementation and the device is the CPU.
         """
         if not cls.supports_device(device):
             return False
         try:
             _Evaluator(model)
-        except RuntimeError:  # no implementation, or an operator set that is not imported
+        except RuntimeError:  # an operator is not implemented, or its operator set not imported
             return False
         return True
 
     @classmethod
     def prepare(cls, model: ModelProto, device: str = "CPU", **kwargs: Any) -> BackendRep:
-        """Load a model to run it as often as wanted.
+        """Load a model, which can then be run many times.
 
         Parameters
         ----------
         model : ModelProto
-            What to run; `onnx.checker` looks at it first.
+            The model to load; `onnx.checker` validates it first.
         device : str, default "CPU"
             As in `supports_device`.
         **kwargs
-            Of the interface; not used.
+            Part of the interface; ignored.
 
         Returns
         -------
         BackendRep
-            ``run(inputs)`` takes arrays, one for each input of the graph that no initializer
-            gives, in their order, or a mapping from names of inputs to arrays; it returns a tuple
-            of the graph's outputs.
+            Its method ``run(inputs)`` takes a sequence of arrays, one per graph input without an
+            initializer, in order, or a mapping of input names to arrays. It returns a tuple of
+            the graph's outputs.
 
         Raises
         ------
         ValueError
-            Another device than the CPU.
+            The device is not the CPU.
         onnx.checker.ValidationError
-            The model is none.
+            The model is invalid.
         NotImplementedError
-            It has an operator that the evaluator has not.
+            The model has an operator that the evaluator does not implement.
         """
         cls._check(device)
         super().prepare(model, device, **kwargs)
@@ -243,15 +243,15 @@ class Backend(_Backend):
         Parameters
         ----------
         node : NodeProto
-            The operator, of ONNX's own domain.
+            The operator, in ONNX's default domain.
         inputs : sequence of array, or mapping of str to array
-            Those that the node has, in their order, or by name.
+            Inputs of the node, in order or by name.
         device : str, default "CPU"
             As in `supports_device`.
         outputs_info : optional
-            Of the interface; not used.
+            Part of the interface; ignored.
         **kwargs
-            ``opset_version``, the operator set; by default the latest that onnx has.
+            ``opset_version`` is the operator set; by default the latest that onnx supports.
 
         Returns
         -------
@@ -261,7 +261,7 @@ class Backend(_Backend):
         Raises
         ------
         ValueError, onnx.checker.ValidationError, NotImplementedError
-            As `prepare`.
+            As in `prepare`.
         """
         cls._check(device)
         super().run_node(node, inputs, device, outputs_info, **kwargs)
@@ -272,21 +272,22 @@ class Backend(_Backend):
 
     @classmethod
     def _check(cls, device: str) -> None:
-        """Refuse what is not the CPU."""
+        """Raise if the device is not the CPU."""
         if not cls.supports_device(device):
             raise ValueError(f"device is {device!r}, expected 'CPU'")
 
 
 class _Evaluator(ReferenceEvaluator):
-    """The reference evaluator with our operator, in functions that a model defines as well."""
+    """The reference evaluator with nbnorm's operator, including in functions of a model."""
 
     def __init__(self, *args: Any, new_ops: Any = None, **options: Any) -> None:
-        # It makes evaluators of its own class: of branches with new_ops, of functions without.
+        # The evaluator creates instances of its own class, with new_ops for branches of control
+        # flow and without for functions. The argument is therefore always set here.
         super().__init__(*args, new_ops=[BatchNormalization], **options)
 
 
 class _Prepared(BackendRep):
-    """An evaluator, and the names of the inputs that it is run with."""
+    """An evaluator with the names of the inputs that it needs."""
 
     def __init__(self, evaluator: ReferenceEvaluator, names: list[str], **options: Any) -> None:
         self._evaluator, self._names, self._options = evaluator, names, options

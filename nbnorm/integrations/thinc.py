@@ -1,4 +1,4 @@
-"""thinc: `BatchNorm`, a layer for `chain`, on NumPy's arrays and on CuPy's."""
+"""thinc: `BatchNorm`, a layer for NumPy and CuPy arrays."""
 
 import operator
 from collections.abc import Callable
@@ -23,56 +23,58 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     axis: int = -1,
     activation: Activation = None,
 ) -> Model[FloatsXd, FloatsXd]:
-    """Batch normalization as a layer of thinc's (Ioffe & Szegedy 2015).
+    """Create a batch normalization layer for thinc (Ioffe & Szegedy 2015).
 
-    y = act(G (x - mean) / sqrt(var + eps) + b), with the statistics of the batch where
+    y = act(G (x - mean) / sqrt(var + eps) + b), with the statistics of the batch if
     ``is_train=True`` (`Model.begin_update`), the running ones otherwise (`Model.predict`).
 
     Parameters
     ----------
     nO : int, optional
-        Number of channels; None takes it from the X, or else the Y, to initialize with.
+        Number of channels. None infers it from the X, or else the Y, passed to `Model.initialize`.
     eps : float, default 1e-5
         Added to the variance.
     momentum : float, default 0.1
         Weight of the new batch in the running statistics.
     axis : int, default -1
-        The axis that **keeps** its statistics; all others are reduced. The last one is the width
-        of thinc's arrays.
+        Channel axis, which **keeps** its statistics; all other axes are reduced. The default, the
+        last axis, is the width of thinc's arrays.
     activation : {None, "relu"}
-        Applied last, at no further pass over memory.
+        Applied last, in the same pass over memory.
 
     Returns
     -------
     Model
-        From a Floats2d, Floats3d or Floats4d to one of the same shape and dtype, on the same
-        device. For lists, Ragged and Padded there is ``with_array(BatchNorm())``.
+        Maps a Floats2d, Floats3d or Floats4d to one of the same shape and dtype, on the same
+        device. For lists, Ragged and Padded, use ``with_array(BatchNorm())``.
 
     Raises
     ------
     TypeError
-        An axis that is not an int. From `Model.initialize`: an X or Y that is no array. From
-        calls: arrays that are not floating, a gradient of another dtype than X.
+        axis is not an int. In `Model.initialize`: X or Y is not an array. In calls: an array is
+        not floating, or a gradient does not have X's dtype.
     ValueError
-        From `Model.initialize`: an X or Y of another width than nO, or of a single axis; no nO, X
-        or Y. From calls: arrays that do not fit the parameters, one value per channel in training.
+        In `Model.initialize`: the width of X or Y is not nO, X or Y has a single axis, or none of
+        nO, X and Y is given. In calls: an array does not fit the parameters, or a channel has a
+        single value in training.
 
     Notes
     -----
-    The parameters are "G" (gamma, starts at 1) and "b" (beta, starts at 0), as in thinc's
-    LayerNorm, and the running statistics "running_mean" and "running_var" (unbiased). These never
-    have a gradient, so that no optimizer moves them; as parameters they go wherever the others go:
-    into `Model.to_bytes`, `Model.to_disk`, `Model.copy` and onto a GPU. The options are in
-    `Model.attrs` under their names and may be changed there: ``momentum`` 0 keeps the statistics.
+    The parameters are "G" (gamma, initially 1) and "b" (beta, initially 0), as in thinc's
+    LayerNorm, and the running statistics "running_mean" and "running_var" (unbiased). The running
+    statistics never have a gradient, so optimizers do not update them. As parameters they are
+    included in `Model.to_bytes`, `Model.to_disk`, `Model.copy` and moves to a GPU. The options are
+    in `Model.attrs` under their names and may be changed there: ``momentum`` 0 freezes the
+    statistics.
 
-    The gradient of a call with ``is_train=False`` takes the running statistics for constants.
+    The gradient of a call with ``is_train=False`` treats the running statistics as constants.
 
-    An optimizer's averages (``model.use_params(optimizer.averages)``) are of the parameters that it
-    moves. The running statistics are still those of the latest ones; passing data through
-    `Model.begin_update` under the averages moves them to where they belong.
+    An optimizer's averages (``model.use_params(optimizer.averages)``) cover only the parameters
+    that it updates. The running statistics remain those of the latest parameters. To update them
+    for the averages, pass data through `Model.begin_update` inside ``use_params``.
 
-    In a config the layer is ``@layers = "nbnorm.BatchNorm.v1"``. The first call of a kind compiles
-    kernels for some seconds, once on a machine.
+    In a config, use ``@layers = "nbnorm.BatchNorm.v1"``. The first call of a kind compiles kernels,
+    which takes some seconds, once per machine.
 
     Examples
     --------
@@ -111,7 +113,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
 def _forward(
     model: Model[FloatsXd, FloatsXd], X: FloatsXd, is_train: bool
 ) -> tuple[FloatsXd, Callable[[FloatsXd], FloatsXd]]:
-    """Return Y and the callback that takes dY to dX."""
+    """Return Y and the callback that maps dY to dX."""
     gamma, beta = model.get_param("G"), model.get_param("b")
     options = {"axis": model.attrs["axis"], "activation": model.attrs["activation"]}
     Y, mean, rstd = batch_norm_forward(
@@ -140,8 +142,8 @@ def _forward(
 def _init(
     model: Model[FloatsXd, FloatsXd], X: FloatsXd | None = None, Y: FloatsXd | None = None
 ) -> None:
-    """Infer the width and set parameters and statistics to what they start at."""
-    # As everywhere in thinc, X before Y: a chain hands its own Y to layers that do not know nO.
+    """Infer the width and set the initial parameters and statistics."""
+    # Prefer X to Y, as thinc's layers do: a chain passes its own Y to layers without nO.
     sample = Y if X is None else X
     if sample is not None:
         width = _width(sample, model.attrs["axis"])

@@ -1,10 +1,10 @@
-"""PyTorch: `batch_norm` with autograd, modules, `convert` and `recalibrate` for models that exist.
+"""PyTorch: `batch_norm` with autograd, modules, and `convert` and `recalibrate` for models.
 
-Where a program is recorded (torch.compile, torch.export, fake tensors), `batch_norm` is the
-operator ``nbnorm::batch_norm`` and its gradient ``nbnorm::batch_norm_backward``, which stay as they
-are in the graph. They write to none of their arguments, as PyTorch gives a gradient only to such
-operators: new running statistics are a result, which `batch_norm` copies into the old. Where a
-program just runs, the same functions are called without the dispatcher.
+When PyTorch records a program (torch.compile, torch.export, fake tensors), `batch_norm` becomes the
+operator ``nbnorm::batch_norm`` in the graph, and its gradient ``nbnorm::batch_norm_backward``.
+PyTorch supports gradients only of operators that do not write to their arguments, so the operator
+returns new running statistics, and `batch_norm` copies them to the old ones. In eager mode the
+same functions are called without the dispatcher.
 """
 
 from pathlib import Path
@@ -22,6 +22,6 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert",
 for _library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
     _shortcut.adopt(str(_library), torch.get_num_threads)
 
-# What prints or pickles these names knows them by this module.
+# Printing and pickling use this module's name, not those of the private modules.
 for _public in (BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, recalibrate, _remade):
     _public.__module__ = __name__

@@ -1,4 +1,4 @@
-"""Models that exist: `convert`, and ReLU done by the normalization before it."""
+"""`convert`: nbnorm's batch normalization in existing models, with fused ReLU if requested."""
 
 from functools import cache
 from itertools import pairwise
@@ -23,20 +23,20 @@ _OURS: dict[type[nn.Module], type[BatchNormModule]] = {
 
 
 def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
-    """Have all batch normalization modules of a model computed by nbnorm, in place.
+    """Convert all batch normalization modules of a model to nbnorm's, in place.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Modules in it that are exactly `torch.nn.BatchNorm1d`, ``2d`` or ``3d`` become nbnorm's:
-        the same objects with the same parameters, buffers, mode and hooks, so that optimizers
-        and other references to them still hold. Subclasses (SyncBatchNorm, lazy, quantised, your
-        own) are left alone.
+        Converts the modules whose class is exactly `torch.nn.BatchNorm1d`, ``2d`` or ``3d``. They
+        remain the same objects, with the same parameters, buffers, mode and hooks, so optimizers
+        and other references stay valid. Subclasses (SyncBatchNorm, lazy, quantised, your own) do
+        not change.
     fuse_relu : bool, default False
-        Whether each `torch.nn.Sequential` in the model lets a batch normalization do the work of
-        a `torch.nn.ReLU` that directly follows it. Both modules stay in place and what they are by
-        themselves. Each call looks again: a module that has a hook, or something else put in its
-        place, such as a SyncBatchNorm, runs by itself.
+        Whether each `torch.nn.Sequential` in the model fuses a batch normalization with a
+        `torch.nn.ReLU` that directly follows it. Both modules stay in place and work as before on
+        their own. The Sequential decides at each call: modules with hooks, and modules that have
+        been replaced, for instance by a SyncBatchNorm, are not fused.
 
     Returns
     -------
@@ -46,17 +46,18 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
     Raises
     ------
     TypeError
-        model is no module.
+        model is not a module.
 
     Notes
     -----
-    Before `torch.compile`, not after. `state_dict` stays what it was: weights saved of a
-    converted model load into the original, and the other way round.
+    Call `convert` before `torch.compile`, not after. `state_dict` does not change: a converted
+    model loads weights saved from the original, and vice versa.
 
-    What reads a model's code comes before `convert`, and fails after it: `torch.fx.symbolic_trace`,
-    `torch.jit.script`, ONNX's exporter by TorchScript, and what begins with one of them, such as
-    quantisation. `torch.compile`, `torch.export` and `torch.jit.trace` take a converted model. So
-    does a `torch.fx.Tracer` whose ``is_leaf_module`` is true of nbnorm's modules, too.
+    Tools that read a model's code fail on a converted model, so use them before `convert`:
+    `torch.fx.symbolic_trace`, `torch.jit.script`, the TorchScript-based ONNX exporter, and tools
+    that start with one of these, such as quantisation. `torch.compile`, `torch.export` and
+    `torch.jit.trace` accept a converted model. A `torch.fx.Tracer` does if its ``is_leaf_module``
+    returns True for nbnorm's modules.
 
     Examples
     --------
@@ -76,7 +77,7 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
     for module in model.modules():
         if type(module) in _OURS:
-            # A change of class: whoever holds the module, holds the converted one.
+            # Change the class, so that existing references see the converted module.
             module.__class__ = _OURS[type(module)]
     if fuse_relu:
         _fuse_relu(model)
@@ -86,7 +87,7 @@ def convert(model: _Model, *, fuse_relu: bool = False) -> _Model:
 def _fuse_relu(model: nn.Module) -> None:
     for module in model.modules():
         kind: Any = type(module)
-        # A Sequential with a forward of its own has an order of its own.
+        # A subclass with its own forward may not run its modules in order.
         if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
             children = list(module._modules.values())
             if any(_fusible(norm, relu) for norm, relu in pairwise(children)):
@@ -94,10 +95,10 @@ def _fuse_relu(model: nn.Module) -> None:
 
 
 class _Fused:
-    """What a Sequential becomes: it asks normalizations for ReLU and leaves out the next module.
+    """A Sequential that has batch normalizations apply ReLU, and then skips the ReLU module.
 
-    The modules stay what and where they are, and each call looks at them anew, so that it is right
-    whatever has been put in their place since: SyncBatchNorm, a folded convolution, a wrapper.
+    The modules stay in place, and each call inspects them anew. So the result stays correct if a
+    module is replaced later by a SyncBatchNorm, a folded convolution or a wrapper.
     """
 
     def forward(self: Any, input: Any) -> Any:  # noqa: A002
@@ -117,14 +118,14 @@ class _Fused:
         return "fuse_relu=True"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle and copy by the class that there was: this one has no name to be imported by."""
+        """Pickle and copy through the original class; this one cannot be imported by name."""
         reduced: Any = super().__reduce_ex__(protocol)
         return _remade, (type(self).__bases__[1],), *reduced[2:]
 
 
 @cache
 def _fused(kind: Any) -> Any:
-    """The class of a Sequential that fuses."""
+    """Return the fusing subclass of a Sequential class."""
     return type(kind.__name__, (_Fused, kind), {"__module__": kind.__module__})
 
 
@@ -134,7 +135,7 @@ def _remade(kind: Any) -> Any:
 
 
 def _fusible(norm: nn.Module | None, relu: nn.Module | None) -> bool:
-    """Whether the first can do the work of the second, and nobody looks at what is between."""
+    """Return True if `norm` can apply `relu` and no hook sees the value between them."""
     return (
         type(relu) is nn.ReLU
         and type(norm) in (BatchNorm1d, BatchNorm2d, BatchNorm3d)
@@ -144,7 +145,7 @@ def _fusible(norm: nn.Module | None, relu: nn.Module | None) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes into a module or comes out."""
+    """Return True if the module has hooks, which see its inputs or outputs."""
     return any(
         (
             module._forward_pre_hooks,

@@ -1,4 +1,4 @@
-"""The function `batch_norm` and its gradient, by the operators or without them."""
+"""The function `batch_norm` and its gradient, computed through operators or directly."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ def batch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`, with a residual and ReLU at no further pass over memory.
+    """Compute `torch.nn.functional.batch_norm`, with a residual and ReLU in the same pass.
 
     y = relu(weight (input - mean) / sqrt(var + eps) + bias + residual), with the statistics of the
     batch in training, the running ones otherwise.
@@ -32,16 +32,17 @@ def batch_norm(
     Parameters
     ----------
     input : Tensor of shape (N, C) or (N, C, ...)
-        float32, float64, float16 or bfloat16 (the last needs ml_dtypes), in CPU memory or, with
-        the extra ``cuda``, on a CUDA device. Channels-last memory stays so.
+        float32, float64, float16 or bfloat16 (requires ml_dtypes), in CPU memory or, with the
+        ``cuda`` extra, on a CUDA device. The result keeps a channels-last memory format.
     running_mean, running_var : Tensor of shape (C,), or None
-        Population statistics, both or neither. In training they are updated in place, otherwise
-        they normalise. Any floating dtype, as for weight and bias: float32 beside a bfloat16 input.
+        Population statistics; pass both or neither. In training they are updated in place,
+        otherwise they normalise. Any floating dtype: they may be float32 with a bfloat16 input, as
+        may weight and bias.
     weight, bias : Tensor of shape (C,), optional
-        Scale and shift. None: 1 and 0.
+        Scale and shift. None means 1 and 0.
     training : bool, default False
-        Whether the statistics of this batch normalise it. Without, the gradient takes the
-        statistics for constants.
+        Normalise with the batch's statistics (True) or the running ones. If False, the gradient
+        treats the statistics as constants.
     momentum : float, default 0.1
         Weight of the new statistic.
     eps : float, default 1e-5
@@ -49,40 +50,41 @@ def batch_norm(
     residual : Tensor of input's shape and dtype, optional
         Added before ReLU.
     relu : bool, default False
-        Whether ReLU comes last.
+        Whether to apply ReLU last.
 
     Returns
     -------
     Tensor
-        Of input's shape, dtype and memory format.
+        y, with the shape, dtype and memory format of input.
 
     Raises
     ------
     TypeError
-        A dtype that is not computed in, or a residual of another than input's; an input that is no
-        Tensor; running statistics that require grad; a ZeroTensor.
+        input is not a Tensor; a dtype is not supported; residual does not have input's dtype;
+        running statistics require grad; an argument is a ZeroTensor.
     ValueError
-        Shapes that do not fit, one running statistic without the other, none where they
-        normalise, a single value per channel in training; in training running statistics with the
-        negative bit (``is_neg()``), and under `torch.func.vmap` ones that are not mapped over.
+        A shape is invalid; only one running statistic is given, or none with ``training=False``; in
+        training, a channel has a single value, running statistics have the negative bit
+        (``is_neg()``), or `torch.func.vmap` does not map over them.
     RuntimeError
-        In a second derivative, of which there is none.
+        A second derivative is requested; it is not implemented.
     NotImplementedError
-        In forward mode (`torch.func.jvp`, ``jacfwd``, ``hessian``), of which there is none either.
+        Forward mode is requested (`torch.func.jvp`, ``jacfwd``, ``hessian``).
 
     Notes
     -----
-    Ioffe & Szegedy (2015), Algorithm 1; see `nbnorm.batch_norm_forward`. Statistics are float64
-    inside, whatever the dtypes. Autocast changes no dtype here: where it has made input bfloat16,
-    residual must be made so, too.
+    Implements Algorithm 1 of Ioffe & Szegedy (2015), see `nbnorm.batch_norm_forward`. Statistics
+    are computed in float64 for all dtypes. Autocast does not apply: if it has made input bfloat16,
+    convert residual as well.
 
-    `torch.func`'s ``grad``, ``vjp``, ``jacrev`` and ``vmap`` work, the last by one call for each
-    sample; not inside of `torch.compile`, which takes gradients by `torch.autograd` alone.
+    `torch.func`'s ``grad``, ``vjp``, ``jacrev`` and ``vmap`` work; ``vmap`` makes one call per
+    sample. They do not work inside `torch.compile`, which supports gradients only through
+    `torch.autograd`.
 
-    For the backward pass input and weight are kept, mean and rstd in float64, with ReLU also bias,
-    and the result where ReLU follows a residual.
+    The backward pass keeps input, weight, and the float64 mean and rstd; with ReLU also bias, or
+    the result if ReLU follows a residual.
 
-    The first call of a kind compiles kernels for some seconds, once on a machine.
+    The first call of a kind compiles kernels, which takes some seconds, once per machine.
 
     Examples
     --------
@@ -116,9 +118,9 @@ def normalise(
     relu: bool,
     seen: Sequence[Pairwise] = (),
 ) -> Tensor:
-    """`batch_norm`, or with the moments of the batch added to each of those `seen`.
+    """Compute `batch_norm`, and add the moments of the batch to each item of `seen`.
 
-    Then it is in training, and there are no running statistics.
+    `seen` requires training mode without running statistics.
     """
     if not isinstance(input, Tensor):
         if what := stand_in_of(type(input)):  # type: ignore[arg-type]
@@ -146,7 +148,7 @@ def normalise(
         y, *_ = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         y, *_ = _operators.record(*arguments)
-    if seen:  # operators return no M2
+    if seen:  # the operators do not return M2
         _operators.see(input, seen)
     return y
 
@@ -158,9 +160,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """Keep what the gradient needs."""
+    """Save what the gradient needs."""
     x, weight, bias, _, _, residual, training, _, _, relu = inputs
-    by_y = relu and residual is not None  # the mask cannot be told from x then
+    by_y = relu and residual is not None  # x alone does not determine the ReLU mask then
     ctx.save_for_backward(
         x, weight, bias if relu and not by_y else None, mean, rstd, y if by_y else None
     )
@@ -201,9 +203,9 @@ _operators.backward.register_autograd(_no_second_derivative)
 
 
 class _Eager(torch.autograd.Function):
-    """What the operators do, without the dispatcher, which takes 60 us a layer and step.
+    """The operators' computation without the dispatcher, which costs 60 us per layer and step.
 
-    Of the old style: one with `setup_context` has its arguments bound by signature at every call.
+    Does not define `setup_context`, with which PyTorch would bind the signature at every call.
     """
 
     @staticmethod
@@ -223,13 +225,13 @@ class _Eager(torch.autograd.Function):
 
 
 class _Transform(torch.autograd.Function):
-    """An operator as `torch.func` takes it, which passes a custom operator's derivative by."""
+    """Base of the operators under `torch.func`, which ignores a custom operator's derivative."""
 
     jvp = staticmethod(_operators.no_forward_mode)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        """One call after the other."""
+        """Call the function once for each sample."""
         calls = [
             cls.apply(  # type: ignore[no-untyped-call]
                 *(
@@ -268,6 +270,6 @@ class _TransformedBackward(_Transform):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep nothing: there is no further derivative."""
+        """Save nothing: there is no second derivative."""
 
     backward = staticmethod(_no_second_derivative)

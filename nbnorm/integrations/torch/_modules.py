@@ -1,4 +1,4 @@
-"""Modules of batch normalization: PyTorch's, computed by nbnorm."""
+"""PyTorch's batch normalization modules, computed by nbnorm."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from nbnorm.moments import Pairwise
 
 
 class BatchNormModule(_BatchNorm):
-    """What the three modules add to PyTorch's."""
+    """Base of the three modules, with what they add to PyTorch's."""
 
-    # Of the class, too: for modules that `convert` has made.
+    # Class attributes, as `convert` does not call __init__.
     relu: bool = False
-    _seen: tuple[Pairwise, ...] = ()  # where moments of batches go, within `_collecting`
+    _seen: tuple[Pairwise, ...] = ()  # collect the moments of batches, inside `_collecting`
 
     def __init__(self, *args: Any, relu: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +31,7 @@ class BatchNormModule(_BatchNorm):
         *,
         relu: bool = False,
     ) -> Tensor:
-        """Normalise input, add residual, apply ReLU where the module or this call has it."""
+        """Normalise input, add residual, and apply ReLU if the module or the call has relu=True."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum
         if self._seen:
@@ -44,11 +44,12 @@ class BatchNormModule(_BatchNorm):
         counted = (
             self.training and self.track_running_stats and self.num_batches_tracked is not None
         )
-        # An empty batch is none of those that are averaged; otherwise count it as PyTorch does.
+        # A cumulative average omits empty batches; otherwise count them as PyTorch does.
         if counted and (self.momentum is not None or input.numel() > 0):
             self.num_batches_tracked.add_(1)
             if self.momentum is None and torch.compiler.is_compiling():
-                # A number cannot depend on a tensor there: take the batch's own statistics.
+                # A float cannot depend on a tensor in a graph: get the batch's statistics with
+                # momentum 1, and average below.
                 momentum = 1.0
                 mean, var = (torch.zeros_like(r, dtype=torch.float64) for r in running)
                 others = (
@@ -78,48 +79,48 @@ class BatchNormModule(_BatchNorm):
 
     @contextmanager
     def _collecting(self) -> Iterator[Pairwise]:
-        """Within a ``with``, collect the moments of batches instead of moving running statistics.
+        """Collect the moments of batches inside the block; do not update running statistics.
 
-        Whatever the mode, batches are normalised as in training.
+        Batches are normalised as in training, whatever the module's mode.
         """
         before, seen = self._seen, Pairwise()
-        try:  # at once: an interrupt may come at any line
+        try:  # starts before the assignment, as an interrupt may come at any line
             self._seen = (*before, seen)
             yield seen
-        finally:  # by no function of Python's, within which it may come as well
+        finally:  # calls no Python function, as an interrupt may come inside it
             if before:
                 self.__dict__["_seen"] = before
             else:
                 self.__dict__.pop("_seen", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes of a copy, which collects nothing of its own."""
+        """Return the attributes of a copy; a copy does not collect moments."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("_seen", None)
         return state
 
     def extra_repr(self) -> str:
-        """Describe the module as PyTorch does, and ReLU where there is one."""
+        """Describe the module as PyTorch does, followed by relu=True if set."""
         described = str(super().extra_repr())  # type: ignore[no-untyped-call]
         return described + ", relu=True" * self.relu
 
 
 class BatchNorm1d(BatchNormModule, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` on nbnorm's kernels, with ReLU and a residual if wanted.
+    """`torch.nn.BatchNorm1d` computed by nbnorm, with optional ReLU and residual.
 
-    An instance of PyTorch's class, with its arguments, parameters, buffers and ``state_dict``.
+    A subclass of PyTorch's class, with the same arguments, parameters, buffers and ``state_dict``.
 
     Parameters
     ----------
     *args, **kwargs
-        As of `torch.nn.BatchNorm1d`: num_features, eps, momentum, affine, track_running_stats, ...
+        As in `torch.nn.BatchNorm1d`: num_features, eps, momentum, affine, track_running_stats, ...
     relu : bool, default False
-        Whether ReLU comes last.
+        Whether to apply ReLU last.
 
     Raises
     ------
     TypeError, ValueError
-        In the forward pass, as `batch_norm`; for an input that is not 2-d or 3-d.
+        In the forward pass, as in `batch_norm`; also if the input is not 2-d or 3-d.
 
     Examples
     --------
@@ -135,21 +136,21 @@ class BatchNorm1d(BatchNormModule, nn.BatchNorm1d):
 
 
 class BatchNorm2d(BatchNormModule, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` on nbnorm's kernels, with ReLU and a residual if wanted.
+    """`torch.nn.BatchNorm2d` computed by nbnorm, with optional ReLU and residual.
 
-    An instance of PyTorch's class, with its arguments, parameters, buffers and ``state_dict``.
+    A subclass of PyTorch's class, with the same arguments, parameters, buffers and ``state_dict``.
 
     Parameters
     ----------
     *args, **kwargs
-        As of `torch.nn.BatchNorm2d`: num_features, eps, momentum, affine, track_running_stats, ...
+        As in `torch.nn.BatchNorm2d`: num_features, eps, momentum, affine, track_running_stats, ...
     relu : bool, default False
-        Whether ReLU comes last.
+        Whether to apply ReLU last.
 
     Raises
     ------
     TypeError, ValueError
-        In the forward pass, as `batch_norm`; for an input that is not 4-d.
+        In the forward pass, as in `batch_norm`; also if the input is not 4-d.
 
     Examples
     --------
@@ -163,21 +164,21 @@ class BatchNorm2d(BatchNormModule, nn.BatchNorm2d):
 
 
 class BatchNorm3d(BatchNormModule, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` on nbnorm's kernels, with ReLU and a residual if wanted.
+    """`torch.nn.BatchNorm3d` computed by nbnorm, with optional ReLU and residual.
 
-    An instance of PyTorch's class, with its arguments, parameters, buffers and ``state_dict``.
+    A subclass of PyTorch's class, with the same arguments, parameters, buffers and ``state_dict``.
 
     Parameters
     ----------
     *args, **kwargs
-        As of `torch.nn.BatchNorm3d`: num_features, eps, momentum, affine, track_running_stats, ...
+        As in `torch.nn.BatchNorm3d`: num_features, eps, momentum, affine, track_running_stats, ...
     relu : bool, default False
-        Whether ReLU comes last.
+        Whether to apply ReLU last.
 
     Raises
     ------
     TypeError, ValueError
-        In the forward pass, as `batch_norm`; for an input that is not 5-d.
+        In the forward pass, as in `batch_norm`; also if the input is not 5-d.
 
     Examples
     --------

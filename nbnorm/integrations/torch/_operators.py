@@ -1,4 +1,4 @@
-"""The operators, which graphs keep, and what they compute."""
+"""The custom operators that appear in PyTorch's graphs, and the functions that they call."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -27,21 +27,21 @@ def compute(
     relu: bool,
     seen: Sequence[Pairwise] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd); in training the running statistics are moved in place.
+    """Return (y, mean, rstd); in training, update the running statistics in place.
 
-    Where moments are to be `seen`, those of the batch are added to each, and nothing is moved.
+    If `seen` is not empty, add the moments of the batch to each item and update no statistics.
     """
     correction = 1
     if seen:
         count = x.shape[0] * x.shape[2:].numel()
-        # Zeros moved all the way, with count - correction = 1, become the mean and M2 itself.
+        # With momentum 1 and count - correction = 1, the updated statistics are mean and M2.
         running_mean, running_var = (x.new_zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
         momentum, correction = 1.0, count - 1
     y, mean, rstd = batch_norm_forward(
         array_of(x),
         array_of(weight),
         array_of(bias),
-        array_of(running_mean, resolve=not training),  # a copy would be moved in their place
+        array_of(running_mean, resolve=not training),  # a copy would be updated instead
         array_of(running_var, resolve=not training),
         training=training,
         momentum=momentum,
@@ -56,19 +56,19 @@ def compute(
 
 
 def see(x: Tensor, seen: Sequence[Pairwise]) -> None:
-    """Go through a batch for its moments alone, and add them to each of those seen."""
+    """Compute the moments of a batch in an extra pass and add them to each item of `seen`."""
     collect(batch_norm_stats(array_of(x)), seen)
 
 
 def collect(moments: Moments, seen: Sequence[Pairwise]) -> None:
-    """Add the moments of a batch to each of those seen, unless it is empty."""
+    """Add the moments of a batch to each item of `seen`, unless the batch is empty."""
     if moments.count > 0:
         for each in seen:
             each.add(moments)
 
 
 def no_forward_mode(*_: Any) -> NoReturn:
-    """Refuse to compute a tangent."""
+    """Raise: forward mode is not implemented."""
     raise NotImplementedError(
         "nbnorm's batch_norm has no forward mode; for one (jvp, jacfwd) use "
         "torch.nn.functional.batch_norm"
@@ -76,15 +76,15 @@ def no_forward_mode(*_: Any) -> NoReturn:
 
 
 def _refuse_forward_mode() -> None:
-    """Raise where tangents are about, which a custom operator cannot see and would drop."""
+    """Raise in forward mode: a custom operator does not see tangents and would drop them."""
     if forward_ad._current_level >= 0:
         no_forward_mode()
 
 
 def refuse_shared(**tensors: Tensor | None) -> None:
-    """Refuse running statistics that share memory with another tensor: they are going to change.
+    """Raise if running statistics, which are updated, share memory with another tensor.
 
-    nbnorm does where it moves them itself. Here it is given copies.
+    `batch_norm_forward` checks this itself, but here it gets copies.
     """
     if tensors["running_mean"] is None or tensors["running_var"] is None:
         return
@@ -109,7 +109,7 @@ def forward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, mean, rstd, moved running_mean, moved running_var), the last two empty if not moved."""
+    """Return (y, mean, rstd, new running_mean, new running_var); empty tensors if not updated."""
     _refuse_forward_mode()
     if training:
         refuse_shared(
@@ -160,7 +160,7 @@ def statistics_apart(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Copies in float64 of running statistics that share memory with no other tensor of a call."""
+    """Return float64 copies of running statistics; raise if they share memory with a tensor."""
     refuse_shared(
         x=x, gamma=weight, beta=bias, running_mean=running_mean, running_var=running_var,
         residual=residual,
@@ -176,7 +176,7 @@ def _(running_mean: Tensor, running_var: Tensor, *_: Tensor | None) -> tuple[Ten
 
 
 def record(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) by the operator; in training the running statistics are moved in place."""
+    """Return (y, mean, rstd) from the operator; in training, update the running statistics."""
     running_mean, running_var, training = *arguments[3:5], arguments[6]
     y, mean, rstd, moved_mean, moved_var = forward(*arguments)
     if training and running_mean is not None and running_var is not None:
@@ -197,7 +197,7 @@ def gradients(
     relu: bool,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    """[dx, dweight, dbias, dresidual], None where output_mask does not ask for one."""
+    """Return [dx, dweight, dbias, dresidual]; gradients not in `output_mask` are None."""
     dx, dweight, dbias, dresidual = batch_norm_backward(
         array_of(dy),
         array_of(x),
@@ -231,7 +231,7 @@ def backward(
     relu: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gradients`, empty rather than None."""
+    """Return `gradients`, with empty tensors in place of None."""
     _refuse_forward_mode()
     grads = gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
     dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)

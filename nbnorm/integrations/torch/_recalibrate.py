@@ -1,4 +1,4 @@
-"""Running statistics of all that a model's normalizations see: `recalibrate`."""
+"""`recalibrate`: running statistics of all inputs of a model's batch normalizations."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,41 +15,41 @@ from nbnorm.moments import Pairwise
 
 @contextmanager
 def recalibrate(model: nn.Module) -> Iterator[None]:
-    """Within a ``with``, collect what batch norms see; at its end make that their statistics.
+    """Collect the batch norms' input statistics inside the block; store them on exit.
 
-    Run the model over batches in the block, in whatever way it is run. Each of its batch
-    normalizations then takes the statistics of its batch, as in training; no gradient is recorded,
-    and what has been compiled runs as if it had not. When the block has ended without an exception,
-    the running statistics become those of all the values that a normalization has seen together,
-    batches weighted by their sizes. One that has seen no values keeps its own.
+    Run the model over batches inside the ``with`` block. There, each batch normalization normalises
+    with the statistics of its batch, as in training; no gradients are recorded, and compiled models
+    run eagerly. If the block ends without an exception, the running statistics of each batch
+    normalization become those of all values it has seen, with batches weighted by their sizes. One
+    that has seen no values keeps its running statistics.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Modules in it that are of `torch.nn.BatchNorm1d`, ``2d`` or ``3d`` and keep running
-        statistics are recalibrated, converted or not. Others are left alone, such as SyncBatchNorm
-        and lazy modules that have seen no input yet. All other modules stay in their mode: have
-        dropout off by ``model.eval()``.
+        Recalibrates its `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` modules with running statistics,
+        converted or not. Others, such as SyncBatchNorm and lazy modules that have not seen an
+        input, do not change. All other modules keep their mode: call ``model.eval()`` first to
+        turn dropout off.
 
     Raises
     ------
     TypeError
-        model is no module; within the block, where an input is of a dtype that is not computed in.
+        model is not a module; inside the block, an input has an unsupported dtype.
     ValueError
-        model has no batch normalization with running statistics, or one whose statistics share
-        memory with its weight, its bias or each other; within the block, where a batch
-        has a single value per channel, as a last batch of one sample (``drop_last=True`` of a
-        DataLoader leaves it out); at the end of the block, when none has seen a value.
+        model has no batch normalization with running statistics, or one whose running statistics
+        share memory with its weight, its bias or each other; inside the block, a batch has a single
+        value per channel, such as a last batch of one sample (pass ``drop_last=True`` to the
+        DataLoader); on exit, no batch normalization has seen a value.
 
     Notes
     -----
-    As `nbnorm.population.recalibrate`. The variance is the unbiased one, of M2 / (count - 1), where
-    count is that of all batches. `torch.optim.swa_utils.update_bn` averages over batches instead,
-    all with the same weight, and leaves out the variance between their means. Parameters, modes and
-    ``num_batches_tracked`` stay what they were.
+    See `nbnorm.population.recalibrate`. The running variance is the unbiased M2 / (count - 1), with
+    the count of all batches together. `torch.optim.swa_utils.update_bn` averages over batches
+    instead, which weights all batches equally and omits the variance between their means.
+    Parameters, modes and ``num_batches_tracked`` do not change.
 
-    Converted modules take the moments of a batch from the pass that normalises it. PyTorch's own
-    go through each batch once more.
+    Converted modules get the moments of a batch from the pass that normalises it. PyTorch's modules
+    need an extra pass over each batch.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     with ExitStack() as block:
         seen = [block.enter_context(_collector_of(norm)) for norm in norms]
         block.enter_context(torch.no_grad())
-        # A compiled model would trace what collects, or not know of it.
+        # Compiled code would trace the collecting calls, or not contain them.
         block.enter_context(torch.compiler.set_stance("force_eager"))
         yield
     if not any(seen):
@@ -94,7 +94,7 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
 
 
 def _collector_of(norm: nn.Module) -> AbstractContextManager[Pairwise]:
-    """What collects the moments of a module's batches: the module itself, where it is nbnorm's."""
+    """Return a context manager that collects the moments of a module's batches."""
     ours = type(norm).forward is BatchNormModule.forward
     collector: AbstractContextManager[Pairwise] = norm._collecting() if ours else _collecting(norm)
     return collector
@@ -102,9 +102,9 @@ def _collector_of(norm: nn.Module) -> AbstractContextManager[Pairwise]:
 
 @contextmanager
 def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
-    """`BatchNormModule._collecting` of a module that is not nbnorm's, by hooks.
+    """Do `BatchNormModule._collecting` with hooks, for a module that is not nbnorm's.
 
-    A module of PyTorch's keeps no M2, so that each batch is gone through once more.
+    PyTorch's modules do not return M2, so a hook takes another pass over each batch.
     """
     seen, collecting = Pairwise(), True
 
@@ -114,7 +114,7 @@ def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
         if collecting:
             see(inputs[0] if inputs else named["input"], (seen,))
 
-    # For the length of each forward, as `eval` and `train` may be called within the block.
+    # Set the mode only during each forward call: the block may call `eval` and `train`.
     modes: list[tuple[bool, bool]] = []
 
     def train(*_: object) -> None:
@@ -127,7 +127,7 @@ def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
             norm.training, norm.track_running_stats = modes.pop()
 
     hooks: list[Any] = []
-    try:  # an interrupt at any line may leave a hook behind, which then does nothing
+    try:  # an interrupt may leave a hook behind; with collecting=False it does nothing
         hooks.append(norm.register_forward_pre_hook(train))
         hooks.append(norm.register_forward_hook(restore, always_call=True))
         hooks.append(norm.register_forward_hook(look, with_kwargs=True))

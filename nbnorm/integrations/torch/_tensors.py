@@ -1,4 +1,4 @@
-"""Tensors as arrays and back, and whether they hold values at all."""
+"""Conversion between tensors and arrays, and tests for tensors without values."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ _PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def eager(*tensors: Tensor | None) -> bool:
-    """Whether tensors hold values and nobody records what is done with them."""
+    """Return True if all tensors hold values and no tracer or transform records the call."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state()
@@ -24,7 +24,7 @@ def eager(*tensors: Tensor | None) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a program runs under `torch.func`."""
+    """Return True inside a `torch.func` transform."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -32,9 +32,10 @@ _NUMPYS = (torch.float32, torch.float64)
 
 
 def array_of(tensor: Tensor | None, *, resolve: bool = True) -> Array:
-    """View a tensor as nbnorm takes it: as NumPy's where that can be, 1 us rather than DLPack's 5.
+    """View a tensor as an array that nbnorm accepts.
 
-    bfloat16 goes by its bits, as neither library can tell the other of it.
+    Uses `Tensor.numpy` where possible, which takes 1 us; DLPack takes 5. bfloat16 is viewed as
+    int16 in between, as PyTorch cannot export it to NumPy.
     """
     if tensor is None:
         return None
@@ -42,9 +43,9 @@ def array_of(tensor: Tensor | None, *, resolve: bool = True) -> Array:
     if tensor.dtype in _NUMPYS:
         try:
             return tensor.numpy()
-        except (RuntimeError, TypeError):  # the negative bit, another device
+        except (RuntimeError, TypeError):  # has the negative bit, or is on another device
             pass
-    if resolve and tensor.is_neg():  # as of conj().imag: neither NumPy nor DLPack knows the bit
+    if resolve and tensor.is_neg():  # conj().imag, for one: NumPy and DLPack lack this bit
         tensor = tensor.resolve_neg()
     if tensor.device.type != "cpu" or not tensor.is_floating_point():
         return tensor
@@ -52,15 +53,15 @@ def array_of(tensor: Tensor | None, *, resolve: bool = True) -> Array:
         if tensor.dtype is torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(_bfloat16("input"))
         return tensor.numpy()
-    except RuntimeError:  # nbnorm says of which argument, and the way out
+    except RuntimeError:  # nbnorm raises a better error, with the argument's name and a remedy
         return tensor
 
 
 def tensor_of(array: Array) -> Tensor:
-    """The way back."""
+    """View an array as a tensor, the inverse of `array_of`."""
     if isinstance(array, Tensor):
         return array
-    if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":  # a name takes 3 us
+    if array.dtype.itemsize == 2 and array.dtype.name == "bfloat16":  # dtype.name takes 3 us
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -69,12 +70,12 @@ _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 
 
 def laid_out(array: Array, x: Tensor) -> Tensor:
-    """Return a result with the strides of `torch.empty_like(x)`, as the fakes promise."""
+    """Return a result with the strides of `torch.empty_like(x)`, as the fake kernels do."""
     result = tensor_of(array)
     if result.stride() == x.stride():
         return result
     if x.numel() and any(x.is_contiguous(memory_format=known) for known in _FORMATS):
-        # Equal but for axes of length 1, whose strides tell memory formats apart, too.
+        # Only axes of length 1 differ, but their strides distinguish memory formats, too.
         return result.as_strided(x.shape, x.stride())
     like = torch.empty_like(x)
     return result if result.stride() == like.stride() else like.copy_(result)
