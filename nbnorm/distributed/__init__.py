@@ -1,13 +1,13 @@
-"""Batch normalization over the ranks of a communicator: one batch, each rank with its part of it.
+"""Batch normalization synchronised over the ranks of a communicator, each with part of the batch.
 
-Both passes are `batch_norm_forward` and `batch_norm_backward` cut in two, with a reduction in
-between. Two messages a pass. First a header of fixed size, which every rank sends whatever its own
-arguments are like: it says whether this rank's checks passed and what all ranks must have in
-common, so that all go on or all raise. Then the statistics, which every rank merges for itself in
-the order of the ranks: the same numbers by the same operations, and so the same bits.
+Each pass is `batch_norm_forward` or `batch_norm_backward` split in two, with a reduction and two
+messages in between. First every rank sends a header of fixed size, even if its arguments are
+invalid. It says whether the rank's checks passed and what all ranks must have in common, so either
+all ranks go on or all raise. Then the ranks exchange statistics, and each merges them in the order
+of the ranks: the same operations on the same numbers give the same bits.
 
-A communicator is mpi4py's, `TorchProcessGroup`, or anything else with their ``Allgather``. Neither
-mpi4py nor torch is imported here before it is asked for.
+A communicator is mpi4py's, a `TorchProcessGroup`, or any object with their ``Allgather``. mpi4py
+and torch are imported only when they are used.
 """
 
 from nbnorm.distributed._functional import (
