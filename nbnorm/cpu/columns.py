@@ -215,10 +215,10 @@ def first_means(x, grid, c0, c1, begin, end, center, K, s, s64, shift):
     quarter = whole_share(grid, begin, stop, 4)
     for r in range(begin, begin + quarter):
         rows_ = four(x, r * fold, quarter * fold, c0, 0, K.size)
-        each(K.size, element.add_differences, (rows_, K, s))
+        each(K.size, element.add_moment_rows, (rows_, K, s, None))
     for r in range(begin + 4 * quarter, stop):
         short = width(grid, r, c0, c1)
-        each(short, element.add_difference, (piece(x, r * fold, c0, 0, short), K, s))
+        each(short, element.add_moment_row, (piece(x, r * fold, c0, 0, short), K, s, None))
     clear(s64)
     each(K.size, element.drain, (s, s64))
     gather(s64, S, shift)

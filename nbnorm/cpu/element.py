@@ -93,27 +93,12 @@ def centred(j, g, x, hi, u, hpq, v):
 
 
 @ordered
-def add_difference(j, x, K, s):
-    """s += x - K."""
-    s[j] += load(x, j) - at(K, j)
-
-
-@ordered
-def add_differences(j, x, K, s):
-    """`add_difference` of four rows."""
-    d0 = load(x[0], j) - at(K, j)
-    d1 = load(x[1], j) - at(K, j)
-    d2 = load(x[2], j) - at(K, j)
-    d3 = load(x[3], j) - at(K, j)
-    s[j] += (d0 + d1) + (d2 + d3)
-
-
-@ordered
 def add_moment_row(j, x, K, s, q):
-    """s += d and q += d^2, where d = x - K."""
+    """s += d and, unless q is None, q += d^2, where d = x - K."""
     d = load(x, j) - at(K, j)
     s[j] += d
-    q[j] += d * d
+    if q is not None:
+        q[j] += d * d
 
 
 @ordered
@@ -124,7 +109,8 @@ def add_moment_rows(j, x, K, s, q):
     d2 = load(x[2], j) - at(K, j)
     d3 = load(x[3], j) - at(K, j)
     s[j] += (d0 + d1) + (d2 + d3)
-    q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+    if q is not None:
+        q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
 
 
 @ordered
