@@ -201,22 +201,15 @@ def part(typing_context, values, begin, end):
     """values[begin:end] of a row, or of each row in a tuple, not counted; None for None."""
     ints = (types.intp,) * 2
 
-    def of(context, builder, kind, value, begin, size):
-        if isinstance(kind, types.BaseTuple):
-            items = enumerate(kind.types)
-            parts = [
-                of(context, builder, item, builder.extract_value(value, i), begin, size)
-                for i, item in items
-            ]
-            return context.make_tuple(builder, kind, parts)
-        if isinstance(kind, types.NoneType):
-            return value
-        data = context.make_array(kind)(context, builder, value).data
-        return array_at(context, builder, kind, builder.gep(data, [begin]), [size])
-
     def codegen(context, builder, signature, args):
         value, begin, end = args
-        return of(context, builder, values, value, begin, builder.sub(end, begin))
+        size = builder.sub(end, begin)
+
+        def of(kind, array):
+            data = context.make_array(kind)(context, builder, array).data
+            return array_at(context, builder, kind, builder.gep(data, [begin]), [size])
+
+        return _for_arrays(context, builder, values, value, of)
 
     return values(values, *ints), codegen
 
@@ -433,19 +426,25 @@ def _loop(builder, begin, end, body):
 
 def _rebased(context, builder, kind, packed, rebase):
     """Values of a tuple, its arrays without reference counts and with memory at rebase(memory)."""
-    values = []
-    for i, item in enumerate(kind.types):
-        value = builder.extract_value(packed, i)
-        if isinstance(item, types.BaseTuple):
-            parts = _rebased(context, builder, item, value, rebase)
-            value = context.make_tuple(builder, item, parts)
-        elif isinstance(item, types.Array):
-            array = context.make_array(item)(context, builder, value)
-            array.meminfo = cgutils.get_null_value(array.meminfo.type)
-            array.data = rebase(array.data)
-            value = array._getvalue()
-        values.append(value)
-    return values
+
+    def of(kind, value):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        array.data = rebase(array.data)
+        return array._getvalue()
+
+    return cgutils.unpack_tuple(builder, _for_arrays(context, builder, kind, packed, of))
+
+
+def _for_arrays(context, builder, kind, value, of):
+    """`value` with of(kind, array) for each array in it, also within tuples; others as they are."""
+    if isinstance(kind, types.BaseTuple):
+        parts = [
+            _for_arrays(context, builder, item, builder.extract_value(value, i), of)
+            for i, item in enumerate(kind.types)
+        ]
+        return context.make_tuple(builder, kind, parts)
+    return of(kind, value) if isinstance(kind, types.Array) else value
 
 
 class _Distinct(ir.values.MDValue):  # type: ignore[misc]
