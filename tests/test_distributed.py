@@ -422,6 +422,12 @@ def test_layer_is_a_batch_norm():
 # The documentation
 
 
+def test_names_are_those_of_the_package():
+    """Whichever of its modules they stand in, for pickles too."""
+    for name in distributed.__all__:
+        assert getattr(distributed, name).__module__ == "nbnorm.distributed", name
+
+
 def test_doctests():
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     modules = pkgutil.iter_modules(distributed.__path__, "nbnorm.distributed.")

@@ -29,3 +29,7 @@ __all__ = [
     "sync_batch_norm_backward",
     "sync_batch_norm_forward",
 ]
+
+# Printing and pickling use this module's name, not those of the private modules.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
