@@ -1,8 +1,10 @@
 """Settings shared by all tests, and the backend that they run on."""
 
+from collections.abc import Iterator
 from itertools import filterfalse
 
 import backends
+import numba
 import pytest
 from hypothesis import Phase, settings
 
@@ -55,6 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=list(filter(_is_about_the_cpu, items)))
     items[:] = filterfalse(_is_about_the_cpu, items)
+
+
+@pytest.fixture
+def thread_count() -> Iterator[int]:
+    """The number of threads, which the test may change."""
+    before = numba.get_num_threads()
+    yield before
+    numba.set_num_threads(before)
 
 
 def _is_about_the_cpu(item: pytest.Item) -> bool:

@@ -59,14 +59,10 @@ def test_only_features_of_this_host_are_listed(capsys):
         assert all(host[name] for name in listed)
 
 
-def test_threads_are_those_in_use(capsys):
+def test_threads_are_those_in_use(capsys, thread_count):
     most = numba.config.NUMBA_NUM_THREADS
-    before = numba.get_num_threads()
     numba.set_num_threads(1)
-    try:
-        nbnorm.show_config()
-    finally:
-        numba.set_num_threads(before)
+    nbnorm.show_config()
     assert rows(capsys.readouterr().out)["threads"] == f"1 of {most}"
 
 

@@ -61,14 +61,6 @@ def everything(shape, axis, dtype="float32"):
     return [*results, moments.mean, moments.m2]
 
 
-@pytest.fixture
-def thread_count():
-    """Give back the number of threads that the test found."""
-    before = numba.get_num_threads()
-    yield before
-    numba.set_num_threads(before)
-
-
 @cases
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_one_thread_gives_the_bits_of_all(shape, axis, dtype, thread_count):
