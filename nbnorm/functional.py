@@ -260,12 +260,12 @@ def check_forward(
     var_ = frame.per_channel(running_var, "running_var")
     residual_ = frame.like_x(residual, "residual")
     eps, momentum = _checks.epsilon(eps), _checks.finite(momentum, "momentum")
-    taken = _checks.finite(correction, "correction")
+    correction_ = _checks.finite(correction, "correction")
     relu = _checks.relu(activation)
     running = None if mean_ is None or var_ is None else (mean_, var_)
     if training:
         if alone:
-            _checks.enough_values(frame.m, taken, "x of shape {}", frame.x.shape)
+            _checks.enough_values(frame.m, correction_, "x of shape {}", frame.x.shape)
         if running is not None:
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)
@@ -273,7 +273,7 @@ def check_forward(
             _checks.running_to_update(frame.inputs, instead)
     out_ = frame.out(out, inplace="x")
     return ForwardCall(
-        frame, gamma_, beta_, residual_, relu, out_, training, running, momentum, eps, taken
+        frame, gamma_, beta_, residual_, relu, out_, training, running, momentum, eps, correction_
     )
 
 

@@ -118,7 +118,7 @@ def is_array(obj, ndarray, dtype, flags):
 
 @ordered
 def has_form(array, form, rank):
-    """Whether an array has the shape and, after it in `form`, the strides."""
+    """Whether an array has shape form[:rank] and strides form[rank:]."""
     at = address(array)
     if half_word(at, _RANK) != rank:
         return False

@@ -44,7 +44,7 @@ def rstd_of(var, eps):
 
 @device
 def finish_moments_channel(partial, c, C, chunks, count, eps, mean, m2, rstd):
-    """Mean, M2 and rstd of channel c by one warp; mean[c] holds K before."""
+    """Mean, M2 and rstd of channel c by one warp; mean[c] holds K on entry."""
     s = chunk_sum(partial, c * chunks, chunks)
     q = chunk_sum(partial, (C + c) * chunks, chunks)
     if cuda.threadIdx.x % WARP == 0:
@@ -91,8 +91,8 @@ def rstd_exponent(rstd):
 def units(computed: Any) -> SimpleNamespace:
     """Return the CPU's `unit_for`, `most_for` and `in_range` for the compute dtype `computed`.
 
-    Powers of two are given by their exponents, as every GPU computes fast with integers. Units are
-    only looked for if `is_normal` says that one may be needed.
+    Powers of two are given by their exponents: integer arithmetic is fast on every GPU. A unit is
+    only computed if `is_normal` says that one may be needed.
     """
     limits = np.finfo(np.float32 if computed == types.float32 else np.float64)
     tiny, greatest = int(limits.minexp), float(limits.max)  # exponent; number

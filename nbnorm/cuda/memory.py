@@ -1,6 +1,6 @@
 """Memory on a GPU, allocated by CuPy on its current device and stream.
 
-The functions are those of `nbnorm.cpu.memory`, and what only arrays on a GPU need.
+It has the functions of `nbnorm.cpu.memory`, and some that only arrays on a GPU need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from_host = cupy.asarray
 
 
 def aligned(_: Array) -> bool:
-    """Whether every value lies at a multiple of its size; arrays for which not were refused."""
+    """Whether every value lies at a multiple of its size: True, other arrays are refused before."""
     return True
 
 

@@ -258,7 +258,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
     ):  # fmt: skip
         """y = act(gamma (x - mean) rstd + beta [+ residual]), from the last block to the first.
 
-        What the statistics read last is then still in the cache.
+        The values that `stats` read last are then still in the cache.
         """
         c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
         hi, u, a, b = affine(mean, rstd, gamma, beta, c)
