@@ -49,7 +49,7 @@ class Geometry(NamedTuple):
 def geometry_of(
     shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, given: tuple[int, ...]
 ) -> Geometry:
-    """Check the channel axes and find x's layout."""
+    """Return the `Geometry` of x; raise ValueError if `given` are not channel axes of its shape."""
     axes, channels, m = _checks.channel_axes(shape, given)
     layout = layout_of(shape, strides, itemsize, axes)
     fitting = strides if fits(layout, shape, strides, itemsize) else None
@@ -148,7 +148,11 @@ class Frame:
         return copy.reshape(self._layout.shape)
 
     def target(self, out: Out | None = None) -> Target:
-        """Return memory for a result: out, or a new array with x's shape, dtype and order."""
+        """Return where a result goes: out, or a new array of x's shape, dtype and order of axes.
+
+        A new array is in C order if x has gaps. If the array lacks the view that kernels need,
+        they write another one, which `settle` copies.
+        """
         layout = self._layout
         if out is None and layout.natural and layout.dense == layout.order:
             array: NDArray = self.memory.empty(self.x.shape, self.x.dtype)

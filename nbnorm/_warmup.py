@@ -50,7 +50,8 @@ def warmup(
     -----
     Runs the functions once on zeros, for one shape at a time, which takes the memory of such a
     call. Other kernels may be needed for arrays with gaps between their values, for parameters or
-    statistics with another dtype than x, and if not all gradients are requested (``output_mask``).
+    statistics with another dtype than the usual one (float64 if x is float64, else float32), and if
+    not all gradients are requested (``output_mask``).
 
     Examples
     --------

@@ -304,21 +304,21 @@ class BatchNorm:
         return self
 
     def set_statistics(self, moments: Moments) -> None:
-        """Set the running statistics from moments.
+        """Set the running statistics, in place, from moments; `num_batches_tracked` stays.
 
         Parameters
         ----------
         moments : Moments
             Usually those of a whole data set: `batch_norm_stats` of every chunk, merged. The
-            running variance becomes M2 / (count - correction).
+            running variance becomes M2 / (count - correction), with the layer's correction.
 
         Raises
         ------
         TypeError
-            The mean or M2 is not a floating array.
+            The mean or M2 is not a floating array, or the count is not an int.
         ValueError
-            The layer keeps no running statistics, or they share memory with a parameter; the
-            moments have too few values or the wrong shape.
+            The layer keeps no running statistics, or they are read-only or share memory with each
+            other or a parameter; the moments have too few values or the wrong shape.
 
         Examples
         --------

@@ -106,7 +106,7 @@ def expand(values, S, out):
 
 @noinline
 def gather(sums, S, out):
-    """Add up the columns of each channel into `out`; overwrites `sums`."""
+    """out[c] = sum of channel c's columns, in all samples of a row; overwrites `sums`."""
     pairwise_sum(sums, out.size * S)
     if S == 1:
         each(out.size, element.copy, (sums, out))
@@ -306,7 +306,8 @@ def by_planes(x, grid, streamed, c0, c1):
 def columns_ahead(out, views, grid, streamed, c0, c1):
     """Values in a line of `out`: a row takes over fewer from the next one; see `before_line`.
 
-    0 if the rows of any view that is not None are not contiguous with each other.
+    0 unless results are streamed, the block has all channels, and the rows of every view that is
+    not None follow one another without gaps.
     """
     _, C, S, _, _, _ = grid
     follow = streamed and c1 - c0 == C and in_sequence(views, C * S)
@@ -315,7 +316,7 @@ def columns_ahead(out, views, grid, streamed, c0, c1):
 
 @ordered
 def first_line(out, grid, begin, ahead):
-    """Number of values of row `begin` before the first cache line of `out`."""
+    """Values from the start of row `begin` of `out` to a cache line, if rows go `ahead`; else 0."""
     return line_after(piece(out, begin * grid[4], 0, 0, 1)) if ahead else 0
 
 

@@ -45,7 +45,10 @@ def site_for(
 
 @ordered
 def parameter_values(obj, site, default, dtype):
-    """gamma or beta, shape (C,); `default` in every channel if it is None."""
+    """gamma or beta, shape (C,), in place; a new array of `default` if it is None.
+
+    An array must have this dtype already: `ordinary.parameter` checks it.
+    """
     if given(obj, site):
         return values(obj, site.C, dtype)
     out = new(site.C, dtype)

@@ -142,7 +142,7 @@ def by_types(choose: Callable[..., Any], options: dict[str, Any] = _INNER) -> An
 
 
 def fused_by_types(choose: Callable[..., Any]) -> Any:
-    """`by_types` with product and sum as one multiply-add; see `none_without`."""
+    """`by_types`, where LLVM may fuse a product and its sum; see `none_without` for when to."""
     return by_types(choose, _FUSED)
 
 
@@ -150,9 +150,9 @@ def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., A
     """Compile a function that returns None if its argument `name` is None.
 
     The choice is made by type. Numba prunes `if argument is None` only where it holds. Elsewhere
-    the result would be Optional, and a loop over it would not vectorise. With `fused`, a product
-    and its sum are one multiply-add; use it only for products within the innermost loop (see
-    `ordered`).
+    the result would be Optional, and a loop over it would not vectorise. With `fused`, LLVM may
+    make one multiply-add of a product and its sum; use it only for products within the innermost
+    loop (see `ordered`).
     """
     options = _FUSED if fused else _INNER
 

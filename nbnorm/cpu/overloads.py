@@ -147,7 +147,10 @@ def _for_mask(relu, **kinds):
 
 
 def _dtype(x, *parameters):
-    """float64 if x or a parameter is, else float32; as in `Frame.scale_and_shift`."""
+    """np.float64 if an argument is the type of a float64 array, else np.float32; skips None.
+
+    Of x, gamma and beta it is the dtype of `Frame.scale_and_shift`.
+    """
     wide = any(_given(kind) and kind.dtype == types.float64 for kind in (x, *parameters))
     return np.float64 if wide else np.float32
 
@@ -255,7 +258,7 @@ def check_same(array, x):
 
 @ordered
 def channels_first(x):
-    """N, C and S if the channels are axis 1."""
+    """N, C and S of x, whose channels are axis 1."""
     S = 1
     for n in x.shape[2:]:
         S *= n
@@ -264,7 +267,7 @@ def channels_first(x):
 
 @ordered
 def channels_last(x):
-    """N, C and S = 1 if the channels are the last axis."""
+    """N, C and S = 1 of x, whose channels are the last axis."""
     N = 1
     for n in x.shape[:-1]:
         N *= n

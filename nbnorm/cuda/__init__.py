@@ -72,7 +72,7 @@ def forward(
     relu: bool,
     y: Array,
 ) -> tuple[Array, Array, Array]:
-    """Normalise x with its own statistics into y; return mean, M2 and rstd, shape (C,) each."""
+    """Normalise x with its own statistics into y, as `apply`; return mean, M2, rstd, (C,) each."""
     tensors = x, residual, y
     fused = _fused("forward", x, gamma, *tensors, keeps=1)
     if fused is None:

@@ -3,7 +3,8 @@
 All chunks are summed around K, the channel's first value, so they need no merging: of m values
 d = x - K, mean = K + sum d / m and M2 = sum d^2 - (sum d)^2 / m. In float64 this loses nothing that
 float32 could hold. K is one of the m values, so M2 is at least (m - 1) / m times the square of its
-distance from the mean, and the difference is off by about m 2^-53 of that.
+distance from the mean, and the difference is off by about m 2^-53 of that. A float64 x is summed
+once more, around the mean found.
 
 `partial` has shape (2, C, chunks). The coefficients are those of `nbnorm.cpu.channel`.
 """
@@ -58,7 +59,7 @@ def finish_moments_channel(partial, c, C, chunks, count, eps, mean, m2, rstd):
 
 @kernel()
 def finish_moments(partial, C, chunks, count, eps, mean, m2, rstd):
-    """Mean, M2 and rstd of all channels, one warp for each."""
+    """Turn `partial` into mean, M2 and rstd, one warp per channel; mean[c] holds K on entry."""
     c = types.int64(cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP)
     if c < C:
         finish_moments_channel(partial, c, C, chunks, count, eps, mean, m2, rstd)

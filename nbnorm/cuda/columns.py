@@ -124,7 +124,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def write_one(view, i, w, value):
-        """Store column w of sample i."""
+        """Store value, rounded, as column w of the thread's columns of sample i."""
         values = cuda.local.array(1, computed)
         values[0] = value
         store_one(view[0], i * view[1] + view[2] + w, values, 0)

@@ -59,7 +59,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
     @device
     def place(view, i):
-        """Where vector i of a channel begins."""
+        """Where vector i of a channel begins in the memory of its tensor, in values."""
         _, vectors, n_stride, start = view
         n = quotient(i, vectors)
         return n * n_stride + start + (i - n * vectors) * width

@@ -145,7 +145,7 @@ def gradient_sums_of(computed: Any, number: int, step: int) -> Any:
 
     @device
     def gradient_sums64(g, x, start, count, hi, u, scale):
-        """`gradient_sums` in float64, for sums or an x_hat that float32 does not hold."""
+        """`gradient_sums` in float64: both sums, if they or their terms overflow float32."""
         hi, u, scale = types.float64(hi), types.float64(u), types.float64(scale)
         s = 0.0
         t = 0.0
