@@ -4,8 +4,7 @@ Folded into the layer before it
 
 At inference batch normalization is a fixed linear map of each channel, so it can be merged with the
 linear layer or convolution before it. `fold_into_linear` and `fold_into_conv` return the weight and
-the bias of the merged layer. It has the same outputs and needs one pass over memory less. This
-example measures how much time that saves.
+the bias of the merged layer, which has the same outputs. This example measures the time saved.
 """
 
 import time

@@ -3,8 +3,7 @@ Which statistics at inference?
 ==============================
 
 Training normalises a batch by its own mean and variance. Inference may have no batch, and uses
-statistics of the population instead. This example compares four kinds, for a network that learns
-handwritten digits:
+statistics of the population instead. Compare four kinds, for a network that learns digits:
 
 - a moving average over the training batches (``running_mean``, ``running_var``), by momentum;
 - the plain average over all batches so far (``momentum=None``);

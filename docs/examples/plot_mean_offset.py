@@ -63,8 +63,7 @@ errors = {
 # with every factor of ten. JAX loses two, because it computes the variance as in Flax,
 # :math:`E[x^2] - E[x]^2`; where that becomes negative, y is NaN and the line has a gap. In
 # inference libraries that subtract the mean first (nbnorm, NumPy, JAX) keep all digits, and those
-# that compute scale x + shift (PyTorch, onnxruntime) do not. y has values up to about 4, so an
-# error of 1 leaves no digit.
+# that compute scale x + shift (PyTorch, onnxruntime) do not. An error of 1 leaves no digit of y.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for panel, (op, lines) in zip(panels, errors.items(), strict=True):
