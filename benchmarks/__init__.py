@@ -1,1 +1,1 @@
-"""Benchmarks: peers and shapes, a table of both (compare.py), and suites for asv."""
+"""Benchmarks: peers and shapes, tables of both (compare.py), and suites for asv."""

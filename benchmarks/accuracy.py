@@ -1,4 +1,4 @@
-"""Greatest error of y of every peer where the mean is large, against the oracle.
+"""Greatest error of each peer's y for inputs with a large mean, against the oracle.
 
     python benchmarks/accuracy.py [--markdown FILE]
 
@@ -22,12 +22,12 @@ from nbnorm import reference
 
 SHAPE = (32, 16, 56, 56)
 OFFSETS = (0.0, 1e2, 1e4, 1e6)
-# Reused or new, a peer's arithmetic is the same: one line each.
+# A peer's arithmetic does not depend on where it writes: one column each.
 NAMES = ("nbnorm", "nbnorm channels-last", "PyTorch", "PyTorch channels-last", "NumPy")
 
 
 def error(name: str, offset: float) -> float:
-    """Greatest |y - oracle| of a peer."""
+    """Return the greatest |y - oracle| of a peer."""
     peer = PEERS[name]
     batch = Batch(SHAPE, last=peer.last)
     batch.x += np.float32(offset)
@@ -38,7 +38,7 @@ def error(name: str, offset: float) -> float:
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--markdown", type=Path, help="write the table to this file too")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     names = [name for name in NAMES if name in installed()]
     lines = [["mean / std", *names]]

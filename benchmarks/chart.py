@@ -1,4 +1,4 @@
-"""A bar chart of a run: what all batch norms of ResNet-50 take, by library and op."""
+"""Bar chart of a run: time of all batch norms of ResNet-50, by library and op."""
 
 from pathlib import Path
 
@@ -21,16 +21,16 @@ TITLES = {
 
 
 def draw(run: Run, path: Path, dtype: str = "float32") -> None:
-    """Draw one panel an op, one bar a peer, nbnorm's in colour and the floor as a line.
+    """Draw a panel per op with a bar per peer, nbnorm's in colour, and the floor as a line.
 
-    Needs every shape of ResNet-50; ops without them are left out.
+    Ops that were not measured at every shape of ResNet-50 are left out.
     """
     rows = [row for row in run.rows if row.dtype == dtype]
     sums = {op: total for op in OPS if (total := resnet_sums([r for r in rows if r.op == op]))}
     if not sums:
         raise ValueError("the chart shows sums over ResNet-50: its shapes were not measured")
     counts = [len(total) for total in sums.values()]
-    # The same figures give the same file: no date, and names of elements that are not random.
+    # Equal figures must give equal files: no date, and no random names of elements.
     with mpl.rc_context({"svg.hashsalt": "nbnorm", "font.size": 9, "axes.titlesize": 10}):
         figure = Figure(figsize=(7.5, 0.19 * sum(counts) + 0.5 * len(counts)), layout="constrained")
         panels = figure.subplots(len(sums), squeeze=False, height_ratios=counts)[:, 0]

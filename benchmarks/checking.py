@@ -1,4 +1,4 @@
-"""Peers against the oracle, before they are timed."""
+"""Check of peers against the oracle, before they are timed."""
 
 import math
 from typing import Any
@@ -9,20 +9,20 @@ from benchmarks.peers import EPS, Batch, is_ours
 from benchmarks.peers.pytorch import array_of
 from nbnorm import reference
 
-# What a result may lose to arithmetic, in units of float32 or float64 (2^-23, 2^-52), at the scale
-# of N(0, 1). PyTorch channels-last, which adds up 4 million values one after the other at
-# 16x3x512x512, loses 2^15: others may lose 2^17, a hundredth in float32.
+# Errors allowed for arithmetic, in units of float32 or float64 (2^-23, 2^-52), for values from
+# N(0, 1). PyTorch channels-last adds up 4 million values one after another at 16x3x512x512 and is
+# off by 2^15 units. Others are allowed 2^17, which is 0.016 in float32.
 OURS, OTHERS = 2.0**8, 2.0**17
-# What one or two roundings to the storage type cost, in its units.
+# Error allowed for one or two roundings to the storage type, in its units.
 STORED = 2.0
 
 
 def check(name: str, op: str, b: Batch, result: Any) -> None:
-    """Raise AssertionError where a peer's result is not batch normalization.
+    """Raise AssertionError if a peer's result is not batch normalization.
 
-    The first and the last channel are compared. A value that rounding puts on either side of 0 may
-    pass ReLU here and not there: gradients of such values are not compared, and a sum of m terms
-    may be off by as many as there are of them, a share of m.
+    The first and the last channel are compared. If rounding can put a value on either side of 0,
+    ReLU may pass it in one library only. Gradients of such values are not compared, and sums of m
+    terms may differ by all such terms, a share of m.
     """
     some = [0, -1]
     results = [result] if op in ("forward", "inference") else result
@@ -47,12 +47,12 @@ def check(name: str, op: str, b: Batch, result: Any) -> None:
 
 
 def as_array(result: Any) -> np.ndarray:
-    """Return a result as an array, a tensor's by way of its memory."""
+    """Return a result as an array; an array on a tensor's memory for a tensor."""
     return array_of(result) if hasattr(result, "detach") else np.asarray(result)
 
 
 def _expected(op: str, b: Batch, some: list[int]) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """What the oracle returns for some channels, and how far ReLU's argument is from 0."""
+    """Return the oracle's results for some channels, and how far ReLU's argument is from 0."""
     x, gamma, beta = b.x[:, some], b.gamma[some], b.beta[some]
     if op == "inference":
         mean, var = b.running_mean[some], b.running_var[some]

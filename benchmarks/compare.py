@@ -1,4 +1,4 @@
-"""nbnorm next to its peers, each checked against the oracle and then timed in turns.
+"""Compare nbnorm with its peers: check each against the oracle, then time all in turns.
 
     python benchmarks/compare.py                     # all shapes and ops, float32
     python benchmarks/compare.py --quick
@@ -6,10 +6,10 @@
     python benchmarks/compare.py --json docs/speed.json --chart docs/speed.svg --readme
     python benchmarks/compare.py --from-json docs/speed.json --chart docs/speed.svg --readme
 
-Machines are shared and noisy, so a time alone says little: all calls of a row alternate in one
-process, with the same number of threads, and are given as ratios to one another and to the floor
-(floor.py). A ratio is the peer's least time over that of nbnorm on the same layout, writing into
-memory at hand where the peer does, into new memory where the peer does.
+Machines are shared and noisy, so a single time says little. All calls of a row alternate in one
+process with the same number of threads, and the tables give ratios to each other and to the floor
+(floor.py). A ratio divides the peer's least time by nbnorm's on the same layout and with the same
+kind of output: existing or new memory.
 """
 
 import argparse
@@ -31,14 +31,14 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 LAST = " channels-last"
 OTHERS = [name for name in PEERS if not is_ours(name) and not name.endswith(LAST)]
-# It takes a second or two to compile each of its functions: by name only.
+# torch.compile needs a second or two for each function, so it must be named.
 USUAL = [name for name in OTHERS if name != "torch.compile"]
 
 
 def measure(
     op: str, shape: Shape, dtype: str, names: list[str], rounds: int
 ) -> tuple[Row, dict[str, str]]:
-    """Check and time peers at one shape; also say why some are left out."""
+    """Check and time peers at one shape; also return why some are left out."""
     forget_shapes()
     layouts = (False, True) if len(shape) > 2 else (False,)
     batches = {last: Batch(shape, dtype, last=last) for last in layouts}
@@ -67,7 +67,7 @@ def measure(
 
 
 def measure_all(arguments: argparse.Namespace) -> Run:
-    """Measure what the command line asks for, saying on stderr how far it is."""
+    """Measure what the command line asks for; report progress on stderr."""
     shapes = arguments.shapes or (QUICK if arguments.quick else SHAPES)
     wanted = [n for n in PEERS if is_ours(n) or n.removesuffix(LAST) in arguments.peers]
     names = [name for name in wanted if name in installed()]
@@ -80,26 +80,24 @@ def measure_all(arguments: argparse.Namespace) -> Run:
                 row, reasons = measure(op, shape, dtype, names, 3 if arguments.quick else 9)
                 run.rows.append(row)
                 left_out |= reasons
-                if arguments.json:  # after every row: a run of half an hour may be interrupted
+                if arguments.json:  # after every row, since a run takes half an hour
                     run.write(arguments.json)
     return run.with_least_floors()
 
 
 def main() -> None:
-    """Measure what the command line asks for, or read it; print and write it."""
+    """Measure or read what the command line asks for; print and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few small shapes, few rounds")
-    add("--shapes", nargs="+", type=shape_of, metavar="NAME", help="such as 32x256x56x56")
-    add("--op", nargs="+", choices=OPS, default=OPS, help="all by default")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="by default float32")
-    add(
-        "--peers", nargs="+", choices=OTHERS, default=USUAL, help="by default all but torch.compile"
-    )
-    add("--from-json", nargs="+", type=Path, metavar="FILE", help="read this, measure nothing")
-    add("--json", type=Path, metavar="FILE", help="write all figures here")
-    add("--markdown", type=Path, metavar="FILE", help="write all tables here")
-    add("--chart", type=Path, metavar="FILE", help="draw ResNet-50's sums here (.svg, .png)")
+    add("--quick", action="store_true", help="few and small shapes, few rounds")
+    add("--shapes", nargs="+", type=shape_of, metavar="NAME", help="shapes such as 32x256x56x56")
+    add("--op", nargs="+", choices=OPS, default=OPS, help="default: all")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
+    add("--peers", nargs="+", choices=OTHERS, default=USUAL, help="default: all but torch.compile")
+    add("--from-json", nargs="+", type=Path, metavar="FILE", help="read these instead of measuring")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    add("--markdown", type=Path, metavar="FILE", help="write all tables to this file")
+    add("--chart", type=Path, metavar="FILE", help="draw ResNet-50's sums (.svg, .png)")
     add("--readme", action="store_true", help="write a selection into README.md")
     arguments = parser.parse_args()
 
@@ -111,7 +109,7 @@ def main() -> None:
     if arguments.markdown:
         arguments.markdown.write_text(text)
     if arguments.chart:
-        from benchmarks.chart import draw  # matplotlib is needed here only
+        from benchmarks.chart import draw  # needs matplotlib
 
         draw(run, arguments.chart)
     if arguments.readme:

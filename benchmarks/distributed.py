@@ -1,15 +1,15 @@
-"""What synchronising costs a layer, what the messages cost alone, and how exact the merge is.
+"""Cost of a synchronised layer and of its messages alone, and accuracy of the merge.
 
     NUMBA_NUM_THREADS=1 mpiexec -n 2 python benchmarks/distributed.py layers
     NUMBA_NUM_THREADS=1 mpiexec -n 2 python benchmarks/distributed.py messages
     python benchmarks/distributed.py merge
 
-`layers`: forward and backward of one layer, a call of each in turn, all ranks starting together;
-the time of a call is that of the slowest rank, and the median over all turns is shown; the last
-column has the difference of the tenth percentiles, which other work on the machine moves less.
-`halves` are the same two passes cut in two, with nothing sent: what is lost by reading x twice.
-`messages`: the gathers of one layer and step, without the layer.
-`merge`: ranks simulated in one process, against long double.
+`layers` times forward and backward of one layer, in turns; all ranks start each call together. The
+time of a call is that of the slowest rank; the table has medians over all turns. The last column is
+the difference of the tenth percentiles, which other work on the machine affects less. `halves` are
+the same two passes in halves, without messages: the cost of reading x twice. `messages` times the
+gathers of one layer and step, without the layer. `merge` simulates ranks in one process, against
+long double.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a program: make this folder's package and nbnorm importable
-    # And not this folder itself, whose `distributed` is not nbnorm's.
+    # Replaces this folder, whose `distributed` is another module than nbnorm's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numba
@@ -49,7 +49,7 @@ Call = Callable[[], Any]
 
 
 def calls_of(shape: tuple[int, ...], comm: Any) -> dict[str, Call]:
-    """Return a training step of one layer: of this rank alone, cut in two, and synchronised."""
+    """Return training steps of one layer: of this rank alone, in halves, and synchronised."""
     rng = np.random.default_rng(comm.Get_rank())
     x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
     gamma, beta, var = (np.ones(shape[1], np.float32) for _ in range(3))
@@ -71,7 +71,7 @@ def calls_of(shape: tuple[int, ...], comm: Any) -> dict[str, Call]:
 
 
 def in_turns(calls: dict[str, Call], comm: Any, turns: int) -> dict[str, np.ndarray]:
-    """The slowest rank's microseconds: tenth percentile and median over the turns."""
+    """Return the slowest rank's microseconds: tenth percentile and median over the turns."""
     own = {name: np.empty(turns) for name in calls}
     for call in calls.values():  # compiles
         call()
@@ -90,7 +90,7 @@ def in_turns(calls: dict[str, Call], comm: Any, turns: int) -> dict[str, np.ndar
 
 
 def layers(comm: Any, turns: int) -> list[list[str]]:
-    """Time every shape."""
+    """Time all shapes."""
     names = ["local, µs", "halves", "synchronised", "more than local", "tenth percentile"]
     lines = [["shape on each rank", *names]]
     for shape in SHAPES:
@@ -120,7 +120,7 @@ def messages(comm: Any, turns: int) -> list[list[str]]:
 
 
 def merge() -> list[list[str]]:
-    """Merge simulated ranks of 1 to 63 values a channel; the greatest errors, and the time."""
+    """Merge simulated ranks of 1 to 63 values per channel: greatest errors, and time."""
     names = ["mean, std", "M2, relative", "M2 of sums of x and x²"]
     lines = [["ranks", "mean / std", *names, "ms to merge"]]
     for ranks in RANKS:
@@ -130,7 +130,7 @@ def merge() -> list[list[str]]:
 
 
 def merged(ranks: int, offset: float) -> list[str]:
-    """Errors of one merge of 512 channels."""
+    """Return errors and time of one merge of 512 channels."""
     rng = np.random.default_rng(ranks)
     parts = [rng.normal(size=(rng.integers(1, 64), 512)) + offset for _ in range(ranks)]
     count = sum(map(len, parts))
@@ -151,12 +151,12 @@ def merged(ranks: int, offset: float) -> list[str]:
 
 
 def main() -> None:
-    """Measure what was asked for; the first rank prints."""
+    """Measure what the command line asks for; the first rank prints."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["layers", "messages", "merge"])
-    parser.add_argument("--turns", type=int, default=400, help="turns of each call (400)")
+    parser.add_argument("--turns", type=int, default=400, help="per call, default %(default)s")
     args = parser.parse_args()
     command = f"python benchmarks/distributed.py {' '.join(sys.argv[1:])}"
     if args.what == "merge":

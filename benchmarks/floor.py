@@ -1,17 +1,17 @@
 """The floor: the fastest sweep over a tensor that reads every x and writes every y once.
 
-What an op reads and writes, at least, in sweeps of two tensors each:
+The least that an op reads and writes, in sweeps of two tensors each:
 
-- training forward and inference: x read, y written, 1 (x a second time out of a cache, if it fits);
-- backward: dy and x read, dx written, 1.5;
-- a step of BN + ReLU: the two together, 2.5, as the mask of ReLU can be had from x;
-- a step of BN + residual + ReLU: forward reads x and the residual and writes y, 1.5; backward
-  reads dy, x and y, which holds the mask, and writes dx and the residual's gradient, 2.5; so 4.
+- training forward and inference: 1, to read x and write y (a second read of x may hit a cache);
+- backward: 1.5, to read dy and x and write dx;
+- a step of BN + ReLU: 2.5, both together, since ReLU's mask follows from x;
+- a step of BN + residual + ReLU: 4. Forward reads x and the residual and writes y, 1.5. Backward
+  reads dy, x and y, which has the mask, and writes dx and the residual's gradient, 2.5.
 
-No op can cost less where x does not fit into a cache; below that the floor is but a unit. Which
-sweep is fastest depends on size and machine: threads cost more than a tiny sweep, and non-temporal
-stores, which skip reading the memory that they are about to overwrite, win only where y is larger
-than the last cache. A virtual machine often reports a cache that it does not have, so all are run
+If x does not fit into a cache, no op can take less; otherwise the floor is only a unit. The fastest
+sweep depends on size and machine: starting threads takes longer than a tiny sweep, and non-temporal
+stores, which do not read the memory that they overwrite, are faster only if y is larger than the
+last-level cache. A virtual machine often reports a cache that it does not have, so all sweeps run
 and the fastest counts.
 """
 
@@ -25,18 +25,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 FLOORS = {"forward": 1.0, "backward": 1.5, "inference": 1.0, "relu": 2.5, "add+relu": 4.0}
-LINE = 64  # bytes of a cache line and of the widest vector: non-temporal stores fill whole lines
+LINE = 64  # bytes of a cache line and of the widest vector; non-temporal stores fill whole lines
 
 
 def sweeps(x: np.ndarray, y: np.ndarray) -> dict[str, Callable[[], None]]:
     """Return the sweeps from x to y, both dense in the same order of axes.
 
-    Halves are swept as integers: the processor has no arithmetic for them, and bits are bits.
+    Halves are swept as integers, since the processor has no arithmetic for halves.
     """
     x, y = x.ravel(order="K"), y.ravel(order="K")
     if x.itemsize == 2:
         x, y = x.view(np.uint16), y.view(np.uint16)
-    # Values that the compiler does not know: y = 1 x + 0 must not become a memcpy.
+    # At run time, so that the compiler does not turn y = 1 x + 0 into a memcpy.
     a, b = x.dtype.type(1), x.dtype.type(0)
     slices = numba.get_num_threads()
     return {
@@ -68,7 +68,7 @@ def _parallel_streaming(x, y, a, b, slices):
 
 @njit
 def _sweep_streaming(x, y, a, b):
-    # Whole lines of y in the middle, what is left of a line before and after them.
+    # Whole lines of y in the middle, parts of lines before and after them.
     head = min(y.size, -y.ctypes.data % LINE // y.itemsize)
     lines = (y.size - head) * y.itemsize // LINE
     tail = head + lines * LINE // y.itemsize

@@ -1,12 +1,12 @@
-"""Host frameworks with their own batch norm and with nbnorm's, forward + backward, through each.
+"""Time host frameworks with their own batch norm and with nbnorm's, forward + backward.
 
     python benchmarks/integrations.py
     python benchmarks/integrations.py --hosts autograd --shapes 4096x512
     python benchmarks/integrations.py --docs        (writes the table of docs/integrations.md)
 
-A host without a batch norm is timed with what its users write of its functions. The two take turns
-in one process; each computes y and the gradients of x, gamma and beta, ONNX's evaluator, which has
-no gradients, y alone. Hosts that are not installed are left out, and said to be.
+If a host has no batch norm, it is timed with one composed of its functions, as its users do. Both
+take turns in one process and compute y and the gradients of x, gamma and beta; ONNX, which has no
+gradients, computes y. Hosts that are not installed are left out, and the output names them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BEGIN, END = "<!-- integrations: begin -->", "<!-- integrations: end -->"
 def measure(
     hosts: list[str], shapes: list[tuple[int, ...]], rounds: int
 ) -> tuple[dict[tuple[str, tuple[int, ...]], dict[str, Times]], list[str]]:
-    """Times by host and shape, and why hosts were left out."""
+    """Return times by host and shape, and why hosts were left out."""
     times, missing = {}, []
     for host in hosts:
         try:
@@ -50,7 +50,7 @@ def measure(
 
 
 def table(times: dict[tuple[str, tuple[int, ...]], dict[str, Times]]) -> str:
-    """One row a host, one column a shape: least ms of either, and how many times nbnorm's it is."""
+    """Return a row per host and a column per shape: least ms of host and nbnorm, and the ratio."""
     shapes = list(dict.fromkeys(shape for _, shape in times))
     lines = [["host", *map(name_of, shapes)]]
     for host in dict.fromkeys(host for host, _ in times):

@@ -1,14 +1,13 @@
-"""nbnorm.integrations.torch beside PyTorch's own: training steps of ResNet-50, and the function.
+"""Compare nbnorm.integrations.torch with PyTorch's own: steps of ResNet-50, and the function.
 
     python benchmarks/integrations_torch.py
     python benchmarks/integrations_torch.py --resnet --batch 8 --side 64
     python benchmarks/integrations_torch.py --shapes 32x256x56x56
 
-Everything that is compared takes turns in one process, with the same number of threads: PyTorch's,
-which nbnorm's kernels run on, too, where `nbnorm.integrations.torch` is imported and Numba's layer
-is omp. Elsewhere either library has a pool, and idle threads of PyTorch's spin for a while after
-each operator, on a core that Numba's would use; OMP_WAIT_POLICY=passive has them sleep instead. The
-last line says how it was set.
+All calls take turns in one process with the same number of threads. If Numba's layer is omp,
+nbnorm's kernels run on PyTorch's threads. Otherwise each library has its own pool, and idle threads
+of PyTorch's spin for a while after each operator, on cores that Numba's threads need;
+OMP_WAIT_POLICY=passive makes them sleep instead. The last line of the output names its value.
 """
 
 import argparse
@@ -37,7 +36,7 @@ BLOCKS = (3, 4, 6, 3)
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolution beside a shortcut."""
+    """Convolutions of 1 x 1, 3 x 3 (with the stride) and 1 x 1, beside a shortcut."""
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(classes: int = 1000) -> nn.Sequential:
-    """ResNet-50 (He et al. 2015), its strides in the 3 x 3 convolutions, in plain PyTorch."""
+    """Return ResNet-50 (He et al. 2015) in plain PyTorch, strides in the 3 x 3 convolutions."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         nn.BatchNorm2d(64),
@@ -76,7 +75,7 @@ def resnet50(classes: int = 1000) -> nn.Sequential:
 
 
 def steps(batch: int, side: int, memory_format: torch.memory_format) -> dict[str, Callable]:
-    """A training step of each model: forward, backward, SGD."""
+    """Return a training step of each model: forward, backward, SGD."""
     torch.manual_seed(0)
     model = resnet50().to(memory_format=memory_format)
     models = {
@@ -101,7 +100,7 @@ def steps(batch: int, side: int, memory_format: torch.memory_format) -> dict[str
 
 
 def in_turns(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call; they are long, so each turn is one of them."""
+    """Return seconds of each call; calls are long, so a turn is a single one."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
@@ -127,7 +126,7 @@ def resnet(batch: int, side: int, rounds: int) -> None:
 
 
 def function(shapes: list[tuple[int, ...]], rounds: int) -> None:
-    """Forward and backward through autograd, PyTorch's function and ours."""
+    """Time forward and backward through autograd, PyTorch's function and nbnorm's."""
     print("\nbatch_norm, forward + backward through autograd, ms (least):")
     for shape in shapes:
         for last in (False, True) if len(shape) == 4 else (False,):
@@ -171,7 +170,7 @@ def main() -> None:
     parser.add_argument("--resnet", action="store_true", help="only ResNet-50")
     parser.add_argument("--shapes", nargs="+", type=shape_of, help="only the function, at these")
     parser.add_argument("--batch", type=int, default=16, help="default %(default)s")
-    parser.add_argument("--side", type=int, default=96, help="of images, default %(default)s")
+    parser.add_argument("--side", type=int, default=96, help="side of images, default %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="default %(default)s")
     parser.add_argument("--threads", type=int, default=numba.get_num_threads())
     options = parser.parse_args()

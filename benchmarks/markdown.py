@@ -2,7 +2,7 @@
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """Return a table, its columns aligned for reading as it is."""
+    """Return a table with aligned columns, readable as plain text."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]
     return "".join(

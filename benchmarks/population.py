@@ -1,6 +1,6 @@
-"""Statistics in pieces: what the order of merges, the size of chunks and their weights come to.
+"""Statistics in pieces: effects of the order of merges, of chunk size and of weights.
 
-python benchmarks/population.py merge     # many chunks in pairs and in sequence, against exact
+python benchmarks/population.py merge     # many chunks in pairs and in sequence, errors of both
 python benchmarks/population.py chunks    # a file of 2 GB, in chunks of several sizes
 python benchmarks/population.py batches   # averages over batches, against all values together
 """
@@ -35,7 +35,7 @@ def in_pairs(parts: list[Moments]) -> Moments:
 
 
 def merge() -> Lines:
-    """Merge chunks of 1 to 63 values; greatest errors of 16 channels against longdouble."""
+    """Merge chunks of 1 to 63 values: greatest errors of 16 channels against longdouble."""
     orders = {"in sequence": lambda parts: Moments.merge(*parts), "in pairs": in_pairs}
     lines = [["chunks", "mean / std", "order", "mean, std", "M2, relative", "us a merge"]]
     for number in (1000, 100_000):
@@ -59,7 +59,7 @@ def merge() -> Lines:
 
 
 def chunks() -> Lines:
-    """Time statistics of a memory map, least of five, in GB/s."""
+    """Time statistics of a memory map: best of five, in GB/s."""
     sizes = [1 << power for power in (16, 18, 20, 21, 22, 23, 24, 26)]
     lines = [["values a chunk", *map(str, SHAPES)], *([f"{size}"] for size in sizes)]
     for shape in SHAPES:
@@ -72,7 +72,7 @@ def chunks() -> Lines:
             del written, samples
             x = np.load(path, mmap_mode="r")
             spent: dict[int, list[float]] = {size: [] for size in sizes}
-            for _ in range(6):  # the first compiles, and reads what has left the page cache
+            for _ in range(6):  # the first compiles and fills the page cache
                 for size in sizes:
                     begin = time.perf_counter()
                     population_stats(x, chunk=size)
@@ -84,7 +84,7 @@ def chunks() -> Lines:
 
 
 def batches() -> Lines:
-    """A layer of 100 units sees 5000 digits: greatest error of its averaged statistics."""
+    """Greatest errors of averaged and merged statistics of a layer of 100 units on 5000 digits."""
     with np.load(DIGITS) as digits:
         images, labels = digits["images"].reshape(-1, 784) / 255, digits["labels"]
     rng = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def batches() -> Lines:
 
 
 def main() -> None:
-    """Print the table that was asked for."""
+    """Print the table that the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

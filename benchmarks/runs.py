@@ -1,4 +1,4 @@
-"""What was measured: rows, and a run of them with where, when and by which command; as JSON."""
+"""Measurements as JSON: rows, and a run of rows with its conditions and command."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from benchmarks.timing import Times
 
 
 class Row(NamedTuple):
-    """What was measured of one op at one shape; the floor in seconds."""
+    """Times of one op at one shape, and its floor in seconds."""
 
     op: str
     dtype: str
@@ -30,17 +30,17 @@ class Row(NamedTuple):
     times: dict[str, Times]
 
     def ratio(self, name: str, to: str) -> float:
-        """How many times as long as `to` the peer took."""
+        """Return the least time of a peer divided by that of `to`."""
         return self.times[name].least / self.times[to].least
 
     def rounded(self) -> "Row":
-        """The same in figures of four digits; the clock tells no more."""
+        """Return the row with four digits per figure, as exact as the clock."""
         times = {name: Times(*map(_four_digits, pair)) for name, pair in self.times.items()}
         return self._replace(floor=_four_digits(self.floor), times=times)
 
 
 class Run(NamedTuple):
-    """Rows measured under the same conditions; `left_out`: why a peer has no rows, or not all."""
+    """Rows measured under the same conditions; `left_out` says why peers lack rows."""
 
     conditions: dict[str, Any]
     commands: list[str]
@@ -48,13 +48,13 @@ class Run(NamedTuple):
     rows: list[Row]
 
     def write(self, path: Path) -> None:
-        """Write JSON, one row a line."""
+        """Write JSON, one row per line."""
         rows = ",\n".join(json.dumps(row._asdict()) for row in self.rows)
         head = json.dumps(self._replace(rows=[])._asdict(), indent=1)
         path.write_text(head.removesuffix("[]\n}") + f"[\n{rows}\n]\n}}\n")
 
     def with_least_floors(self) -> "Run":
-        """The same with one floor for all ops of a shape and dtype: the fastest sweep seen."""
+        """Return the run with one floor per shape and dtype for all ops: the fastest sweep."""
         least: dict[tuple[str, Shape], float] = {}
         for row in self.rows:
             sweep = row.floor / FLOORS[row.op]
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
     @classmethod
     def read(cls, *paths: Path) -> "Run":
-        """Read what `write` wrote; several files, if of one machine, day and set of versions."""
+        """Read files that `write` wrote, all of one machine, day and set of versions."""
         first, *others = (cls(**json.loads(path.read_text())) for path in paths)
         commands, left_out, rows = list(first.commands), dict(first.left_out), list(first.rows)
         for other in others:
@@ -90,7 +90,7 @@ def _row(*, shape: list[int], times: dict[str, list[float]], **rest: Any) -> Row
 
 
 def conditions(*libraries: str) -> dict[str, Any]:
-    """Return where, when and with which versions this process runs: of all peers if not of some."""
+    """Return machine, date and versions of this process, by default with those of all peers."""
     libraries = libraries or ("numba", *dict.fromkeys(peer.library for peer in PEERS.values()))
     return {
         "cpu": _cpu(),
@@ -108,7 +108,7 @@ def command_of(program: str, arguments: list[str]) -> str:
 
 
 def describe(conditions: dict[str, Any]) -> str:
-    """Say the conditions in a sentence."""
+    """Return the conditions as a sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     return (
         f"{conditions['cpu']}, {conditions['cpus']} CPUs, threads used: {conditions['threads']}; "
@@ -117,7 +117,7 @@ def describe(conditions: dict[str, Any]) -> str:
 
 
 def _cpu() -> str:
-    """Return the processor's name and what the compiler takes it for."""
+    """Return the processor's name, and the one that the compiler has for it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()

@@ -1,4 +1,4 @@
-"""The shapes that are measured. The channel axis is axis 1."""
+"""The shapes that benchmarks measure. The channel axis is axis 1."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ Shape = tuple[int, ...]
 
 
 class Entry(NamedTuple):
-    """Why a shape is here, and how often it occurs in one pass through ResNet-50."""
+    """Why a shape is measured, and how often it occurs in one pass through ResNet-50."""
 
     why: str
     count: int = 0
@@ -14,8 +14,8 @@ class Entry(NamedTuple):
 
 _N = 32
 
-# The 53 batch norms of ResNet-50 (the form with the stride in the 3 x 3 convolution, as in
-# torchvision) for images of 224 x 224.
+# The 53 batch norms of ResNet-50 (with the stride in the 3 x 3 convolution, as in torchvision) for
+# images of 224 x 224.
 RESNET50: dict[Shape, Entry] = {
     (_N, C, side, side): Entry("ResNet-50", count)
     for C, side, count in [
@@ -49,12 +49,12 @@ QUICK: tuple[Shape, ...] = ((60, 100), (8, 16, 32, 32), (_N, 256, 14, 14))
 
 
 def name_of(shape: Shape) -> str:
-    """32x256x56x56."""
+    """Return the shape as text, such as 32x256x56x56."""
     return "x".join(map(str, shape))
 
 
 def shape_of(name: str) -> Shape:
-    """(32, 256, 56, 56) from 32x256x56x56; ValueError for anything else."""
+    """Return (32, 256, 56, 56) for 32x256x56x56; raise ValueError for anything else."""
     shape = tuple(map(int, name.split("x")))
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"expected a shape such as 32x256x56x56, got {name}")

@@ -1,4 +1,4 @@
-"""A run as text: every figure in Markdown, and a selection for README.md."""
+"""A run as Markdown: all figures, a page for the site, and a selection for README.md."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -15,15 +15,15 @@ _SMALL = "Small calls, in µs"
 _OF_THOSE = "channels-last over those of more than two axes"
 
 LEGEND = """\
-A cell: milliseconds, least and median; then, for nbnorm, how many floors that is, and for a peer
-how many times nbnorm's time it took, nbnorm on the same layout and like it writing into memory at
-hand or into a new output. Floor: the fastest sweep that reads x and writes y, times the tensors
-that an op reads and writes (floor.py).
+Cells have milliseconds, least and median, and a ratio: nbnorm's time in floors, or a peer's time in
+multiples of nbnorm's on the same layout and with the same kind of output (existing or new memory).
+The floor is the fastest sweep that reads x and writes y, times the tensors that an op reads and
+writes (floor.py).
 """
 
 
 def report(run: Run) -> str:
-    """All figures of a run: a table and a summary for each dtype and op."""
+    """Return all figures of a run: a table and a summary for each dtype and op."""
     parts = [f"{describe(run.conditions)}\n\n{_commands(run)}\n{LEGEND}", *_left_out(run)]
     for dtype in dict.fromkeys(row.dtype for row in run.rows):
         for op, rows in _by_op(run, dtype).items():
@@ -32,7 +32,7 @@ def report(run: Run) -> str:
 
 
 def section(run: Run) -> str:
-    """README.md's account of a run: the chart, the means, ResNet-50's sums and small calls."""
+    """Return README.md's section: the chart, the means, ResNet-50's sums and small calls."""
     parts = [
         "<!-- Written by benchmarks/compare.py --readme. -->\n",
         "![Time of the batch norms of ResNet-50, by library](docs/speed.svg)\n",
@@ -53,7 +53,7 @@ def section(run: Run) -> str:
 
 
 def page(run: Run) -> str:
-    """The site's account of a run: sums, means, and every op by shape."""
+    """Return the site's page of a run: sums, means, and every op by shape."""
     parts = [f"{describe(run.conditions)}\n\n{_commands(run)}", *_left_out(run)]
     for dtype in dict.fromkeys(row.dtype for row in run.rows):
         by_op = _by_op(run, dtype)
@@ -78,7 +78,7 @@ def page(run: Run) -> str:
 
 
 def with_section(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return a page with this text between its two marks, README.md's if not others."""
+    """Return a page with this text between its two marks, by default those of README.md."""
     before, found_begin, rest = page.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
@@ -89,7 +89,7 @@ def with_section(page: str, text: str, begin: str = BEGIN, end: str = END) -> st
 def resnet_sums(rows: list[Row]) -> dict[str, float]:
     """Return seconds for all batch norms of ResNet-50, by name and for the floor.
 
-    Empty where shapes are missing; names that are not in every row are left out.
+    The result is empty if shapes are missing. Names that are not in every row are left out.
     """
     layers = [row for row in rows if row.shape in RESNET50]
     if len(layers) < len(RESNET50):
@@ -107,12 +107,12 @@ def resnet_sums(rows: list[Row]) -> dict[str, float]:
 
 
 def number(value: float) -> str:
-    """Return a number with three digits, as people read it."""
+    """Return a number as text with three digits."""
     return f"{float(f'{value:.3g}'):,g}" if value < 1e6 else f"{value:.2e}"
 
 
 def multiple(value: float) -> str:
-    """Return how many times: two digits behind the point, three in all."""
+    """Return a ratio as text: two digits after the point, or three digits in all."""
     return f"{value:.2f}" if 0.1 <= value < 10 else number(value)
 
 
@@ -122,7 +122,7 @@ def _by_op(run: Run, dtype: str) -> dict[str, list[Row]]:
 
 
 def _names(rows: Iterable[Row]) -> list[str]:
-    """Return who was measured, in the order of `PEERS`."""
+    """Return the names that were measured, in the order of `PEERS`."""
     measured = {name for row in rows for name in row.times}
     return [name for name in PEERS if name in measured]
 
@@ -136,7 +136,7 @@ def _with(name: str, rows: list[Row]) -> list[Row]:
 
 
 def _best(row: Row) -> float:
-    """Return the least time of all peers, whatever their layout and use of memory."""
+    """Return the least time of all peers, of any layout and kind of output."""
     return min(row.times[name].least for name in _others([row]))
 
 
@@ -149,7 +149,7 @@ def _mean_and_least(
 
 
 def _table(rows: list[Row]) -> str:
-    """One row a shape, one column a peer; `LEGEND` says what a cell holds."""
+    """Return a row per shape and a column per peer; `LEGEND` explains the cells."""
     names = _names(rows)
     lines = [["shape", "floor", *names]]
     for row in rows:
@@ -165,7 +165,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _summary(rows: list[Row]) -> str:
-    """Geometric means and worst cases over the shapes; all batch norms of ResNet-50 added up."""
+    """Return geometric means and worst cases over the shapes, and sums over ResNet-50."""
     lines = [["", "geometric mean", "worst", "at"]]
 
     def add(label: str, rows: list[Row], value: Callable[[Row], float], worst=min) -> None:
@@ -194,7 +194,7 @@ def _summary(rows: list[Row]) -> str:
 
 
 def _sums(by_op: dict[str, list[Row]]) -> str:
-    """One row a peer, one column an op: milliseconds for ResNet-50."""
+    """Return a row per peer and a column per op: milliseconds for ResNet-50."""
     sums = {op: total for op, rows in by_op.items() if (total := resnet_sums(rows))}
     if not sums:
         return ""
@@ -207,7 +207,7 @@ def _sums(by_op: dict[str, list[Row]]) -> str:
 
 
 def _small(by_op: dict[str, list[Row]]) -> str:
-    """One row a peer, one column a small shape and op: microseconds."""
+    """Return a row per peer and a column per op and small shape: microseconds."""
     columns = [
         row for op, rows in by_op.items() if op in PASSES for row in rows if row.shape in SMALL
     ]
@@ -221,7 +221,7 @@ def _small(by_op: dict[str, list[Row]]) -> str:
 
 
 def _means(by_op: dict[str, list[Row]]) -> str:
-    """One row a peer, one column an op: geometric mean of the ratios, and the least."""
+    """Return a row per peer and a column per op: geometric mean of the ratios, and the least."""
     lines = [["", *by_op]]
     for name in _others(row for rows in by_op.values() for row in rows):
         cells = ["-"] * len(by_op)
@@ -245,7 +245,7 @@ def _means(by_op: dict[str, list[Row]]) -> str:
 
 
 def _shapes(rows: list[Row], ours: Iterable[str]) -> str:
-    """One row a shape: these times of nbnorm's and the floor, the peers' multiples of nbnorm's."""
+    """Return a row per shape: times of the floor and of `ours`, multiples of nbnorm for peers."""
     ours = [name for name in ours if name in _names(rows)]
     others = _others(rows)
     lines = [["shape", "floor", *ours, *others]]

@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 from benchmarks.peers import Call
 
-# Seconds that one turn of one peer lasts at least. The first calls after a pause may stall for 4
-# or 8 ms, the scheduler's slices, until each thread has a core. In turns of 1 ms such a stall was
-# all that was seen of a call of 0.006 ms, in each of nine rounds.
+# Least seconds of a turn of one peer. The first calls after a pause may stall for 4 or 8 ms, the
+# scheduler's slices, until each thread has a core. In turns of 1 ms, all nine samples of a call of
+# 0.006 ms were such stalls.
 TURN = 1e-2
-SAMPLE = 1e-4  # seconds that a sample of it lasts at least
-# Seconds between turns. Two libraries have two pools of threads, and an idle OpenMP thread keeps
-# its core busy for a while before it sleeps: without a pause the next peer pays for it.
+SAMPLE = 1e-4  # least seconds of a sample within a turn
+# Seconds between turns. Each library has its own pool of threads, and an idle OpenMP thread keeps
+# its core busy for a while before it sleeps, which would slow down the next peer.
 PAUSE = 0.03
 
 
 class Times(NamedTuple):
-    """Of one call, in seconds."""
+    """Times of one call, in seconds."""
 
     least: float
     median: float
@@ -37,10 +37,10 @@ def alternate(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
 
 
 def turn(call: Call, repeats: int) -> list[float]:
-    """Pause, wake the threads with a call that does not count, and time the next.
+    """Pause, wake the threads with a call that does not count, then take samples.
 
-    A sample is the mean of so many calls. There are several, as a thread that woke up on a busy
-    core is moved to another only after some milliseconds.
+    A sample is the mean of `repeats` calls. Several are taken, because a thread that wakes up on a
+    busy core moves to another one only after some milliseconds.
     """
     time.sleep(PAUSE)
     call()

@@ -1,1 +1,1 @@
-"""The CUDA backend on a GPU: check.sh runs it all; tests/cuda/test_on_gpu.py says what is right."""
+"""Check of the CUDA backend on a GPU: check.sh runs it; tests/cuda/test_on_gpu.py has the tests."""

@@ -1,4 +1,4 @@
-"""One part of check.sh: python -m benchmarks.gpu versions, short, timings or profile."""
+"""Run one part of check.sh: python -m benchmarks.gpu versions, short, timings or profile."""
 
 import argparse
 
@@ -6,12 +6,12 @@ from benchmarks.gpu import versions
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("part", choices=("versions", "short", "timings", "profile"))
-    add("--seconds", type=float, default=60.0, help="time for it, by default 60")
-    add("--dry", action="store_true", help="NumPy and the CPU, to try the program itself")
+    add("--seconds", type=float, default=60.0, help="time limit, default 60")
+    add("--dry", action="store_true", help="use NumPy and the CPU, to try the program")
     arguments = parser.parse_args()
     if arguments.part == "versions":
         versions.run(dry=arguments.dry)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The CUDA backend on a GPU: right, repeatable, clean, and how fast.
+# Check the CUDA backend on a GPU: correctness, repeatability, memory errors, and speed.
 #
 #     bash benchmarks/gpu/check.sh [--dry] [FOLDER [STEP...]]     (gpu-results, all steps)
 #     bash benchmarks/gpu/check.sh --smoke [FOLDER]               (the first step, a minute)
 #
-# Steps, those that tell most first: smoke, short, correct, sanitize, timings, profile. FOLDER gets
-# results.jsonl, log.txt and table.md, which is written anew after each step. Whatever runs is a
-# process with a time limit of its own, so that what hangs, crashes or fails keeps nothing else from
-# running. The exit status is 0 if all that was asked for ran and was right. --dry needs no GPU: it
-# tries the check itself, on a simulated one and on the CPU.
+# Steps, the most informative first: smoke, short, correct, sanitize, timings, profile. FOLDER gets
+# results.jsonl, log.txt and table.md, which is rewritten after each step. Each part is a process
+# with its own time limit, so a part that hangs, crashes or fails does not stop the others. The exit
+# status is 0 if all requested steps ran and passed. --dry needs no GPU: it tries the check itself,
+# on a simulated GPU and on the CPU.
 set -u
 cd "$(dirname "$0")/../.." || exit
 steps=(smoke short correct sanitize timings profile) dry=
@@ -23,7 +23,7 @@ log=$GPU_RESULTS/log.txt table=$GPU_RESULTS/table.md
 rm -f "$GPU_RESULTS"/{results.jsonl,log.txt,table.md,profile.csv}
 python=${PYTHON:-python3}
 
-# Without its wheels, CUDA's compiler is found through these alone.
+# If its wheels are missing, CUDA's compiler is found only through these.
 toolkit=${CUDA_TOOLKIT:-/usr/local/cuda}
 if [ -d "$toolkit" ]; then
     export CUDA_HOME=${CUDA_HOME:-$toolkit} CUDA_PATH=${CUDA_PATH:-$toolkit}
@@ -32,7 +32,7 @@ fi
 export GPU_RESULTS PATH PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS=0
 
-# run NAME LIMIT COMMAND...: its output goes to the log, how it ended to the results.
+# run NAME LIMIT COMMAND...: output goes to the log, exit status and time to the results.
 run() {
     local name=$1 limit=$2 begin=$SECONDS code
     shift 2
@@ -46,9 +46,9 @@ run() {
 
 benchmark() { run "$1" "$2" "$python" -m benchmarks.gpu "${@:3}" $dry; }
 
-# tests NAME LIMIT EXPRESSION FILES...: a run of tests fails if none ran or one was skipped.
+# tests NAME LIMIT EXPRESSION FILES...: fails if a test fails or is skipped, or if none runs.
 backend=cupy select= dtypes=(float32 float64 float16 bfloat16)
-if [ "$dry" ]; then  # thread by thread: a little of everything
+if [ "$dry" ]; then  # thread by thread on the CPU, so only a few cases
     backend=simulator dtypes=(bfloat16)
     select=" and (columns or [2-b or (60 or 2048) and bfloat16 or streams or refused or modules)"
     export OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
@@ -71,7 +71,7 @@ smoke() {
 
 short() { benchmark short 75 short --seconds 65; }
 
-# Most of this is compiling and the oracle, on the CPU: side by side.
+# In parallel, as most of the time goes to compiling and to the oracle, on the CPU.
 correct() {
     local file cupys="not libraries and not torch and not jax and not array_api"
     for dtype in "${dtypes[@]}"; do tests "cases $dtype" 170 "cases and -$dtype]" $on_gpu & done
@@ -84,7 +84,7 @@ correct() {
     wait
 }
 
-# Each process compiles all kernels of a dtype once, which takes longer than what is checked.
+# One process per dtype, as compiling its kernels takes longer than the checks.
 sanitize() {
     local few=
     [ "$dry" ] && few=" and kept"

@@ -1,6 +1,6 @@
-"""What is timed: nbnorm, PyTorch and a copy, on the same values in memory.
+"""The peers on a GPU: nbnorm, PyTorch and a copy, on the same values in memory.
 
-A peer's setup does what can be done beforehand and returns a call; a call returns y or dx.
+A peer's setup does all preparations and returns a call; the call returns y or dx.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 by name from here on
+import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy
 import numpy as np
 
 import nbnorm
 from benchmarks.gpu.records import COPY, OPS, OURS, OURS_LAST, TWICE
 
 EPS = 1e-5
-POOL = 4_194_301  # a prime: random numbers that are repeated are in step with no shape
+POOL = 4_194_301  # a prime, so that repeats of the random numbers align with no shape
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Call = Callable[[], Any]
 
 
 class Machine:
-    """CuPy and its device or, `dry`, NumPy and the CPU.
+    """CuPy and its device or, if `dry`, NumPy and the CPU.
 
-    Nothing but allocation, copies and views of 16-bit integers is asked of CuPy for bfloat16.
+    For bfloat16, CuPy only allocates, copies, and views arrays as 16-bit integers.
     """
 
     def __init__(self, *, dry: bool) -> None:
@@ -49,12 +49,12 @@ class Machine:
         return self.xp.resize(bits(pool), shape).view(dtype)
 
     def sync(self) -> None:
-        """Wait for all that was launched."""
+        """Wait for all launched work."""
         if not self.dry:
             self.xp.cuda.Device().synchronize()
 
     def tidy(self) -> None:
-        """Give memory that is kept in pools back to the device."""
+        """Return pooled memory to the device."""
         if not self.dry:
             self.xp.get_default_memory_pool().free_all_blocks()
             if "torch" in sys.modules:
@@ -62,12 +62,12 @@ class Machine:
 
 
 def bits(array: Array) -> Array:
-    """View an array as integers of its size: what any copy and DLPack can hold."""
+    """View an array as integers of its itemsize, which copies and DLPack support."""
     return array.view({2: np.int16, 4: np.int32, 8: np.int64}[array.dtype.itemsize])
 
 
 class Batch:
-    """Arguments at a shape in both layouts; made when they are first asked for."""
+    """Arguments of one shape in both layouts, made at first use."""
 
     def __init__(self, machine: Machine, shape: tuple[int, ...], dtype: str) -> None:
         self.machine, self.shape, self.dtype = machine, shape, np.dtype(dtype)
@@ -77,7 +77,7 @@ class Batch:
         self._made: dict[tuple[str, bool], Array] = {}
 
     def array(self, name: str, last: bool) -> Array:
-        """Return x, dy or out (N, C, H, W), its channels last in memory if so."""
+        """Return x, dy or out (N, C, H, W), with channels last in memory if `last`."""
         key = name, last
         if key not in self._made and not last:
             random = self.machine.random
@@ -90,7 +90,7 @@ class Batch:
         return self._made[key]
 
     def tensor(self, name: str, last: bool) -> Any:
-        """Return the same memory as a tensor of torch's."""
+        """Return the same memory as a torch tensor."""
         return tensor_of(self.array(name, last))
 
     def values(self, result: Any) -> np.ndarray:
@@ -102,7 +102,7 @@ class Batch:
 
 
 def tensor_of(array: Array) -> Any:
-    """View an array as a tensor; bfloat16 by way of its bits."""
+    """View an array as a tensor; bfloat16 passes as its bits."""
     import torch
 
     if array.dtype.name == "bfloat16":
@@ -111,7 +111,7 @@ def tensor_of(array: Array) -> Any:
 
 
 class Peer(NamedTuple):
-    """Who computes it: setups by op, and whether the channels are last in memory."""
+    """Setups by op, whether channels are last in memory, and whether torch.compile is used."""
 
     ops: dict[str, Callable[[Batch], Call]]
     last: bool = False
@@ -151,7 +151,7 @@ def _ours(*, last: bool = False, twice: bool = False) -> Peer:
 
 @contextmanager
 def read_twice() -> Iterator[None]:
-    """Nothing is kept in shared memory: sums and results each read their tensors."""
+    """Keep nothing in shared memory, so that sums and results each read their tensors."""
     launch = sys.modules.get("nbnorm.cuda.launch")
     if launch is None:  # dry
         yield
@@ -164,7 +164,7 @@ def read_twice() -> Iterator[None]:
 
 
 def _torch(*, last: bool = False, cudnn: bool = True, compiled: bool = False) -> Peer:
-    """torch.nn.functional.batch_norm and autograd, as users call them."""
+    """torch.nn.functional.batch_norm with autograd, as users call it."""
 
     def setup(b: Batch, training: bool) -> tuple[Callable[..., Any], list[Any]]:
         import torch
@@ -181,7 +181,7 @@ def _torch(*, last: bool = False, cudnn: bool = True, compiled: bool = False) ->
         tensors = [b.tensor("x", last), *(tensor_of(p.copy()) for p in b.parameters)]
         if not compiled:
             return chosen, tensors
-        # Without fullgraph it would run uncompiled, and not say so, after too many shapes.
+        # Without fullgraph it would silently run uncompiled after too many shapes.
         return torch.compile(normalise, dynamic=False, fullgraph=True), tensors
 
     def normalise(b: Batch, training: bool) -> Call:

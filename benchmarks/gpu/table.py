@@ -1,7 +1,7 @@
-"""Tables of what check.sh found: python -m benchmarks.gpu.table FOLDER prints them.
+"""Tables of check.sh's results: python -m benchmarks.gpu.table FOLDER prints them.
 
-With --docs a selection goes into docs/gpu.md. The exit status is 1 if something failed, was cut
-short or did not run at all.
+With --docs a selection is written into docs/gpu.md. The exit status is 1 if something failed, ran
+out of time or did not run.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from benchmarks.shapes import RESNET50, name_of
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 LEGEND = """\
-Microseconds by CUDA events, the second-level cache flushed before each call, calls of all taking
-turns; the least of them. *Share*: of a copy's bandwidth, counting the bytes that have to be moved.
-*Host*: microseconds until nbnorm's call returned. Peers' times are multiples of nbnorm's on the
-same layout.
+Least microseconds by CUDA events, of calls that take turns; the second-level cache is flushed
+before each call. *Share*: of a copy's bandwidth, counting the bytes that the op must move. *Host*:
+microseconds until nbnorm's call returned. Peers' times are multiples of nbnorm's on the same
+layout.
 """
 _VERDICT = re.compile(r"^(.+?): (tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED) +\[ *\d+%\]")
 _KERNEL = re.compile(r"nbnorm4cuda\d+([a-z]+(?:\d+\w+?_3clocals_3e)?\d+[a-z_]+)B")
 
 
 class Row(NamedTuple):
-    """Of one op at one shape: least microseconds of everyone, and nbnorm's on the host."""
+    """One op at one shape: least microseconds by peer, and nbnorm's on the host."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,21 +41,21 @@ class Row(NamedTuple):
 
     @property
     def best(self) -> float:
-        """The faster of nbnorm's two layouts."""
+        """Time of the faster of nbnorm's two layouts."""
         return min(self.least[name] for name in (OURS, OURS_LAST) if name in self.least)
 
     @property
     def peer(self) -> float | None:
-        """The fastest peer's time, whatever its layout."""
+        """Time of the fastest peer, of any layout."""
         return min((self.least[name] for name in others(self.least)), default=None)
 
     def share(self, time: float) -> float:
-        """What part of the copy's bandwidth is reached, of bytes that have to be moved."""
+        """Return the share of the copy's bandwidth, counting the bytes that the op must move."""
         return FLOORS[self.op] * self.least[COPY] / time
 
 
 def rows_of(records: list[Record]) -> list[Row]:
-    """Return what was timed; where that happened twice, the last."""
+    """Return the timed rows; of repeated rows the last, unless it has fewer peers."""
     found = {}
     for record in records:
         if record["what"] == "row":
@@ -68,7 +68,7 @@ def rows_of(records: list[Record]) -> list[Row]:
 
 
 def environment(records: list[Record]) -> str:
-    """Say where this was measured."""
+    """Return a description of the environment."""
     for record in records:
         if record["what"] == "environment":
             return "; ".join(f"{name} {what}" for name, what in record["found"].items()) + "\n"
@@ -76,7 +76,7 @@ def environment(records: list[Record]) -> str:
 
 
 def steps(records: list[Record], log: str) -> tuple[str, bool]:
-    """Return a table of what ran, and whether all of it was right."""
+    """Return a table of all runs, and whether all of them passed."""
     verdicts: dict[str, Counter[str]] = {}
     for line in log.splitlines():
         if found := _VERDICT.match(line):
@@ -94,7 +94,7 @@ def steps(records: list[Record], log: str) -> tuple[str, bool]:
 
 
 def failures(records: list[Record], log: str) -> Iterator[str]:
-    """Name what failed and who was left out, a line each."""
+    """Yield a line for each failure and each peer that was left out."""
     for line in log.splitlines():
         found = _VERDICT.match(line)
         if (found and found[3] in ("FAILED", "ERROR")) or re.match(r"\S+: \S+: MISSING", line):
@@ -108,7 +108,7 @@ def failures(records: list[Record], log: str) -> Iterator[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """One row a shape."""
+    """Return a table with a row per shape."""
     found = dict.fromkeys(name for row in rows for name in row.least)
     names = [name for name in found if name == TWICE or name in others(found)]
     lines = [["shape", COPY, OURS, "share", OURS_LAST, "share", "host", *names]]
@@ -126,7 +126,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """One line for each N, dtype and op: sums over ResNet-50, means and worst of ratios."""
+    """Return a row per N, dtype and op: sums over ResNet-50, mean and least ratios."""
     lines = [["N", "dtype", "op", "shapes", f"ms for the 53, {OURS}", OURS_LAST, "best peer each",
               "share of copy", "best peer / ours, mean", "least"]]  # fmt: skip
     for (N, dtype, op), some in grouped(rows):
@@ -143,7 +143,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def grouped(rows: list[Row]) -> list[tuple[tuple[int, str, str], list[Row]]]:
-    """Return rows by N, dtype and op, the shapes in ResNet-50's order."""
+    """Return rows by N, dtype and op, with shapes in ResNet-50's order."""
     order = [shape[1:] for shape in RESNET50]
     groups: dict[tuple[int, str, str], list[Row]] = {}
     for row in rows:
@@ -157,7 +157,7 @@ def grouped(rows: list[Row]) -> list[tuple[tuple[int, str, str], list[Row]]]:
 
 
 def _sum(rows: list[Row], name: str | None) -> str:
-    """Milliseconds for the 53 batch norms; without a name, of the best peer at each shape."""
+    """Return ms for the 53 batch norms; without a name, of the best peer at each shape."""
     times = {row.shape[1:]: row.least.get(name) if name else row.peer for row in rows}
     found = [(times.get(shape[1:]), entry.count) for shape, entry in RESNET50.items()]
     if any(time is None for time, _ in found):
@@ -174,7 +174,7 @@ def _ratio(value: float | None, to: float | None) -> str:
 
 
 def profile(file: Path) -> str:
-    """What Nsight Compute saw, a line for each kernel and grid; the first one says the units."""
+    """Return Nsight Compute's figures, a row per kernel and grid; the first row has the units."""
     if not file.exists():
         return ""
     lines = [line for line in file.read_text().splitlines() if line.startswith('"')]
@@ -188,7 +188,7 @@ def profile(file: Path) -> str:
 
 
 def timings(rows: list[Row]) -> Iterator[str]:
-    """All tables of times."""
+    """Yield all tables of times."""
     if rows:
         yield from (LEGEND, summary(rows))
     for (N, dtype, op), some in grouped(rows):
@@ -198,7 +198,7 @@ def timings(rows: list[Row]) -> Iterator[str]:
 def main() -> None:
     """Print all tables, or write those of docs/gpu.md."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="folder of check.sh")
+    parser.add_argument("folder", type=Path, help="the FOLDER of check.sh")
     parser.add_argument("--docs", action="store_true", help="write a selection into docs/gpu.md")
     arguments = parser.parse_args()
     records = read(arguments.folder / "results.jsonl")
@@ -208,7 +208,7 @@ def main() -> None:
     parts = [environment(records), "    bash benchmarks/gpu/check.sh\n", ran]
     if arguments.docs:
         small = [row for row in rows_of(records) if row.shape[0] == 32]
-        from benchmarks.tables import with_section  # with all libraries of the other benchmarks
+        from benchmarks.tables import with_section  # imports the other benchmarks' libraries
 
         page = DOCS.read_text(encoding="utf-8")
         section = "\n".join([*parts, *timings(small)])

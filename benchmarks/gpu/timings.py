@@ -1,8 +1,8 @@
-"""Times on the GPU by CUDA events, of calls that take turns, with nothing of theirs in L2.
+"""Times on the GPU by CUDA events, of calls that take turns and find none of their data in L2.
 
-Before each call a buffer of four times L2 is read, for long enough that the host has put the whole
-call on the stream before the GPU gets there: what is timed is the GPU's work alone, and neither the
-host's nor lines of the last call that wait to be written. The least of the rounds counts.
+Before each call the GPU reads a buffer of four times L2, for long enough that the host has put the
+whole call on the stream by then. The times therefore contain only the GPU's work: neither the
+host's, nor the writing back of the last call's lines. The least of the rounds counts.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from benchmarks.gpu.records import COPY, OPS, OURS, TWICE
 from benchmarks.shapes import RESNET50
 
 ROUNDS, ROW_SECONDS, LEAST_FLUSH_US = 7, 0.1, 300.0
-COMPILE_SECONDS = 40.0  # torch.compile takes seconds for each op and layout: at the short shapes
+COMPILE_SECONDS = 40.0  # torch.compile takes seconds per op and layout, so only at SHORT
 SHORT, DRY = ((32, 256, 56, 56), (32, 64, 112, 112)), (2, 8, 8, 8)
 COMPILED = (*SHORT, DRY)
 STAGES = ((32, "float32"), (32, "bfloat16"), (256, "bfloat16"), (256, "float32"), (32, "float16"))
@@ -32,7 +32,7 @@ Times = tuple[float, float, float]  # microseconds: least, median; and of the ho
 
 
 class Clock:
-    """CUDA events on the default stream behind a flush of L2; dry: the host's clock."""
+    """CUDA events on the default stream after a flush of L2; if dry, the host's clock."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self._reads = machine, 1
@@ -48,7 +48,7 @@ class Clock:
         self.flush_us = min(self.between(*one) for one in times)
 
     def flush_for(self, microseconds: float) -> None:
-        """Make the flush take so long at least."""
+        """Make the flush take at least this long."""
         if not self.machine.dry:
             self._reads = math.ceil(max(microseconds, LEAST_FLUSH_US) / max(self.flush_us, 1.0))
 
@@ -57,7 +57,7 @@ class Clock:
             self._buffer.max(out=self._result)
 
     def once(self, call: Call, *, flush: bool = True) -> tuple[Any, Any, float]:
-        """Put a call on the stream, between two events; microseconds that it took the host."""
+        """Put a call on the stream; return the events around it, and the host's microseconds."""
         if self.machine.dry:
             begin = time.perf_counter()
             call()
@@ -74,7 +74,7 @@ class Clock:
         return start, end, host
 
     def between(self, start: Any, end: Any, _: float) -> float:
-        """Return microseconds between two events that have happened."""
+        """Return microseconds between two completed events."""
         if self.machine.dry:
             return float(end - start) * 1e6
         return float(self.machine.xp.cuda.get_elapsed_time(start, end)) * 1e3
@@ -101,7 +101,7 @@ def in_turns(clock: Clock, calls: dict[str, Call]) -> dict[str, Times]:
 
 
 class Budget:
-    """Seconds that are left, for all of it and for compiling."""
+    """Remaining seconds, in all and for compiling."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -113,7 +113,7 @@ class Budget:
 
 
 def peers_for(part: str, shape: tuple[int, ...], op: str, budget: Budget) -> Iterator[str]:
-    """Names of who is timed: in the short part none that takes long to begin or matters less."""
+    """Yield the peers to time; the short part omits those that start slowly or matter less."""
     for name, peer in PEERS.items():
         less = peer.compiled or "without" in name
         if op not in peer.ops or (less and part == "short"):
@@ -123,7 +123,7 @@ def peers_for(part: str, shape: tuple[int, ...], op: str, budget: Budget) -> Ite
 
 
 def ready(batch: Batch, op: str, names: Iterator[str], budget: Budget) -> dict[str, Call]:
-    """Set up peers that compute the same as nbnorm; those that cannot are recorded."""
+    """Set up the peers that agree with nbnorm; record those that fail."""
     calls: dict[str, Call] = {}
     expected: np.ndarray | None = None
     for name in names:
@@ -147,21 +147,21 @@ def ready(batch: Batch, op: str, names: Iterator[str], budget: Budget) -> dict[s
 
 
 def agree(got: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    """Whether two libraries computed the same: not how well."""
+    """Raise AssertionError if two libraries differ by more than `ALLOWED`."""
     error = float(np.abs(got - expected).max())
     if not error <= ALLOWED[dtype] * max(1.0, float(np.abs(expected).max())):
         raise AssertionError(f"differs from nbnorm by {error}")
 
 
 def left_out(name: str, error: Exception, **where: Any) -> None:
-    """Record that somebody was not timed, and why."""
+    """Record that a peer was not timed, and why."""
     print(f"left out: {name} {where}\n{traceback.format_exc(limit=-4)}", flush=True)
     reason = f"{type(error).__name__}: {str(error)[:200]}"
     records.add("left out", name=name, reason=reason, **where)
 
 
 def shapes_of(part: str, *, dry: bool) -> list[tuple[tuple[int, ...], str]]:
-    """Return shapes and dtypes, those that tell most first."""
+    """Return shapes and dtypes, the most informative first."""
     if dry:
         return [(DRY, "float32")]
     if part != "timings":
@@ -171,12 +171,12 @@ def shapes_of(part: str, *, dry: bool) -> list[tuple[tuple[int, ...], str]]:
 
 
 def run(part: str, seconds: float, *, dry: bool) -> None:
-    """Time as much as there is time for; leave with status 1 where nbnorm could not be timed."""
+    """Time as many rows as `seconds` allow; exit with status 1 if nbnorm fails in any."""
     machine, budget = Machine(dry=dry), Budget(seconds)
     if importlib.util.find_spec("torch"):
         import torch._functorch.config as functorch
 
-        functorch.donated_buffer = False  # a backward is run again and again
+        functorch.donated_buffer = False  # as backward runs repeatedly
     clock, rows, failed = Clock(machine), 0, 0
     todo = [(*of, op) for of in shapes_of(part, dry=dry) for op in OPS]
     for number, (shape, dtype, op) in enumerate(todo):

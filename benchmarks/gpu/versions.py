@@ -1,6 +1,6 @@
-"""What this runs on, and whether it can: exit status 1, with the reason, where it cannot.
+"""Print the environment; exit with status 1 and the reason if something needed is missing.
 
-Versions come first, as they explain most of what can go wrong after them.
+Versions come first, as they explain most later failures.
 """
 
 import platform
@@ -23,7 +23,7 @@ TOOLS = ("nvidia-smi", "compute-sanitizer", "ncu")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what is installed."""
+    """Return the versions of installed packages."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -45,7 +45,7 @@ def _libraries() -> str:
 
 
 def _compiled() -> str:
-    """Compile a kernel of nbnorm's for the GPU that is there and load it."""
+    """Compile one of nbnorm's kernels for this GPU and load it."""
     from nbnorm.cuda import kernels, loading
 
     kernel = kernels.rstd_all
@@ -78,7 +78,7 @@ def _torch() -> str:
 
 
 Look = Callable[[], str]
-# In the order in which one needs the other.
+# Each needs those before it.
 NEEDED: dict[str, Look] = {
     "GPU": _gpu, "libraries": _libraries, "compiler": _compiled, "CuPy": _cupy, "limits": _limits,
 }  # fmt: skip
@@ -86,7 +86,7 @@ WANTED: dict[str, Look] = {"PyTorch": _torch}
 
 
 def looked(parts: dict[str, Look]) -> Iterator[tuple[str, str, bool]]:
-    """Yield name, what was found, and whether it was."""
+    """Yield name, description, and whether it was found."""
     for name, look in parts.items():
         try:
             yield name, look(), True
@@ -95,10 +95,10 @@ def looked(parts: dict[str, Look]) -> Iterator[tuple[str, str, bool]]:
 
 
 def run(*, dry: bool) -> dict[str, Any]:
-    """Print and return everything; leave with status 1 where something needed is missing."""
+    """Print and return everything; exit with status 1 if something needed is missing."""
     found: dict[str, Any] = versions()
     print(", ".join(f"{name} {number}" for name, number in found.items()), flush=True)
-    tools = {tool: shutil.which(tool) or "not there" for tool in TOOLS}
+    tools = {tool: shutil.which(tool) or "not found" for tool in TOOLS}
     print(", ".join(f"{tool}: {where}" for tool, where in tools.items()), flush=True)
     missing = []
     for name, what, there in looked(NEEDED | WANTED):

@@ -1,1 +1,1 @@
-"""Host frameworks, each with its own batch norm and nbnorm's."""
+"""Host frameworks, each with its own batch norm and with nbnorm's."""

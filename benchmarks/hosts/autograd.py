@@ -1,4 +1,4 @@
-"""HIPS autograd: it has no batch normalization, its users compose one of its functions."""
+"""HIPS autograd: it has no batch normalization, so the host's is composed of its functions."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,16 +16,16 @@ def name() -> str:
 
 
 def composed(x: Any, gamma: Any, beta: Any, eps: float = EPS) -> Any:
-    """Mean, variance, normalise, scale and shift."""
+    """Return batch normalization in autograd's functions."""
     axes, spread = (0, *range(2, x.ndim)), (-1, *[1] * (x.ndim - 2))
     mean, var = np.mean(x, axis=axes, keepdims=True), np.var(x, axis=axes, keepdims=True)
     return gamma.reshape(spread) * (x - mean) / np.sqrt(var + eps) + beta.reshape(spread)
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Forward and backward: y, dx, dgamma, dbeta, as NumPy arrays."""
+    """Return calls of forward and backward: y, dx, dgamma, dbeta, as NumPy arrays."""
     b = Batch(shape, dtype)
-    b.dy  # noqa: B018 - drawn before anything is timed
+    b.dy  # noqa: B018 - draws it before the timing
 
     def step(function: Callable[..., Any]) -> tuple[Any, ...]:
         vjp, y = make_vjp(function, argnum=(0, 1, 2))(b.x, b.gamma, b.beta)

@@ -1,4 +1,4 @@
-"""mygrad: its own batch normalization, in NumPy, beside nbnorm's."""
+"""mygrad: its own batch normalization in NumPy, and nbnorm's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Forward and backward: y, dx, dgamma, dbeta, as NumPy arrays."""
+    """Return calls of forward and backward: y, dx, dgamma, dbeta, as NumPy arrays."""
     b = Batch(shape, dtype)
     dy = b.dy
     x, gamma, beta = (mygrad.tensor(array, copy=False) for array in (b.x, b.gamma, b.beta))

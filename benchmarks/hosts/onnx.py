@@ -1,4 +1,4 @@
-"""ONNX: the reference evaluator's own operator. ONNX has no gradients: forward only."""
+"""ONNX: the reference evaluator's operator and nbnorm's. ONNX has no gradients: forward only."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def name() -> str:
 def calls(
     shape: tuple[int, ...], dtype: str = "float32", *, training: bool = False
 ) -> dict[str, Callable[[], object]]:
-    """A model of one node through the evaluator: y, in training also running mean and variance."""
+    """Return runs of a model of one node: y, in training also running mean and variance."""
     batch = Batch(shape, dtype)
     feeds = {
         "x": batch.x,

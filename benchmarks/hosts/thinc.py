@@ -1,4 +1,4 @@
-"""thinc: it has no batch norm, so the host's is a layer such as its users write."""
+"""thinc: it has no batch norm, so the host's is a layer as its users write them."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """A forward and a backward through thinc each: Y, dX, dG, db, running mean and variance."""
+    """Return calls of forward and backward: Y, dX, dG, db, running mean and variance."""
     batch = Batch(shape, dtype)
     models = {
         "host": Model("composed", _composed, params=dict.fromkeys(_PARAMETERS), ops=NumpyOps()),
@@ -33,7 +33,7 @@ def _step(model: Model, batch: Batch) -> Callable[[], object]:
         model.set_param(parameter, value.copy())
 
     def step() -> tuple[np.ndarray, ...]:
-        for parameter in ("G", "b"):  # as an optimizer leaves them
+        for parameter in ("G", "b"):  # as after an optimizer's step
             model.set_grad(parameter, np.zeros_like(model.get_param(parameter)))
         Y, backprop = model.begin_update(batch.x)
         dX = backprop(batch.dy)
@@ -44,7 +44,7 @@ def _step(model: Model, batch: Batch) -> Callable[[], object]:
 
 
 def _composed(model: Model, X: np.ndarray, is_train: bool) -> tuple[np.ndarray, Callable]:
-    """Batch norm of axis 1 in the manner of thinc's LayerNorm: arrays' own operators."""
+    """Batch norm of axis 1 in array operators, like thinc's LayerNorm."""
     axes = (0, *range(2, X.ndim))
     m = X.size // X.shape[1]
 

@@ -1,4 +1,4 @@
-"""PyTorch: its own batch norm and autograd."""
+"""PyTorch: its own batch norm and nbnorm's, with autograd."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Forward and backward: y, dx, dgamma, dbeta, as tensors."""
+    """Return calls of forward and backward: y, dx, dgamma, dbeta, as tensors."""
     b = Batch(shape, dtype)
     dy = torch.from_numpy(b.dy)
     inputs = [torch.from_numpy(array).requires_grad_() for array in (b.x, b.gamma, b.beta)]

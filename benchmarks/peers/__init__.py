@@ -1,19 +1,19 @@
-"""Batch normalization as others do it, next to nbnorm: one dict for tests and benchmarks.
+"""Batch normalization by nbnorm and its peers, as one dict for tests and benchmarks.
 
-What is computed, and what the calls return, as arrays or tensors in the shape of x, whatever their
-order in memory:
+The ops, and what their calls return (arrays or tensors in the shape of x and in any order in
+memory):
 
 ==========  =====================================================================================
-forward     training forward, running statistics updated: y
+forward     training forward, updates running statistics: y
 backward    its gradients: dx, dgamma, dbeta
 inference   with running statistics: y
 relu        a step of BN + ReLU, forward and backward: y, dx, dgamma, dbeta
 add+relu    a step of BN + residual + ReLU: y, dx, dgamma, dbeta, dresidual
 ==========  =====================================================================================
 
-Libraries are imported when a peer is set up, and all get Numba's number of threads. A peer whose
-library is not installed is in `PEERS`, as figures of it may be read from a file, and not among the
-`installed`.
+Libraries are imported when a peer is set up, and all use Numba's number of threads. `PEERS` also
+has peers that are not installed, since their figures may be read from a file; `installed` names
+those that are.
 """
 
 import sys
@@ -48,7 +48,7 @@ PEERS: dict[str, Peer] = {
 
 
 def installed() -> list[str]:
-    """Return the peers whose library is here."""
+    """Return the peers whose library is installed."""
     return [name for name, peer in PEERS.items() if find_spec(peer.library)]
 
 
@@ -57,7 +57,7 @@ def is_ours(name: str) -> bool:
 
 
 def ours_for(name: str, op: str) -> str:
-    """Return nbnorm's name with the peer's layout and use of memory: like with like."""
+    """Return the nbnorm peer with the same layout and kind of output."""
     peer = PEERS[name]
     return next(
         n
@@ -67,9 +67,9 @@ def ours_for(name: str, op: str) -> str:
 
 
 def forget_shapes() -> None:
-    """Drop what torch.compile made for earlier shapes.
+    """Drop the functions that torch.compile made for earlier shapes.
 
-    It compiles a function for at most eight, and then runs it uncompiled without a word.
+    It compiles a function for at most eight shapes, then silently runs it uncompiled.
     """
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()

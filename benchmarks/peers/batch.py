@@ -1,4 +1,4 @@
-"""What every peer is given, and what it says about itself."""
+"""The arguments that peers get, and the description of a peer."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -10,19 +10,19 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 class Batch:
-    """Random arrays for one shape, in memory as the shape says or with the channels last.
+    """Random arrays of one shape, in C order or with the channels last in memory.
 
     Attributes
     ----------
     x, dy, residual, out : ndarray of `shape`, channel axis 1
-        Input, gradient of the output, what is added before ReLU, and memory for results.
+        Input, gradient of the output, addend before ReLU, and memory for results.
     gamma, beta, running_mean, running_var : ndarray (C,)
-        Of x's dtype; float32 where x is a half, as mixed precision has it everywhere.
+        Of x's dtype, or float32 if x is a half, as in mixed precision.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str = "float32", *, last: bool = False):
         if dtype == "bfloat16":
-            import ml_dtypes  # noqa: F401 - NumPy knows the name from here on
+            import ml_dtypes  # noqa: F401 - registers the name with NumPy
         self._shape, self._dtype, self._last = shape, np.dtype(dtype), last
         self._wide = np.promote_types(self._dtype, np.float32)
         self._rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def values(self) -> int:
-        """Number of values in a channel."""
+        """Number of values per channel."""
         return self.x[:, 0].size
 
     def _draw(self) -> np.ndarray:
@@ -62,19 +62,19 @@ Setup = Callable[[Batch], Call]
 
 
 class Peer(NamedTuple):
-    """How somebody computes it.
+    """How a library computes the ops.
 
     Attributes
     ----------
     ops : mapping of str to callable
-        What it can do, of the names in `OPS`. Each takes a `Batch`, does what can be done
-        beforehand and returns a call without arguments, which is what is timed.
+        Setups of the supported `OPS`. A setup takes a `Batch`, does all preparations, and
+        returns the call to time, which takes no arguments.
     last : bool
-        Channels last in memory.
+        Whether channels are last in memory.
     reuse : bool
-        Results go into memory at hand; otherwise they are new.
+        Whether results go into existing memory instead of new memory.
     library : str
-        What has to be installed.
+        The library that has to be installed.
     """
 
     ops: Mapping[str, Setup]
@@ -84,4 +84,4 @@ class Peer(NamedTuple):
 
 
 class LeftOut(Exception):  # noqa: N818 - no error
-    """Raised by a setup: why this peer cannot do this batch here."""
+    """Raised by a setup, with the reason why the peer cannot compute this batch."""

@@ -1,8 +1,7 @@
-"""JAX: batch normalization as Flax writes it, one jitted program for each call.
+"""JAX: batch normalization as in Flax, one jitted program per call.
 
-Flax takes the variance as E[x^2] - E[x]^2 and computes halves in float32. A program returns all
-that a user would need of it, as XLA computes nothing else; a call waits until the results are
-there.
+Flax computes the variance as E[x^2] - E[x]^2, and halves in float32. A program returns everything
+that a user needs, since XLA computes nothing else. A call waits for its results.
 """
 
 import os
@@ -22,7 +21,7 @@ def peer() -> Peer:
 
 
 def _jax(b: Batch) -> Any:
-    # XLA reads this when it starts, and takes all processors where it is not set.
+    # XLA reads this when it starts; by default it uses all processors.
     os.environ.setdefault("PJRT_NPROC", str(numba.get_num_threads()))
     import jax
 
@@ -74,7 +73,7 @@ def _forward(b: Batch) -> Call:
 def _backward(b: Batch) -> Call:
     jax = _jax(b)
     dy, *inputs = _arrays(jax, b.dy, b.x, b.gamma, b.beta)
-    # What the forward saves are arrays: a program of its own takes them, and dy, to gradients.
+    # Forward saves arrays; a second program computes the gradients from them and dy.
     _, saved = jax.jit(partial(jax.vjp, lambda *args: _train(jax, *args)[0]))(*inputs)
     program = jax.jit(lambda saved, dy: saved(dy))
     return lambda: jax.block_until_ready(program(saved, dy))

@@ -1,4 +1,4 @@
-"""onnxruntime: inference by a model of one BatchNormalization, into memory at hand."""
+"""onnxruntime: inference by a model of one BatchNormalization, into existing memory."""
 
 import numba
 import numpy as np
@@ -25,7 +25,7 @@ def _model(b: Batch) -> bytes:
     graph = helper.make_graph(
         [node], "inference", [tensor(*item) for item in inputs.items()], [tensor("y", b.x)]
     )
-    # The version of the operator that is current, and of the file that goes with it.
+    # The current version of the operator, and a version of the file format that has it.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
     return model.SerializeToString()
 

@@ -1,4 +1,4 @@
-"""nbnorm, into memory at hand (`out=`) or with new results."""
+"""nbnorm, into existing memory (`out=`) or with new results."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""PyTorch on the CPU: its operators, functions as users call them, and those compiled."""
+"""PyTorch on the CPU: operators, functions as users call them, and compiled functions."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def _torch() -> Any:
 
 
 def _tensors(*arrays: np.ndarray) -> Any:
-    """Return the arrays as tensors on the same memory; bfloat16 goes by way of its bits."""
+    """Return the arrays as tensors on the same memory; bfloat16 passes as its bits."""
     torch = _torch()
     return [
         torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -38,7 +38,7 @@ def array_of(tensor: Any) -> np.ndarray:
 
 
 def operators(*, last: bool = False) -> Peer:
-    """PyTorch's own operators, below autograd, with results in memory that is there already."""
+    """PyTorch's operators, below autograd, with results in existing memory."""
 
     def normalise(b: Batch, *, training: bool) -> Call:
         torch = _torch()
@@ -67,10 +67,10 @@ def operators(*, last: bool = False) -> Peer:
 
 
 def functional(*, last: bool = False, compiled: bool = False) -> Peer:
-    """torch.nn.functional and autograd, as users call them; steps in place, as torchvision's."""
+    """torch.nn.functional with autograd, as users call it; steps in place, as in torchvision."""
 
     def prepare(b: Batch, *, training: bool, relu: bool = False) -> tuple[Any, list[Any]]:
-        """Return a function and what it takes first."""
+        """Return a function and its first arguments."""
         torch = _torch()
 
         def function(x, mean, var, gamma, beta, residual=None):

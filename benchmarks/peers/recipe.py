@@ -1,4 +1,4 @@
-"""NumPy, as course notes and home-made networks have it: one line per equation, arrays in between.
+"""NumPy, as in course notes: one line per equation, with arrays in between.
 
 Halves are widened first: NumPy computes in the type of its arrays, and a sum in bfloat16 stops
 growing at 256 terms.
@@ -29,7 +29,7 @@ def _wide(array: np.ndarray) -> np.ndarray:
 
 
 def _spread(parameter: np.ndarray, b: Batch) -> np.ndarray:
-    """Parameter, shaped to broadcast against x."""
+    """Return a parameter in a shape that broadcasts against x."""
     return parameter.reshape(-1, *[1] * (b.x.ndim - 2))
 
 
@@ -47,7 +47,7 @@ def _normalise(b: Batch) -> _Normalised:
 
 
 def _scale(b: Batch, n: _Normalised) -> np.ndarray:
-    """Move the running statistics; return gamma xhat + beta."""
+    """Update the running statistics; return gamma xhat + beta."""
     unbiased = n.var * (b.values / (b.values - 1))
     b.running_mean[:] = (1 - MOMENTUM) * b.running_mean + MOMENTUM * n.mean
     b.running_var[:] = (1 - MOMENTUM) * b.running_var + MOMENTUM * unbiased

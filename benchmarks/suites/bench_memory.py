@@ -1,8 +1,8 @@
-"""asv: the most memory that the process ever had.
+"""asv: peak memory of a process.
 
-Each figure is of a process of its own, what the process starts with included: figures are there to
-be compared. Compiling takes more memory than a result does, so `setup_cache`, which runs in another
-process, compiles.
+Each figure comes from a separate process and includes the memory at its start, so only differences
+matter. Compiling takes more memory than a result does, so `setup_cache` compiles, in another
+process.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from benchmarks.suites.bench_passes import call_of
 
 
 class Ops:
-    """A hidden copy of the largest tensor, 103 MB, would show."""
+    """All ops; a hidden copy of the largest tensor, 103 MB, would show."""
 
     params = (["32x256x56x56", "16x3x512x512"], list(OPS))
     param_names = ("shape", "op")
@@ -35,10 +35,10 @@ class Ops:
 
 
 class NewResults:
-    """A loop of y = batch_norm_forward(x), the last `held` results being kept: 51 MB each.
+    """A loop of y = batch_norm_forward(x) that keeps the last `held` results of 51 MB.
 
-    The pool uses the memory of a result again: the peak must grow with `held`, one result for each,
-    and not with `rounds`.
+    The pool reuses the memory of results: the peak must grow by one result per `held`, and not with
+    `rounds`.
     """
 
     params = ([8, 80], [1, 4])
@@ -57,7 +57,7 @@ class NewResults:
             results.append(nbnorm.batch_norm_forward(self.x).y)
 
 
-# Channels, smallest and largest side of a plane, and how many results.
+# Channels, smallest and largest side of a plane, and number of results.
 MIXED = {
     "0.3-1.8 MB": (16, 24, 60, 200),
     "2-7 MB": (16, 60, 120, 60),
@@ -67,9 +67,9 @@ MIXED = {
 
 
 class MixedResults:
-    """Results of sizes that never repeat, with the pool and without: time and memory.
+    """Time and memory of results whose sizes never repeat, with and without the pool.
 
-    With the pool no pattern may take longer, nor keep more memory than was in use at once.
+    With the pool no pattern may take longer or keep more memory than was in use at once.
     """
 
     params = (list(MIXED), ["forward", "inference"], [1, 30], [True, False])

@@ -1,4 +1,4 @@
-"""asv: calls from functions that users compile, and what compiling such a function takes."""
+"""asv: calls from functions that users compile, and the time to compile such a function."""
 
 import numpy as np
 from numba import njit
@@ -37,7 +37,7 @@ def backwards(x, gamma, beta, running_mean, running_var, calls):
 
 
 class Calls:
-    """A hundred calls in a loop, compiled or Python's, each with new results."""
+    """A hundred calls in a compiled or Python loop, each with new results."""
 
     params = (
         ["compiled", "Python"],
@@ -60,7 +60,7 @@ class Calls:
         self.loop(*self.args, CALLS)
 
 
-# Numba is loaded and has compiled something; nbnorm is imported.
+# Numba has compiled a function, and nbnorm is imported.
 BEFORE = """
 import numpy, nbnorm
 from numba import njit
@@ -76,9 +76,9 @@ any_function(x)
 
 
 class Compile:
-    """The first compilation of a function that calls forward, in a process of its own.
+    """The first compilation of a function that calls forward, in a separate process.
 
-    Channels first takes longer, as planes may be small or large: both ways are compiled.
+    Channels first takes longer: planes may be small or large, so both traversals are compiled.
     """
 
     params = ([1, -1],)

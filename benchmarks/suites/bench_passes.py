@@ -1,7 +1,7 @@
-"""asv: one pass or one step over one tensor, by shape, layout and dtype.
+"""asv: one pass or step over one tensor, by shape, layout and dtype.
 
-Data is drawn and kernels are compiled in `setup`, outside the timing. Passes write into memory at
-hand; steps are calls as users make them, with new results.
+`setup` draws data and compiles kernels, outside the timing. Passes write into existing memory;
+steps return new results, as in users' programs.
 """
 
 from benchmarks.peers import OPS, PEERS, Batch
@@ -11,7 +11,7 @@ LAYOUTS = ["channels-first", "channels-last"]
 
 
 def call_of(op, shape, layout, dtype="float32"):
-    """Return nbnorm's call, having called it once."""
+    """Return nbnorm's call after a first call."""
     last = layout == "channels-last"
     if last and len(shape) == 2:
         raise NotImplementedError("(N, C) has one layout")
@@ -23,7 +23,7 @@ def call_of(op, shape, layout, dtype="float32"):
 
 
 class _Op:
-    """An op in float32 at every shape; the subclass says which."""
+    """An op in float32 at every shape; subclasses set `op`."""
 
     params = (list(map(name_of, SHAPES)), LAYOUTS)
     param_names = ("shape", "layout")
@@ -57,7 +57,7 @@ class StepWithAddRelu(_Op):
 
 
 class Dtypes:
-    """The other dtypes: a shape out of cache and one that fits, large planes and small."""
+    """The other dtypes at two shapes: large planes out of cache, small planes in cache."""
 
     params = (
         list(OPS),

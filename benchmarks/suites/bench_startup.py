@@ -1,4 +1,4 @@
-"""asv: what a program pays before its first result, each time in a process of its own."""
+"""asv: time that a program takes before its first result, in separate processes."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 
 from benchmarks.shapes import shape_of
 
-# The arrays are there, the library is imported, and nothing has been compiled or loaded yet.
+# The library is imported and the arrays exist; nothing is compiled or loaded yet.
 BEFORE = """
 import os
 os.environ["NUMBA_CACHE_DIR"] = {folder!r}
@@ -20,7 +20,7 @@ nbnorm.batch_norm_backward(y, x, None, mean, rstd)
 
 
 class Import:
-    """numba is most of it: the second line is there to be subtracted."""
+    """Import of nbnorm, and of Numba, which takes most of it: subtract the second."""
 
     number = 1
     rounds = 1
@@ -34,9 +34,9 @@ class Import:
 
 
 class FirstCall:
-    """First forward and backward: small shapes compile the serial kernels, large ones the parallel.
+    """First forward and backward, of a small shape and of one that uses threads.
 
-    cold: no kernel is cached on disk; warm: an earlier process has left them there.
+    cold: no kernel is cached on disk; warm: an earlier process has cached them.
     """
 
     params = (["cold", "warm"], ["60x100", "8x16x64x64"])

@@ -1,11 +1,11 @@
-"""A multilayer perceptron in HIPS autograd, with nbnorm's batch normalization and without.
+"""Train a multilayer perceptron in HIPS autograd, with nbnorm's batch normalization and without.
 
 Three hidden layers of 100 ReLUs and a softmax over ten classes learn handwritten digits
-(data/README.md says whose) by gradient descent. Both networks start from the same small weights and
-see the same batches. Batch normalization with its scale, its shift and ReLU is one call.
+(data/README.md names the source) by gradient descent. Both networks start from the same small
+weights and see the same batches. Batch normalization with scale, shift and ReLU is one call.
 
-Running statistics are no parameters: they stay out of what autograd differentiates, and batch_norm
-moves them in place.
+Running statistics are not parameters: autograd does not differentiate them, and batch_norm updates
+them in place.
 
     python autograd_mlp.py               # some seconds
     python autograd_mlp.py --steps 5000
@@ -17,7 +17,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-# Before NumPy is loaded: threads gain nothing on products this small.
+# Before NumPy is imported: threads do not speed up products this small.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import autograd.numpy as np
@@ -59,8 +59,8 @@ def network(rng, normalised):
     Returns
     -------
     parameters : list of dict of str to ndarray
-        For each layer "weight" (inside, outside) and "shift" (outside,), with batch normalization
-        also "scale" (outside,).
+        For each layer "weight" (inside, outside) and "shift" (outside,), and "scale" (outside,)
+        if it has batch normalization.
     statistics : list of (running_mean, running_var)
         For each layer with batch normalization.
     """
@@ -107,7 +107,7 @@ def cross_entropy(parameters, statistics, images, labels):
 
 
 def train(parameters, statistics, images, labels, steps, rate):
-    """Train by gradient descent, in place; return the loss of every step."""
+    """Train in place by gradient descent; return the loss of every step."""
     backpropagate = value_and_grad(cross_entropy)
     rng = np.random.default_rng(1)
     losses = []
@@ -122,7 +122,7 @@ def train(parameters, statistics, images, labels, steps, rate):
 
 
 def main():
-    """Train both networks, print what comes of it."""
+    """Train both networks and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
     parser.add_argument(

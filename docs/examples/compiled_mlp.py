@@ -1,13 +1,12 @@
-"""Figure 1's network, trained by one compiled loop.
+"""Train the network of Figure 1 in one compiled loop.
 
 The network of figure1.py, with three hidden layers of 100 sigmoids and batch normalization before
-each, learns handwritten digits (data/README.md says whose) in batches of 60. Here all of it is one
-function that Numba compiles: drawing the batch, products, batch normalization forward and backward,
-running statistics, the step down the gradients. nbnorm's functions are called in it as they are in
-Python.
+each, learns handwritten digits (data/README.md names the source) in batches of 60. Numba compiles
+the whole training into one function: selecting the batch, matrix products, batch normalization
+forward and backward, running statistics, and gradient descent.
 
-The same network is trained by Python too, from the same weights and on the same batches. The two
-differ by the rounding of their matrix products, which are loops here and BLAS there.
+The program also trains the same network in Python, from the same weights and on the same batches.
+The two differ by the rounding of matrix products, which are loops in one and BLAS in the other.
 
     python compiled_mlp.py                # under a minute, compiling included
     python compiled_mlp.py --steps 20000
@@ -36,7 +35,7 @@ def product(a, b):
     whole = a.shape[1] // 4 * 4
     for i in range(a.shape[0]):
         row = out[i]
-        for k in range(0, whole, 4):  # four rows of b at a time: `row` is read and written once
+        for k in range(0, whole, 4):  # four rows of b per pass over `row`
             for j in range(row.size):
                 row[j] += (a[i, k] * b[k, j] + a[i, k + 1] * b[k + 1, j]) + (
                     a[i, k + 2] * b[k + 2, j] + a[i, k + 3] * b[k + 3, j]
@@ -49,7 +48,7 @@ def product(a, b):
 
 @njit
 def cross_entropy(scores, labels):
-    """Return the softmax cross-entropy of a batch, its mean, and the gradient of the scores."""
+    """Return the mean softmax cross-entropy of a batch, and its gradient by the scores."""
     loss, dscores = 0.0, np.empty_like(scores)
     for i in range(len(labels)):
         shifted = scores[i] - scores[i].max()
@@ -62,15 +61,15 @@ def cross_entropy(scores, labels):
 
 @njit
 def train(images, labels, batches, rate, weights, gammas, betas, means, variances, bias):
-    """Train in place, a step for every batch of indices; return the loss of every step.
+    """Train in place, one step per batch of indices; return the loss of every step.
 
-    `weights` are a matrix a layer; `gammas`, `betas`, `means` and `variances` an array for every
-    hidden layer; `bias` is that of the scores.
+    `weights` has a matrix per layer; `gammas`, `betas`, `means` and `variances` have an array per
+    hidden layer; `bias` is added to the scores.
     """
     rate = images.dtype.type(rate)
     losses = np.empty(len(batches))
     for step in range(len(batches)):
-        outputs = [images[batches[step]]]  # of every layer, the first one being the images
+        outputs = [images[batches[step]]]  # of every layer, after the images
         products = []
         normalised = []
         for k in range(len(gammas)):
@@ -101,7 +100,7 @@ def train(images, labels, batches, rate, weights, gammas, betas, means, variance
 
 
 def parameters_of(network):
-    """Return a network's arrays as `train` takes them: it changes them in place."""
+    """Return the arrays of a network in the form that `train` takes and updates."""
     weights = tuple(layer.parameters["weight"] for layer in network.layers[::3])
     gammas = tuple(norm.parameters["weight"] for norm in network.norms)
     betas = tuple(norm.parameters["bias"] for norm in network.norms)
@@ -111,7 +110,7 @@ def parameters_of(network):
 
 
 def train_in_python(network, images, labels, batches, rate):
-    """Train by Python, a call a layer; return the loss of every step."""
+    """Train in Python, with a call per layer; return the loss of every step."""
     losses = []
     for batch in batches:
         losses.append(network.backpropagate(images[batch], labels[batch]))
@@ -120,13 +119,13 @@ def train_in_python(network, images, labels, batches, rate):
 
 
 def main():
-    """Train both ways and print what comes of it."""
+    """Train both ways and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5000, help="default %(default)s")
     parser.add_argument(
         "--rate", type=float, default=0.1, help="learning rate, default %(default)s"
     )
-    parser.add_argument("--quick", action="store_true", help="a hundred steps")
+    parser.add_argument("--quick", action="store_true", help="train for a hundred steps")
     arguments = parser.parse_args()
     steps = 100 if arguments.quick else arguments.steps
     if steps < 1:

@@ -1,25 +1,25 @@
-"""Figure 1 of the batch normalization paper, on real digits.
+"""Repeat Figure 1 of the batch normalization paper, on real digits.
 
 S. Ioffe & C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
 Covariate Shift" (2015), section 4.1: a network of three hidden layers of 100 sigmoids each and a
-softmax over ten classes learns handwritten digits in batches of 60, once as it is and once with
-every sigmoid's input normalised. (a) accuracy on the test digits; (b, c) how the distribution of
-one sigmoid's input moves as the layers before it learn.
+softmax over ten classes learns handwritten digits in batches of 60, without and with batch
+normalization of every sigmoid's input. Panel (a) shows the accuracy on the test digits; (b) and (c)
+show how the distribution of one sigmoid's input changes as the layers before it learn.
 
-NumPy does the matrix products, nbnorm the normalisation, forward and backward. Both networks start
-from the same weights and see the same batches. The paper has 60,000 digits to train and 10,000 to
-test; here it is 4,000 and 1,000 (data/README.md says whose), or those of a folder with the four
-files of MNIST or Fashion-MNIST.
+NumPy computes the matrix products, nbnorm the normalisation, forward and backward. Both networks
+start from the same weights and see the same batches. The paper trains on 60,000 digits and tests on
+10,000; this program uses 4,000 and 1,000 (data/README.md names the source), or those of a folder
+with the four files of MNIST or Fashion-MNIST.
 
 Over five seeds and 50,000 steps (docs/results/figure1.json) the network with batch normalization
-gets 0.89 of the digits right after the first 500 steps, and the one without after 10,000; in the
-end it is 0.917 against 0.905 (over seeds 0.912 to 0.927, and 0.899 to 0.911).
+reaches an accuracy of 0.89 after the first 500 steps, and the one without after 10,000. At the end
+they have 0.917 and 0.905 (over seeds 0.912 to 0.927, and 0.899 to 0.911).
 
     python figure1.py                              # under a minute, writes figure1.png
     python figure1.py --steps 50000 --seeds 5      # the paper's length, five times
     python figure1.py --data ~/fashion-mnist
 
-With --results the figure is drawn from that file: seeds that it has are not run again.
+With --results the program draws the figure from that file and runs only seeds that it lacks.
 """
 
 # sphinx_gallery_thumbnail_path = "results/figure1.svg"
@@ -47,7 +47,7 @@ COLORS = {"with BN": "tab:blue", "without BN": "tab:orange"}
 
 
 def idx_digits(folder):
-    """Return what `perceptron.digits` does, from the IDX files of a folder, gzipped or not."""
+    """Return the digits like `perceptron.digits`, from IDX files in a folder, gzipped or not."""
     pairs = []
     for part in ("train", "t10k"):
         images = read_idx(folder, f"{part}-images-idx3-ubyte")
@@ -59,7 +59,7 @@ def idx_digits(folder):
 
 
 def read_idx(folder, name):
-    """Return the array of bytes in an IDX file: a header of type, rank and lengths, then values."""
+    """Return the bytes of an IDX file as an array; its header has type, rank and lengths."""
     for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if path.exists():
             with opened(path, "rb") as file:
@@ -74,16 +74,16 @@ def read_idx(folder, name):
 
 
 def percentiles(network, images):
-    """Return percentiles of a sigmoid's input: of the first one of the last hidden layer."""
+    """Return percentiles of the input of the last hidden layer's first sigmoid."""
     for layer in network.layers[:-3]:
         images = layer.forward(images)
     return np.percentile(images[:, 0], PERCENTILES)
 
 
 def train(data, steps, seed, rate):
-    """Train both networks on the same batches and test them a hundred times on the way.
+    """Train both networks on the same batches, and test them up to a hundred times.
 
-    Returns for each network a dict with lists: "accuracy" (k,), "percentiles" (k, 3), and
+    Returns a dict per network, with lists "accuracy" (k,) and "percentiles" (k, 3), and with
     "microseconds", the mean time of a step.
     """
     (images, labels), test = data
@@ -103,7 +103,7 @@ def train(data, steps, seed, rate):
             found[name]["microseconds"] += 1e6 * (time.perf_counter() - begin) / steps
         if step in tests:
             for name, network in networks.items():
-                # In this order: the accuracy's forward leaves the network in evaluation.
+                # `percentiles` relies on `accuracy`, which switches the network to evaluation.
                 found[name]["accuracy"].append(round(float(network.accuracy(*test)), 5))
                 found[name]["percentiles"].append(percentiles(network, test[0]).round(4).tolist())
     for result in found.values():
@@ -112,7 +112,7 @@ def train(data, steps, seed, rate):
 
 
 def tested_at(steps):
-    """Return up to a hundred steps, the last one among them."""
+    """Return up to a hundred steps to test after, including the last."""
     return np.unique(np.ceil(np.linspace(0, steps, 101)).astype(int))[1:].tolist()
 
 
@@ -122,7 +122,7 @@ def accuracies(found, name):
 
 
 def print_table(steps, found):
-    """Print test accuracy by step, its mean over the seeds, in twenty rows; and times."""
+    """Print the mean test accuracy over seeds in twenty rows, and times."""
     print(f"\n{'':>8}  test accuracy\n{'step':>8}", *(f"{name:>12}" for name in NETWORKS))
     means = [accuracies(found, name).mean(axis=0) for name in NETWORKS]
     for row in np.unique(np.ceil(np.linspace(0, len(steps), 21)).astype(int))[1:] - 1:

@@ -1,35 +1,34 @@
-"""Figures 2 and 3 of the batch normalization paper, at small scale: digits, not ImageNet.
+"""Repeat Figures 2 and 3 of the batch normalization paper, at small scale: digits, not ImageNet.
 
 S. Ioffe & C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-Covariate Shift" (2015), section 4.2, train Inception on ImageNet, and compare it with itself with
-batch normalization before every nonlinearity, at 1, 5 and 30 times its learning rate. Here a
-network of the same kind, towers of 1x1, 3x3, double 3x3 convolutions and pooling side by side, but
-of four modules and 41,000 weights, learns 4,000 handwritten digits (data/README.md says whose) in
-batches of 32. PyTorch computes the convolutions, nbnorm the normalisation.
+Covariate Shift" (2015), section 4.2, train Inception on ImageNet, without and with batch
+normalization before every nonlinearity, at 1, 5 and 30 times its learning rate. This program trains
+a network of the same kind, with parallel towers of 1x1, 3x3 and double 3x3 convolutions and
+pooling, but with four modules and 41,000 weights, on 4,000 handwritten digits (data/README.md names
+the source) in batches of 32. PyTorch computes the convolutions, nbnorm the normalisation.
 
 ==============  ===================================================================================
-Baseline        no batch normalization; at a rate of 0.05
+Baseline        no batch normalization, at a rate of 0.05
 Baseline-x5     the same at five times that rate, at which the paper's Inception diverged
 BN-Baseline     the baseline with batch normalization before every nonlinearity
-BN-x5, BN-x30   at 5 and 30 times the rate, and with the accompanying changes of section 4.2.1
+BN-x5, BN-x30   the same at 5 and 30 times the rate, with the changes of section 4.2.1
 BN-x5-Sigmoid   BN-x5 with sigmoids for ReLUs
 Sigmoid         the baseline with sigmoids; the paper's remained at chance
 ==============  ===================================================================================
 
-The accompanying changes, all modelled (--changes takes some of them): no dropout before the
-classifier; five times less L2; six times faster decay of the rate; no local response normalization;
-shuffling anew for every epoch, where the baseline meets the same batches again and again; less
-distortion of brightness and contrast.
+The changes (--changes selects some of them): no dropout before the classifier; five times less L2;
+six times faster decay of the rate; no local response normalization; new shuffling in every epoch
+(the baseline repeats the same batches); less distortion of brightness and contrast.
 
-What came of it with three seeds (docs/results/figure2.json) is in part as in the paper. To the
-baseline's best accuracy in 1,000 steps batch normalization alone takes less than half as many
-steps, and gets further; with five times the rate and the changes it takes less than a third;
-sigmoids learn with it, and without they do not. Unlike in the paper 30 times the rate is too much
-here, so that BN-x5 gets furthest, sigmoids get beyond the baseline, and the baseline at five times
-its rate does not diverge, but learns badly or not at all.
+With three seeds and 1,000 steps (docs/results/figure2.json) the results are in part as in the
+paper. Batch normalization alone needs less than half of the steps to the baseline's best accuracy,
+and reaches a higher one. With five times the rate and the changes it needs less than a third.
+Sigmoids learn only with batch normalization. Unlike in the paper, 30 times the rate is too high, so
+BN-x5 is best; sigmoids exceed the baseline; and the baseline at five times its rate does not
+diverge, but learns badly or not at all.
 
     python figure2.py                                   # writes figure2.png
-    python figure2.py --seeds 3 --results figure2.json  # goes on where it was stopped
+    python figure2.py --seeds 3 --results figure2.json  # runs only what is missing
     python figure2.py --networks Baseline --rate 0.02   # one network at another rate
 """
 
@@ -61,9 +60,9 @@ class Variant(NamedTuple):
     """One line of the table above."""
 
     batch_norm: bool
-    times: float = 1  # the base rate
+    times: float = 1  # multiplies the base rate
     sigmoid: bool = False
-    changed: bool = False  # makes the accompanying changes
+    changed: bool = False  # makes the changes of section 4.2.1
     color: str = "black"
 
 
@@ -79,7 +78,7 @@ VARIANTS = {
 
 
 def convolution(inside, outside, size, variant, *, stride=1, pool=()):
-    """Return a convolution, batch normalization where wanted, and the nonlinearity."""
+    """Return a convolution, batch normalization if `variant` has it, and the nonlinearity."""
     conv = nn.Conv2d(inside, outside, size, stride, size // 2, bias=not variant.batch_norm)
     nn.init.kaiming_normal_(conv.weight)
     norm = [BatchNorm2d(outside, relu=not variant.sigmoid)] if variant.batch_norm else []
@@ -88,12 +87,12 @@ def convolution(inside, outside, size, variant, *, stride=1, pool=()):
 
 
 class Inception(nn.Module):
-    """Towers of 1x1, 3x3, double 3x3 convolutions and pooling, side by side."""
+    """Parallel towers of 1x1, 3x3 and double 3x3 convolutions, and of pooling."""
 
     def __init__(self, inside, outside, variant):
         super().__init__()
         narrow = outside // 4
-        # Pooling commutes with the 1x1 convolution after it, and costs less on fewer channels.
+        # Pooling commutes with the 1x1 convolution, and takes less time on fewer channels.
         pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
         pooled = convolution(inside, narrow, 1, variant, pool=[pool])
         towers = [[convolution(inside, narrow, 1, variant)] for _ in range(3)] + [[pooled]]
@@ -102,12 +101,12 @@ class Inception(nn.Module):
         self.towers = nn.ModuleList(nn.Sequential(*tower) for tower in towers)
 
     def forward(self, x):
-        """Return what the towers make of x, their channels one after the other."""
+        """Return the outputs of all towers, concatenated along the channels."""
         return torch.cat([tower(x) for tower in self.towers], dim=1)
 
 
 def network(variant, habits):
-    """Return the network, 28x28 pixels to ten scores."""
+    """Return the network, from 28x28 pixels to ten scores."""
     return nn.Sequential(
         convolution(1, 16, 3, variant, stride=2),
         nn.LocalResponseNorm(5) if "lrn" in habits else nn.Identity(),
@@ -131,7 +130,7 @@ def digits():
 
 
 def batches(images, labels, habits, rng):
-    """Yield batches for ever; the same ones in every epoch, where that is the habit."""
+    """Yield batches endlessly; the same in every epoch if "shuffling" is in `habits`."""
     order = torch.randperm(len(images), generator=rng)
     strength = 0.4 if "distortion" in habits else 0.1
     while True:
@@ -144,10 +143,10 @@ def batches(images, labels, habits, rng):
 
 
 def train(variant, data, seed, rate, steps, changes, progress):
-    """Train a network and test it on the way.
+    """Train a network, and test it after every fortieth of the steps.
 
-    Returns a dict: "accuracy", after every fortieth of the steps, and "diverged", the step whose
-    loss was no number any more, or None.
+    Returns a dict with "accuracy", a list, and "diverged", the first step with a loss that is not
+    finite, or None.
     """
     habits = set(CHANGES) - set(changes) if variant.changed else set(CHANGES)
     images, labels = data
@@ -159,7 +158,7 @@ def train(variant, data, seed, rate, steps, changes, progress):
         momentum=0.9,
         weight_decay=1e-4 if "l2" in habits else 2e-5,
     )
-    # By the end the rate has been halved once, or six times.
+    # The rate is halved once or six times in all.
     halved = (1 if "decay" in habits else 6) / steps
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5**halved)
     rng = torch.Generator().manual_seed(seed)
@@ -168,7 +167,7 @@ def train(variant, data, seed, rate, steps, changes, progress):
         loss = functional.cross_entropy(model(x), expected)
         if not loss.isfinite():
             diverged = step
-            accuracy += [0.1] * (TESTS - len(accuracy))  # one in ten, whatever it answers
+            accuracy += [0.1] * (TESTS - len(accuracy))  # one in ten by chance
             progress.update(steps - step + 1)
             break
         optimizer.zero_grad()
@@ -189,14 +188,15 @@ def train(variant, data, seed, rate, steps, changes, progress):
 
 
 def tested_at(steps):
-    """Return the steps after which a network is tested, forty of them, the last one among them."""
+    """Return the forty steps after which a network is tested; the last step is one of them."""
     return (np.arange(1, TESTS + 1) * steps // TESTS).tolist()
 
 
 def table(steps, found):
-    """Return lines of Figure 3: of the mean over seeds, steps to the baseline's best, and the best.
+    """Return the lines of Figure 3: steps to the baseline's best accuracy, and best accuracy.
 
-    With several seeds the last column has each seed's own best accuracy, least and greatest.
+    Both are those of the mean over seeds. With several seeds a last column has the range of the
+    seeds' own best accuracies.
     """
     means = {name: np.mean([run["accuracy"] for run in of], axis=0) for name, of in found.items()}
     reference = "Baseline" if "Baseline" in means else next(iter(means))
@@ -218,8 +218,8 @@ def table(steps, found):
 
 
 def draw(steps, found, output):
-    """Write the figure: test accuracy by step, mean and range over seeds, twice."""
-    # The same results give the same file: no date, and names of elements that are not random.
+    """Write the figure: test accuracy by step, mean and range over seeds, whole and enlarged."""
+    # Equal results must give equal files: no date, and no random names of elements.
     style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
         figure = Figure(figsize=(12, 4.8), layout="constrained")
@@ -253,13 +253,13 @@ def options():
     parser.add_argument(
         "--rate", type=float, default=0.05, help="the baseline's, default %(default)s"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how many, default %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, default %(default)s")
     parser.add_argument("--networks", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(
         "--changes", nargs="*", default=CHANGES, choices=CHANGES,
-        help="what BN-x5, BN-x30 and BN-x5-Sigmoid change; default: all of it",
+        help="the changes of BN-x5, BN-x30 and BN-x5-Sigmoid; default: all",
     )  # fmt: skip
-    parser.add_argument("--results", type=Path, help="JSON to keep finished runs in")
+    parser.add_argument("--results", type=Path, help="JSON file of finished runs")
     parser.add_argument(
         "--output", type=Path, default=Path("figure2.png"), help="default %(default)s"
     )
@@ -272,7 +272,7 @@ def options():
 
 
 def main():
-    """Train what has not been trained, print the table, write the figure."""
+    """Train what is missing, print the table, write the figure."""
     parser, arguments = options()
     steps, rate, changes = arguments.steps, arguments.rate, arguments.changes
     settings = {"steps": steps, "rate": rate, "changes": list(changes)}

@@ -1,9 +1,9 @@
-"""A multilayer perceptron in mygrad, with nbnorm's batch normalization and without.
+"""Train a multilayer perceptron in mygrad, with nbnorm's batch normalization and without.
 
 Three hidden layers of 100 ReLUs and a softmax over ten classes learn handwritten digits
-(data/README.md says whose) by gradient descent. Both networks start from the same small weights and
-see the same batches. Batch normalization with its scale, its shift and ReLU is one operation;
-mygrad's own has no running statistics to test a network with.
+(data/README.md names the source) by gradient descent. Both networks start from the same small
+weights and see the same batches. Batch normalization with scale, shift and ReLU is one operation.
+mygrad's own has no running statistics, which testing a network requires.
 
     python mygrad_mlp.py               # some seconds
     python mygrad_mlp.py --steps 5000
@@ -15,7 +15,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-# Before NumPy is loaded: threads gain nothing on products this small.
+# Before NumPy is imported: threads do not speed up products this small.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mygrad as mg
@@ -32,7 +32,7 @@ BATCH = 60
 
 
 class Layer:
-    """y = x W + shift, or with batch normalization y = BN(x W), and where asked ReLU of it.
+    """y = x W + shift, or y = BN(x W) with batch normalization, followed by ReLU if `active`.
 
     Parameters
     ----------
@@ -41,15 +41,15 @@ class Layer:
     inside, outside : int
         Width of x and of y.
     normalised : bool
-        Whether there is batch normalization.
+        Whether the layer has batch normalization.
     active : bool
-        Whether there is ReLU.
+        Whether the layer has a ReLU.
 
     Attributes
     ----------
     parameters : list of mygrad.Tensor
-        What is trained: weight (inside, outside), shift (outside,), with batch normalization also
-        scale (outside,).
+        The trained tensors: weight (inside, outside), shift (outside,), and scale (outside,) with
+        batch normalization.
     """
 
     def __init__(self, rng, inside, outside, *, normalised, active):
@@ -94,7 +94,7 @@ def digits():
 
 
 def network(rng, normalised):
-    """Return the layers of a network; the last one has neither batch normalization nor ReLU."""
+    """Return the layers of a network; the last has neither batch normalization nor ReLU."""
     *hidden, last = pairwise(SIZES)
     return [
         *(Layer(rng, *widths, normalised=normalised, active=True) for widths in hidden),
@@ -110,7 +110,7 @@ def scores(layers, x, training):
 
 
 def train(layers, images, labels, steps, rate):
-    """Train by gradient descent, in place; return the loss of every step."""
+    """Train in place by gradient descent; return the loss of every step."""
     parameters = [parameter for layer in layers for parameter in layer.parameters]
     rng = np.random.default_rng(1)
     losses = []
@@ -125,7 +125,7 @@ def train(layers, images, labels, steps, rate):
 
 
 def main():
-    """Train both networks, print what comes of it."""
+    """Train both networks and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
     parser.add_argument(

@@ -1,12 +1,12 @@
-"""An ONNX model of convolutions, batch normalizations and ReLUs that reads digits.
+"""Read digits with an ONNX model of convolutions, batch normalizations and ReLUs.
 
-The filters are random; the batch norms' statistics and the last layer are all that is learnt, each
-in a single pass: with ``training_mode`` and a momentum of 0 the model hands out the statistics of
-the digits it is run on (data/README.md says whose) beside their features, from which ridge
-regression finds the last layer in closed form. Nineteen of twenty new digits are read right.
+The filters are random. The model learns only the statistics of its batch norms and the last layer,
+each in a single pass: with ``training_mode`` and a momentum of 0 it returns the statistics of its
+input digits (data/README.md names the source) and their features, from which ridge regression
+computes the last layer in closed form. The model reads 19 of 20 new digits correctly.
 
-ONNX's reference evaluator runs it all, with its own operators and with nbnorm's for
-`BatchNormalization`; what it costs and what comes out are printed side by side.
+ONNX's reference evaluator runs the model, once with its own `BatchNormalization` and once with
+nbnorm's. The program prints times and accuracies of both.
 
     python onnx_model.py                 # ten seconds
     python onnx_model.py --train 500     # some seconds
@@ -30,7 +30,7 @@ RIDGE = 100.0
 
 
 def parameters(rng):
-    """Random filters, and batch norms that have seen nothing."""
+    """Return random filters and initial batch norms."""
     first, second = FILTERS
     filters = rng.standard_normal((first, 1, 5, 5))
     arrays = {
@@ -41,12 +41,12 @@ def parameters(rng):
         arrays |= {f"{name}{i}": np.zeros(width) for name in ("shift", "mean")}
         arrays |= {f"{name}{i}": np.ones(width) for name in ("scale", "var")}
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    # 10 x 10 values of a filter's output become the means of 5 x 5 squares.
+    # The 10 x 10 outputs of a filter become the means of four squares of 5 x 5.
     return arrays | {"squares": np.array([0, 0, 5, 2, 5, 2]), "inside": np.array([3, 5])}
 
 
 def network(arrays, *, training):
-    """The model: features and statistics of all the images in training, scores otherwise."""
+    """Return the model: features and statistics of all images in training, scores otherwise."""
     nodes = []
     for i, (image, stride) in enumerate((("images", 2), ("relu1", 1)), 1):
         moved = [f"new_mean{i}", f"new_var{i}"] if training else []
@@ -59,7 +59,7 @@ def network(arrays, *, training):
                 [f"conv{i}", f"scale{i}", f"shift{i}", f"mean{i}", f"var{i}"],
                 [f"norm{i}", *moved],
                 training_mode=int(training),
-                momentum=0.0,  # of the old statistics: the new ones alone
+                momentum=0.0,  # of the old statistics
             ),
             helper.make_node("Relu", [f"norm{i}"], [f"relu{i}"]),
         ]
@@ -88,7 +88,7 @@ def network(arrays, *, training):
 
 
 def ridge(features, labels):
-    """The weights and bias that come nearest to a score of 1 for a digit and -1 for the others."""
+    """Return weights and bias that best give a score of 1 to a digit and -1 to the others."""
     mean = features.mean(axis=0, dtype=np.float64)
     centred = features - mean
     targets = 2.0 * np.eye(10)[labels] - 1
@@ -106,7 +106,7 @@ def timed(evaluator, images):
 
 
 def main():
-    """Learn and read with both evaluators, print what comes of it."""
+    """Learn and read with both evaluators, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--train", type=int, default=4000, help="digits, default %(default)s")
     arguments = parser.parse_args()
@@ -121,7 +121,7 @@ def main():
     print("BatchNormalization    statistics     reading    read right")
     for name, new_ops in (("ONNX's own", []), ("nbnorm's", [BatchNormalization])):
         trainer = ReferenceEvaluator(network(start, training=True), new_ops=new_ops)
-        trainer.run(None, {"images": images[:2]})  # the first call of a kind compiles kernels
+        trainer.run(None, {"images": images[:2]})  # the first call compiles kernels
         (features, *statistics), learning = timed(trainer, images[learnt])
         arrays = start | dict(zip(STATISTICS, statistics, strict=True))
         arrays |= ridge(features, labels[learnt])

@@ -1,15 +1,15 @@
-"""What the examples train: a multilayer perceptron in NumPy and nbnorm, on digits in data/.
+"""A multilayer perceptron in NumPy and nbnorm, which the examples train on the digits in data/.
 
-A layer has `forward`, which keeps what `backward` needs, `backward`, which takes the gradient of
-its output to that of its input, and `parameters` and `grads` by name, as `nbnorm.BatchNorm` has.
+Like `nbnorm.BatchNorm`, a layer has `forward`, which saves what `backward` needs, `backward`, which
+maps the gradient of its output to that of its input, and `parameters` and `grads` by name.
 """
 
 import os
 from itertools import pairwise
 from pathlib import Path
 
-# Before NumPy is loaded: threads gain nothing on products this small, and cost a lot where other
-# programs run.
+# Before NumPy is imported: threads do not speed up products this small, and slow them down a lot if
+# other programs run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -39,7 +39,7 @@ class Linear:
 
 
 class Bias:
-    """y = x + b, where there is no BatchNorm: that has its own shift, beta (section 3.2)."""
+    """y = x + b, only without BatchNorm, which has its own shift, beta (section 3.2)."""
 
     def __init__(self, num_features, dtype):
         self.parameters = {"bias": np.zeros(num_features, dtype)}
@@ -86,7 +86,7 @@ class ReLU:
 
 
 class Network:
-    """Linear layers with nonlinearities between them, and where asked batch normalization.
+    """Linear layers with nonlinearities between them, and optional batch normalization.
 
     Parameters
     ----------
@@ -99,9 +99,9 @@ class Network:
     activation : type, default Sigmoid
         The nonlinearity: Sigmoid or ReLU.
     spread : float or None, default 0.05
-        Standard deviation of the weights. None: sqrt(2 / inputs) of the layer, as He et al. (2015).
+        Standard deviation of the weights. None means sqrt(2 / inputs), as in He et al. (2015).
     dtype : floating dtype, default float32
-        Of all parameters.
+        Dtype of all parameters.
     """
 
     def __init__(
@@ -134,25 +134,25 @@ class Network:
         return x
 
     def backpropagate(self, x, labels):
-        """Leave the gradients of the loss in the layers and return the loss."""
+        """Store the gradients of the loss in the layers, and return the loss."""
         loss, dx = cross_entropy(self.forward(x, training=True), labels)
         for layer in reversed(self.layers):
             dx = layer.backward(dx)
         return loss
 
     def descend(self, rate):
-        """Take one step down the gradients."""
+        """Take one step of gradient descent."""
         for layer in self.layers:
             for name, parameter in layer.parameters.items():
                 parameter -= rate * layer.grads[name]
 
     def accuracy(self, x, labels):
-        """Return the share of labels that the network gets right, under running statistics."""
+        """Return the share of correct answers, with running statistics."""
         return np.mean(self.forward(x).argmax(axis=1) == labels)
 
 
 def cross_entropy(scores, labels):
-    """Return the softmax cross-entropy of a batch, its mean, and the gradient of the scores."""
+    """Return the mean softmax cross-entropy of a batch, and its gradient by the scores."""
     rows = np.arange(len(labels))
     scores = scores - scores.max(axis=1, keepdims=True)
     log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
@@ -162,7 +162,7 @@ def cross_entropy(scores, labels):
 
 
 def digits():
-    """Return (images, labels) to train and to test; an image is a row of 784 values in [0, 1]."""
+    """Return (images, labels) to train and to test; images are rows of 784 values in [0, 1]."""
     with np.load(DIGITS) as file:
         images = file["images"].reshape(-1, 784).astype(np.float32) / 255
         labels = file["labels"]

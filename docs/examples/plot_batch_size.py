@@ -2,10 +2,10 @@
 Small batches
 =============
 
-A batch of two tells little about the population: its mean and variance are noise, in training as a
-disturbance of every step, and in the running statistics that inference uses. Batch sizes from 2 to
-256, for a network of three hidden layers of 100 ReLUs that learns handwritten digits, with batch
-normalization and without.
+The mean and variance of a small batch are noisy estimates of those of the population. The noise
+disturbs every training step and the running statistics that inference uses. This example trains a
+network of three hidden layers of 100 ReLUs on handwritten digits, with batch sizes from 2 to 256,
+with and without batch normalization.
 """
 
 from perceptron import Network, ReLU, digits  # sets NumPy's threads
@@ -15,11 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 BATCHES = 2 ** np.arange(1, 9)
-IMAGES, RATE, SEEDS = 8000, 0.002, 2  # RATE: for each image of a batch
+IMAGES, RATE, SEEDS = 8000, 0.002, 2  # RATE: per image of a batch
 
 # %%
-# Every network sees 8,000 images, two epochs, whatever the batch size; the learning rate is
-# proportional to that, so that a small batch takes more and smaller steps, as is usual.
+# Every network sees 8,000 images, which is two epochs. The learning rate is proportional to the
+# batch size, as is usual: small batches take more and smaller steps.
 
 (images, labels), test = digits()
 
@@ -42,9 +42,10 @@ errors = {
 }
 
 # %%
-# From 16 on batch normalization is ahead. At 4 it is behind, and at 2 it fails: of two values
-# nothing is left but which is the greater, :math:`\hat x = \pm 1`. Without batch normalization
-# small batches do no harm, and at 256 the learning rate, 0.5, is too much.
+# From batches of 16 on, the network with batch normalization has the smaller error. At 4 it has the
+# larger one, and at 2 it fails: only the sign is left of two normalised values,
+# :math:`\hat x = \pm 1`. Without batch normalization small batches do no harm, but at 256 the
+# learning rate, 0.5, is too high.
 
 figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
 for (name, of), color in zip(errors.items(), ("tab:blue", "tab:orange"), strict=True):

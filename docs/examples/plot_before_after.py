@@ -2,10 +2,10 @@
 Before the nonlinearity or after it?
 ====================================
 
-Ioffe & Szegedy (2015, section 3.2) normalise Wu, right before the nonlinearity: it is "more likely
-to have a symmetric, non-sparse distribution". Here before, after and not at all, in a network of
-three hidden layers of 100 units that learns handwritten digits, with sigmoids and with ReLUs, at a
-small learning rate and at a large one.
+Ioffe & Szegedy (2015, section 3.2) normalise Wu, the input of the nonlinearity, because it is "more
+likely to have a symmetric, non-sparse distribution". This example normalises before, after, and not
+at all, in networks of three hidden layers of 100 sigmoids or ReLUs that learn handwritten digits at
+a small and at a large learning rate.
 """
 
 from perceptron import Network, ReLU, Sigmoid, digits  # sets NumPy's threads
@@ -20,13 +20,13 @@ RATES = (0.05, 0.5)
 STEPS, BATCH, SEEDS, TEST_EVERY = 400, 60, 3, 40
 
 # %%
-# All start from the weights of He et al. (2015), and see the same batches.
+# All networks start from the same weights, drawn as in He et al. (2015), and see the same batches.
 
 (images, labels), test = digits()
 
 
 def train(place, activation, rate, seed):
-    """Return the accuracies on the test digits on the way."""
+    """Train a network; return its test accuracy after every `TEST_EVERY` steps."""
     rng = np.random.default_rng(seed)
     sizes = (784, 100, 100, 100, 10)
     network = Network(sizes, rng, batch_norm=place, activation=activation, spread=None)
@@ -50,9 +50,10 @@ accuracy = {
 }
 
 # %%
-# Either place is far better than none with sigmoids, and steadier with ReLUs at the large rate.
-# Between the two the nonlinearity decides: with sigmoids, after is ahead throughout (at the large
-# rate by three points of a hundred in the end); with ReLUs the seeds of the two overlap.
+# Compare the colours in each panel. With sigmoids, batch normalization in either place is far
+# better than none; with ReLUs at the large rate it makes training steadier. Which place is better
+# depends on the nonlinearity. With sigmoids, "after" is ahead throughout (at the large rate by
+# three percentage points in the end). With ReLUs the ranges of the two overlap.
 
 figure, panels = plt.subplots(
     2, 2, figsize=(9, 6.4), sharex=True, sharey=True, layout="constrained"

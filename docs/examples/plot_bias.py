@@ -1,14 +1,14 @@
 r"""
-A bias that grows for ever
-==========================
+A bias that grows without bound
+===============================
 
-Why the gradient has to go through the statistics: section 2 of Ioffe & Szegedy (2015) takes a layer
-that adds a learned bias b to its input u and subtracts the mean,
+This example shows why gradients must pass through the statistics. Section 2 of Ioffe & Szegedy
+(2015) considers a layer that adds a learned bias b to its input u and subtracts the mean,
 
 .. math:: \hat x = u + b - \mathrm E[u + b].
 
-b has no effect on :math:`\hat x`. A gradient step that takes the mean for a constant changes b
-all the same, and as the loss stays what it was, it does so again, and again.
+b has no effect on :math:`\hat x`. If a gradient step treats the mean as a constant, it changes b
+nevertheless. The loss stays the same, so the next step changes b again.
 """
 
 import matplotlib.pyplot as plt
@@ -18,17 +18,16 @@ import nbnorm
 
 rng = np.random.default_rng(0)
 u = rng.standard_normal((64, 1))
-target = u + 0.5  # cannot be reached: the normalised output has the mean 0
+target = u + 0.5  # out of reach, as the normalised output has mean 0
 STEPS, RATE = 1000, 0.1
 
 # %%
-# The layer normalises, and gamma and beta are left out. ``training=False`` in the backward pass
-# means that mean and rstd count as constants; it is there for frozen statistics, where this is
-# true. Here it is not.
+# The layer normalises without gamma and beta. ``training=False`` makes the backward pass treat mean
+# and rstd as constants. This is right for frozen statistics, and wrong here.
 
 
 def learn_bias(differentiate_statistics):
-    """Return b and the loss after every step."""
+    """Return b after every step, and the loss before it."""
     b, biases, losses = 0.0, [], []
     for _ in range(STEPS):
         x = u + b
@@ -47,9 +46,9 @@ constant_bias, constant_loss = learn_bias(differentiate_statistics=False)
 true_bias, true_loss = learn_bias(differentiate_statistics=True)
 
 # %%
-# With the statistics as constants b grows by the same amount in every step, and the loss stays
-# where it is. With the whole gradient b stays at 0, but for rounding: :math:`\sum_i dx_i = 0`. A
-# bias before batch normalization is of no use, and beta takes its place.
+# With constant statistics b grows by the same amount in every step (left), and the loss does not
+# change (right). With the whole gradient b stays at 0 except for rounding, since
+# :math:`\sum_i dx_i = 0`. A bias before batch normalization has no use; beta replaces it.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for panel, title, constant, true in (

@@ -2,13 +2,13 @@
 What batch normalization does to a batch
 ========================================
 
-Four channels of very different means and spreads go in; each comes out with mean beta and standard
-deviation gamma.
+The input has four channels with very different means and spreads. In the output each channel has
+mean beta and standard deviation gamma.
 """
 
 # %%
-# A batch of 256 samples. The channels' means are 0, 5, -3 and 12, their standard deviations 1, 0.5,
-# 4 and 2.
+# Make a batch of 256 samples. Its channels have the means 0, 5, -3 and 12 and the standard
+# deviations 1, 0.5, 4 and 2.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,8 +19,8 @@ rng = np.random.default_rng(0)
 x = rng.normal(loc=(0, 5, -3, 12), scale=(1, 0.5, 4, 2), size=(256, 4)).astype(np.float32)
 
 # %%
-# Forward returns the result, and the mean and 1 / (standard deviation) of every channel, which
-# backward needs. Two channels are scaled and shifted afterwards.
+# `batch_norm_forward` returns the result, and the mean and 1 / (standard deviation) of each
+# channel, which the backward pass needs. gamma scales the last channel, and beta shifts the third.
 
 gamma = np.array([1, 1, 1, 2], np.float32)
 beta = np.array([0, 0, 3, 0], np.float32)
@@ -29,7 +29,7 @@ print("mean", mean.round(2))
 print("std ", (1 / rstd).round(2))
 
 # %%
-# Before and after, one colour a channel.
+# The histograms show the values before and after, in one colour per channel.
 
 figure, panels = plt.subplots(2, 1, figsize=(7, 4.5), layout="constrained")
 for panel, values, title in zip(panels, (x, y), ("x", "y"), strict=True):
@@ -42,9 +42,9 @@ for panel, values, title in zip(panels, (x, y), ("x", "y"), strict=True):
 panels[0].legend(frameon=False)
 
 # %%
-# Adding the same number to all values of a channel, or multiplying them by the same, changes no
-# more than eps and rounding do: the statistics take it out again. That is why a layer before batch
-# normalization needs no bias.
+# If all values of a channel are shifted and scaled alike, the result changes only by the effects of
+# eps and rounding, since the statistics shift and scale too. A layer before batch normalization
+# therefore needs no bias.
 
 moved, *_ = nbnorm.batch_norm_forward(3 * x + 7, gamma, beta)
 print("greatest difference", abs(moved - y).max())

@@ -2,13 +2,13 @@
 Which statistics at inference?
 ==============================
 
-In training a batch is normalised by its own mean and variance; at inference there may be no batch,
-and population statistics take their place. Four ways, for a network that learns handwritten digits:
+Training normalises a batch by its own mean and variance. Inference may have no batch, and uses
+statistics of the population instead. Compare four kinds, for a network that learns digits:
 
-- a moving average over training's batches (``running_mean``, ``running_var``), by momentum;
+- a moving average over the training batches (``running_mean``, ``running_var``), by momentum;
 - the plain average over all batches so far (``momentum=None``);
-- exact statistics of all training digits under the weights of the moment, by `Moments.merge`;
-- those of the batch that is asked about, as in training.
+- exact statistics of all training digits under the current weights, by `Moments.merge`;
+- the statistics of the test batch itself, as in training.
 """
 
 from perceptron import Network, cross_entropy, digits  # sets NumPy's threads
@@ -31,12 +31,12 @@ averages = {
 }
 
 # %%
-# While the network learns, the moments of what arrives at a batch normalization move its averages
-# of all momenta; None is the plain average, with a weight of 1 / number of batches.
+# In every training step, the moments of each batch normalization's input update its averages for
+# all momenta. None is the plain average: the new batch has the weight 1 / number of batches.
 
 
 def forward(x, training=False):
-    """Return the scores, and what arrived at every batch normalization."""
+    """Return the scores, and the input of every batch normalization."""
     arrived = []
     for layer in network.layers:
         if isinstance(layer, BatchNorm):
@@ -62,7 +62,7 @@ def learn(step):
 
 
 # %%
-# Exact statistics are taken layer by layer, as each sees what the one before makes of its own.
+# Exact statistics are computed layer by layer, since the input of each depends on those before it.
 
 
 def set_exact_statistics():
@@ -73,18 +73,18 @@ def set_exact_statistics():
 
 
 def accuracy():
-    """Return the test accuracy with the statistics that are set."""
+    """Return the test accuracy with the current statistics."""
     return np.mean(forward(test_images)[0].argmax(axis=1) == test_labels)
 
 
 def accuracy_of_batches(order):
-    """Return the test accuracy, digits in this order and in batches that normalise themselves."""
+    """Return the test accuracy with statistics of each batch, of digits in this order."""
     scores = [forward(test_images[part], training=True)[0] for part in np.split(order, 20)]
     return np.mean(np.concatenate(scores).argmax(axis=1) == test_labels[order])
 
 
 def ask():
-    """Return accuracies: of moving averages, by momentum, and of the others by name."""
+    """Return accuracies: a list for the momenta, and a dict for the other statistics."""
     others = {
         "of the batch, 50 digits": accuracy_of_batches(np.arange(len(test_labels))),
         "of the batch, sorted digits": accuracy_of_batches(np.argsort(test_labels, kind="stable")),
@@ -107,12 +107,12 @@ for step in range(1, max(ASKED_AT) + 1):
         answers[step] = ask()
 
 # %%
-# With its digits in random order the batch itself serves almost as well as exact statistics. With
-# the zeros first, then the ones, and so on, it fails: an answer depends on who else is asked about.
-# A moving average is good as soon as it has forgotten where it started, at a mean of 0 and a
-# variance of 1, which takes a few times 1 / momentum steps. From then on it lies within three
-# points of a hundred of the exact statistics after 50 steps, and within one after 1,000. Even
-# momentum 1, which is the last batch alone, does here.
+# If the digits come in random order, the statistics of the batch are almost as good as the exact
+# ones. If they are sorted, first the zeros, then the ones, and so on, these statistics fail: an
+# answer depends on the other digits of the batch. A moving average starts at a mean of 0 and a
+# variance of 1, and needs a few times 1 / momentum steps to forget them. Its accuracy is then
+# within three percentage points of that of the exact statistics after 50 steps, and within one
+# after 1,000. Even momentum 1, which keeps only the last batch, is good enough here.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for panel, (step, (by_momentum, others)) in zip(panels, answers.items(), strict=True):

@@ -1,19 +1,19 @@
 """
-Accuracy where the mean is large
-================================
+Accuracy for large means
+========================
 
-How many digits are left of y when x lies far from 0, in standard deviations? Usual implementations
-subtract a float32 mean, or take the variance as :math:`E[x^2] - E[x]^2`, and lose a digit with
-every factor of ten. nbnorm sums around a shift, merges in float64, and subtracts the mean in two
-parts; docs/math.md derives the forms.
+This example measures how accurate y is if the mean of x is large compared with its standard
+deviation. Usual implementations subtract a float32 mean, or compute the variance as
+:math:`E[x^2] - E[x]^2`, and lose a digit or more with every factor of ten. nbnorm sums around a
+shift, merges in float64, and subtracts the mean in two parts; docs/math.md derives the formulas.
 
-Measured are nbnorm, the NumPy recipe of course notes, and those of PyTorch, JAX and onnxruntime
-that are installed, as ``python benchmarks/compare.py`` times them. onnxruntime has inference only.
+The peers are those of ``python benchmarks/compare.py``: NumPy as in course notes, and PyTorch, JAX
+and onnxruntime if they are installed. onnxruntime has inference only.
 """
 
 import matplotlib.pyplot as plt
 import numpy as np
-import runs  # noqa: F401 - makes benchmarks known
+import runs  # noqa: F401 - makes `benchmarks` importable
 
 # isort: split
 from benchmarks.checking import as_array
@@ -30,12 +30,12 @@ NAMES = {
 COLORS = {name: f"C{i}" for i, name in enumerate((*NAMES["forward"], "onnxruntime"))}
 
 # %%
-# x is N(0, 1) plus an offset, float32. The oracle computes in float64 from the same x. Inference
-# gets the offset as the running mean, and the running variance 1.
+# x is N(0, 1) plus an offset, in float32. The reference implementation computes in float64 from the
+# same x. Inference uses the offset as running mean and 1 as running variance.
 
 
 def error(name, op, offset):
-    """Return the greatest distance of a peer's y from the oracle's."""
+    """Return the greatest error of a peer's y."""
     peer = PEERS[name]
     batch = Batch(SHAPE, last=peer.last)
     batch.x += np.float32(offset)
@@ -59,11 +59,11 @@ errors = {
 }
 
 # %%
-# nbnorm stays at float32's rounding of y. In training the others lose about a digit with every
-# factor of ten, and JAX two, as it takes the variance as Flax does, :math:`E[x^2] - E[x]^2`: in the
-# end that is negative, y is NaN, and the line has a gap. In inference whoever subtracts the mean
-# first (nbnorm, NumPy, JAX) keeps all digits, and whoever computes scale x + shift (PyTorch,
-# onnxruntime) does not. y is of size 4: an error of 1 is the end.
+# The error of nbnorm stays at float32's rounding of y. In training the others lose about a digit
+# with every factor of ten. JAX loses two, because it computes the variance as in Flax,
+# :math:`E[x^2] - E[x]^2`; where that becomes negative, y is NaN and the line has a gap. In
+# inference libraries that subtract the mean first (nbnorm, NumPy, JAX) keep all digits, and those
+# that compute scale x + shift (PyTorch, onnxruntime) do not. An error of 1 leaves no digit of y.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for panel, (op, lines) in zip(panels, errors.items(), strict=True):

@@ -2,8 +2,8 @@ r"""
 Scale of the weights
 ====================
 
-Batch normalization does not see the scale of the weights before it (Ioffe & Szegedy 2015, section
-3.3): for a > 0
+Batch normalization removes the scale of the weights before it (Ioffe & Szegedy 2015, section 3.3):
+for a > 0
 
 .. math::
 
@@ -11,8 +11,8 @@ Batch normalization does not see the scale of the weights before it (Ioffe & Sze
     \frac{\partial\ell}{\partial (aW)} = \frac1a \frac{\partial\ell}{\partial W}, \qquad
     \frac{\partial\ell}{\partial u} \text{ the same.}
 
-Larger weights get smaller gradients, which is why a larger learning rate does not blow up. It
-holds for eps = 0. How far is it true with the usual 1e-5?
+Larger weights get smaller gradients, so training stays stable at larger learning rates. The
+equations hold for eps = 0. This example measures how far they hold for the usual 1e-5.
 """
 
 import matplotlib.pyplot as plt
@@ -27,8 +27,8 @@ dy = rng.standard_normal((256, 50)).astype(np.float32)
 scales = np.logspace(-3, 3, 24)
 
 # %%
-# One linear layer, forward and backward, with its weights times a. In exact arithmetic and with
-# eps = 0 none of the three results would depend on a.
+# Run one linear layer forward and backward, with its weights multiplied by a. In exact arithmetic
+# and with eps = 0 none of the three results depends on a.
 
 
 def results(a, eps):
@@ -57,10 +57,9 @@ def deviation(eps):
 deviations = {eps: deviation(eps) for eps in (0.0, 1e-5)}
 
 # %%
-# With eps = 0 what is left is float32's rounding, some 1e-7, at every scale. With eps = 1e-5 the
-# outputs have a variance of :math:`a^2`, which at a = 1e-3 is below eps: the layer then normalises
-# no longer, its outputs are too small, and so are the gradients. Towards large a eps loses its
-# effect.
+# With eps = 0 (left) only float32's rounding remains, some 1e-7 at every scale. With eps = 1e-5
+# (right) small weights deviate: x has a variance of about :math:`a^2`, which at a = 1e-3 is below
+# eps, so the outputs and the gradients are too small. Towards large a the effect of eps vanishes.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
 for panel, (eps, lines) in zip(panels, deviations.items(), strict=True):

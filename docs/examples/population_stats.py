@@ -1,12 +1,12 @@
-"""Mean and variance of a data set larger than the memory of the program that wants them.
+"""Compute mean and variance of a data set larger than the program's memory.
 
-Writes pictures (three colours, float32) into a temporary file and takes the statistics of each
-colour through a memory map. Before that, when all is imported and compiled, the program limits
-itself to 64 MiB more memory than it has then; NumPy can neither load the file within that nor take
-the variance of a map of it. The pixels are whole numbers, counted as they are written, so the truth
-is known exactly. At the end a BatchNorm layer has the statistics, to normalise pictures with.
+The program writes pictures (three colours, float32) into a temporary file and computes the
+statistics of each colour through a memory map. After importing and compiling, it limits itself to
+64 MiB of additional memory; within that NumPy can neither load the file nor compute the variance of
+a map of it. The pixels are integers and counted as they are written, so the exact statistics are
+known. At the end a BatchNorm layer gets the statistics, to normalise pictures.
 
-Linux only, as no other system limits the memory that is not a file's (RLIMIT_DATA).
+Linux only: other systems cannot limit memory without counting mapped files (RLIMIT_DATA).
 
     python population_stats.py              # under 20 seconds, 1 GiB of disk
     python population_stats.py --gib 20
@@ -32,7 +32,7 @@ ROOM = 64 << 20
 
 
 def write(path, number):
-    """Write pictures; return how often each value occurs in each colour, shape (3, 256)."""
+    """Write pictures; return the counts of each value in each colour, shape (3, 256)."""
     shape = (number, len(COLOURS), SIDE, SIDE)
     pictures = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     rng = np.random.default_rng(0)
@@ -48,13 +48,13 @@ def write(path, number):
 
 
 def exactly(count):
-    """Return mean and variance as fractions, from how often each value occurs."""
+    """Return mean and variance as fractions, from the counts of each value."""
     n, total, squares = (sum(int(k) * v**p for v, k in enumerate(count)) for p in range(3))
     return Fraction(total, n), Fraction(squares, n) - Fraction(total, n) ** 2
 
 
 def limit_memory():
-    """Leave this process ROOM more memory than it has now, files that are mapped not counted."""
+    """Limit this process to ROOM more memory than it has now, mapped files not counted."""
     status = Path("/proc/self/status").read_text()
     has = 1024 * int(re.search(r"VmData:\s+(\d+) kB", status)[1])
     resource.setrlimit(resource.RLIMIT_DATA, (has + ROOM, has + ROOM))
@@ -62,7 +62,7 @@ def limit_memory():
 
 
 def attempt(name, function):
-    """Call what has no place within the limit, and say what came of it."""
+    """Call a function that should exceed the limit, and print whether it did."""
     try:
         function()
     except MemoryError:
@@ -72,7 +72,7 @@ def attempt(name, function):
 
 
 def main():
-    """Write, try what NumPy can do, take the statistics, compare with the truth."""
+    """Write pictures, try NumPy, compute the statistics, compare them with the exact ones."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gib", type=float, default=1, help="of data, default %(default)s")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Results of long runs, as JSON: what was run, by which command, where, when and with what.
+"""Results of long runs as JSON, with command, machine, dates, versions and settings.
 
-A file has as many runs as have been finished. Whoever runs the command again goes on from there,
-and where all are finished only draws.
+A file has all finished runs. Running the command again adds the missing ones; if none is
+missing, it only draws.
 """
 
 import json
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def read(path, settings):
-    """Return the finished runs of a file, a dict; none if there is no file.
+    """Return the finished runs of a file as a dict, which is empty if there is no file.
 
-    Raises ValueError where they were made with other settings.
+    Raises ValueError if they were made with other settings.
     """
     if path is None or not path.exists():
         return {}
@@ -30,7 +30,7 @@ def read(path, settings):
 
 
 def write(path, settings, runs):
-    """Write all finished runs, one a line, under the command that is running."""
+    """Write all finished runs, one per line, with the current command."""
     program = Path(sys.argv[0]).resolve()
     known = json.loads(path.read_text())["conditions"] if path.exists() else []
     now = conditions()
@@ -44,4 +44,4 @@ def write(path, settings, runs):
     text = json.dumps(head, indent=1).removesuffix("{}\n}") + f"{{\n{lines}\n}}\n}}\n"
     unfinished = path.with_suffix(".part")
     unfinished.write_text(text)
-    unfinished.replace(path)  # a run that is cut off here leaves the old file
+    unfinished.replace(path)  # atomic: an interruption leaves the old file

@@ -1,8 +1,8 @@
-"""A deep little network of thinc's, with and without batch normalization, on real digits.
+"""Train a small deep network in thinc, with and without batch normalization, on real digits.
 
-Six hidden layers, once of thinc's `Relu` and once of `Linear` and nbnorm's `BatchNorm`, which does
-the ReLU as well. Both see the same batches (data/README.md says whose digits), and are tested after
-each epoch. The second network is then saved, loaded, and asked again.
+The six hidden layers are thinc's `Relu`, or `Linear` and nbnorm's `BatchNorm`, which includes the
+ReLU. Both networks see the same batches of digits (data/README.md names the source) and are tested
+after each epoch. The second network is then saved and loaded, and must give the same answers.
 
     python thinc_mlp.py                  # some seconds
     python thinc_mlp.py --epochs 20
@@ -26,7 +26,7 @@ DEPTH = 6
 
 
 def network(*, batch_norm):
-    """Hidden layers and a softmax over ten classes."""
+    """Return hidden layers and a softmax over ten classes."""
     layers = []
     for _ in range(DEPTH):
         if batch_norm:
@@ -37,14 +37,14 @@ def network(*, batch_norm):
 
 
 def digits():
-    """Return images, a row of 784 values in [0, 1] each, and labels."""
+    """Return images, as rows of 784 values in [0, 1], and labels."""
     with np.load(DIGITS) as file:
         images = file["images"].reshape(-1, 784).astype(np.float32) / 255
         return images, file["labels"].astype(np.int64)
 
 
 def train(model, images, labels, epochs, rate):
-    """Train by gradient descent on the cross-entropy; yield the test accuracy of each epoch."""
+    """Train by gradient descent on cross-entropy; yield the test accuracy after each epoch."""
     targets = np.eye(10, dtype=np.float32)[labels]
     model.initialize(images[:BATCH], targets[:BATCH])
     optimizer, loss = SGD(rate), CategoricalCrossentropy()
@@ -58,16 +58,16 @@ def train(model, images, labels, epochs, rate):
 
 
 def main():
-    """Train twice, print what comes of it, save and load."""
+    """Train both networks, print their accuracies, save and load."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=6, help="default %(default)s")
-    parser.add_argument("--rate", type=float, default=0.1, help="of learning, default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, default %(default)s")
+    parser.add_argument("--rate", type=float, default=0.1, help="step size, default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, default %(default)s")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
         parser.error("--epochs must be at least 1")
     images, labels = digits()
-    # The first call of a kind compiles its kernels: on a network that is thrown away.
+    # The first call of a kind compiles its kernels, so train a network and discard it.
     list(train(network(batch_norm=True), images[: TEST + BATCH], labels[: TEST + BATCH], 1, 0.0))
     print("test accuracy by epoch, and seconds")
     for name, batch_norm in (("without", False), ("with BN", True)):

@@ -1,8 +1,8 @@
-"""A small convolutional network in PyTorch, with its own batch normalization and with nbnorm's.
+"""Train a convolutional network in PyTorch, with its own batch normalization and with nbnorm's.
 
-Both start from the same weights and see the same batches of real digits (data/README.md says
-whose); `convert` is the one line that differs. Their losses agree to float32's rounding at first,
-and their accuracies in the end.
+Both networks start from the same weights and see the same batches of real digits (data/README.md
+names the source). They differ only by one call of `convert`. Their first losses agree up to
+float32's rounding, and their final accuracies are similar.
 
     python torch_convert.py              # half a minute
     python torch_convert.py --epochs 3
@@ -26,7 +26,7 @@ BATCH = 50
 
 
 def network():
-    """Three convolutions, each with batch normalization and ReLU."""
+    """Return three convolutions, each with batch normalization and ReLU, and a linear layer."""
     layers = []
     for inside, outside in ((1, 16), (16, 32), (32, 64)):
         layers += [
@@ -39,7 +39,7 @@ def network():
 
 
 def digits():
-    """Return images, normalised, and labels."""
+    """Return centred images and labels."""
     with np.load(DIGITS) as file:
         images = torch.from_numpy(file["images"].astype(np.float32) / 255 - 0.13)
         return images.unsqueeze(1), torch.from_numpy(file["labels"].astype(np.int64))
@@ -61,7 +61,7 @@ def train(model, images, labels, epochs):
 
 
 def main():
-    """Train twice, print what comes of it."""
+    """Train both networks and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=1, help="default %(default)s")
     arguments = parser.parse_args()
