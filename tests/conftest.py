@@ -1,6 +1,6 @@
 """Settings shared by all tests, and the backend that they run on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import filterfalse
 
 import backends
@@ -53,10 +53,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--backend") not in backends.ON_DEVICE:
-        return
-    config.hook.pytest_deselected(items=list(filter(_is_about_the_cpu, items)))
-    items[:] = filterfalse(_is_about_the_cpu, items)
+    if _asks_for_nothing(config):
+        _deselect(config, items, _is_slow)
+    if config.getoption("--backend") in backends.ON_DEVICE:
+        _deselect(config, items, _is_about_the_cpu)
 
 
 @pytest.fixture
@@ -65,6 +65,23 @@ def thread_count() -> Iterator[int]:
     before = numba.get_num_threads()
     yield before
     numba.set_num_threads(before)
+
+
+def _asks_for_nothing(config: pytest.Config) -> bool:
+    """`pytest` alone: no file, no -k and no -m."""
+    given = config.args_source is pytest.Config.ArgsSource.ARGS
+    return not (given or config.option.keyword or config.option.markexpr)
+
+
+def _deselect(
+    config: pytest.Config, items: list[pytest.Item], unwanted: Callable[[pytest.Item], bool]
+) -> None:
+    config.hook.pytest_deselected(items=list(filter(unwanted, items)))
+    items[:] = filterfalse(unwanted, items)
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 def _is_about_the_cpu(item: pytest.Item) -> bool:

@@ -17,6 +17,8 @@ import pytest
 from children import run_child
 from numpy.testing import assert_array_equal
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of what is installed
 

@@ -15,6 +15,8 @@ from children import run_child
 
 import nbnorm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = r"^```python\n(.*?)^```$"
 SECTIONS = r"^ *{}\n *-{{{}}}$"

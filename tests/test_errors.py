@@ -105,7 +105,9 @@ def test_masked_arrays(function, argument):
 
 
 @pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL, "weight"))
-@pytest.mark.parametrize("thing", [[[1.0, 2.0]], "x", 3.0, object()], ids=str)
+@pytest.mark.parametrize(
+    "thing", [[[1.0, 2.0]], "x", 3.0, object()], ids=["list", "str", "float", "object"]
+)
 def test_objects_that_are_no_arrays(function, argument, thing):
     refuses(function, TypeError, rf"^{argument} .*{type(thing).__name__}", **{argument: thing})
 

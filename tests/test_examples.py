@@ -17,6 +17,8 @@ import pytest
 from children import run_child
 from numpy.testing import assert_allclose
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 PLOTS = sorted(path.stem for path in EXAMPLES.glob("plot_*.py"))

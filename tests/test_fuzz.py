@@ -17,6 +17,8 @@ from children import run_child
 import nbnorm
 from nbnorm import Moments, reference
 
+pytestmark = pytest.mark.slow
+
 MARGIN = 64
 MARK = 0xA5
 WRITTEN = ("out", "running_mean", "running_var")

@@ -150,6 +150,7 @@ def calls(draw):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(calls())
 def test_bits_of_python(call):
@@ -169,6 +170,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "shape"), [(case, shape) for case, shapes in LARGE.items() for shape in shapes]
 )
@@ -182,6 +184,7 @@ def test_bits_of_python_where_a_pass_is_cut_up(case, shape):
     compare(case, arguments(case, shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("samples", [True, False])
 def test_empty_arrays(case, samples):
@@ -216,6 +219,7 @@ def optional(x, training, running_mean, running_var):
     return plain, none, either, backward, masked, sums
 
 
+@pytest.mark.slow
 def test_what_may_be_left_out():
     compiled = njit(optional)
     x = np.random.default_rng(0).standard_normal((6, 5)).astype("f4")
@@ -243,6 +247,7 @@ def test_moments_from_python():
     assert np.shares_memory(result[0], found[0])
 
 
+@pytest.mark.slow
 def test_in_a_parallel_loop():
     @njit(parallel=True)
     def each(x, gamma):
@@ -299,10 +304,12 @@ assert " fadd " in code and " fadd fast " not in code
 """
 
 
+@pytest.mark.slow
 def test_fastmath_of_the_caller_changes_nothing():
     run_child("-c", FAST)
 
 
+@pytest.mark.slow
 def test_results_stored_past_the_cache_have_the_same_bits():
     run_child("-c", STREAMED)
 
@@ -330,6 +337,7 @@ print(sum(step.stats.cache_hits.values()))
 """
 
 
+@pytest.mark.slow
 def test_compiled_functions_can_be_cached(tmp_path):
     (tmp_path / "cached.py").write_text(CACHED)
     hits = [run_child("-c", USE, str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]

@@ -215,6 +215,7 @@ for traversal in (kernels.rows, kernels.columns):
 """
 
 
+@pytest.mark.slow
 def test_kernels_hold_streaming_stores_of_whole_vectors_and_a_fence(tmp_path):
     """A store value by value would take ten times as long, and no test of values would tell.
 

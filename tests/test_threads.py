@@ -215,6 +215,7 @@ def in_this_folder(code):
     return f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
 def test_concurrent_calls_on_every_threading_layer(layer):
     if not has_layer(layer):
@@ -223,6 +224,7 @@ def test_concurrent_calls_on_every_threading_layer(layer):
     assert printed.split() == [layer]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("before", ["small", "large"])
@@ -234,6 +236,7 @@ def test_a_forked_child_can_call(layer, before):
     assert printed.split() == ["0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
 @pytest.mark.parametrize("code", [WITHIN_A_TURN, INTERRUPTED], ids=["within a turn", "interrupted"])
 def test_no_interrupt_hangs_a_program(layer, code):

@@ -15,7 +15,7 @@ from nbnorm import BatchNorm, Moments
 
 xp = pytest.importorskip("array_api_strict", reason="the standard's arrays need array-api-strict")
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.slow]
 
 INFO = xp.__array_namespace_info__()
 DEVICES = INFO.devices()

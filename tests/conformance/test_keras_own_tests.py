@@ -21,6 +21,7 @@ from children import run_child
 # Not imported here: which backend it gets, if any is installed, is none of these tests' business.
 pytestmark = [
     pytest.mark.cpu_only,
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("keras") is None, reason="Keras's tests need Keras"),
 ]
 

@@ -52,7 +52,7 @@ import nbnorm  # noqa: E402
 import nbnorm.integrations.torch as integration  # noqa: E402
 from nbnorm import reference  # noqa: E402
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.slow]
 
 
 class Call(NamedTuple):

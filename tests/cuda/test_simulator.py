@@ -14,6 +14,8 @@ import pytest
 
 import nbnorm
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).with_name("simulated.py")
 TESTS = [
     node.name
