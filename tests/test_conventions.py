@@ -401,7 +401,7 @@ def test_several_channel_axes():
     for name, array in ref_arrays.items():
         assert_same_bits(back[name], array, name)
     with pytest.raises(
-        ValueError, match=r"keras has one channel axis, the layer has axis=\(1, 2, 3\)"
+        ValueError, match=r"keras has one channel axis, but the layer has axis=\(1, 2, 3\)"
     ):
         conventions.dump("keras", layer)
 
@@ -461,35 +461,35 @@ REFUSED = {
         KERAS,
         {"eps": 1e-5},
         TypeError,
-        "'eps' is no keyword for keras, which has epsilon, momentum, scale, center",
+        "'eps' is not a keyword of keras, which accepts: epsilon, momentum, scale, center",
     ),
     "missing and unexpected": (
         "keras",
         {("gama" if name == "gamma" else name): array for name, array in KERAS.items()},
         {},
         ValueError,
-        r"keras with scale=True, center=True has .*; missing are \['gamma'\], unexpected .*'gama'",
+        r"arrays .* for keras with scale=True, center=True; missing \['gamma'\], unexp.*'gama'",
     ),
     "switched off, but there": (
         "keras",
         KERAS,
         {"scale": False},
         ValueError,
-        r"missing are \[\], unexpected are \['gamma'\]",
+        r"missing \[\], unexpected \['gamma'\]",
     ),
     "too few": (
         "keras",
         list(KERAS.values())[:3],
         {},
         ValueError,
-        r"missing are \['moving_variance'\]",
+        r"missing \['moving_variance'\]",
     ),
     "too many": (
         "keras",
         [*KERAS.values(), np.ones(3)],
         {},
         ValueError,
-        r"unexpected are \['array 4'\]",
+        r"unexpected \['array 4'\]",
     ),
     "no mapping": (
         "keras",
@@ -510,14 +510,14 @@ REFUSED = {
         dict.fromkeys(KERAS, np.ones(())),
         {},
         ValueError,
-        r"gamma has shape \(\), expected as many dimensions as axis=-1",
+        r"gamma has shape \(\), expected one dimension for each axis in axis=-1",
     ),
     "axes": (
         "keras",
         KERAS,
         {"axis": (1, 2)},
         ValueError,
-        r"gamma has shape \(3,\), expected as many dimensions as axis=\(1, 2\)",
+        r"gamma has shape \(3,\), expected one dimension for each axis in axis=\(1, 2\)",
     ),
     "axis": ("keras", KERAS, {"axis": "last"}, TypeError, "axis must be an int or a tuple of ints"),
     "dtype": ("keras", KERAS | {"beta": np.ones(3, int)}, {}, TypeError, "beta has dtype int64"),
@@ -541,7 +541,7 @@ REFUSED = {
         {},
         {"affine": False, "track_running_stats": False},
         ValueError,
-        "torch with affine=False, bias=True, track_running_stats=False has no arrays to load",
+        "torch with affine=False, bias=True, track_running_stats=False stores no arrays",
     ),
     "factor": (
         "caffe",
@@ -589,53 +589,53 @@ UNHELD = {
         BatchNorm(3),
         {"epsilon": 1.0},
         TypeError,
-        "'epsilon' is no keyword for keras, which has scale, center",
+        "'epsilon' is not a keyword of keras, which accepts: scale, center",
     ),
-    "no keyword": ("onnx", BatchNorm(3), {"scale": False}, TypeError, "onnx, which has none"),
+    "no keyword": ("onnx", BatchNorm(3), {"scale": False}, TypeError, "onnx, which accepts: none"),
     "layer": ("keras", KERAS, {}, TypeError, "layer must be an nbnorm.BatchNorm, got dict"),
     "gamma": (
         "keras",
         trained(),
         {"scale": False},
         ValueError,
-        "keras with scale=False, center=True takes weight for 1, which the layer's is not in all",
+        "keras with scale=False, center=True fixes weight at 1, but the layer has other values",
     ),
-    "beta": ("keras", trained(), {"center": False}, ValueError, "takes bias for 0"),
-    "fixed gamma": ("mxnet", trained(), {"fix_gamma": True}, ValueError, "takes weight for 1"),
+    "beta": ("keras", trained(), {"center": False}, ValueError, "fixes bias at 0"),
+    "fixed gamma": ("mxnet", trained(), {"fix_gamma": True}, ValueError, "fixes weight at 1"),
     "statistics": (
         "torch",
         BatchNorm(3),
         {"track_running_stats": False},
         ValueError,
-        "has no (running_mean|running_var|num_batches_tracked), the layer has",
+        "stores no (running_mean|running_var|num_batches_tracked), but the layer has it",
     ),
     "no statistics": (
         "keras",
         BatchNorm(3, track_running_stats=False),
         {},
         ValueError,
-        "keras keeps running statistics, and the layer has none",
+        "keras stores running statistics, but the layer has none",
     ),
     "cumulative": (
         "keras",
         BatchNorm(3, momentum=None),
         {},
         ValueError,
-        "keras has no cumulative average; the layer has momentum=None",
+        "keras has no cumulative average, but the layer has momentum=None",
     ),
     "no batches": (
         "caffe",
         BatchNorm(3, momentum=None),
         {},
         ValueError,
-        "caffe has no running statistics with momentum=None after 0 batches",
+        "caffe cannot store running statistics with momentum=None after 0 batches",
     ),
     "frozen": (
         "caffe",
         BatchNorm(3, momentum=0),
         {},
         ValueError,
-        "caffe has no running statistics with momentum=0",
+        "caffe cannot store running statistics with momentum=0",
     ),
 }
 
