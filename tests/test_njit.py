@@ -547,7 +547,7 @@ def gamma_or_none(x):
         (
             lambda x: nbnorm.batch_norm_forward(x, training=False),
             IMAGES,
-            "running_mean and running_var are required",
+            "running_mean and running_var must not be None",
         ),
         (
             lambda x: nbnorm.batch_norm_forward(x, None, None, x[0, 0, 0]),
@@ -573,7 +573,7 @@ def gamma_or_none(x):
         (
             gamma_or_none,
             IMAGES,
-            "gamma may be None when this runs",
+            "gamma has an optional type",
         ),
         (
             lambda x: nbnorm.batch_norm_inference(x, None, None, None, x[0, 0, 0]),
