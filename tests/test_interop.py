@@ -480,7 +480,7 @@ def test_tensors_with_values_where_all_are_fake(argument):
     given = torch.from_numpy(VALID["batch_norm_forward"]()[argument])
     for allowed in (False, True):
         with fake.FakeTensorMode(allow_non_fake_inputs=allowed):
-            message = rf"^{argument} is a tensor with values within a FakeTensorMode.*outside"
+            message = rf"^{argument} is a real tensor in a FakeTensorMode.*outside"
             refuses("batch_norm_forward", TypeError, message, **{argument: given})
 
 

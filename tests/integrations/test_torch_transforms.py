@@ -150,7 +150,7 @@ def test_forward_mode_is_refused(way, what, training):
         def function(x):
             return FORWARD(x, None, None, *running, None, training, 0.1, 1e-5, False)[0]
 
-    expected = NotImplementedError, "no forward mode"
+    expected = NotImplementedError, "no forward-mode derivative"
     if what == "operator" and way == "hessian":
         expected = RuntimeError, "setup_context"  # PyTorch's own word on a custom operator
     with pytest.raises(expected[0], match=expected[1]):
