@@ -408,7 +408,7 @@ def refused_on_the_last_rank(comm, call, error, match):
         with pytest.raises(error, match=f"^{match}"):
             call(True)
     else:
-        whose = rf"^rank {last} refused its arguments: {error.__name__}: {match}"
+        whose = rf"^rank {last} has invalid arguments: {error.__name__}: {match}"
         with pytest.raises(RuntimeError, match=whose):
             call(False)
     call(False)
@@ -505,7 +505,7 @@ def several_wrong_ranks_each_raise_their_own_error(comm):
     rank, size = comm.Get_rank(), comm.Get_size()
     wrong = {"eps": -1.0} if rank == 0 else {"momentum": "x"} if rank == size - 1 else {}
     error, match = {0: (ValueError, "^eps"), size - 1: (TypeError, "^momentum")}.get(
-        rank, (RuntimeError, r"^rank 0 \(and 1 more\) refused its arguments: ValueError: eps")
+        rank, (RuntimeError, r"^rank 0 \(and 1 more\) has invalid arguments: ValueError: eps")
     )
     if size == 1:
         error, match = ValueError, "^eps"

@@ -162,7 +162,7 @@ def test_statistics_that_do_not_fit_are_refused():
     for moments, error, match in (
         (nbnorm.batch_norm_stats(draw(1, (5, 4))), ValueError, r"shape \(3,\), expected \(4,\)"),
         (nbnorm.batch_norm_stats(draw(1, (1, 3))), ValueError, "more than 1 value per channel"),
-        (nbnorm.batch_norm_stats(draw(1, (0, 3))), ValueError, "no values"),
+        (nbnorm.batch_norm_stats(draw(1, (0, 3))), ValueError, r"^moments\.count is 0"),
         (nbnorm.Moments(4, np.zeros(3), np.ones(3, int)), TypeError, "m2 has dtype int64"),
     ):
         with pytest.raises(error, match=match):

@@ -18,7 +18,7 @@ def test_out_that_begins_where_an_input_does_but_takes_longer_steps(function, ar
     """The same first value and shape, and yet y would lie on x that is still to be read."""
     memory = data(shape=(3, 8, 4, 4))
     array, out = memory[:2], memory[::2]
-    match = rf"^out overlaps {argument} in memory without being it"
+    match = rf"^out overlaps {argument} in memory but is not {argument}$"
     refuses(function, ValueError, match, **{argument: array, "out": out})
     refuses(function, ValueError, match, **{argument: out, "out": array})
 

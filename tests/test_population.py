@@ -342,7 +342,7 @@ for data, axis in ((mapped, 1), (strided, -1), ((x[None] for x in mapped), 1)):
             [np.zeros((4, 3)), np.zeros((4, 2))],
             {},
             ValueError,
-            r"^data has channel axes of shape \(3,\) and then of \(2,\)",
+            r"^data has channel axes of shape \(2,\), expected \(3,\)",
         ),
     ],
 )
@@ -713,7 +713,7 @@ def test_layers_that_have_seen_nothing_keep_their_statistics():
     assert_same_state(layers[1:], before)
     assert layers[0].running_mean is not None
     before = state_of(layers)
-    message = "none of the layers has seen a value"
+    message = "^layers received no values within the block"
     with pytest.raises(ValueError, match=message), recalibrate(*layers):
         layers[0].forward(np.zeros((0, 3)))
     assert_same_state(layers, before)
@@ -722,16 +722,20 @@ def test_layers_that_have_seen_nothing_keep_their_statistics():
 def test_layers_that_are_refused():
     without, good = BatchNorm(3, track_running_stats=False), BatchNorm(3)
     for layers, error, match in (
-        ((), ValueError, "no layer to recalibrate"),
-        ((good, without), ValueError, r"^BatchNorm\(3, .* keeps no running statistics"),
-        ((good, print), TypeError, "^layers must be of BatchNorm, got builtin_function_or_method"),
+        ((), ValueError, "^layers is empty"),
+        ((good, without), ValueError, r"^BatchNorm\(3, .* has no running statistics"),
+        (
+            (good, print),
+            TypeError,
+            "^layers must be BatchNorm objects, got builtin_function_or_method",
+        ),
     ):
         with pytest.raises(error, match=match), recalibrate(*layers):
             pass
         assert good._seen is None
     with recalibrate(good):
         good.forward(drawn((4, 3)))
-        with pytest.raises(ValueError, match="is being recalibrated already"), recalibrate(good):
+        with pytest.raises(ValueError, match="is already being recalibrated"), recalibrate(good):
             pass
         good.forward(drawn((4, 3), seed=1))
     ref = BatchNorm(3)

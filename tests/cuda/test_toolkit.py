@@ -79,6 +79,6 @@ def test_the_check_of_a_gpu_leads_to_a_toolkit(environment, wheels, tmp_path):
 
 def test_without_a_toolkit_the_check_stops_and_says_what_is_missing(environment, tmp_path):
     found = said_by_the_check(environment, tmp_path / "lost", tmp_path / "nothing")
-    assert "versions: compiler: MISSING: RuntimeError: CUDA's compiler is not all there" in found
+    assert "versions: compiler: MISSING: RuntimeError: CUDA's compiler is incomplete" in found
     assert "set CUDA_HOME to a CUDA toolkit" in found
     assert "nothing can run here without: GPU, libraries, compiler" in found
