@@ -1,6 +1,6 @@
 """`BatchNorm` follows its inputs to a GPU and back.
 
-In a process of its own, with the simulator and a stand-in for CuPy.
+Runs in a child process with the simulator and a stand-in for CuPy.
 """
 
 from pathlib import Path

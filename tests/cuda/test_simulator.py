@@ -1,6 +1,6 @@
-"""The CUDA backend on the simulator: every test of simulated.py, which has a process of its own.
+"""The CUDA backend on the simulator: all tests of simulated.py, in a child process.
 
-The simulator takes the place of modules, so no other test may share its process.
+The simulator replaces modules, so no other test may share its process.
 """
 
 import ast
@@ -24,7 +24,7 @@ TESTS = [
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """Run what is wanted of simulated.py; its cases, by the name of their test."""
+    """Run the selected tests of simulated.py; return their cases by test name."""
     wanted = {
         item.callspec.params["name"]
         for item in request.session.items
