@@ -1,4 +1,6 @@
-"""docs/integrations.md: every host has a section, whose example runs, and a line in its tables."""
+"""docs/integrations.md: every host has a section with an example that runs, and a row in its
+tables.
+"""
 
 import re
 from pathlib import Path
