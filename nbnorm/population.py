@@ -193,7 +193,7 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
         raise ValueError("layers is empty, expected at least one layer")
     for layer in layers:
         if not isinstance(layer, BatchNorm):
-            raise TypeError(f"layers must be BatchNorm objects, got {type(layer).__qualname__}")
+            raise TypeError(f"layers must be BatchNorm, got {type(layer).__qualname__}")
         if layer.running_mean is None:
             raise ValueError(f"{layer} has no running statistics (track_running_stats=False)")
         if layer._seen is not None:

@@ -46,8 +46,7 @@ def torch(options, arrays, batches, x):
 def keras(options, arrays, batches, x):
     """keras.layers.BatchNormalization: "moving_mean = moving_mean * momentum + mean(batch) * ...".
 
-    https://keras.io/api/layers/normalization_layers/batch_normalization; `axis` is the channel
-    axis.
+    https://keras.io/api/layers/normalization_layers/batch_normalization; `axis` is the channels'.
     """
     epsilon, momentum = options.get("epsilon", 1e-3), options.get("momentum", 0.99)
     axis = options.get("axis", -1)
@@ -105,8 +104,7 @@ def onnx(options, arrays, batches, x):
 
 
 def caffe(options, arrays, batches, x):
-    """BatchNormLayer::Forward_cpu, then ScaleLayer: blobs are sums, blob 2 the sum of their
-    weights.
+    """BatchNormLayer::Forward_cpu, then ScaleLayer: blobs are sums, blob 2 that of their weights.
 
     https://github.com/BVLC/caffe, src/caffe/layers/batch_norm_layer.cpp and scale_layer.cpp.
     """

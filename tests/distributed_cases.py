@@ -402,9 +402,7 @@ def recalibration_takes_what_all_ranks_have_seen(comm):
 
 
 def refused_on_the_last_rank(comm, call, error, match):
-    """Pass wrong arguments on the last rank; check every rank's error, and that the next call
-    works.
-    """
+    """Pass wrong arguments on the last rank; check all errors, and that the next call works."""
     last = comm.Get_size() - 1
     if comm.Get_rank() == last:
         with pytest.raises(error, match=f"^{match}"):

@@ -30,9 +30,7 @@ def mpi():
 
 
 def gloo(rank, size, file):
-    """Return torch.distributed's communicator and a function that ends this rank; the others then
-    fail.
-    """
+    """Return torch.distributed's communicator, and a function that ends this rank."""
     import torch.distributed
 
     torch.distributed.init_process_group(

@@ -724,11 +724,7 @@ def test_layers_that_are_refused():
     for layers, error, match in (
         ((), ValueError, "^layers is empty"),
         ((good, without), ValueError, r"^BatchNorm\(3, .* has no running statistics"),
-        (
-            (good, print),
-            TypeError,
-            "^layers must be BatchNorm objects, got builtin_function_or_method",
-        ),
+        ((good, print), TypeError, "^layers must be BatchNorm, got builtin_function_or_method"),
     ):
         with pytest.raises(error, match=match), recalibrate(*layers):
             pass

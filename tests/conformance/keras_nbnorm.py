@@ -73,9 +73,7 @@ def moments(theirs, x, axes, keepdims=False, synchronized=False):
 
 @instead_of(BatchNormalization)
 def call(theirs, self, inputs, training=None, mask=None):
-    """Replace the training step, including moving averages; other calls use the two functions
-    above.
-    """
+    """Replace the training step, with moving averages; other calls use the functions above."""
     if mask is not None or self.renorm or not (training and self.trainable):
         return theirs(self, inputs, training=training, mask=mask)
     calls["batch_norm_forward"] += 1

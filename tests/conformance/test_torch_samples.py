@@ -125,8 +125,7 @@ def expected(call, dy):
     """Return {name: Exact} for the results of a call.
 
     PyTorch gets twice nbnorm's tolerance. In half precision its kernels for strided tensors also
-    round
-    each term of a sum over the batch to the input's dtype.
+    round each term of a sum over the batch to the input's dtype.
     """
     x, mean, var, weight, bias = map(array_of, call[:5])
     dy, training = array_of(dy), call.training

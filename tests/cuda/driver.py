@@ -37,7 +37,7 @@ def environment(folder):
     build = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    Path(folder, "libcuda.so").symlink_to(library.name)  # where Numba looks first
+    Path(folder, "libcuda.so").symlink_to(library.name)  # the name that Numba tries first
     return {
         "LD_LIBRARY_PATH": str(folder),
         "NUMBA_CUDA_DRIVER": str(library),
@@ -148,10 +148,8 @@ def _demangled(symbol):
     """Return ("rows.apply", argument types) from a kernel's mangled name.
 
     Numba writes a name as its length and itself, an integer as x, a double as d, and a pointer as
-    the
-    name of its type. Text between the kernel's name and the types, from B to E, distinguishes
-    versions
-    of the kernel.
+    the name of its type. Text between the kernel's name and the types, from B to E, distinguishes
+    versions of the kernel.
     """
     parts = re.fullmatch(
         r"_ZN6nbnorm4cuda\d+(rows|columns|channel)"
@@ -197,9 +195,8 @@ class Array:
 def install_cupy(driver):
     """Replace CuPy by a stub and return it.
 
-    `use` sets CuPy's current stream or device, and `allocated` lists the arrays made by `empty`.
-    `empty`
-    first looks for an array of its shape in `ready`, which takes almost no time.
+    `use` sets CuPy's current device and stream, and `allocated` lists the arrays made by `empty`.
+    `empty` first looks for an array of its shape in `ready`, which takes almost no time.
     """
 
     class Stream:

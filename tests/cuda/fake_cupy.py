@@ -134,9 +134,7 @@ class _Pointer:
 
 
 def _host(value):
-    """Return the NumPy array behind a stand-in; return numbers as they are, and reject NumPy
-    arrays.
-    """
+    """Return the NumPy array behind a stand-in, or a number; reject NumPy arrays."""
     if isinstance(value, list):
         return [_host(item) for item in value]
     if isinstance(value, ndarray):

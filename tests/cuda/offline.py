@@ -97,9 +97,7 @@ def _said(tool, *arguments):
 
 
 def problems(code, kernel, *, width, loads=0, stores=0):
-    """Return the problems of a kernel's code; `loads` and `stores` are the least accesses to
-    tensors.
-    """
+    """Return the problems of a kernel's code, which needs this many `loads` and `stores`."""
     threads, resident = kernel.targetoptions["launch_bounds"]
     most = REGISTERS // (threads * resident)
     wide = ("128",) if width > 1 else ()

@@ -61,9 +61,7 @@ def under_the_driver(body):
 
 
 def tensor(dtype, *, rows, gap=0):
-    """Return a tensor of rows or of columns, with a gap of so many values after each sample and
-    row.
-    """
+    """Return a tensor of rows or of columns, with a gap after each sample and row."""
     N, C, S = (3, 5, 512) if rows else (6, 16, 8)
     row = S + gap if rows else S
     return fake.Array((N, C, S), dtype, (C * row + gap, row, 1))

@@ -1,6 +1,4 @@
-"""Shared by the tests of hosts that differentiate NumPy functions: data, the oracle, child
-processes.
-"""
+"""Shared by tests of hosts that differentiate NumPy functions: data, the oracle, children."""
 
 import re
 import sys
@@ -145,9 +143,7 @@ def run_example(name, *options):
 
 
 def assert_like_with_like(calls, shape, dtype):
-    """Check that the timed functions, "host" and "nbnorm", return the oracle's y, dx, dgamma and
-    dbeta.
-    """
+    """Check y, dx, dgamma and dbeta of the timed functions, "host" and "nbnorm"."""
     assert set(calls) == {"host", "nbnorm"}
     for name, call in calls.items():
         y, *grads = call()

@@ -77,9 +77,7 @@ class Subclass(nn.Sequential):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Return a function that tells for each normalization since its last call whether it fused
-    ReLU.
-    """
+    """Return a function that tells which normalizations fused ReLU since its last call."""
     seen = []
     forward = _modules.batch_norm
 
@@ -252,9 +250,8 @@ def run(model, x, labels):
 def test_resnet50(last, fuse_relu):
     """Equal in float64; in float32 the error is at most twice that of PyTorch.
 
-    53 layers amplify rounding, and ReLUs flip, so that no tolerance in units of the last place
-    holds.
-    The yardstick is the error of PyTorch's own float32.
+    53 layers amplify rounding, and ReLUs flip, so no tolerance in units of the last place holds:
+    the yardstick is the error of PyTorch's own float32.
     """
     model = resnet50(10)
     if last:

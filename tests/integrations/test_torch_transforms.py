@@ -131,7 +131,7 @@ FORWARD_MODE = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("what", ["function", "module", "operator"])
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # torch's
 @pytest.mark.parametrize("way", FORWARD_MODE)
 def test_forward_mode_is_refused(way, what, training):
     """It raises rather than return a tangent of 0."""
