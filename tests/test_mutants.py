@@ -1,4 +1,4 @@
-"""The table of mutants is in step with the source; `python tests/mutate.py` runs it."""
+"""The table of mutants matches the source; `python tests/mutate.py` runs it."""
 
 import re
 from pathlib import Path
