@@ -200,7 +200,7 @@ def test_an_empty_batch_and_a_full_one_merge():
         assert_same_bits(merged.mean, np.ones(1))
 
 
-def test_a_count_of_none_is_for_empty_arrays():
+def test_a_count_of_0_is_for_empty_arrays():
     x, zeros = np.ones((4, 2), np.float32), np.zeros(2)
     with pytest.raises(ValueError, match=r"^count must be positive"):
         nbnorm.batch_norm_backward_apply(x, x, None, zeros, zeros, zeros, zeros, 0)

@@ -315,14 +315,14 @@ def test_a_machine_without_what_is_needed_stops_the_check_at_once(tmp_path):
     assert "- versions: GPU: MISSING: none" in said
 
 
-def test_a_check_of_which_all_is_right_ends_with_0(tmp_path):
+def test_a_check_without_failures_ends_with_0(tmp_path):
     code, _ = gpu_check(tmp_path, "results", "short")
     assert code == 0
     assert gpu_check(tmp_path, "--smoke")[0] == 1
     assert (tmp_path / "gpu-results" / "table.md").exists()
 
 
-def test_tests_that_none_of_ran_are_no_pass(tmp_path):
+def test_a_run_without_tests_fails(tmp_path):
     for options in (["--backend", "cupy"], ["--backend", "read-only", "-k", "no_such_name"]):
         child = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", *options, "tests/test_plan.py"],

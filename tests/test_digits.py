@@ -94,7 +94,7 @@ def test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only():
 
 
 @pytest.mark.parametrize("shape", [(16384, 1), (1, 1, 2048)], ids=["columns", "rows"])
-def test_values_alike_but_the_first_ones_round_each_alike(shape):
+def test_equal_values_after_others_round_with_one_sign(shape):
     """Rounding errors of one sign add up about K, and are small about the mean."""
     for value in np.random.default_rng(0).uniform(-1, 1, 20):
         x = np.full(shape, value)

@@ -478,7 +478,7 @@ def mpiexec():
 
 
 def assert_passed(name, out, err):
-    assert f"passed {name}\n" in out, f"{name} is not through; {err[-4000:]}"
+    assert f"passed {name}\n" in out, f"{name} did not pass; {err[-4000:]}"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

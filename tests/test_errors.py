@@ -408,7 +408,7 @@ BACKWARD = [name for name in OVER_X if "backward" in name]
 
 
 @pytest.mark.parametrize("function", BACKWARD)
-def test_the_mask_of_relu_needs_beta_or_y_and_none_must_be_said(function):
+def test_the_mask_of_relu_needs_y_or_beta_even_if_it_is_none(function):
     arguments = VALID[function]()
     without = {name: array for name, array in arguments.items() if name not in ("beta", "y")}
     call = getattr(nbnorm, function)

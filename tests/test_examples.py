@@ -75,7 +75,7 @@ def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
 
 
 @needs_examples
-def test_figure1_runs_for_a_single_step_and_says_no_to_none(tmp_path):
+def test_figure1_runs_for_a_single_step_and_refuses_0(tmp_path):
     assert run_figure1(tmp_path, "--steps", "1").returncode == 0
     assert (tmp_path / "figure1.png").exists()
     for option in ("--steps", "--seeds"):

@@ -314,7 +314,7 @@ def test_output_channels_are_counted_by_layout_and_groups():
         fold_into_conv(weight, *wrong, groups=2)
 
 
-def test_weights_that_are_none_are_refused():
+def test_weights_of_another_rank_are_refused():
     rest = [None, None, None, np.ones(4), np.ones(4)]
     for shape in ((4,), (4, 3, 2)):
         with pytest.raises(ValueError, match=r"weight has shape .*, expected \(out, in\)"):

@@ -47,7 +47,7 @@ def imports(name):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import, which is not looked at here"
+            assert node.level == 0, f"{name} has a relative import, which this test does not check"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 if submodule in MODULES:

@@ -474,7 +474,7 @@ def test_tangents_of_forward_mode(function, argument):
 
 
 @pytest.mark.parametrize("argument", ["x", "gamma", "running_mean", "out"])
-def test_tensors_with_values_where_all_are_fake(argument):
+def test_real_tensors_where_all_others_are_fake(argument):
     torch = pytest.importorskip("torch")
     fake = importlib.import_module("torch._subclasses.fake_tensor")
     given = torch.from_numpy(VALID["batch_norm_forward"]()[argument])

@@ -98,14 +98,14 @@ def test_blocks_are_shared_out_evenly():
     assert cut.blocks % 2 == 0
 
 
-def test_threads_write_rows_of_their_own_where_theirs_would_be_parts_of_short_rows():
+def test_threads_write_whole_rows_where_parts_of_rows_would_be_short():
     cut = plan(256, 1024, 1, 4, 2, TYPICAL, 2)
     assert not cut.fused
     assert (cut.strips, cut.parts, cut.part) == (1, 2, 128)
     assert plan(256, 4096, 1, 4, 2, Caches(4 << 20, 32 << 20), 2).fused
 
 
-def test_small_inputs_are_serial_and_one_thread_is():
+def test_small_inputs_and_one_thread_are_serial():
     assert not plan(60, 100, 1, 4, 64, TYPICAL, 2).parallel
     assert not plan(4096, 512, 1, 4, 1, TYPICAL, 2).parallel
 

@@ -42,7 +42,7 @@ def test_memory_is_used_again(x):
     assert len(addresses) == 1
 
 
-def test_not_while_the_result_or_a_view_of_it_lives(x):
+def test_memory_is_not_reused_while_the_result_or_a_view_lives(x):
     first = nbnorm.batch_norm_forward(x).y
     kept = first[3:, ::2].T
     expected = kept.copy()
@@ -299,7 +299,7 @@ def test_a_signal_handler_may_use_the_pool_at_any_instruction(handler):
 
 
 def handled_at(step, work, handler):
-    """Do `work`, with `handler` called at the step-th instruction of the pool's; whether it was."""
+    """Run `work`; call `handler` at the step-th instruction of pool.py; return whether it did."""
     done = 0
 
     def trace(frame, event, argument):

@@ -827,7 +827,7 @@ def test_a_block_that_leaves_others_waiting_is_found():
     lonely.py_func.__signature__ = inspect.Signature()
     with fused(), pytest.raises(AssertionError, match="has ended that others wait for"):
         simulator.run(lonely, "float32", "float32", 2, THREADS, cluster=2)
-    with fused(), pytest.raises(AssertionError, match="a cluster that there is none of"):
+    with fused(), pytest.raises(AssertionError, match="a cluster, but there is none"):
         simulator.run(lonely, "float32", "float32", 2, THREADS)
 
 

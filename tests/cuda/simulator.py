@@ -248,7 +248,7 @@ def run(kernel, dtype, parameters, blocks, threads, *args, cluster=1, shared=0):
         for first in _in_order(range(0, blocks, cluster)):
             together = [_Block(b, shared) for b in _in_order(range(first, first + cluster))]
             while any(waits := [b.run(kernel.py_func, arguments, threads) for b in together]):
-                assert cluster > 1, "a block waits for a cluster that there is none of"
+                assert cluster > 1, "a block waits for a cluster, but there is none"
                 assert all(waits), "a block has ended that others wait for"
 
 

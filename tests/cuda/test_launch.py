@@ -291,7 +291,7 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
 
 
 @under_the_driver
-def test_kept_chunks_and_sums_may_have_more_than_any_kernel(driver, backend):
+def test_kept_chunks_and_sums_may_exceed_48_kb(driver, backend):
     """A block has 48 KB by default, including a kernel's own shared memory."""
     for N, C, S in ((118, 256, 49), (4, 3, 1 << 13), (30, 3, 1 << 13)):
         x, y = fake.Array((N, C, S), F32), fake.Array((N, C, S), F32)
@@ -382,7 +382,7 @@ def test_statistics_are_moved_and_inverted(driver, backend):
 
 
 @under_the_driver
-def test_what_numba_cuda_keeps_inside_is_read_in_any_form_it_has_had(driver, backend):
+def test_internals_of_numba_cuda_are_read_in_any_form_they_have_had(driver, backend):
     from cuda.bindings import driver as bindings
 
     from nbnorm.cuda.loading import load

@@ -54,4 +54,4 @@ def test_simulated(name, outcomes):
         _, problem = wrong[0]
         failed = [case.get("name") for case, _ in wrong]
         pytest.fail(f"{len(wrong)} of {len(cases)}: {failed}\n{problem.text}", pytrace=False)
-    assert any(len(case) == 0 for case in cases), "no case of it ran"
+    assert any(len(case) == 0 for case in cases), "none of its cases ran"

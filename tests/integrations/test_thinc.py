@@ -314,7 +314,7 @@ def test_lists_ragged_and_residual():
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 5, 3), (2, 4, 5, 3)], ids=str)
-def test_thinc_takes_the_types_for_right(shape):
+def test_thinc_accepts_the_types(shape):
     with data_validation(True):
         assert BatchNorm().initialize(drawn(0, shape)).get_dim("nO") == 3
 
