@@ -203,7 +203,7 @@ def test_environment():
 def test_memory_cannot_have_two_owners(x):
     block = base_of(nbnorm.batch_norm_forward(x).y)
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="copy the array on it"):
+        with pytest.raises(TypeError, match="copy the array that uses it"):
             duplicate(block)
 
 
