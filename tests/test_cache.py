@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_compiled_again(folder, monkeypatch):
     assert loaded()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
 def test_a_link_to_itself_is_replaced(folder):
     loaded()
     (file,) = kept(folder)
@@ -214,7 +214,7 @@ def test_an_interrupt_at_any_line(folder, monkeypatch, first):
     for line in range(1000):
         if first:
             file.unlink(missing_ok=True)
-        # In the main thread, an exception raised by a trace would remain the current exception.
+        # Raised by a trace within a handler, it would remain this thread's current exception.
         with ThreadPoolExecutor(1) as thread:
             done = thread.submit(interrupted, lambda: cache.save_overload(sig, result), line)
         if not done.result():
@@ -352,7 +352,7 @@ def test_unused_kernels_of_earlier_versions_are_removed(folder):
     assert loaded()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
 def test_what_a_link_leads_to_is_not_removed(folder, tmp_path):
     loaded()
     (file,) = kept(folder)
@@ -442,7 +442,7 @@ def a_file_above(place):
 @pytest.mark.parametrize("late", [False, True])
 def test_no_folder(tmp_path, monkeypatch, folder, occupy, late):
     if occupy is a_loop and sys.platform == "win32":
-        pytest.skip("links need a privilege there")
+        pytest.skip("links need a privilege on Windows")
     (tmp_path / "above").mkdir()
     place = tmp_path / "above" / "kernels"
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(place))
@@ -456,7 +456,7 @@ def test_no_folder(tmp_path, monkeypatch, folder, occupy, late):
     assert not loaded()
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that even root cannot write")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder closed even to root")
 @pytest.mark.parametrize("late", [False, True])
 def test_a_folder_that_cannot_be_written_to(monkeypatch, folder, late):
     kernel = jit.entry("tiny")(tiny) if late else None

@@ -309,7 +309,7 @@ def handled_at(step, work, handler):
         frame.f_trace_opcodes = True
         if event == "opcode":
             done += 1
-            assert done < 100_000, "it goes on for ever"
+            assert done < 100_000, "it never ends"
             if done == step:
                 handler()
         return trace

@@ -283,7 +283,7 @@ def test_merged_in_pairs_and_in_order(number):
 # Memory
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux limits memory that is not a file's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory without mapped files")
 def test_memory_is_bounded(tmp_path):
     """Process a 256 MiB file in 64 MiB of memory, where NumPy's own functions fail."""
     shape = (64, 16, 256, 256)
@@ -295,9 +295,9 @@ import re, resource
 import numpy as np
 from nbnorm.population import population_stats
 mapped = np.load({str(tmp_path / "x.npy")!r}, mmap_mode="r")
-strided = mapped.transpose(0, 2, 3, 1)[:, ::-1]  # a piece is copied
+strided = mapped.transpose(0, 2, 3, 1)[:, ::-1]  # pieces are copied
 for data, axis in ((mapped, 1), (strided, -1)):
-    population_stats(data[:2], axis=axis)  # compiled, and threads started
+    population_stats(data[:2], axis=axis)  # compile, and start threads
 status = open("/proc/self/status").read()
 used = 1024 * int(re.search(r"VmData:\\s+(\\d+)", status)[1])
 resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)

@@ -202,7 +202,7 @@ import numpy as np, nbnorm
 from nbnorm.cpu import kernels
 for shape in ((3, 4, 20, 20), (40, 64)):
     x = np.ones(shape, "float32")
-    axis = (1,)  # with a plain 1, small calls do not go by these kernels
+    axis = (1,)  # with axis=1 small calls do not use these kernels
     y, mean, rstd = nbnorm.batch_norm_forward(x, axis=axis)
     nbnorm.batch_norm_backward(x, x, None, mean, rstd, y=y, axis=axis, activation="relu")
 for traversal in (kernels.rows, kernels.columns):

@@ -167,7 +167,7 @@ faulthandler.dump_traceback_later(60, exit=True)
 from test_threads import everything
 from nbnorm.cpu.threads import turn
 everything((16, 64, 28, 28), 1)
-with turn(True):  # as a signal handler does that comes between two lines of it
+with turn(True):  # like a signal handler that runs between two of its lines
     everything((16, 64, 28, 28), 1)
 print("done")
 """
@@ -240,7 +240,7 @@ def test_no_interrupt_hangs_a_program(layer, code):
     if not has_layer(layer):
         pytest.skip(f"Numba has no {layer} layer here")
     if code is INTERRUPTED and not hasattr(signal, "setitimer"):
-        pytest.skip("no timer's signals on this system")
+        pytest.skip("no timer signals on this system")
     assert run_child("-c", in_this_folder(code), **environment_of(layer)).split() == ["done"]
 
 

@@ -32,7 +32,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eva
 affine = pytest.mark.parametrize(
     ("gamma", "beta"), [(True, True), (True, False), (False, True), (False, False)]
 )
-LARGE = (512, 64, 2, 2)  # 1 MiB in float64: large enough for nbnorm's pool
+LARGE = (512, 64, 2, 2)  # 1 MiB in float64
 
 
 @pytest.fixture

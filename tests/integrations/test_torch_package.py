@@ -66,7 +66,7 @@ import nbnorm.integrations.torch
 torch.ones(10_000_000).add_(1)
 pid = os.fork()
 if not pid:
-    signal.alarm(60)  # ends a child that waits for threads of its parent's
+    signal.alarm(60)  # ends a child that waits for its parent's threads
     y = nbnorm.batch_norm_forward(np.ones((64, 64, 28, 28), "float32"))[0]
     os._exit(0 if (y == 0).all() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

@@ -162,7 +162,7 @@ def test_recalibration_weighs_values_and_update_bn_batches():
     torch.optim.swa_utils.update_bn(batches, model)
     average = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in batches]).mean(0)
     close(model[0].running_var, average)
-    assert (model[0].running_var < 0.7 * values.var(1)).all()  # it ignores the means of batches
+    assert (model[0].running_var < 0.7 * values.var(1)).all()  # ignores the spread of batch means
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
