@@ -96,7 +96,7 @@ def test_beta_takes_what_the_mean_has_beyond_its_float32(shape):
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 255, 256, 257, 320, 511, 513, 1000])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_every_value_of_a_row_is_counted_once(size, samples):
-    """A float32 sum holds these powers of two exactly, so it shows an omitted or repeated one."""
+    """A float32 sum of these small integers is exact, so an omitted or repeated one shows."""
     x = np.zeros((samples, 1, max(size, 256)), np.float32)
     x[..., :size] = np.resize(np.float32([1, -1, 3]), (samples, 1, size))
     got = nbnorm.batch_norm_stats(x)
