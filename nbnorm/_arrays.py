@@ -249,7 +249,10 @@ def _library_of(cls: type) -> Any:
             library = sys.modules.get(module)
             if library is not None and hasattr(library, "from_dlpack"):
                 return library
-    raise TypeError(f"cannot return arrays of {cls.__module__}.{cls.__qualname__}: no from_dlpack")
+    raise TypeError(
+        f"cannot return arrays of {cls.__module__}.{cls.__qualname__}, "
+        "whose library has no from_dlpack"
+    )
 
 
 # Classes that represent an array while a function is transformed, recorded or differentiated, with
@@ -264,11 +267,11 @@ _STAND_INS = {
         "call nbnorm in a function marked by torch.fx.wrap, or in a leaf module of the tracer"
     ),
     "autograd.tracer.Box": (
-        "a box of autograd's, and no gradient would be recorded here; "
+        "an autograd box, whose gradient would not be recorded here; "
         "use nbnorm.integrations.autograd"
     ),
     "mygrad.tensor_base.Tensor": (
-        "a tensor of mygrad's, and no gradient would be recorded here; "
+        "a mygrad tensor, whose gradient would not be recorded here; "
         "use nbnorm.integrations.mygrad, or pass its data"
     ),
 }
@@ -296,12 +299,12 @@ def _refuse_tensor(obj: Array, name: str) -> None:
         )
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         raise TypeError(
-            f"{name} is a tensor with values within a FakeTensorMode, which computes with none; "
-            "call nbnorm outside of it, or nbnorm.integrations.torch with fake tensors"
+            f"{name} is a real tensor in a FakeTensorMode, which computes without values; "
+            "call nbnorm outside the mode, or nbnorm.integrations.torch with fake tensors"
         )
     if obj._is_zerotensor():
         raise TypeError(
-            f"{name} is a ZeroTensor, torch's zeros without memory; pass {name}.clone()"
+            f"{name} is a ZeroTensor, which has no memory in torch; pass {name}.clone()"
         )
     forward = torch.autograd.forward_ad
     if forward._current_level >= 0 and forward.unpack_dual(obj).tangent is not None:
@@ -318,8 +321,8 @@ def _class_name(obj: object) -> str:
 def _from_dlpack(obj: Array, name: str) -> NDArray:
     if getattr(obj, "requires_grad", False) is True:
         raise TypeError(
-            f"{name} is a tensor that requires grad, and no gradient would be recorded here; "
-            "pass it detached, or use nbnorm.integrations.torch where that is installed"
+            f"{name} is a tensor that requires grad, and its gradient would not be recorded here; "
+            f"pass {name}.detach(), or use nbnorm.integrations.torch"
         )
     dtype = str(getattr(obj, "dtype", "unknown dtype"))
     if not hasattr(obj, "__dlpack_device__"):
@@ -327,11 +330,13 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
     try:
         kind = int(obj.__dlpack_device__()[0])
     except (BufferError, RuntimeError, ValueError) as error:
-        raise TypeError(f"{name} ({dtype}) has no memory: {error}") from error
+        raise TypeError(f"{name} ({dtype}) has no accessible memory: {error}") from error
     if kind not in _HOST + _GPU:
         # x determines the device of the call, so any other array is on the wrong device.
         refusal = TypeError if name == "x" else ValueError
-        raise refusal(f"{name} is in no memory that is computed on (DLPack device type {kind})")
+        raise refusal(
+            f"{name} is in memory of DLPack device type {kind}, expected CPU or CUDA memory"
+        )
     if has_lazy_sign(obj):  # DLPack drops the negative bit
         obj = obj.resolve_neg()
     library: Any = np if kind in _HOST else cuda_backend(name).memory
@@ -350,7 +355,7 @@ def _from_dlpack(obj: Array, name: str) -> NDArray:
 def _aligned(array: Array, name: str) -> Array:
     """Raise for a GPU array that is not aligned to its itemsize, which GPUs cannot access."""
     if array.data.ptr % array.itemsize:
-        raise ValueError(f"{name} does not begin at a multiple of its {array.itemsize} bytes")
+        raise ValueError(f"{name} is misaligned: its address is not a multiple of {array.itemsize}")
     return array
 
 
@@ -366,7 +371,7 @@ def _bfloat16(name: str) -> np.dtype[Any]:
         import ml_dtypes
     except ImportError:
         raise TypeError(
-            f"{name} is bfloat16, for which NumPy needs ml_dtypes: install it"
+            f"{name} has dtype bfloat16, for which NumPy needs ml_dtypes: pip install ml_dtypes"
         ) from None
     dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return dtype

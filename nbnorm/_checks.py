@@ -190,7 +190,7 @@ def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inpl
     same_shape(out, "out", x)
     if out.dtype != x.dtype:
         raise ValueError(f"out has dtype {out.dtype}, expected {x.dtype}, the dtype of x")
-    writable(out, "out", "pass one that can be written to, or none")
+    writable(out, "out", "pass a writable array, or omit out")
     out = _mirror(out)
     for name, array in inputs:
         other = _mirror(array)
@@ -200,7 +200,7 @@ def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inpl
             continue
         if _overlap(out, other):
             raise ValueError(
-                f"out overlaps {name} in memory without being it"
+                f"out overlaps {name} in memory but is not {name}"
                 if name == inplace
                 else f"out overlaps {name} in memory"
             )
@@ -333,7 +333,7 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
     if running_mean is None and not training:
-        raise ValueError("running_mean and running_var are required with training=False")
+        raise ValueError("running_mean and running_var must not be None with training=False")
 
 
 def count(value: Any, x: NDArray) -> int:

@@ -126,7 +126,7 @@ class Frame:
         if out is None:
             return None
         taken = take(out, "out")
-        _checks.mutable(out, "out", "pass one that can be written to, or none")
+        _checks.mutable(out, "out", "pass a writable array, or omit out")
         if taken is not out or self.backend is not cpu:
             self._same_place(out, taken, "out")
         _checks.output(taken, self.x, self.inputs.items(), inplace)

@@ -263,7 +263,9 @@ def load(
     count, factor = given.pop("num_batches_tracked", 0), given.pop("factor", None)
     values = {ours: take_floating(array, names[ours]) for ours, array in given.items()}
     if not values:
-        raise ValueError(f"{_title(convention, switches)} has no arrays to load")
+        raise ValueError(
+            f"{_title(convention, switches)} stores no arrays, so nothing can be loaded"
+        )
     axis = convention.axis if axis is None else axis
     shape = _common_shape(values, names, axis)
     dtypes = {array.dtype for array in values.values()}
@@ -359,7 +361,7 @@ def dump(
         raise TypeError(f"layer must be an nbnorm.BatchNorm, got {type(layer).__qualname__}")
     shape = layer.num_features if isinstance(layer.num_features, tuple) else (layer.num_features,)
     if len(shape) > 1 and not convention.several_axes:
-        raise ValueError(f"{framework} has one channel axis, the layer has axis={layer.axis}")
+        raise ValueError(f"{framework} has one channel axis, but the layer has axis={layer.axis}")
     state = layer.state_dict()
     chosen = {keyword: names[0] in state for keyword, names in convention.leaves_out.items()}
     if convention.fixes_gamma is not None:
@@ -369,7 +371,7 @@ def dump(
     _refuse_loss(convention, chosen, state)
     absent = _absent(convention, chosen)
     if not layer.track_running_stats and "running_mean" not in absent:
-        raise ValueError(f"{framework} keeps running statistics, and the layer has none")
+        raise ValueError(f"{framework} stores running statistics, but the layer has none")
 
     state = {name: np.full(shape, value, layer.dtype) for name, value in _IDENTITY.items()} | state
     momentum = layer.momentum
@@ -378,7 +380,9 @@ def dump(
         momentum = momentum or 0.0  # None: all batches have the same weight
     if convention.weighs == "old":
         if momentum is None:
-            raise ValueError(f"{framework} has no cumulative average; the layer has momentum=None")
+            raise ValueError(
+                f"{framework} has no cumulative average, but the layer has momentum=None"
+            )
         momentum = 1 - momentum
     hyperparameters = {convention.eps[0]: layer.eps, convention.momentum[0]: momentum}
     if convention.takes_axis:
@@ -402,7 +406,9 @@ def _refuse_unknown(convention: Convention, given: Iterable[str], known: Iterabl
     for keyword in given:
         if keyword not in known:
             listed = ", ".join(known) or "none"
-            raise TypeError(f"{keyword!r} is no keyword for {convention.name}, which has {listed}")
+            raise TypeError(
+                f"{keyword!r} is not a keyword of {convention.name}, which accepts: {listed}"
+            )
 
 
 def _refuse_loss(
@@ -411,11 +417,13 @@ def _refuse_loss(
     """Raise if dropping the unused arrays would change what the layer computes."""
     for name in _unused(convention, switches) & state.keys():
         if name not in _IDENTITY:
-            raise ValueError(f"{_title(convention, switches)} has no {name}, the layer has")
+            raise ValueError(
+                f"{_title(convention, switches)} stores no {name}, but the layer has it"
+            )
         if np.any(state[name] != _IDENTITY[name]):
             raise ValueError(
-                f"{_title(convention, switches)} takes {name} for {_IDENTITY[name]}, "
-                "which the layer's is not in all channels"
+                f"{_title(convention, switches)} fixes {name} at {_IDENTITY[name]}, "
+                "but the layer has other values"
             )
 
 
@@ -474,8 +482,8 @@ def _named(
     unexpected = [name for name in found if name not in names.values()]
     if missing or unexpected:
         raise ValueError(
-            f"{_title(convention, switches)} has arrays {list(names.values())}; "
-            f"missing are {missing}, unexpected are {unexpected}"
+            f"expected arrays {list(names.values())} for {_title(convention, switches)}; "
+            f"missing {missing}, unexpected {unexpected}"
         )
     return names, {ours: found[name] for ours, name in names.items() if name in found}
 
@@ -501,7 +509,7 @@ def _common_shape(
             )
     if len(shape) != len(_checks.axes(axis)):
         raise ValueError(
-            f"{names[first]} has shape {shape}, expected as many dimensions as axis={axis} names"
+            f"{names[first]} has shape {shape}, expected one dimension for each axis in axis={axis}"
         )
     return shape
 
@@ -533,7 +541,7 @@ def _sums(layer: BatchNorm, state: Mapping[str, NDArray]) -> dict[str, NDArray]:
     factor = 1 / momentum if momentum else float(layer.num_batches_tracked)
     if momentum == 0 or not 0 < factor < math.inf:
         raise ValueError(
-            f"caffe has no running statistics with momentum={momentum} "
+            f"caffe cannot store running statistics with momentum={momentum} "
             f"after {layer.num_batches_tracked} batches"
         )
     dtype = _widest([layer.dtype])

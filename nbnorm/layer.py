@@ -334,7 +334,7 @@ class BatchNorm:
         if self.running_mean is None or self.running_var is None:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
         if moments.count == 0:
-            raise ValueError("moments are of no values, and their mean and variance mean nothing")
+            raise ValueError("moments.count is 0, expected at least one value per channel")
         # Start from zeros: a NaN in the old statistics would survive a factor of 0.
         zeros = np.zeros(self.running_mean.shape, self.dtype)
         mean, m2 = (on_host(take_floating(getattr(moments, n), n)) for n in ("mean", "m2"))
@@ -438,7 +438,7 @@ def _channel_shape(
     if len(shape) != len(axes):
         raise ValueError(
             f"num_features is {num_features}, expected {len(axes)} for axis {axis}, "
-            "which names the channel axes, not those that are reduced"
+            "which names the channel axes, not the axes to reduce"
         )
     if any(operator.index(length) < 0 for length in shape):
         raise ValueError(f"num_features must not be negative, got {num_features}")

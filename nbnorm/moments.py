@@ -315,7 +315,7 @@ def _taken(
 ) -> tuple[int, NDArray, NDArray]:
     """Return count, mean and M2 as an int and two float64 arrays of the same shape."""
     if not isinstance(moments, Moments):
-        raise TypeError(f"expected moments as nbnorm.Moments, got {type(moments).__qualname__}")
+        raise TypeError(f"moments must be nbnorm.Moments, got {type(moments).__qualname__}")
     try:
         count = operator.index(moments.count)
     except TypeError:

@@ -136,7 +136,7 @@ class _Block:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "the memory of a result cannot be copied or pickled by itself: copy the array on it"
+            "cannot copy or pickle the memory of a result by itself: copy the array that uses it"
         )
 
 

@@ -122,7 +122,8 @@ def population_stats(
                     shape = tuple(moments.mean.shape)
                     if channels not in (None, shape):
                         raise ValueError(
-                            f"data has channel axes of shape {channels} and then of {shape}"
+                            f"data has channel axes of shape {shape}, expected {channels}, the "
+                            "shape in the arrays before"
                         )
                     channels = shape
                     merged.add(moments)
@@ -132,7 +133,7 @@ def population_stats(
                 error.add_note(f"(array {i} of data)")
                 raise
     if not merged:
-        raise ValueError("data has no arrays, so that not even the number of channels is known")
+        raise ValueError("data has no arrays, expected at least one")
     total: Moments = merged.total()
     return total
 
@@ -189,19 +190,19 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     """
     layers = tuple(dict.fromkeys(layers))
     if not layers:
-        raise ValueError("there is no layer to recalibrate")
+        raise ValueError("layers is empty, expected at least one layer")
     for layer in layers:
         if not isinstance(layer, BatchNorm):
-            raise TypeError(f"layers must be of BatchNorm, got {type(layer).__qualname__}")
+            raise TypeError(f"layers must be BatchNorm, got {type(layer).__qualname__}")
         if layer.running_mean is None:
-            raise ValueError(f"{layer} keeps no running statistics")
+            raise ValueError(f"{layer} has no running statistics (track_running_stats=False)")
         if layer._seen is not None:
-            raise ValueError(f"{layer} is being recalibrated already")
+            raise ValueError(f"{layer} is already being recalibrated")
     with ExitStack() as block:
         seen = [block.enter_context(layer._collecting()) for layer in layers]
         yield
     if not any(seen):
-        raise ValueError("none of the layers has seen a value")
+        raise ValueError("layers received no values within the block, expected at least one batch")
     for layer, merged in zip(layers, seen, strict=True):
         if merged:
             layer.set_statistics(merged.total())

@@ -1,9 +1,8 @@
-"""The same tests on another backend: `pytest --backend read-only`, `simulator` or `cupy`.
+"""Run the same tests on another backend: `pytest --backend read-only`, `simulator` or `cupy`.
 
-Tests hand NumPy arrays to the functions of `nbnorm`. Here each function is wrapped: arguments
-become arrays of the backend, results NumPy arrays again. Memory keeps its structure: what were
-views of one array are views of one array there, with the same strides, and what was written comes
-back.
+Tests pass NumPy arrays to the functions of `nbnorm`. This module wraps each function: arguments
+become arrays of the backend, and results become NumPy arrays again. Memory keeps its structure:
+views of one array stay views of one array, with the same strides, and writes are copied back.
 """
 
 import functools
@@ -21,7 +20,7 @@ WRITTEN = ("out", "running_mean", "running_var")
 
 
 def wrap(function, exchange):
-    """Return a function of NumPy arrays that calls `function` with those of a backend."""
+    """Return a function that takes NumPy arrays and calls `function` with the backend's arrays."""
 
     names = list(inspect.signature(function).parameters)
 
@@ -39,7 +38,7 @@ def wrap(function, exchange):
 
 
 def install(exchange):
-    """Wrap all of nbnorm's functions of arrays."""
+    """Wrap all functions of nbnorm that take arrays."""
     for name in nbnorm.__all__:
         function = getattr(nbnorm, name)
         if inspect.isfunction(function) and name.startswith(("batch_norm", "update_", "fold_")):
@@ -47,7 +46,7 @@ def install(exchange):
 
 
 class ReadOnly:
-    """NumPy arrays that are not to be written come as views that cannot be."""
+    """Pass read-only views of all NumPy arrays that the function must not write to."""
 
     def give(self, value, name):
         if type(value) is np.ndarray and name not in WRITTEN:
@@ -63,20 +62,20 @@ class ReadOnly:
 
 
 class OnDevice:
-    """CuPy arrays: the memory that NumPy's are views of is copied there, and back if written to."""
+    """Copy the memory that NumPy arrays are views of to CuPy arrays, and copy writes back."""
 
     def __init__(self):
         import cupy
 
         self._cupy = cupy
-        self._memory = {}  # by the address of what an array is a view of
+        self._memory = {}  # by the address of the root array
         self._given = {}  # by id of the device array
 
     def give(self, value, name):
         if isinstance(value, Moments):
             return Moments(value.count, self.give(value.mean, None), self.give(value.m2, None))
         if type(value) is not np.ndarray or value.dtype == object or not value.dtype.isnative:
-            return value  # the last two are refused before any memory is looked at
+            return value  # nbnorm rejects the last two before it looks at memory
         root = value
         while isinstance(root.base, np.ndarray):
             root = root.base
@@ -84,7 +83,8 @@ class OnDevice:
         start = flat.__array_interface__["data"][0]
         offset = value.__array_interface__["data"][0] - start
         if start not in self._memory:
-            # What is not aligned here is so there, where nothing else can be read.
+            # Align the array on the device even if it is unaligned here: GPUs cannot read it
+            # otherwise.
             padding = -offset % value.itemsize
             memory = self._cupy.asarray(np.concatenate([np.zeros(padding, np.uint8), flat]))
             self._memory[start] = flat, memory[padding:]
@@ -114,7 +114,7 @@ class OnDevice:
 
 
 def _as_bytes(root):
-    """All memory of an array as bytes, gaps included, without a copy."""
+    """Return all memory of an array as bytes, gaps included, without a copy."""
     low, high = np.lib.array_utils.byte_bounds(root)
     return np.asarray(_Span(root, low, high - low))
 
@@ -131,14 +131,14 @@ class _Span:
 
 
 def simulated():
-    """`OnDevice`, after a stand-in for CuPy and the simulator have taken the place of a GPU."""
+    """Return `OnDevice` after replacing CuPy by a stand-in and the GPU by the simulator."""
     sys.path.insert(0, str(Path(__file__).parent / "cuda"))
     import fake_cupy
     import simulator
 
     fake_cupy.install()
     cuda = simulator.load(CHUNK=1 << 11)
-    del sys.modules["nbnorm.cuda.memory"]  # the simulator's; with the stand-in, our own works
+    del sys.modules["nbnorm.cuda.memory"]  # nbnorm's own works with the stand-in
     cuda.memory = importlib.import_module("nbnorm.cuda.memory")
     cuda.launch.address = lambda array: array.data.ptr
     cuda.launch.run = lambda *args, **options: simulator.run(
@@ -148,16 +148,16 @@ def simulated():
 
 
 def missing(name):
-    """What a backend lacks here, in words; None where it can be used."""
+    """Return why a backend is unavailable, or None if it can be used."""
     if name != "cupy":
         return None
     try:
         import cupy
 
         return None if cupy.cuda.runtime.getDeviceCount() else "no CUDA device"
-    except Exception as error:  # no CuPy, a library that does not load, no driver
+    except Exception as error:  # no CuPy, no driver, or a library that does not load
         return f"CuPy cannot be used: {error}"
 
 
-ON_DEVICE = ("cupy", "simulator")  # where arrays are CuPy's, or look so
+ON_DEVICE = ("cupy", "simulator")  # their arrays are CuPy's or look like them
 EXCHANGES = {"read-only": lambda: ReadOnly, "cupy": lambda: OnDevice, "simulator": simulated}

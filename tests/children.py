@@ -1,4 +1,4 @@
-"""Python in a process of its own, with the nbnorm that is under test here."""
+"""Run Python in a child process that imports the tested nbnorm."""
 
 import os
 import subprocess

@@ -8,13 +8,13 @@ import numba
 import pytest
 from hypothesis import Phase, settings
 
-# The first call of a kernel compiles it, which no deadline survives; examples are derived from
-# the test's name alone, so that a red run is red again on the next machine.
+# The first call of a kernel compiles it, which would exceed any deadline. Examples derive from the
+# test's name alone, so that a failure repeats on any machine.
 settings.register_profile("nbnorm", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("nbnorm")
 
 
-# What is about NumPy's memory, the CPU's threads or no backend at all.
+# Tests of NumPy's memory, of CPU threads or of no backend at all.
 CPU_ONLY = (
     *("arithmetic", "benchmarks", "cache", "config", "conventions", "digits", "distributed"),
     *("docs", "examples", "interop", "layer", "mutants", "plan", "pool", "population"),
@@ -41,12 +41,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--backend")
     if name == "simulator":
-        # Thread by thread an example takes a second: few of them, and none made smaller.
+        # On the simulator an example takes a second: run few, and do not shrink them.
         phases = [phase for phase in Phase if phase is not Phase.shrink]
         nbnorm = settings.get_profile("nbnorm")
         settings.register_profile("simulator", nbnorm, max_examples=10, phases=phases)
         settings.load_profile("simulator")
-    if missing := backends.missing(name):  # skipping all would look like passing
+    if missing := backends.missing(name):  # a run that skips every test would look like a pass
         raise pytest.UsageError(f"--backend {name}: {missing}")
     if name != "numpy":
         backends.install(backends.EXCHANGES[name]())
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def thread_count() -> Iterator[int]:
-    """The number of threads, which the test may change."""
+    """Yield the number of threads; restore it after the test."""
     before = numba.get_num_threads()
     yield before
     numba.set_num_threads(before)

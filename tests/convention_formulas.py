@@ -1,13 +1,13 @@
-"""Batch norm as the frameworks document it, transcribed in plain NumPy, each with its source.
+"""Batch norm as each framework documents it, transcribed to plain NumPy, with its source.
 
-The functions take and return what those of `convention_hosts` do, and know nothing of nbnorm.
+The functions have the signatures of `convention_hosts` and do not use nbnorm.
 """
 
 import numpy as np
 
 
 def spread(array, x, axis):
-    """Return one value a channel, shaped to broadcast against x."""
+    """Return one value per channel, shaped to broadcast against x."""
     shape = [1] * x.ndim
     for i in np.atleast_1d(axis):
         shape[i] = x.shape[i]
@@ -15,7 +15,7 @@ def spread(array, x, axis):
 
 
 def over(x, axis):
-    """Return the axes that statistics are taken over."""
+    """Return the axes to reduce."""
     return tuple(i for i in range(x.ndim) if i not in np.atleast_1d(axis) % x.ndim)
 
 
@@ -46,7 +46,7 @@ def torch(options, arrays, batches, x):
 def keras(options, arrays, batches, x):
     """keras.layers.BatchNormalization: "moving_mean = moving_mean * momentum + mean(batch) * ...".
 
-    https://keras.io/api/layers/normalization_layers/batch_normalization; `axis` is one to keep.
+    https://keras.io/api/layers/normalization_layers/batch_normalization; `axis` is the channels'.
     """
     epsilon, momentum = options.get("epsilon", 1e-3), options.get("momentum", 0.99)
     axis = options.get("axis", -1)

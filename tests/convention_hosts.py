@@ -1,9 +1,9 @@
 """Batch norm by the frameworks themselves: train from given arrays, return the new ones and y.
 
-Every function takes hyperparameters and arrays as the framework has them, batches to train on and
-an input to normalise after that, and returns ``(arrays, y)``. Chainer and MXNet need a NumPy older
-than nbnorm's, so this file is also a program, which needs no nbnorm: ``python convention_hosts.py``
-reads lines ``["chainer", "given.npz", "result.npz"]`` and answers each with ``done``.
+Every function takes hyperparameters and arrays in the framework's form, training batches and an
+input to normalise afterwards, and returns ``(arrays, y)``. Chainer and MXNet need an older NumPy
+than nbnorm, so this file is also a program without nbnorm: ``python convention_hosts.py`` reads
+lines ``["chainer", "given.npz", "result.npz"]`` and answers each with ``done``.
 """
 
 import json
@@ -104,7 +104,7 @@ def chainer(options, arrays, batches, x):
 
 
 def mxnet(options, arrays, batches, x):
-    """The operator; names and arrays are those of a symbol's checkpoint, with its tags."""
+    """Run the operator; names and arrays are those of a symbol's checkpoint, with its tags."""
     import mxnet
 
     symbol = mxnet.sym.BatchNorm(mxnet.sym.Variable("data"), name="bn", **options)
@@ -112,13 +112,13 @@ def mxnet(options, arrays, batches, x):
     states = symbol.list_auxiliary_states()
     held = {n: mxnet.nd.array(arrays[n], dtype=x.dtype) for n in (*parameters, *states)}
 
-    # Not by the symbol's executor: with oneDNN it leaves float32 statistics as they were.
+    # Do not use the symbol's executor: with oneDNN it does not update float32 statistics.
     for batch in batches:
         data = mxnet.nd.array(batch, dtype=x.dtype)
         data.attach_grad()
         with mxnet.autograd.record():
             y = mxnet.nd.BatchNorm(data, *held.values(), **options)
-        y.backward()  # this moves the statistics
+        y.backward()  # this updates the statistics
     y = mxnet.nd.BatchNorm(mxnet.nd.array(x, dtype=x.dtype), *held.values(), **options)
     with tempfile.TemporaryDirectory() as folder:
         of_arguments, of_states = ({n: held[n] for n in names} for names in (parameters, states))

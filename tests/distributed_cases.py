@@ -1,7 +1,7 @@
-"""What holds on every communicator: each case is one rank's part, and checks what that rank sees.
+"""Tests for any communicator: each case runs on every rank and checks the results there.
 
 `distributed_ranks.py` runs all cases over MPI and over torch.distributed, `test_distributed.py`
-over threads. A case draws the whole batch on every rank, from one seed, and takes its own part.
+over threads. Every rank draws the whole batch of a case from one seed and takes its part.
 """
 
 # ruff: noqa: N802  # names of MPI
@@ -29,7 +29,7 @@ from nbnorm import reference
 from nbnorm.distributed import SyncBatchNorm, sync_batch_norm_backward, sync_batch_norm_forward
 from nbnorm.population import recalibrate
 
-# Samples by rank, for each number of ranks: uneven, and none at all on one.
+# Samples by rank, for each number of ranks: uneven, and none on one rank.
 BATCHES = {1: (7,), 2: (7, 25), 3: (0, 7, 20), 4: (7, 0, 20, 5)}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 CASES = {}
@@ -65,7 +65,7 @@ class Batch:
 
 
 def step(comm, batch, activation=None, with_residual=False, **options):
-    """Forward and backward of the rank's part; the running statistics too."""
+    """Return forward, backward and running statistics for the rank's part."""
     options = {"axis": batch.axis, "activation": activation, **options}
     running = batch.running()
     residual = batch.own(batch.residual) if with_residual else None
@@ -87,7 +87,7 @@ def step(comm, batch, activation=None, with_residual=False, **options):
 
 
 def whole_step(batch, activation=None, with_residual=False):
-    """The same of the whole batch, in this process alone."""
+    """Return the same for the whole batch, computed in this process alone."""
     options = {"axis": batch.axis, "activation": activation}
     running = batch.running()
     residual = batch.residual if with_residual else None
@@ -102,7 +102,7 @@ def whole_step(batch, activation=None, with_residual=False):
 
 
 def gathered(comm, array):
-    """Every rank's array, one after the other."""
+    """Return every rank's array, in rank order."""
     flat = np.ascontiguousarray(array).reshape(-1)
     table = np.empty((comm.Get_size(), flat.size), flat.dtype)
     comm.Allgather(flat.copy(), table)
@@ -115,7 +115,7 @@ def assert_same_on_all_ranks(comm, array, name):
 
 
 def assert_is_the_whole(comm, batch, ours, whole):
-    """Compare to 1e-12 with one process's results, and statistics bit by bit with other ranks'."""
+    """Compare to 1e-12 with one process; statistics must have the same bits on all ranks."""
     (forward, backward, running), (ref, ref_back, ref_running) = ours, whole
     assert_allclose(forward.y, batch.own(ref.y), **CLOSE)
     assert_allclose(backward.dx, batch.own(ref_back.dx), **CLOSE)
@@ -184,7 +184,7 @@ def against_oracle(comm, dtype, offset=0.0, **layout):
     x, dy, axis = batch.x, batch.dy, batch.axis
     ref = reference.batch_norm_forward(x, batch.gamma, batch.beta, axis=axis)
     moments = reference.batch_norm_stats(x, axis=axis)
-    # Of the float64 statistics: where the mean is large, its rounding is all the error there is.
+    # From the float64 statistics: where the mean is large, its rounding is the whole error.
     statistics = forward.mean, forward.rstd
     ref_back = reference.batch_norm_backward(dy, x, batch.gamma, *statistics, axis=axis)
     tolerance = y_tolerance(x, batch.gamma, batch.beta, ref.mean, ref.rstd, axis=axis)
@@ -235,7 +235,7 @@ def a_mean_of_a_million_deviations_costs_no_digits(comm):
 
 @case
 def results_go_where_they_are_wanted(comm):
-    """In place, y over x and dx over dy."""
+    """Compute in place: y over x and dx over dy."""
     batch = Batch(comm)
     expected, expected_back, _ = step(comm, batch, "relu", with_residual=True)
     x, dy = (batch.own(array).copy() for array in (batch.x, batch.dy))
@@ -259,7 +259,7 @@ def only_what_is_wanted_is_computed(comm):
     batch = Batch(comm)
     forward, full, _ = step(comm, batch, "relu", with_residual=True)
     for wants_dx in (True, False):
-        # What else is wanted is each rank's own affair.
+        # Each rank chooses its other gradients.
         odd = comm.Get_rank() % 2 == 1
         mask = (wants_dx, odd, not odd, odd)
         grads = sync_batch_norm_backward(
@@ -325,7 +325,7 @@ def not_a_number_stays_in_its_channel(comm):
 
 
 class Silent:
-    """A communicator that must not be used."""
+    """A communicator whose use is an error."""
 
     def Get_size(self):
         raise AssertionError("asked for the size")
@@ -355,7 +355,7 @@ def evaluation_is_each_rank_on_its_own(comm):
 
 @case
 def statistics_add_up_over_steps(comm):
-    """The layer, on batches that are empty on some rank, is the layer of one process."""
+    """On batches that are empty on some rank, the layer equals one process's layer."""
     for options in ({}, {"momentum": None}, {"activation": "relu", "correction": 0}):
         batch = Batch(comm)
         layer = SyncBatchNorm(4, comm=comm, dtype=np.float64, **options)
@@ -379,9 +379,6 @@ def statistics_add_up_over_steps(comm):
             assert_same_on_all_ranks(comm, array, name)
 
 
-# Errors: all ranks raise, none waits, and the next call goes through.
-
-
 @case
 def recalibration_takes_what_all_ranks_have_seen(comm):
     steps = [Batch(comm, offset=offset) for offset in (0.0, 3.0)]
@@ -401,21 +398,24 @@ def recalibration_takes_what_all_ranks_have_seen(comm):
         assert_same_bits(rank, everywhere[0], "running statistics")
 
 
+# Errors: all ranks raise, none waits, and the next call succeeds.
+
+
 def refused_on_the_last_rank(comm, call, error, match):
-    """Call on every rank, wrongly on the last; check who raises what, and that all go on."""
+    """Pass wrong arguments on the last rank; check all errors, and that the next call works."""
     last = comm.Get_size() - 1
     if comm.Get_rank() == last:
         with pytest.raises(error, match=f"^{match}"):
             call(True)
     else:
-        whose = rf"^rank {last} refused its arguments: {error.__name__}: {match}"
+        whose = rf"^rank {last} has invalid arguments: {error.__name__}: {match}"
         with pytest.raises(RuntimeError, match=whose):
             call(False)
     call(False)
 
 
 def forward_with(comm, **spoiled):
-    """Return a call that is right, or spoilt by these arguments; wrong ones leave no trace."""
+    """Return a call with valid or spoilt arguments; an error must leave the arrays unchanged."""
     batch = Batch(comm)
 
     def call(wrong):
@@ -505,7 +505,7 @@ def several_wrong_ranks_each_raise_their_own_error(comm):
     rank, size = comm.Get_rank(), comm.Get_size()
     wrong = {"eps": -1.0} if rank == 0 else {"momentum": "x"} if rank == size - 1 else {}
     error, match = {0: (ValueError, "^eps"), size - 1: (TypeError, "^momentum")}.get(
-        rank, (RuntimeError, r"^rank 0 \(and 1 more\) refused its arguments: ValueError: eps")
+        rank, (RuntimeError, r"^rank 0 \(and 1 more\) has invalid arguments: ValueError: eps")
     )
     if size == 1:
         error, match = ValueError, "^eps"
@@ -515,7 +515,7 @@ def several_wrong_ranks_each_raise_their_own_error(comm):
 
 
 def disagree(comm, call, match):
-    """Call otherwise on the last rank; every rank raises the same."""
+    """Call differently on the last rank; every rank must raise the same error."""
     last = comm.Get_size() - 1
     if last == 0:
         return

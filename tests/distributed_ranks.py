@@ -1,10 +1,10 @@
-"""One rank of several: runs every case over a real communicator, and says which went through.
+"""Run every case on one of several ranks, over a real communicator, and print those that pass.
 
     mpiexec -n 4 python tests/distributed_ranks.py mpi 4
     python tests/distributed_ranks.py gloo 2 RANK FILE
 
-The first rank prints a line for each case that all ranks are through with. A rank on which a case
-fails ends all of them, as the others would wait for it.
+The first rank prints a line for each case that all ranks have finished. If a case fails on a rank,
+all ranks end, because the others would wait for it.
 """
 
 import os
@@ -23,14 +23,14 @@ from nbnorm.distributed import (
 
 
 def mpi():
-    """MPI's ranks, and how to end them all."""
+    """Return MPI's communicator and a function that ends all ranks."""
     from mpi4py import MPI
 
     return MPI.COMM_WORLD, lambda: MPI.COMM_WORLD.Abort(1)
 
 
 def gloo(rank, size, file):
-    """The ranks of torch.distributed: one that is gone fails what the others wait for."""
+    """Return torch.distributed's communicator, and a function that ends this rank."""
     import torch.distributed
 
     torch.distributed.init_process_group(
@@ -41,7 +41,7 @@ def gloo(rank, size, file):
 
 
 def tensors_in_and_out(comm):
-    """Tensors give tensors, of the whole batch's results."""
+    """Tensors give tensors, with the whole batch's results."""
     import torch
 
     batch = Batch(comm)
@@ -62,7 +62,7 @@ def tensors_in_and_out(comm):
 
 
 def main(kind, size, *rest):
-    """Run the cases one after the other, all ranks together."""
+    """Run the cases in order, on all ranks together."""
     comm, end = mpi() if kind == "mpi" else gloo(int(rest[0]), int(size), rest[1])
     warnings.simplefilter("error")
     rank = comm.Get_rank()
@@ -72,7 +72,7 @@ def main(kind, size, *rest):
         )
         for name, function in CASES.items():
             function(comm)
-            comm.Allgather(np.zeros(1), np.zeros((int(size), 1)))  # all are through
+            comm.Allgather(np.zeros(1), np.zeros((int(size), 1)))  # all ranks have finished
             if rank == 0:
                 print(f"passed {name}", flush=True)
     except BaseException:

@@ -1,14 +1,14 @@
-"""Lines of nbnorm, each with a fault, and the tests that should notice it: see mutate.py."""
+"""Lines of nbnorm with a fault each, and the tests that must detect it: see mutate.py."""
 
 from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
     file: str
-    original: str  # stands once in the file
+    original: str  # occurs once in the file
     mutated: str
-    tests: str  # arguments of pytest, in tests/
-    reason: str = ""  # why no test can notice
+    tests: str  # pytest arguments, relative to tests/
+    reason: str = ""  # why no test can detect it
 
 
 def of(file, *groups):
@@ -37,7 +37,7 @@ LAYOUT = of(
         (
             "if long[begin:end] != channels:",
             "if False:",
-            "axes apart or out of order merge to no stride that fits; None says so at once",
+            "axes that are apart or out of order have no common stride; None only says so sooner",
         ),
         ("sum(i < channel_axes[0] for i in long)", "0"),
         ("shape[i] > 1 and strides[i] != expected", "strides[i] != expected"),
@@ -91,7 +91,7 @@ CHECKS = of(
         (
             "return True  # fewer places than elements",
             "pass",
-            "going through the places, which this saves, comes to the same",
+            "a shortcut: counting the places gives the same answer",
         ),
         ("if step <= inside:", "if step < inside:"),
         ("inside += step * (n - 1)", "inside = step * (n - 1)"),
@@ -140,7 +140,7 @@ CHECKS = of(
         ("-ndim <= i < ndim", "-ndim - 1 <= i < ndim"),
     ),
     (
-        "test_arithmetic.py::test_a_count_of_none_is_for_empty_arrays",
+        "test_arithmetic.py::test_a_count_of_0_is_for_empty_arrays",
         ("if m < (x.size > 0):", "if m < 0:"),
         ("if m < (x.size > 0):", "if m < 1:"),
     ),
@@ -161,12 +161,12 @@ PLAN = of(
         (
             "threads > 1 and N * C * S >= SERIAL_BELOW",
             "N * C * S >= SERIAL_BELOW",
-            "one thread does the same in smaller blocks",
+            "one thread gives the same results in smaller blocks",
         ),
         (
             "        if fold == 1:\n",
             "        if True:\n",
-            "all channels of samples that share a row take less than a block",
+            "if samples share a row, all their channels fit into one block",
         ),
         ("elif parallel and fold == 1:", "elif parallel:"),
         ("max(1, min(block, C)), max", "min(block, C), max"),
@@ -254,7 +254,7 @@ ROWS = of(
         ("if lost(m, mean, q, merged[2], s_lanes):", "if False:"),
     ),
     (
-        "test_digits.py::test_values_alike_but_the_first_ones_round_each_alike",
+        "test_digits.py::test_equal_values_after_others_round_with_one_sign",
         ("center = K + d / m", "center = K"),
     ),
     (
@@ -268,7 +268,7 @@ ROWS = of(
         (
             "return others == 0",
             "return False",
-            "a dead channel's float64 sums are exact zeros too, and only take longer",
+            "a dead channel's float64 sums are exact zeros too; they only take longer",
         ),
         ("return others == 0", "return True"),
     ),
@@ -290,7 +290,7 @@ COLUMNS = of(
         ("center = K + s / m", "center = K"),
     ),
     (
-        "test_digits.py::test_values_alike_but_the_first_ones_round_each_alike",
+        "test_digits.py::test_equal_values_after_others_round_with_one_sign",
         ("q, q_rest = add_compensated(q, d * d - q_rest)", "q, q_rest = add_compensated(q, d * d)"),
     ),
     (
@@ -304,7 +304,7 @@ COLUMNS = of(
         (
             "        each(size, element.drain, (q, q64))\n    if",
             "    if",
-            "squares of sum 0 count as lost and are taken again in float64: it takes longer",
+            "squares of sum 0 count as lost and are summed again in float64; it only takes longer",
         ),
         ("        each(size, element.drain, (t, t64))\n    if", "    if"),
         ("r1):\n            n, short", "r1 - 1):\n            n, short"),
@@ -335,7 +335,7 @@ COLUMNS = of(
     (
         "test_arithmetic.py::test_a_constant_channel_has_no_m2_at_all",
         ("    if same:\n", "    if False:\n",
-         "a dead channel's second pass gives exact zeros too, and only takes longer"),
+         "a dead channel's second pass gives exact zeros too; it only takes longer"),
     ),
 )  # fmt: skip
 
@@ -489,7 +489,7 @@ ARRAYS = of(
         ("forward.unpack_dual(obj).tangent is not None", "True"),
     ),
     (
-        "test_interop.py::test_tensors_with_values_where_all_are_fake",
+        "test_interop.py::test_real_tensors_where_all_others_are_fake",
         ("_TorchDispatchModeKey.FAKE) is not None", "_TorchDispatchModeKey.FAKE) == 0"),
     ),
     (
@@ -671,7 +671,7 @@ OBJECTS = of(
     (
         ONE_ODD,
         ("ALIGNED = np.int64(0x100)", "ALIGNED = np.int64(0)",
-         "an x86 reads and writes values that lie across words as well; others may not"),
+         "x86 supports unaligned access; other processors may not"),
         ("WRITABLE = np.int64(0x400) | ALIGNED", "WRITABLE = ALIGNED"),
         ("and word(word(at, _DTYPE), _KIND) & _KIND_BITS == dtype", ""),
         ("word(at, _CLASS) == ndarray", "word(at, _CLASS) != 0"),

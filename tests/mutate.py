@@ -24,7 +24,7 @@ LIMIT = 300  # seconds
 def run(tests, folder):
     """Run tests on a copy; return "alive", "killed" or "no test ran"."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    # Bytecode is told from stale by seconds and size, which a mutant of the same second may have.
+    # Python detects stale bytecode by seconds and size, which two mutants may share.
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         code = subprocess.run(
@@ -40,12 +40,12 @@ def run(tests, folder):
         return "killed"
     if code == 0:
         return "alive"
-    # 1 is a failed test, a negative number a signal; the rest is pytest's own trouble.
+    # 1 is a failed test, a negative number a signal; other codes are errors of pytest itself.
     return "killed" if code == 1 or code < 0 else "no test ran"
 
 
 def judge(mutant, folder):
-    """Return what became of a mutant; leave the copy as it was."""
+    """Return the outcome of a mutant; restore the copy."""
     path = folder / mutant.file
     source = path.read_text()
     if source.count(mutant.original) != 1:

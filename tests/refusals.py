@@ -1,4 +1,4 @@
-"""Right arguments for every public function, and the check that spoilt ones leave no trace."""
+"""Valid arguments of every public function, and a check that invalid ones leave no trace."""
 
 import inspect
 
@@ -131,12 +131,12 @@ SMALL += ("sum_dy_xhat", "bias")
 
 
 def takers(*arguments, functions=tuple(VALID)):
-    """Pair every function with each of these arguments that it takes."""
+    """Return pairs of a function and one of these arguments that it takes."""
     return [(f, a) for f in functions for a in arguments if a in VALID[f]()]
 
 
 def taking(option):
-    """Name the functions whose signature has this option."""
+    """Return the functions whose signature has this option."""
     return [f for f in VALID if option in inspect.signature(getattr(nbnorm, f)).parameters]
 
 

@@ -1,7 +1,7 @@
-"""Hypothesis strategies: what is drawn is a small recipe, the arrays follow from its seed.
+"""Hypothesis strategies: they draw a small recipe, from whose seed arrays follow.
 
-Drawing elements one by one is slow and shrinks towards nothing of interest; a recipe prints as one
-line, and building it again gives the same arrays.
+Drawing elements one by one is slow and shrinks poorly; a recipe prints as one line, and rebuilding
+it gives the same arrays.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ LAYOUTS = DENSE_LAYOUTS + STRIDED_LAYOUTS
 
 
 def dtype_of(name):
-    """Return a dtype by name; NumPy does not know bfloat16 by its own."""
+    """Return a dtype by name; NumPy alone does not know bfloat16."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
@@ -69,7 +69,7 @@ def lay_out(values, layout):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the arrays of one example follow from."""
+    """All parameters that the arrays of an example depend on."""
 
     shape: tuple[int, ...]
     axis: int | tuple[int, ...]
@@ -85,17 +85,17 @@ class Recipe:
 
     @property
     def with_extras(self):
-        """Whether to try residuals and masks: each with each dtype is a kernel to compile."""
+        """Return whether to test residuals and masks: each compiles a kernel for each dtype."""
         return self.dtype == "float32"
 
     @property
     def channels(self):
-        """Shape of parameters and statistics."""
+        """Return the shape of parameters and statistics."""
         return channels_of(self.shape, self.axis)
 
     @property
     def count(self):
-        """Values per channel."""
+        """Return the number of values per channel."""
         return prod(self.shape[a] for a in reduced_axes(len(self.shape), self.axis))
 
     def _rng(self, stream):
@@ -107,7 +107,7 @@ class Recipe:
         return np.asarray(values(self._rng(stream))).astype(dtype_of(dtype))
 
     def gamma(self):
-        """Return factors around 1, of both signs, none of them 0."""
+        """Return nonzero factors of both signs around 1."""
         return self._parameter(
             self.gamma_dtype,
             1,
@@ -150,7 +150,7 @@ class Recipe:
 
     def like_x(self, stream, layout="C"):
         """Return standard normal values of x's shape and dtype: a dy or a residual."""
-        if layout == "broadcast":  # stride 0 along the last axis, as from the gradient of a sum
+        if layout == "broadcast":  # stride 0 along the last axis, as in the gradient of a sum
             column = (
                 self._rng(stream).normal(size=(*self.shape[:-1], 1)).astype(dtype_of(self.dtype))
             )
@@ -197,13 +197,13 @@ def empty_shapes_and_axes(draw):
 
 @st.composite
 def recipes(draw, *, layouts=LAYOUTS, most=100_000, least_count=2, dtypes=DTYPES):
-    """Draw a recipe whose values all fit into the storage type."""
+    """Draw a recipe whose values all fit into the storage dtype."""
     shape, axis = draw(shapes_and_axes(most=most, least_count=least_count))
     kind = draw(st.sampled_from(KINDS))
-    # A constant channel has no standard deviation: eps = 0 is a test of its own.
+    # A constant channel has zero standard deviation; other tests cover eps = 0.
     eps = draw(st.sampled_from((1e-5, 1e-3) if kind == "constant channels" else (1e-5, 1e-3, 0.0)))
     dtype = draw(st.sampled_from(dtypes))
-    # With more of an offset, few halves are left for the values to differ in.
+    # With a larger offset, the values of a half-precision type hardly differ.
     offset = draw(st.sampled_from(OFFSETS[:3] if dtype in HALVES else OFFSETS))
     scale = draw(st.sampled_from(SCALES[:1] if dtype == "float16" else SCALES))
     parameters = st.sampled_from((None, *DTYPES))

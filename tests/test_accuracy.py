@@ -1,7 +1,7 @@
-"""The accuracy bar where it is hard to hold: means far from 0, tiny and huge scales, outliers.
+"""Accuracy on hard inputs: means far from 0, tiny and huge scales, outliers.
 
-Shapes are named by the traversal they take: rows where the positions of a plane are many, columns
-where they are few. Other libraries lose between three and all digits on most of these inputs.
+Shapes are named by their traversal: rows if a plane has many positions, columns if it has few.
+Other libraries lose between three and all digits on most of these inputs.
 """
 
 import numba
@@ -38,7 +38,7 @@ cases = pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
 
 
 def setup_module():
-    """One thread: any number gives the same bits (test_threads.py)."""
+    """Use one thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 
@@ -47,7 +47,7 @@ def teardown_module():
 
 
 def draw(shape, axis, dtype, *, offset=0.0, seed=0):
-    """Return x with this many standard deviations of mean, and gamma, beta, dy."""
+    """Return x whose mean is this many standard deviations, and gamma, beta, dy."""
     rng = np.random.default_rng(seed)
     channels = channels_of(shape, axis)
     x = (rng.normal(size=shape) + offset).astype(dtype)
@@ -57,23 +57,23 @@ def draw(shape, axis, dtype, *, offset=0.0, seed=0):
 
 
 def longest_first(x, axis):
-    """View x with its longest reduced axis in front."""
+    """View x with its longest reduced axis first."""
     return np.moveaxis(x, max(reduced_axes(x.ndim, axis), key=lambda a: x.shape[a]), 0)
 
 
 def channels_first(x, axis):
-    """View x with its (first) channel axis in front."""
+    """View x with its (first) channel axis first."""
     return np.moveaxis(x, axes_of(x.ndim, axis)[0], 0)
 
 
 def first_values(x, axis):
-    """View the very first value of every channel."""
+    """View the first value of every channel."""
     over = reduced_axes(x.ndim, axis)
     return x[tuple(slice(0, 1) if a in over else slice(None) for a in range(x.ndim))]
 
 
 def assert_accurate(x, gamma, beta, dy, *, axis, eps=1e-5):
-    """Hold statistics, forward and both backwards to the bar."""
+    """Check statistics, forward, and both backward passes against their tolerances."""
     stats = nbnorm.batch_norm_stats(x, axis=axis)
     moments = reference.batch_norm_stats(x, axis=axis)
     assert_within(stats.mean, moments.mean, mean_tolerance(moments, x.dtype), "mean")
@@ -172,7 +172,7 @@ def test_huge_and_tiny_scales_far_from_zero(shape, axis, scale, offset):
 def test_gradients_that_only_a_large_gamma_brings_back_into_range(
     shape, axis, x_scale, dy_scale, gamma
 ):
-    """rstd mean(dy x_hat) is subnormal or 0 in float32; so rounded, it left dx off by 77 %."""
+    """rstd mean(dy x_hat) is subnormal or 0 in float32; rounding it would put dx off by 77 %."""
     x, _, _, dy = draw(shape, axis, "float32")
     x, dy = (x * x_scale).astype("float32"), (dy * dy_scale).astype("float32")
     gamma = np.full(channels_of(shape, axis), gamma)
@@ -187,7 +187,7 @@ def assert_dx_near_the_reference(dy, x, gamma):
 
 
 def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
-    """The mean of dy bounds v: mean(dy x_hat) says little of a dy where x is its mean."""
+    """The mean of dy bounds v: mean(dy x_hat) does not limit a dy where x is its mean."""
     x = np.float32([0, 1e30, -1e30, 3e30, -3e30] * 200)[:, None]
     dy = np.zeros_like(x)
     dy[0], dy[1] = 1e30, 1e-20
@@ -195,7 +195,7 @@ def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
 
 
 def test_a_mean_of_dy_x_hat_that_is_nearly_0_keeps_v_in_range():
-    """p, of 1e-78, would ask for a v of 1e40."""
+    """p, of 1e-78, would require v = 1e40."""
     x = np.float32([1e26, 1e36, -1e36, -1e26] * 10)[:, None]
     dy = np.zeros_like(x)
     dy[0], dy[3] = 1e-30, -1e-30
@@ -216,7 +216,7 @@ def test_channels_of_very_different_scales(shape, axis):
     "shape", [(1, 2, 3 * 4096), (6, 3, 56, 56), (9000, 7), (64, 5, 14, 14)], ids=str
 )
 def test_first_tiles_are_constant(shape, dtype, value):
-    """K is exact there, M2 is 0, and the data that follow are up to 1e4 deviations away."""
+    """K is exact there, M2 is 0, and later data are up to 1e4 deviations away."""
     x, gamma, beta, dy = draw(shape, 1, dtype)
     flat = np.moveaxis(x, 1, 0).reshape(shape[1], -1)
     flat[:, : flat.shape[1] // 3] = value
@@ -302,7 +302,7 @@ def test_recomputed_relu_mask_is_that_of_the_forward(shape, axis, dtype, offset)
         activation="relu",
     ).dx
     assert_same_bits(dx != 0, y > 0, "mask")
-    # The training path takes its mask from the same expression: sums of dy over it are counts.
+    # The training path uses the same mask expression: over it the sums of dy are counts.
     sums = nbnorm.batch_norm_backward_reduce(
         np.ones_like(x), x, mean, rstd, gamma=gamma, beta=beta, axis=axis, activation="relu"
     )
@@ -381,21 +381,21 @@ narrow = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 
 
 def as_dtype(values, dtype):
-    """Round to a dtype by its name; what float32 does not hold must not be asked for."""
+    """Round to a dtype by name; the values must fit into float32."""
     if dtype == "bfloat16":
         return np.asarray(values, "float32").astype(pytest.importorskip("ml_dtypes").bfloat16)
     return np.asarray(values, dtype)
 
 
 def largest(dtype):
-    """The greatest finite number of a dtype."""
+    """Return the greatest finite number of a dtype."""
     return {"float16": 65504.0, "bfloat16": float.fromhex("0x1.fep127")}.get(
         dtype, float(np.finfo("float32").max)
     )
 
 
 def draw_full_range(shape, dtype, extreme, seed=0):
-    """Return x within +-extreme that has both of them in every channel, gamma, beta and dy."""
+    """Return x with +-extreme in every channel, gamma, beta and dy."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(-1, 1, shape) * extreme
     x[0], x[-1] = extreme, -extreme
@@ -421,7 +421,7 @@ def test_subnormal_values_without_eps(shape):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @full_range
 def test_gradients_over_the_whole_range(shape, activation, size):
-    """Sums of dy leave float32; x is so large that dx does not."""
+    """Sums of dy leave float32's range; x is so large that dx does not."""
     x, gamma, beta, _ = draw_full_range(shape, "float32", 1e6)
     dy = draw_full_range(shape, "float32", size, seed=1)[0]
     beta *= np.float32(0.1)
@@ -437,7 +437,7 @@ def test_gradients_over_the_whole_range(shape, activation, size):
     )
     errors = sums_tolerance(arriving.astype("float64"), x, forward.mean, forward.rstd, axis=1)
     for sum_, wanted, error in zip(sums, (want.dbeta, want.dgamma), errors, strict=True):
-        assert_within(sum_, wanted, error * 2.0**29, "sums")  # float64 terms, float32's units
+        assert_within(sum_, wanted, error * 2.0**29, "sums")  # float64 terms, units of float32
 
 
 @narrow
@@ -469,7 +469,7 @@ def test_means_at_the_end_of_the_range(shape, dtype, training):
 )
 @full_range
 def test_gamma_takes_the_factor_out_of_range(shape, scale, gamma):
-    """gamma rstd is beyond float32, y is not."""
+    """gamma rstd leaves float32's range, y does not."""
     x, sign, _, dy = draw_full_range(shape, "float32", scale)
     assert_accurate(x, np.float32(gamma) * sign, None, dy * np.float32(1e-5), axis=1, eps=0.0)
 
@@ -486,7 +486,7 @@ def test_constant_channel_at_the_end_of_the_range(shape):
 @full_range
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_extreme_channels_change_no_bit_of_another(shape, bad):
-    """Channel 0 has a unit of its own, or none that helps."""
+    """Channel 0 has its own power of two, or none that suffices."""
     x, gamma, beta, dy = draw(shape, 1, "float32")
     residual = dy[::-1].copy()
     clean = run_everything(x, dy, residual, gamma, beta, 1)
@@ -502,7 +502,7 @@ def test_extreme_channels_change_no_bit_of_another(shape, bad):
 
 @pytest.mark.parametrize("shape", [(50, 1), (1, 1, 400)], ids=str)
 def test_range_of_float64(shape):
-    """What docs/numerics.md states: float64 holds the sum of squares, or the channel is NaN."""
+    """As docs/numerics.md states, float64 holds the sum of squares, or the channel is NaN."""
     rng = np.random.default_rng(0)
     values = np.sign(rng.normal(size=shape))
     values.flat[:2] = 1, -1
@@ -524,7 +524,7 @@ def test_range_of_float64(shape):
 
 @pytest.mark.parametrize("shape", [(512, 3), (1, 3, 512)], ids=str)
 def test_mean_of_dy_that_float32_does_not_hold(shape):
-    """x_hat is 1 or -1 and every sum is exact: what is left is how the mean of dy is taken off."""
+    """x_hat is 1 or -1 and every sum is exact, so only the subtraction of dy's mean can err."""
     x, dy = np.ones(shape, "float32"), np.full(shape, 2.0**16, "float32")
     along = 0 if len(shape) == 2 else 2
     np.moveaxis(x, along, 0)[::2] = -1

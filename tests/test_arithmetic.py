@@ -1,6 +1,6 @@
-"""What a kernel does with one value or channel, at the edges where a slip would go unseen.
+"""Arithmetic on single values and channels, at the edges where an error would go unnoticed.
 
-A function that only compiled code calls is run as Python, `py_func`.
+Functions that only compiled code calls run as Python, through `py_func`.
 """
 
 import numba
@@ -20,7 +20,7 @@ HALVES_TOO = ("float32", "float64", "float16", "bfloat16")
 
 
 def setup_module():
-    """One thread: any number gives the same bits (test_threads.py)."""
+    """Use one thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 
@@ -30,17 +30,17 @@ def teardown_module():
 
 @both
 def test_relu_at_its_edge_forward(shape):
-    """0, both signs of it, the least numbers and NaN; -0 becomes 0."""
+    """Test zeros of both signs, the least numbers and NaN; -0 becomes 0."""
     tiny = np.float32(1e-45)
     x = np.resize(np.float32([0, -0.0, tiny, -tiny, np.nan, np.inf, -np.inf, 1, -1]), shape)
-    beta = np.full(2, -0.0, np.float32)  # to which -0 may be added and stays
+    beta = np.full(2, -0.0, np.float32)  # adding -0 changes nothing
     arguments = x, None, beta, np.zeros(2), np.ones(2)
     y = nbnorm.batch_norm_apply(*arguments, activation="relu")
     number = ~np.isnan(x)
     assert_same_bits(np.isnan(y), ~number)
     assert_same_bits(y[number], np.where(x > 0, x, np.float32(0))[number])
     plain = nbnorm.batch_norm_apply(*arguments)
-    assert_same_bits(plain[number], x[number])  # without one, -0 and -Inf stay
+    assert_same_bits(plain[number], x[number])  # without ReLU, -0 and -Inf stay
     ones = np.ones_like(x)
     added = nbnorm.batch_norm_apply(ones, None, None, np.zeros(2), np.ones(2), residual=x)
     np.testing.assert_array_equal(added, 1 + x)
@@ -77,7 +77,7 @@ def test_rstd_of_no_spread_is_0_and_else_follows_ieee():
 
 @both
 def test_beta_takes_what_the_mean_has_beyond_its_float32(shape):
-    """x - hi is exact, and lo, up to 0.03 here, is what y would be off by."""
+    """x - hi is exact, and lo, up to 0.03 here, would otherwise be y's error."""
     x = (np.random.default_rng(0).normal(size=shape) + 1e6).astype("float32")
     mean = np.array([1e6 + 0.02, 1e6 - 0.013])
     y = nbnorm.batch_norm_apply(x, None, None, mean, np.ones(2))
@@ -96,7 +96,7 @@ def test_beta_takes_what_the_mean_has_beyond_its_float32(shape):
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 255, 256, 257, 320, 511, 513, 1000])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_every_value_of_a_row_is_counted_once(size, samples):
-    """Powers of two that a float32 sum holds exactly: one left out or counted twice is seen."""
+    """A float32 sum of these small integers is exact, so an omitted or repeated one shows."""
     x = np.zeros((samples, 1, max(size, 256)), np.float32)
     x[..., :size] = np.resize(np.float32([1, -1, 3]), (samples, 1, size))
     got = nbnorm.batch_norm_stats(x)
@@ -111,7 +111,7 @@ def test_every_value_of_a_row_is_counted_once(size, samples):
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7, 31, 33, 36, 255, 257, 1030])
 @pytest.mark.parametrize("channels", [1, 3, 301])
 def test_every_value_of_a_column_is_counted_once(samples, channels):
-    """And nothing else: what lies behind x in memory would show."""
+    """Values behind x in memory must not enter the sum."""
     memory = np.full(samples * channels + 4096, 7, np.float32)  # more would be summed again
     x = memory[: samples * channels].reshape(samples, channels)
     x[...] = np.resize(np.float32([1, -1, 3, 5, -2]), x.shape)
@@ -127,7 +127,7 @@ def test_every_value_of_a_column_is_counted_once(samples, channels):
 @pytest.mark.parametrize("offset", [1e4, 1e8])
 @pytest.mark.parametrize("shape", [(700, 1), (1, 1, 700)], ids=["columns", "rows"])
 def test_sums_taken_again_are_of_two_passes_and_rounded_once(shape, offset):
-    """Constant tiles, then values far off: float32 sums are lost, float64 ones must hold."""
+    """Constant tiles, then values far off: float32 sums lose all digits, float64 ones must not."""
     x = np.full(shape, 0.0)
     flat = x.reshape(-1)
     flat[32:] = np.random.default_rng(0).normal(size=668) + offset
@@ -137,7 +137,7 @@ def test_sums_taken_again_are_of_two_passes_and_rounded_once(shape, offset):
 
 
 def test_sums_one_after_the_other_carry_their_rounding():
-    """Kahan's: 1 is lost beside 2^53, and comes back with the next."""
+    """Kahan's sum: 1 is lost beside 2^53 and returns with the next term."""
     s, rest = 2.0**53, 0.0
     for _ in range(8):
         s, rest = columns.add_compensated.py_func(s, 1.0 - rest)
@@ -200,7 +200,7 @@ def test_an_empty_batch_and_a_full_one_merge():
         assert_same_bits(merged.mean, np.ones(1))
 
 
-def test_a_count_of_none_is_for_empty_arrays():
+def test_a_count_of_0_is_for_empty_arrays():
     x, zeros = np.ones((4, 2), np.float32), np.zeros(2)
     with pytest.raises(ValueError, match=r"^count must be positive"):
         nbnorm.batch_norm_backward_apply(x, x, None, zeros, zeros, zeros, zeros, 0)
@@ -217,7 +217,7 @@ def test_squares_beyond_the_range_of_float32(shape, scale):
 
 @both
 def test_squares_among_the_subnormal_numbers_round_a_mean_of_0(shape):
-    """Only the size of the sum of squares tells that they have no digits: d is about 0."""
+    """Only the size of the sum of squares shows that they have no digits: d is about 0."""
     values = np.float32(1e-22) * np.float32([1, -1, 1.7, -1.7])
     x = np.moveaxis(np.resize(values, (2, shape[0], *shape[2:])), 0, 1).copy()
     want = reference.batch_norm_forward(x, eps=0.0)

@@ -1,7 +1,7 @@
-"""Benchmarks: peers compute what they are compared for; what is published follows from the data.
+"""Benchmarks: peers compute batch normalization, and published numbers follow from the data.
 
-Peers whose library is not installed are left out, and torch.compile, which takes seconds for each
-function: compare.py checks it, as every peer, before it times it.
+Peers whose library is not installed are skipped, as is torch.compile, which takes seconds for each
+function: compare.py checks it, like every peer, before timing it.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from numpy.testing import assert_array_equal
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of what is installed
+sys.path.insert(0, str(ROOT))  # the benchmarks are not part of an installation
 
 from benchmarks import compare, floor, runs, tables, timing  # noqa: E402
 from benchmarks.checking import as_array, check  # noqa: E402
@@ -47,7 +47,7 @@ def test_every_peer_is_batch_normalization(shape, dtype, op):
         try:
             result = peer.ops[op](batch)()
         except LeftOut:
-            continue  # onnxruntime in bfloat16
+            continue  # onnxruntime does not support bfloat16
         check(name, op, batch, result)
         first = as_array(result if op in ("forward", "inference") else result[0])
         assert first.shape == shape
@@ -87,7 +87,7 @@ def test_like_is_compared_with_like():
 
 @pytest.mark.parametrize("dtype", compare.DTYPES)
 def test_the_floor_reads_and_writes_everything_once(dtype):
-    for start in (0, 1, 3):  # y begins at and off a cache line
+    for start in (0, 1, 3):  # y starts at and off a cache line
         for size in (1, 17, 5001):
             x = Batch((size, 1), dtype).x.ravel()
             for name in floor.sweeps(x, x):
@@ -122,14 +122,14 @@ def test_numbers_for_people_have_three_digits(value, three, times):
 
 
 def row(op, shape, **milliseconds):
-    """A row by hand, whose floor is 1 ms."""
+    """Return a row with a floor of 1 ms."""
     times = {name: timing.Times(value, 2 * value) for name, value in milliseconds.items()}
     return runs.Row(op, "float32", shape, 1.0, times)
 
 
 @pytest.fixture
 def run():
-    """A run by hand: PyTorch takes 3 times as long as nbnorm, channels-last twice as long."""
+    """A run in which PyTorch takes 3 times as long as nbnorm, channels-last twice as long."""
     times = {"nbnorm": 2.0, "nbnorm channels-last": 4.0, "PyTorch": 6.0}
     rows = [row("forward", shape, **times, **{"PyTorch channels-last": 8.0}) for shape in RESNET50]
     rows.append(row("forward", (60, 100), nbnorm=2.0, PyTorch=1.0))
@@ -181,7 +181,7 @@ def test_rows_have_the_digits_that_a_clock_tells(run):
 
 
 def test_ops_of_a_shape_have_one_floor(run):
-    """The fastest sweep that any of them saw; backward reads and writes half as much again."""
+    """The fastest sweep of any op; backward reads and writes half as much again."""
     rows = [row(op, (60, 100), nbnorm=9.0)._replace(floor=f) for op, f in
             (("forward", 3.0), ("inference", 2.0), ("backward", 4.5))]  # fmt: skip
     rows.append(row("forward", (2, 3), nbnorm=9.0)._replace(floor=1.0))
@@ -206,7 +206,7 @@ def test_the_readme_is_what_its_data_give():
 def test_what_is_published_has_no_more_digits_than_it_knows():
     published = runs.Run.read(ROOT / "docs" / "speed.json")
     for text in (tables.section(published), tables.page(published), tables.report(published)):
-        text = text.replace(runs.describe(published.conditions), "")  # versions
+        text = text.replace(runs.describe(published.conditions), "")  # remove versions
         numbers = re.findall(r"\d[\d,]*\.\d+", text)
         assert len(numbers) > 30
         long = [n for n in numbers if len(re.sub(r"^[0.]+|[.,]", "", n)) > 3]
@@ -278,7 +278,7 @@ esac
 
 
 def gpu_check(folder, *arguments, versions=0, limit="170"):
-    """Run check.sh with a Python whose steps end as they are told, and less patience."""
+    """Run check.sh with a Python whose steps fail or hang as told, and a shorter time limit."""
     script = folder / "benchmarks" / "gpu" / "check.sh"
     script.parent.mkdir(parents=True, exist_ok=True)
     text = (ROOT / "benchmarks" / "gpu" / "check.sh").read_text()
@@ -313,18 +313,18 @@ def test_a_machine_without_what_is_needed_stops_the_check_at_once(tmp_path):
     code, said = gpu_check(tmp_path, "results", versions=1)
     assert code == 1
     assert "stopped: see " in said
-    assert said.count("exit status") == 2  # of versions, as it ran and in the table
+    assert said.count("exit status") == 2  # for versions, in the log and in the table
     assert "- versions: GPU: MISSING: none" in said
 
 
-def test_a_check_of_which_all_is_right_ends_with_0(tmp_path):
+def test_a_check_without_failures_ends_with_0(tmp_path):
     code, _ = gpu_check(tmp_path, "results", "short")
     assert code == 0
     assert gpu_check(tmp_path, "--smoke")[0] == 1
     assert (tmp_path / "gpu-results" / "table.md").exists()
 
 
-def test_tests_that_none_of_ran_are_no_pass(tmp_path):
+def test_a_run_without_tests_fails(tmp_path):
     for options in (["--backend", "cupy"], ["--backend", "read-only", "-k", "no_such_name"]):
         child = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", *options, "tests/test_plan.py"],

@@ -1,4 +1,4 @@
-"""Kernels on disk: found again by their whole key, compiled anew where a file is not as written."""
+"""Kernels on disk: found by their whole key, and recompiled if a file is damaged."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def other(values):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The only folder that kernels can be kept in; not there yet."""
+    """The only folder for kernels; it does not exist yet."""
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kernels"))
     return tmp_path / "kernels"
@@ -45,14 +45,14 @@ def loaded(function=tiny, dtype="f8", kernel=None):
 
 
 def kept(folder):
-    """Return the files of all kernels, after a look that there are no others."""
+    """Return the files of all kernels; assert that there are no other files."""
     files = [path for path in folder.rglob("*") if not path.is_dir()]
     assert all(path.name.startswith("nbnorm-") and path.suffix == ".nbc" for path in files), files
     return files
 
 
 def compiled(function=tiny):
-    """A kernel's cache, and what it is given when the kernel has been compiled."""
+    """Return a kernel's cache, signature and compile result."""
     kernel = jit.entry(function.__name__)(function)
     loaded(function, kernel=kernel)
     (sig,) = kernel.signatures
@@ -73,7 +73,7 @@ def test_found_again(folder):
     assert loaded(dtype="f4")
 
 
-# Damage. A file that is not read as it was written must be a miss, and written again.
+# Damage. A damaged file must count as a miss, and be written again.
 
 DAMAGE = {
     "empty": lambda file: b"",
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_compiled_again(folder, monkeypatch):
     assert loaded()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
 def test_a_link_to_itself_is_replaced(folder):
     loaded()
     (file,) = kept(folder)
@@ -163,7 +163,7 @@ def test_a_folder_in_its_place_is_left_alone(folder):
 
 
 def test_no_single_bit_goes_unnoticed(tmp_path):
-    """In a process of its own, which LLVM would end."""
+    """In a child process, because LLVM would end it."""
     script = """if True:
         from pathlib import Path
         import numpy as np
@@ -185,7 +185,7 @@ def test_no_single_bit_goes_unnoticed(tmp_path):
     run_child("-c", script, NUMBA_CACHE_DIR=str(tmp_path))
 
 
-# Writing. Whatever happens, the file is the former or the new one, and nothing lies beside it.
+# Writing. The file is always the old or the new one, and no other file is left beside it.
 
 
 def test_a_full_disk(folder):
@@ -204,17 +204,17 @@ def test_a_full_disk(folder):
     assert loaded(other)
 
 
-# A file that is open at the interrupt is closed by the count of its references.
+# The reference count closes a file that is open at the interrupt.
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("first", [True, False])
 def test_an_interrupt_at_any_line(folder, monkeypatch, first):
     cache, sig, result = compiled()
     (file,) = kept(folder)
-    monkeypatch.setattr(sources, "now", lambda: sources.IMPORTED)  # a hundred lines of no interest
+    monkeypatch.setattr(sources, "now", lambda: sources.IMPORTED)  # skip a hundred irrelevant lines
     for line in range(1000):
         if first:
             file.unlink(missing_ok=True)
-        # Raised by a trace, in a handler, it would stay the thread's current exception.
+        # Raised by a trace within a handler, it would remain this thread's current exception.
         with ThreadPoolExecutor(1) as thread:
             done = thread.submit(interrupted, lambda: cache.save_overload(sig, result), line)
         if not done.result():
@@ -225,7 +225,7 @@ def test_an_interrupt_at_any_line(folder, monkeypatch, first):
 
 
 def interrupted(function, line):
-    """Run a function; raise at one of the lines of the cache's code, or of the files', under it."""
+    """Run a function; raise KeyboardInterrupt at a line of disk.py, or of pathlib below it."""
 
     def trace(frame, event, _):
         nonlocal line
@@ -255,7 +255,7 @@ def test_what_a_killed_process_left_is_removed(folder):
     digits = "0123456789abcdef" * 2
 
     def left(name, seconds):
-        """A file of this name, written so many seconds ago."""
+        """Return a file of this name, written so many seconds ago."""
         path = file.with_name(name)
         path.write_bytes(b"half a kernel")
         os.utime(path, (time.time() - seconds,) * 2)
@@ -266,9 +266,9 @@ def test_what_a_killed_process_left_is_removed(folder):
         left(f"nbnorm-b-{digits[:24]}.nbc.{digits}", 1e6),
     ]
     stay = [
-        left(f"{file.name}.{digits[::-1]}", 3000),  # somebody may still be writing it
-        left(f"{file.name}.{'0' * 32}", -4000),  # written by a clock that is ahead
-        # Not ours.
+        left(f"{file.name}.{digits[::-1]}", 3000),  # another process may still be writing it
+        left(f"{file.name}.{'0' * 32}", -4000),  # the writer's clock is ahead
+        # Files that are not nbnorm's.
         left(f"{file.name}.orig", 1e6),
         left(f"{file.name}.{digits}.orig", 1e6),
         left(f"{file.name}.{digits[1:]}", 1e6),
@@ -292,7 +292,7 @@ def test_leftovers_that_cannot_be_removed_stay(folder, monkeypatch, failing):
     def refuse(path):
         if folder in (path, *Path(path).parents):
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path)  # Python 3.13 lists the package's source by it
+        return real(path)  # Python 3.13 lists the package's source with it
 
     with monkeypatch.context() as patched:
         patched.setattr(disk.os, failing, refuse)
@@ -307,7 +307,7 @@ WEEK = 7 * 24 * 3600
 
 
 def aged(path, seconds):
-    """A file, made where it is not there, that was last used so many seconds ago."""
+    """Return a file, created if missing, that was last used so many seconds ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     os.utime(path, (time.time() - seconds,) * 2)
@@ -317,7 +317,7 @@ def aged(path, seconds):
 def test_unused_kernels_of_earlier_versions_are_removed(folder):
     loaded()
     (file,) = kept(folder)
-    kernel = file.name[: -len("0123456789abcdef.nbc")]  # with the state
+    kernel = file.name[: -len("0123456789abcdef.nbc")]  # up to the state
     other_kernel = "nbnorm-a-01234567"
     assert not kernel.endswith("01234567")
     end = "0123456789abcdef.nbc"
@@ -329,10 +329,10 @@ def test_unused_kernels_of_earlier_versions_are_removed(folder):
         aged(like[1] / (other_kernel + end), 9 * WEEK),
     ]
     stay = [
-        aged(file, 99 * WEEK),  # of this version, as in an image that was filled long ago
+        aged(file, 99 * WEEK),  # of this version, as in an old image
         aged(file.with_name(kernel + end), 99 * WEEK),
-        aged(file.with_name("nbnorm-b-01234567" + end), 7 * WEEK),  # that somebody uses
-        # Not ours, or not of this place.
+        aged(file.with_name("nbnorm-b-01234567" + end), 7 * WEEK),  # in use
+        # Files that are not nbnorm's, or not of this place.
         aged(file.with_name("my-" + other_kernel + end), 99 * WEEK),
         aged(file.with_name(other_kernel + end + ".orig"), 99 * WEEK),
         aged(file.with_name("tiny.tiny-28.py311.1.nbc"), 99 * WEEK),
@@ -352,7 +352,7 @@ def test_unused_kernels_of_earlier_versions_are_removed(folder):
     assert loaded()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
 def test_what_a_link_leads_to_is_not_removed(folder, tmp_path):
     loaded()
     (file,) = kept(folder)
@@ -396,7 +396,7 @@ def test_what_can_be_neither_removed_nor_dated_stays(folder, monkeypatch, failin
 
 
 def test_a_file_appears_whole(folder, monkeypatch):
-    """The other way, two processes that write and read at the same time would meet halves."""
+    """Otherwise a concurrent process could read half a file."""
     whole = []
     rename = Path.replace
 
@@ -422,7 +422,7 @@ def test_processes_that_begin_at_the_same_time(tmp_path):
     assert cold(None).split() == ["0.5", "1"]
 
 
-# Folders that cannot be had.
+# Folders that are not available.
 
 
 def a_file(place):
@@ -442,7 +442,7 @@ def a_file_above(place):
 @pytest.mark.parametrize("late", [False, True])
 def test_no_folder(tmp_path, monkeypatch, folder, occupy, late):
     if occupy is a_loop and sys.platform == "win32":
-        pytest.skip("links need a privilege there")
+        pytest.skip("links need a privilege on Windows")
     (tmp_path / "above").mkdir()
     place = tmp_path / "above" / "kernels"
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(place))
@@ -456,7 +456,7 @@ def test_no_folder(tmp_path, monkeypatch, folder, occupy, late):
     assert not loaded()
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that even root cannot write")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder closed even to root")
 @pytest.mark.parametrize("late", [False, True])
 def test_a_folder_that_cannot_be_written_to(monkeypatch, folder, late):
     kernel = jit.entry("tiny")(tiny) if late else None
@@ -486,7 +486,7 @@ def test_the_package_works_without_a_folder(tmp_path):
     assert "kernel cache    none" in printed
 
 
-# Keys.
+# Keys
 
 
 def test_versions_keep_apart(folder, monkeypatch):
@@ -542,7 +542,7 @@ def test_nothing_is_kept_without_source(folder, monkeypatch):
     assert not folder.exists()
 
 
-# Prints 1 / sqrt(4) as a kernel has it, and whether that was loaded.
+# Print 1 / sqrt(4) as computed by a kernel, and whether the kernel was loaded from disk.
 RSTD = """
 import numpy as np
 import nbnorm
@@ -551,7 +551,7 @@ from nbnorm.cpu.kernels import rstd_all
 print(cpu.rstd(np.array([4.0]), 0.0)[0], sum(rstd_all.stats.cache_hits.values()))
 """
 
-# A file, what it says and what it says then: 10 times the result. The kernel calls the first.
+# A file, its text, and text that makes the result 10 times larger. KERNEL calls CALLEE.
 CALLEE = ("channel.py", "1 / np.sqrt(spread)", "10 / np.sqrt(spread)")
 KERNEL = ("kernels.py", " = rstd_of(", " = 10 * rstd_of(")
 
@@ -569,7 +569,7 @@ def undo(place, file, old, new):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with a copy of the package."""
+    """Return a folder with a copy of the package."""
     package = Path(nbnorm.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, tmp_path / "checkout" / "nbnorm", ignore=ignored)
@@ -578,7 +578,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def rstd(tmp_path):
-    """Run a script with the package that is at a place; kernels are kept under a new folder."""
+    """Return a function that runs a script with a copy of the package, with a new cache."""
     caches = {
         name: str(tmp_path / "kernels") for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
     }
@@ -610,11 +610,11 @@ def test_another_zip_in_its_place(tmp_path, checkout, rstd, name):
     edit(checkout, *CALLEE)
     pack()
     assert rstd(tmp_path / name) == (5.0, 0)
-    # Numba has a folder for what is in a file that ends in .zip; there, all of it is kept.
+    # Numba caches kernels of packages in files named .zip.
     assert rstd(tmp_path / name) == (5.0, int(name == "app.zip"))
 
 
-# Edits a file when a module is first looked for, or after all are imported.
+# Edit a file when a module is first looked up, or after all are imported.
 EDIT = """
 import importlib.abc, pathlib, sys
 

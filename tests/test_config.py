@@ -1,4 +1,4 @@
-"""The page for bug reports."""
+"""The output of show_config, for bug reports."""
 
 import platform
 import subprocess
@@ -33,7 +33,7 @@ def run(*arguments):
 
 
 def rows(text):
-    """Split the page into a dict of label and value."""
+    """Parse the output into a dict of label and value."""
     return {line[:16].strip(): line[16:] for line in text.splitlines()}
 
 
@@ -67,7 +67,7 @@ def test_threads_are_those_in_use(capsys, thread_count):
 
 
 def test_the_module_runs_and_touches_neither_threads_nor_cuda():
-    # A process of its own: other tests may have started the threads of this one.
+    # In a child process: other tests may have started threads in this one.
     code = (
         "import runpy, sys; runpy.run_module('nbnorm', run_name='__main__');"
         "loaded = [name for name in sys.modules if name.startswith(('numba_cuda', 'cupy',"
@@ -87,7 +87,7 @@ def test_the_module_prints_what_the_function_prints():
 def test_the_chosen_threading_layer_is_named():
     code = (
         "import numba.np.ufunc.parallel, nbnorm;"
-        "numba.np.ufunc.parallel._launch_threads();"  # what the first parallel kernel does
+        "numba.np.ufunc.parallel._launch_threads();"  # as the first parallel kernel does
         "nbnorm.show_config(); print('ref'.ljust(16) + numba.threading_layer())"
     )
     page = rows(run("-c", code))

@@ -1,4 +1,4 @@
-"""Checkpoints of other frameworks: there, trained on and back, beside the frameworks themselves."""
+"""Checkpoints of other frameworks: loaded, trained on and dumped, compared with the frameworks."""
 
 import importlib.util
 import json
@@ -19,17 +19,17 @@ from tolerances import UNITS, assert_same_bits, assert_within, one_unit
 from nbnorm import BatchNorm, conventions
 from nbnorm.conventions import CONVENTIONS
 
-# Keras makes NumPy arrays of its variables in a way that NumPy deprecates.
+# Keras converts its variables to NumPy arrays in a way that NumPy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 CHANNELS = 3
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "conventions.md"
 
-# Chainer and MXNet need a NumPy older than nbnorm's: they run under a Python of their own.
+# Chainer and MXNet need an older NumPy than nbnorm: they run in another Python.
 OLD = ("chainer", "mxnet", "gluon")
 OLD_PYTHON = "NBNORM_OLD_HOSTS_PYTHON"
 
-# Names as the framework has them, not as the table says: (gamma, beta, mean, variance).
+# The frameworks' own names, independent of nbnorm's table: (gamma, beta, mean, variance).
 NAMES = {
     "torch": ("weight", "bias", "running_mean", "running_var"),
     "keras": ("gamma", "beta", "moving_mean", "moving_variance"),
@@ -43,7 +43,7 @@ NAMES = {
 PREFIX = {"mxnet": "bn_"}
 CHANNELS_LAST = ("keras", "flax")
 
-# Hyperparameters with which a framework is looked at, besides its defaults.
+# Hyperparameters to test in addition to the defaults.
 OPTIONS = {
     "torch": [
         {"eps": 0.01, "momentum": 0.3},
@@ -82,7 +82,7 @@ OPTIONS = {
     "mxnet": [{"eps": 0.01, "momentum": 0.8}, {"fix_gamma": False}, {"axis": -1}],
     "gluon": [{"epsilon": 0.01, "momentum": 0.8}, {"scale": False}, {"axis": -1}],
 }
-# Arrays that are not there with a keyword that is False.
+# Arrays that are absent if a keyword is False.
 LEFT_OUT = {
     ("torch", "affine"): ("weight", "bias"),
     ("torch", "bias"): ("bias",),
@@ -102,7 +102,7 @@ CASES = [
     for options in ({}, *more)
 ]
 cases = pytest.mark.parametrize(("framework", "options"), CASES)
-# By the framework itself, and by its formula; no package of Caffe can be installed.
+# Compare with the framework itself and with its formula; Caffe has no installable package.
 RUNS = [
     pytest.param(*case.values, source, id=f"{case.id}-{source}")
     for case in CASES
@@ -113,10 +113,10 @@ runs = pytest.mark.parametrize(("framework", "options", "source"), RUNS)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 frameworks = pytest.mark.parametrize("framework", CONVENTIONS)
 
-# Values of size 1 and statistics of twelve of them, in another order of operations: 1e-5 are 80
-# units of float32, 1e-12 some 4000 of float64. One convention for another costs 1e-3 and more.
+# Values near 1 and statistics of twelve of them, summed in another order: 1e-5 is 80 units of
+# float32, 1e-12 some 4000 of float64. Confusing two conventions costs 1e-3 or more.
 CLOSE = {"float32": {"rtol": 1e-5, "atol": 1e-5}, "float64": {"rtol": 1e-12, "atol": 1e-12}}
-# They hold eps or momentum in float32, whatever the dtype of the arrays; Keras computes in it.
+# They store eps or momentum in float32 for any dtype of arrays; Keras computes in float32.
 SINGLE = ("keras", "onnx", "mxnet", "gluon")
 
 
@@ -125,13 +125,13 @@ def axis_of(framework, options):
 
 
 def drawn(seed, framework, options, dtype="float64", *, n=3):
-    """An input of the layout that these hyperparameters mean: n images, 2 by 2, 3 channels."""
+    """Return an input in the layout of these hyperparameters: n images, 2 by 2, 3 channels."""
     x = np.random.default_rng(seed).normal(0.5, 2.0, (n, 2, 2, CHANNELS)).astype(dtype)
     return np.ascontiguousarray(np.moveaxis(x, -1, axis_of(framework, options)))
 
 
 def given(framework, options, dtype="float64", shape=(CHANNELS,)):
-    """Arrays with which a layer of the framework could have been left by earlier training."""
+    """Return arrays that earlier training of the framework's layer could have produced."""
     rng = np.random.default_rng(9)
     gamma, beta, mean = rng.normal(size=(3, *shape))
     var = rng.uniform(0.5, 2.0, shape)
@@ -140,7 +140,7 @@ def given(framework, options, dtype="float64", shape=(CHANNELS,)):
         for name in LEFT_OUT.get((framework, keyword), ()) if value is False else ():
             del arrays[name]
     arrays = {name: array.astype(dtype) for name, array in arrays.items()}
-    if framework == "caffe":  # after so many batches that the sum of the weights stands still
+    if framework == "caffe":  # after so many batches that the sum of the weights is constant
         fraction = options.get("moving_average_fraction", 0.999)
         factor = np.array([7 if fraction == 1 else 1 / (1 - fraction)], dtype)
         order = ("mean", "variance", "factor", "scale", "bias")
@@ -155,7 +155,7 @@ def given(framework, options, dtype="float64", shape=(CHANNELS,)):
 
 @pytest.fixture(scope="session")
 def old_python(tmp_path_factory):
-    """Chainer and MXNet in a child with a NumPy of its own, as functions like the others."""
+    """Run Chainer and MXNet in a child process with an older NumPy; return a function for calls."""
     python = os.environ.get(OLD_PYTHON)
     if python is None:
         pytest.skip(
@@ -187,7 +187,7 @@ def old_python(tmp_path_factory):
 
 @pytest.fixture
 def run(request, source, framework):
-    """The framework itself, or its formula, as a function of options, arrays, batches and x."""
+    """The framework or its formula, as a function of options, arrays, batches and x."""
     if source == "formula":
         return getattr(convention_formulas, framework)
     if framework in OLD:
@@ -199,7 +199,7 @@ def run(request, source, framework):
 
 @pytest.fixture
 def close(source, framework, dtype):
-    """Tolerances: by the numbers, or by the hyperparameters, where the framework rounds these."""
+    """Tolerances for the dtype, or for float32 if the framework rounds hyperparameters to it."""
     return CLOSE["float32" if source == "package" and framework in SINGLE else dtype]
 
 
@@ -208,13 +208,13 @@ def load(framework, arrays, options):
 
 
 def dump(framework, layer, options):
-    """Back, into a layer with the same arrays."""
+    """Dump a layer with the switches in the options."""
     switches = {k: v for k, v in options.items() if k in CONVENTIONS[framework].switches()}
     return conventions.dump(framework, layer, prefix=PREFIX.get(framework, ""), **switches)
 
 
 def statistics(framework, arrays):
-    """Running mean and variance, of Caffe the quotients that it means."""
+    """Return running mean and variance; for Caffe, sums divided by the factor."""
     untagged = {name.rpartition(":")[2]: array for name, array in arrays.items()}
     factor = untagged["factor"] if framework == "caffe" else 1
     return [untagged[name] / factor for name in NAMES[framework][2:] if name in untagged]
@@ -270,7 +270,7 @@ def test_back_in_the_framework_it_does_the_same(run, close, framework, options, 
 
 
 def arrays_untagged(arrays):
-    """Names without what MXNet's files add."""
+    """Return arrays by names without MXNet's tags."""
     return {name.rpartition(":")[2]: array for name, array in arrays.items()}
 
 
@@ -283,7 +283,7 @@ def test_there_and_back_are_the_same_numbers(framework, options, dtype):
     layer = load(framework, arrays, options)
     back, hyperparameters = dump(framework, layer, options)
     fixed = {"mxnet": options.get("fix_gamma", True), "gluon": not options.get("scale", True)}
-    if fixed.get(framework, False):  # whatever gamma was, it is now what it counted as
+    if fixed.get(framework, False):  # gamma is dumped as 1, which is how the framework used it
         arrays[NAMES[framework][0]] = np.ones(CHANNELS, dtype)
     assert list(back) == list(arrays)
     for name, array in arrays.items():
@@ -312,7 +312,7 @@ def test_a_layer_goes_there_and_comes_back(framework, dtype):
     ref, comp = layer.state_dict(), back.state_dict()
     for name, array in ref.items():
         if framework == "caffe" and array.dtype != np.int64:
-            # The factor 4 is exact, and so is everything else.
+            # The factor 4 is exact, and so are all other numbers.
             array = array.astype(np.promote_types(dtype, np.float32))
         assert_same_bits(comp[name], array, name)
 
@@ -377,7 +377,7 @@ def test_tensors_are_arrays():
 def test_a_count_of_batches_may_be_absent():
     arrays = given("torch", {})
     assert conventions.load("torch", arrays).num_batches_tracked == 7
-    del arrays["num_batches_tracked"]  # before PyTorch 0.4.1
+    del arrays["num_batches_tracked"]  # as before PyTorch 0.4.1
     assert conventions.load("torch", arrays).num_batches_tracked == 0
 
 
@@ -401,7 +401,7 @@ def test_several_channel_axes():
     for name, array in ref_arrays.items():
         assert_same_bits(back[name], array, name)
     with pytest.raises(
-        ValueError, match=r"keras has one channel axis, the layer has axis=\(1, 2, 3\)"
+        ValueError, match=r"keras has one channel axis, but the layer has axis=\(1, 2, 3\)"
     ):
         conventions.dump("keras", layer)
 
@@ -461,35 +461,35 @@ REFUSED = {
         KERAS,
         {"eps": 1e-5},
         TypeError,
-        "'eps' is no keyword for keras, which has epsilon, momentum, scale, center",
+        "'eps' is not a keyword of keras, which accepts: epsilon, momentum, scale, center",
     ),
     "missing and unexpected": (
         "keras",
         {("gama" if name == "gamma" else name): array for name, array in KERAS.items()},
         {},
         ValueError,
-        r"keras with scale=True, center=True has .*; missing are \['gamma'\], unexpected .*'gama'",
+        r"arrays .* for keras with scale=True, center=True; missing \['gamma'\], unexp.*'gama'",
     ),
     "switched off, but there": (
         "keras",
         KERAS,
         {"scale": False},
         ValueError,
-        r"missing are \[\], unexpected are \['gamma'\]",
+        r"missing \[\], unexpected \['gamma'\]",
     ),
     "too few": (
         "keras",
         list(KERAS.values())[:3],
         {},
         ValueError,
-        r"missing are \['moving_variance'\]",
+        r"missing \['moving_variance'\]",
     ),
     "too many": (
         "keras",
         [*KERAS.values(), np.ones(3)],
         {},
         ValueError,
-        r"unexpected are \['array 4'\]",
+        r"unexpected \['array 4'\]",
     ),
     "no mapping": (
         "keras",
@@ -510,14 +510,14 @@ REFUSED = {
         dict.fromkeys(KERAS, np.ones(())),
         {},
         ValueError,
-        r"gamma has shape \(\), expected as many dimensions as axis=-1",
+        r"gamma has shape \(\), expected one dimension for each axis in axis=-1",
     ),
     "axes": (
         "keras",
         KERAS,
         {"axis": (1, 2)},
         ValueError,
-        r"gamma has shape \(3,\), expected as many dimensions as axis=\(1, 2\)",
+        r"gamma has shape \(3,\), expected one dimension for each axis in axis=\(1, 2\)",
     ),
     "axis": ("keras", KERAS, {"axis": "last"}, TypeError, "axis must be an int or a tuple of ints"),
     "dtype": ("keras", KERAS | {"beta": np.ones(3, int)}, {}, TypeError, "beta has dtype int64"),
@@ -541,7 +541,7 @@ REFUSED = {
         {},
         {"affine": False, "track_running_stats": False},
         ValueError,
-        "torch with affine=False, bias=True, track_running_stats=False has no arrays to load",
+        "torch with affine=False, bias=True, track_running_stats=False stores no arrays",
     ),
     "factor": (
         "caffe",
@@ -575,7 +575,7 @@ def test_errors_name_arrays_with_their_prefix():
 
 
 def trained(**options):
-    """A layer with parameters that are not 1 and 0."""
+    """Return a layer with parameters other than 1 and 0."""
     layer = BatchNorm(CHANNELS, **options)
     for parameter in layer.parameters.values():
         parameter[-1] = 3
@@ -589,53 +589,53 @@ UNHELD = {
         BatchNorm(3),
         {"epsilon": 1.0},
         TypeError,
-        "'epsilon' is no keyword for keras, which has scale, center",
+        "'epsilon' is not a keyword of keras, which accepts: scale, center",
     ),
-    "no keyword": ("onnx", BatchNorm(3), {"scale": False}, TypeError, "onnx, which has none"),
+    "no keyword": ("onnx", BatchNorm(3), {"scale": False}, TypeError, "onnx, which accepts: none"),
     "layer": ("keras", KERAS, {}, TypeError, "layer must be an nbnorm.BatchNorm, got dict"),
     "gamma": (
         "keras",
         trained(),
         {"scale": False},
         ValueError,
-        "keras with scale=False, center=True takes weight for 1, which the layer's is not in all",
+        "keras with scale=False, center=True fixes weight at 1, but the layer has other values",
     ),
-    "beta": ("keras", trained(), {"center": False}, ValueError, "takes bias for 0"),
-    "fixed gamma": ("mxnet", trained(), {"fix_gamma": True}, ValueError, "takes weight for 1"),
+    "beta": ("keras", trained(), {"center": False}, ValueError, "fixes bias at 0"),
+    "fixed gamma": ("mxnet", trained(), {"fix_gamma": True}, ValueError, "fixes weight at 1"),
     "statistics": (
         "torch",
         BatchNorm(3),
         {"track_running_stats": False},
         ValueError,
-        "has no (running_mean|running_var|num_batches_tracked), the layer has",
+        "stores no (running_mean|running_var|num_batches_tracked), but the layer has it",
     ),
     "no statistics": (
         "keras",
         BatchNorm(3, track_running_stats=False),
         {},
         ValueError,
-        "keras keeps running statistics, and the layer has none",
+        "keras stores running statistics, but the layer has none",
     ),
     "cumulative": (
         "keras",
         BatchNorm(3, momentum=None),
         {},
         ValueError,
-        "keras has no cumulative average; the layer has momentum=None",
+        "keras has no cumulative average, but the layer has momentum=None",
     ),
     "no batches": (
         "caffe",
         BatchNorm(3, momentum=None),
         {},
         ValueError,
-        "caffe has no running statistics with momentum=None after 0 batches",
+        "caffe cannot store running statistics with momentum=None after 0 batches",
     ),
     "frozen": (
         "caffe",
         BatchNorm(3, momentum=0),
         {},
         ValueError,
-        "caffe has no running statistics with momentum=0",
+        "caffe cannot store running statistics with momentum=0",
     ),
 }
 

@@ -1,7 +1,7 @@
-"""Digits that one line of a kernel keeps, on inputs where nothing else keeps them.
+"""Precision that depends on a single line of a kernel, on inputs that no other test has.
 
-Bars as in tolerances.py; what takes sums or statistics is handed exact ones, so that an error can
-come from one place alone.
+Tolerances as in tolerances.py. Functions that take sums or statistics receive exact ones, so that
+an error can have only one cause.
 """
 
 import numba
@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("shape", [BY_ROWS, BY_COLUMNS], ids=["rows", "col
 
 
 def setup_module():
-    """One thread: any number gives the same bits (test_threads.py)."""
+    """Use one thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 
@@ -42,7 +42,7 @@ def per_channel(values, x):
 
 @both
 def test_a_mean_of_dy_between_two_floats_is_taken_off_whole(shape):
-    """dy - h is exact; what the mean of dy has beyond its float32 goes with the other terms."""
+    """dy - h is exact; the rest of the mean of dy, beyond float32, joins the other terms."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype("float32")
     dy = (rng.normal(size=shape) + 1e6).astype("float32")
@@ -70,7 +70,7 @@ def assert_statistics(x):
 
 @pytest.mark.parametrize("shape", [(16384, 64), (1, 1, 1 << 19)], ids=["columns", "rows"])
 def test_first_values_far_off_cost_the_later_ones_no_digit(shape):
-    """They are 1e6 from all that follow: were deltas counted from there, each merge would round."""
+    """They are 1e6 from all later values: deltas relative to them would round at each merge."""
     x = np.random.default_rng(0).normal(size=shape)
     (x[:32] if len(shape) == 2 else x[0, :, :32])[...] = 1e6
     assert_statistics(x)
@@ -79,14 +79,14 @@ def test_first_values_far_off_cost_the_later_ones_no_digit(shape):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(65536, 1), (1, 1, 4096)], ids=["columns", "rows"])
 def test_a_shift_taken_from_values_far_off_costs_no_digit(shape, dtype):
-    """The squares round K would be many times M2."""
+    """The squares about K would be many times M2."""
     x = np.random.default_rng(0).normal(size=shape).astype(dtype)
     x.reshape(-1)[: x.size // 256] = 1e4
     assert_statistics(x)
 
 
 def test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only():
-    """From 2^26 on a float32 takes no note of four values of 0.98, as long as the run goes on."""
+    """From 2^26 on a float32 sum ignores four values of 0.98, until the run ends."""
     x = np.full((256, 256), 0.99, np.float32)
     x[::2] *= -1  # K is 0
     x[128] = 2.0**13
@@ -94,8 +94,8 @@ def test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only():
 
 
 @pytest.mark.parametrize("shape", [(16384, 1), (1, 1, 2048)], ids=["columns", "rows"])
-def test_values_alike_but_the_first_ones_round_each_alike(shape):
-    """Rounding errors of one sign: round K they add up, round the mean they are small."""
+def test_equal_values_after_others_round_with_one_sign(shape):
+    """Rounding errors of one sign add up about K, and are small about the mean."""
     for value in np.random.default_rng(0).uniform(-1, 1, 20):
         x = np.full(shape, value)
         x.reshape(-1)[: x.size // 64] = 1 / 3

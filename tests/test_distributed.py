@@ -1,7 +1,7 @@
-"""Synchronised batch normalization: over threads, over MPI's ranks, over torch.distributed.
+"""Synchronised batch normalization over threads, over MPI and over torch.distributed.
 
-The cases themselves are in `distributed_cases.py`. Over threads they need nothing that is not
-installed anyway; real ranks are processes with a time limit, so that a rank that waits fails.
+The cases are in `distributed_cases.py`. Threads need no optional package; real ranks are processes
+with a time limit, so that a rank that waits forever fails.
 """
 
 # ruff: noqa: N802  # names of MPI
@@ -40,15 +40,15 @@ from nbnorm.distributed import (
 )
 
 HERE = Path(__file__).parent
-TIME_LIMIT = 300  # seconds: kernels may have to be compiled
-WAIT = 60  # seconds that a thread waits for the others: more than a case takes
+TIME_LIMIT = 300  # seconds, including compilation of kernels
+WAIT = 60  # seconds that a thread waits for the others, longer than any case takes
 
 
 # Ranks as threads
 
 
 class Threads:
-    """The communicators of threads of one process."""
+    """Communicators for the threads of one process."""
 
     def __init__(self, size):
         self.size = size
@@ -56,7 +56,7 @@ class Threads:
         self.rows = [None] * size
 
     def run(self, function):
-        """Call with each rank's communicator, at once: results, or what one raised."""
+        """Call with every rank's communicator at once; return the results, or raise one error."""
         results, errors = [None] * self.size, []
 
         def work(rank):
@@ -64,14 +64,14 @@ class Threads:
                 results[rank] = function(ThreadComm(self, rank))
             except BaseException as error:
                 errors.append(error)
-                self.barrier.abort()  # the others would wait for this one
+                self.barrier.abort()  # otherwise the others would wait for this one
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        # Those that only lost their partner say nothing of the cause.
+        # Put errors of ranks that only lost their partner last; they do not tell the cause.
         errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
         if errors:
             raise errors[0]
@@ -151,14 +151,14 @@ def test_one_rank_gives_the_bits_of_the_local_functions(dtype, plane, with_resid
     ours = step(SelfComm(), batch, "relu", with_residual)
     whole = whole_step(batch, "relu", with_residual)
     for results, expected in zip(ours, whole, strict=True):
-        for array, theirs in zip(results, expected, strict=False):  # count is sync's alone
+        for array, theirs in zip(results, expected, strict=False):  # sync adds count
             assert (array is None) == (theirs is None)
             if array is not None:
                 assert_same_bits(array, theirs)
 
 
 def _spoilt():
-    """Arguments that the local functions refuse, a good many of each kind."""
+    """Yield many arguments of every kind that the local functions reject."""
     data, per_channel = refusals.data, refusals.per_channel
     both = "batch_norm_forward", "batch_norm_backward"
     for function in both:
@@ -218,7 +218,7 @@ def _spoilt():
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_refuses_what_the_local_function_refuses_in_its_words(function, spoilt):
-    """The checks before the header are those of the local functions, and stay so."""
+    """The checks before the header are those of the local functions."""
     arguments = refusals.VALID[function]() | spoilt
     with pytest.raises((TypeError, ValueError)) as theirs:
         getattr(nbnorm, function)(**arguments)
@@ -260,7 +260,7 @@ def test_size_may_be_an_attribute():
 
 def test_ranks_of_another_version():
     class Newer(SelfComm):
-        """Two ranks, the other of a version to come; it hears no reasons."""
+        """Two ranks, the other with a newer version; it receives no reasons."""
 
         def Get_size(self):
             return 2
@@ -278,7 +278,7 @@ def test_ranks_of_another_version():
 
 
 class Counting(SelfComm):
-    """Counts what is communicated."""
+    """A communicator that counts the bytes sent."""
 
     def __init__(self):
         self.sent = []
@@ -339,14 +339,14 @@ def test_evaluation_looks_at_x_once(axis, monkeypatch):
     assert_same_bits(result.y, expected.y)
 
 
-# What own sums mean
+# Gradients of local losses
 
 
 def test_losses_of_uneven_batches():
-    """The mean over all samples has the gradients of ranks that divide by the whole count.
+    """For the mean over all samples, ranks must divide by the whole count.
 
-    Ranks that take the mean of their own batch, as a data-parallel wrapper has them, give the
-    gradient of the mean of those means: every rank counts the same, whatever its size.
+    If each rank takes the mean over its own batch, as a data-parallel wrapper does, the gradient is
+    that of the mean of those means: every rank has the same weight, whatever its size.
     """
     target = np.random.default_rng(1).normal(size=(32, 4, 3, 2))
 
@@ -397,7 +397,7 @@ def test_layer_counts_a_batch_that_is_empty_here():
         layer = SyncBatchNorm(2, comm=comm, momentum=None)
         for size in (0, 3) if comm.Get_rank() == 0 else (4, 0):
             layer.forward(np.ones((size, 2), "float32"))
-        layer.forward(np.ones((0, 2), "float32"))  # empty on all: none
+        layer.forward(np.ones((0, 2), "float32"))  # empty on all ranks: not counted
         return layer.num_batches_tracked
 
     assert Threads(2).run(counted) == [2, 2]
@@ -423,7 +423,7 @@ def test_layer_is_a_batch_norm():
 
 
 def test_names_are_those_of_the_package():
-    """Whichever of its modules they stand in, for pickles too."""
+    """Regardless of the defining module, also in pickles."""
     for name in distributed.__all__:
         assert getattr(distributed, name).__module__ == "nbnorm.distributed", name
 
@@ -453,7 +453,7 @@ def test_docstrings_have_the_form_of_the_others(name):
 
 @cache
 def output_of(size, *command):
-    """Run ranks in a group of processes that ends with the time limit; return both outputs."""
+    """Run ranks in a process group, which ends at the time limit; return both outputs."""
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     package = str(Path(nbnorm.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -472,13 +472,13 @@ def output_of(size, *command):
 
 
 def mpiexec():
-    """Find MPI's launcher beside Python, else on the path."""
+    """Find MPI's launcher beside Python, or else on the path."""
     beside = Path(sys.executable).with_name("mpiexec")
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
 def assert_passed(name, out, err):
-    assert f"passed {name}\n" in out, f"{name} is not through; {err[-4000:]}"
+    assert f"passed {name}\n" in out, f"{name} did not pass; {err[-4000:]}"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -496,7 +496,7 @@ def test_over_mpi(name, size):
 
 @pytest.fixture(scope="module")
 def gloo_output(tmp_path_factory):
-    """Outputs of two ranks of torch.distributed."""
+    """Return the outputs of two ranks of torch.distributed."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     torch_distributed = importlib.import_module("torch.distributed")

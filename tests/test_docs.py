@@ -1,4 +1,4 @@
-"""What the documentation says is true: its examples run, and every public name has a docstring."""
+"""The documentation is correct: its examples run, and every public name has a docstring."""
 
 import doctest
 import importlib
@@ -26,10 +26,10 @@ MODULES = sorted(
     for package in (nbnorm, nbnorm.cpu)
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
     if not module.name.rpartition(".")[2].startswith("_")
-    # Host frameworks and GPUs have their own tests, where they are installed.
+    # Host frameworks and GPUs have their own tests, which run where they are installed.
     and module.name not in ("nbnorm.integrations", "nbnorm.cuda", "nbnorm.distributed")
 )
-# Public modules whose names `nbnorm` itself does not have.
+# Public modules whose names are not in `nbnorm` itself.
 OF_THEIR_OWN = ("conventions", "distributed")
 FUNCTIONS = [name for name in nbnorm.__all__ if inspect.isfunction(getattr(nbnorm, name))]
 
@@ -57,9 +57,9 @@ def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
 
 
 def sections_of(page):
-    """Return the Python blocks of every section that has some, by its title."""
+    """Return {title: Python blocks} of all sections that have blocks."""
     sections, title = {}, ""
-    # A block is taken whole, as its comments look like headings.
+    # Match blocks as a whole: their comments look like headings.
     for block in re.finditer(
         r"^```(\w*)[^\n]*\n(.*?)^```$|^#+ ([^\n]*)$", page.read_text(encoding="utf-8"), re.M | re.S
     ):
@@ -73,7 +73,7 @@ def sections_of(page):
 SECTIONS_RUN = [
     pytest.param(blocks, id=f"{page.name}: {title}")
     for page in sorted((ROOT / "docs").glob("*.md"))
-    if page.name != "integrations.md"  # tests/integrations/test_page.py
+    if page.name != "integrations.md"  # tests/integrations/test_page.py runs it
     for title, blocks in sections_of(page).items()
 ]
 
@@ -87,7 +87,7 @@ def test_sections_are_found():
         assert sections_of(Path(file.name)) == {"One": ["# no heading\na = 1\n"]}
 
 
-# Keras makes NumPy arrays of its variables in a way that NumPy deprecates.
+# Keras converts its variables to NumPy arrays in a way that NumPy deprecates.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("blocks", SECTIONS_RUN)
 def test_sections_of_the_docs_run(blocks, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_sections_of_the_docs_run(blocks, tmp_path, monkeypatch):
     for name in imported:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    # For torch.distributed, which torchrun tells as much.
+    # The settings of torchrun for torch.distributed.
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -112,7 +112,7 @@ PAGES = [page for page in PAGES if not {"generated", "_build"} & set(page.parts)
 
 
 def places_in(page):
-    """Return the anchors that code hosts give to a page's headings."""
+    """Return the anchors of a page's headings on code hosts."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     titles = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -147,7 +147,7 @@ def test_all_names_what_there_is():
 
 
 def has_section(docstring, title):
-    """Say whether a numpydoc section of this title is there."""
+    """Return whether there is a numpydoc section with this title."""
     return re.search(SECTIONS.format(title, len(title)), docstring, re.M) is not None
 
 
@@ -217,7 +217,7 @@ def test_module_run_as_a_program_shows_the_configuration():
 
 
 def test_one_least_version_of_numba_cuda():
-    """The error and the page name the version that pyproject.toml asks for; tests use no older."""
+    """The error and the page name the version in pyproject.toml; tests use no older one."""
     pattern = r"numba-cuda(?:\[cu13\])?(?:>=|==| | later than )(\d+)\.(\d+)"
     files = "pyproject.toml", "nbnorm/cuda/loading.py", "docs/gpu.md", "tests/cuda/toolchain.txt"
     asked, named, told, pinned = (

@@ -1,8 +1,8 @@
-"""Every row of the contract's error table, at every function it applies to; nothing is written.
+"""Every row of the contract's error table, for every function it applies to; nothing is written.
 
-Each test starts from arguments that are right, spoils some of them, and compares every array bit by
-bit after the exception: out and the running statistics hold values that no kernel would produce.
-What is wrong with `out` is in test_results.py.
+Each test takes valid arguments, spoils some of them, and compares every array bit by bit after the
+exception: out and the running statistics hold values that no kernel would write. Errors of `out`
+are in test_results.py.
 """
 
 import inspect
@@ -38,7 +38,7 @@ RUNNING = {"running_mean", "running_var"}
 
 
 def shared_memory():
-    """Pairs of arrays of shape (8,) with memory in common."""
+    """Yield pairs of arrays of shape (8,) that share memory."""
     whole = per_channel()
     yield whole, whole
     yield whole, whole[:]
@@ -49,7 +49,7 @@ def shared_memory():
 
 
 def test_valid_arguments_are_valid():
-    """Otherwise every test here would pass for a reason that it does not name."""
+    """Otherwise the tests here would pass for other reasons than they name."""
     for function, arguments in VALID.items():
         getattr(nbnorm, function)(**arguments())
 
@@ -57,7 +57,7 @@ def test_valid_arguments_are_valid():
 def test_every_public_function_is_covered():
     functions = {name for name in nbnorm.__all__ if inspect.isfunction(getattr(nbnorm, name))}
     others = {"show_config", "set_pool_limit", "warmup"}
-    others |= {"population_stats", "recalibrate"}  # test_population.py has what they refuse
+    others |= {"population_stats", "recalibrate"}  # test_population.py tests their errors
     assert functions - others == set(VALID)
 
 
@@ -281,7 +281,7 @@ def test_no_running_statistics_when_not_training():
     refuses("batch_norm_forward", ValueError, r"running_mean.*running_var", **spoiled)
 
 
-@pytest.mark.cpu_only  # CuPy's arrays are never read-only
+@pytest.mark.cpu_only  # CuPy arrays are never read-only
 @pytest.mark.parametrize("function", ["batch_norm_forward", "update_running_stats"])
 @pytest.mark.parametrize("argument", ["running_mean", "running_var"])
 def test_read_only_running_statistics(function, argument):
@@ -299,7 +299,7 @@ def test_read_only_running_statistics_are_fine_where_nothing_is_written():
 
 
 def test_running_statistics_that_share_memory_with_anything_else_of_the_call():
-    """An update would change what backward takes for the forward's gamma, beta or residual."""
+    """An update would change the gamma, beta or residual that backward receives."""
     for statistic in ("running_mean", "running_var"):
         for other in ("gamma", "beta", "running_mean", "running_var"):
             if statistic == other:
@@ -410,7 +410,7 @@ BACKWARD = [name for name in OVER_X if "backward" in name]
 
 
 @pytest.mark.parametrize("function", BACKWARD)
-def test_the_mask_of_relu_needs_beta_or_y_and_none_must_be_said(function):
+def test_the_mask_of_relu_needs_y_or_beta_even_if_it_is_none(function):
     arguments = VALID[function]()
     without = {name: array for name, array in arguments.items() if name not in ("beta", "y")}
     call = getattr(nbnorm, function)
@@ -473,7 +473,7 @@ def test_a_count_that_is_no_integer():
 
 
 class Elsewhere:
-    """An array in the memory of another device: ROCm's, or one given by its number in DLPack."""
+    """An array in the memory of an unsupported device, ROCm by default."""
 
     dtype = "float32"
 
@@ -488,7 +488,7 @@ class Elsewhere:
 
 
 class Nowhere:
-    """An array that does not say where it is."""
+    """An array whose device is unknown."""
 
     def __dlpack__(self, **_):
         raise AssertionError
@@ -497,7 +497,8 @@ class Nowhere:
 @pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL))
 def test_arrays_on_another_device(function, argument):
     kind = TypeError if argument == "x" else ValueError
-    refuses(function, kind, rf"^{argument} is in no memory that", **{argument: Elsewhere()})
+    match = rf"^{argument} is in memory of DLPack device type"
+    refuses(function, kind, match, **{argument: Elsewhere()})
     refuses(function, TypeError, rf"^{argument} has __dlpack__ but", **{argument: Nowhere()})
 
 

@@ -1,4 +1,4 @@
-"""The examples do what they say."""
+"""The examples do what they document."""
 
 import gzip
 import importlib
@@ -36,14 +36,14 @@ needs_torch = pytest.mark.skipif(lacks("torch"), reason="torch is not installed"
 
 @pytest.fixture
 def load(monkeypatch):
-    """A function that imports an example; the variable that it sets is put back afterwards."""
+    """Return a function that imports an example; restore the variable that it sets."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "1"))
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 
 
 def run_figure(folder, program, *options):
-    """Run an example in this folder; an overflow or a NaN on the way is an error."""
+    """Run an example in this folder; overflow and NaN are errors."""
     return subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", str(EXAMPLES / program), *options],
         cwd=folder,
@@ -67,7 +67,7 @@ def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
     assert len(rows) == 20, child.stdout
     step, with_bn, without_bn = rows[-1]
     assert int(step) == 150
-    # Ten classes: a network that has learnt nothing is right once in ten.
+    # Ten classes: an untrained network is right once in ten.
     assert float(with_bn) > 0.6
     assert float(without_bn) < 0.3
     ends = r"^with(?:out)? BN: [1-9]\d* us a step; accuracy in the end \d\.\d{3}$"
@@ -77,7 +77,7 @@ def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
 
 
 @needs_examples
-def test_figure1_runs_for_a_single_step_and_says_no_to_none(tmp_path):
+def test_figure1_runs_for_a_single_step_and_refuses_0(tmp_path):
     assert run_figure1(tmp_path, "--steps", "1").returncode == 0
     assert (tmp_path / "figure1.png").exists()
     for option in ("--steps", "--seeds"):
@@ -127,7 +127,7 @@ def write_idx(path, array):
 
 @pytest.fixture
 def idx_folder(tmp_path):
-    """A folder with the files of MNIST, two of them gzipped, and what is in them."""
+    """A folder with MNIST's files, two of them gzipped, and their contents."""
     folder = tmp_path / "some-mnist"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_gradients_of_the_network_agree_with_differences(load, batch_norm, activ
         for name, parameter in layer.parameters.items()
     ]
     assert len(gradients) == {None: 6, "before": 8, "after": 10}[batch_norm]
-    # Central differences of a loss L near 1: off by h^2 L'''/6 and by 2^-52 L/h.
+    # Central differences of a loss L near 1: errors h^2 L'''/6 and 2^-52 L/h.
     h = 1e-5
     for parameter, gradient in gradients:
         expected = np.empty_like(parameter)
@@ -230,8 +230,8 @@ def test_compiled_loop_trains_as_python_does(load, monkeypatch, capsys):
     losses = example.train(images, labels, batches, 0.1, *example.parameters_of(compiled))
     expected = example.train_in_python(by_python, images, labels, batches, 0.1)
     assert expected[-1] < expected[0] - 0.1
-    # Matrix products of up to 784 terms in float32 are summed in another order: off by some
-    # sqrt(784) / 2 units in the last place, a few times over in six steps.
+    # Float32 matrix products of up to 784 terms are summed in another order, with an error of some
+    # sqrt(784) / 2 units in the last place, a few times in six steps.
     assert_allclose(losses, expected, rtol=100 * 2**-23)
     for one, other in zip(
         example.parameters_of(compiled), example.parameters_of(by_python), strict=True
@@ -287,7 +287,7 @@ def test_figure2_prints_a_table_writes_a_figure_and_keeps_finished_runs(tmp_path
     assert list(kept["runs"]) == ["BN-x5, seed 0"]
     child = run_figure(tmp_path, "figure2.py", *options, "--networks", "Baseline", "BN-x5")
     assert child.returncode == 0, child.stderr
-    assert "BN-x5" not in child.stderr  # in the progress bar
+    assert "BN-x5" not in child.stderr  # from the progress bar
     both = json.loads((tmp_path / "kept.json").read_text())
     assert both["runs"]["BN-x5, seed 0"] == kept["runs"]["BN-x5, seed 0"]
     rows = re.findall(r"^(\S+) +(?:\d+|-) +\d+\.\d%$", child.stdout, re.M)
@@ -381,7 +381,7 @@ def test_figure2_says_when_a_network_has_diverged(load):
     assert found["accuracy"][-1] == 0.1
 
 
-# What is committed
+# Committed results
 
 
 @needs_examples
@@ -396,7 +396,7 @@ def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
     assert child.returncode == 0, child.stderr
     assert drawn.read_bytes()[-7:] == b"</svg>\n"
     assert path.read_bytes() == before, "it ran again"
-    # docs/experiments.md has rows of the table that this printed: each cell with a number.
+    # docs/experiments.md contains rows of the printed table: each cell with a number.
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     cells = r"[\d.]+%(?: to [\d.]+%)?|[\d.]+|[\w-]+"
     printed = {tuple(re.findall(cells, line)) for line in child.stdout.splitlines()}
@@ -407,7 +407,7 @@ def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
     assert set(shown) <= printed
 
 
-# Plots: each runs as the gallery runs it, and shows what its text says.
+# Plots: each runs as in the gallery, and shows what its text states.
 
 RUN_PLOT = """
 import pickle, runpy, sys
@@ -423,7 +423,7 @@ assert plt.get_fignums(), "no figure"
 
 @pytest.fixture
 def plot(tmp_path):
-    """A function that runs a plot and returns what some expressions have for values in it."""
+    """Return a function that runs a plot and evaluates expressions in it."""
 
     def run(name, *expressions):
         out = tmp_path / "values"
@@ -447,7 +447,7 @@ def test_every_plot_is_tested_and_begins_as_the_gallery_wants_it():
 def test_channels_come_out_with_mean_beta_and_deviation_gamma(plot):
     y, gamma, beta, moved = plot("plot_forward", "y", "gamma", "beta", "moved")
     assert_allclose(y.mean(0), beta, rtol=0, atol=1e-5)
-    # eps is 4e-5 of the least variance, which takes half as much off the deviation.
+    # eps is 4e-5 of the least variance, which lowers the deviation by half as much.
     assert_allclose(y.std(0), gamma, rtol=5e-5)
     assert np.abs(moved - y).max() < 5e-5 * np.abs(y).max()
 
@@ -455,7 +455,7 @@ def test_channels_come_out_with_mean_beta_and_deviation_gamma(plot):
 @needs_examples
 def test_scale_of_the_weights(plot):
     (deviations,) = plot("plot_scale_invariance", "deviations")
-    # Sums of 100 and 256 terms in float32, off by some eight units in the last place of the result.
+    # Sums of 100 and 256 float32 terms, with errors of some eight units in the last place.
     rounding = 8 * 2**-23
     assert deviations[0.0].max() < rounding
     assert deviations[1e-5][-1].max() < rounding
@@ -505,7 +505,7 @@ def test_statistics_at_inference(plot):
         forgotten = [a for a, m in zip(by_momentum, momenta, strict=True) if m * step >= 5]
         assert len(forgotten) >= 3
         assert np.abs(np.array(forgotten) - others["exact"]).max() < near
-    # What was set last is exact, layer by layer, but for the rounding of the products before it.
+    # The statistics set last are exact for each layer, but for rounding of the products before it.
     for (mean, var), x in zip(norms, arrived, strict=True):
         x = x.astype(np.float64)
         spread = x.std(axis=0)
@@ -538,7 +538,7 @@ def test_folding_changes_no_output_and_saves_time(plot):
     errors, times = plot("plot_folding", "errors", "times")
     for (name, width), found in errors.items():
         terms = width * (9 if "convolution" in name else 1)
-        # A sum of so many terms, and y of size 5: some units for each square root of a term.
+        # A sum of so many terms, and y near 5: some units for each square root of a term.
         assert max(found) < 8 * 2**-23 * terms**0.5, name
     unfolded, folded = times["linear, 1,000 rows", 16]
     assert folded < unfolded

@@ -1,4 +1,4 @@
-"""Batch normalization at inference as one linear map, and folded into the layer before it."""
+"""Batch normalization at inference as a linear map, and folded into the layer before it."""
 
 import itertools
 
@@ -11,18 +11,18 @@ from nbnorm import reference
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
 
 EPS = 1e-3
-TOLERANCE = {"rtol": 0, "atol": 1e-13}  # float64 sums of some ten terms of size 1
+TOLERANCE = {"rtol": 0, "atol": 1e-13}  # float64 sums of about ten terms near 1
 
 
 def statistics(channels, dtype=np.float64, seed=0):
-    """Gamma, beta, mean and var of awkward sizes and signs."""
+    """Return gamma, beta, mean and var of awkward sizes and signs."""
     rng = np.random.default_rng(seed)
     gamma, beta, mean = rng.standard_normal((3, channels))
     return [array.astype(dtype) for array in (gamma, beta, mean, rng.uniform(0.1, 2, channels))]
 
 
 def batch_norm(z, gamma, beta, mean, var, axis):
-    """Algorithm 2 of the paper, last line, written out."""
+    """Compute the last line of the paper's Algorithm 2."""
     shape = [1] * z.ndim
     shape[axis] = -1
     gamma, beta, mean, var = (
@@ -33,7 +33,7 @@ def batch_norm(z, gamma, beta, mean, var, axis):
 
 
 def conv(u, weight, bias, groups):
-    """Cross-correlation over all kernel axes, stride 1, no padding: (N, C, *space)."""
+    """Cross-correlate over all kernel axes, stride 1, no padding: (N, C, *space)."""
     kernel = weight.shape[2:]
     space = [n - k + 1 for n, k in zip(u.shape[2:], kernel, strict=True)]
     out_of, in_of = weight.shape[0] // groups, weight.shape[1]
@@ -47,7 +47,7 @@ def conv(u, weight, bias, groups):
 
 
 def conv_transposed(u, weight, bias, groups):
-    """Every input value times its kernel, added up where they overlap: weight (in, out/g, *k)."""
+    """Add every input value times its kernel to the output: weight (in, out/g, *k)."""
     kernel = weight.shape[2:]
     space = [n + k - 1 for n, k in zip(u.shape[2:], kernel, strict=True)]
     in_of, out_of = weight.shape[0] // groups, weight.shape[1]
@@ -61,7 +61,7 @@ def conv_transposed(u, weight, bias, groups):
 
 
 def with_none(arrays, absent):
-    """Replace the named of (gamma, beta) by None."""
+    """Replace the named ones of (gamma, beta) by None."""
     gamma, beta, mean, var = arrays
     return None if "gamma" in absent else gamma, None if "beta" in absent else beta, mean, var
 
@@ -97,7 +97,7 @@ def test_linear_layer_absorbs_batch_norm(absent):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_convolution_absorbs_batch_norm(transposed, groups, kernel, absent):
     rng = np.random.default_rng(3)
-    ins, outs = 6, 12  # different, so that a mistaken layout cannot fit
+    ins, outs = 6, 12  # different sizes, so that a wrong layout cannot fit
     shape = (ins, outs // groups) if transposed else (outs, ins // groups)
     weight, bias = rng.standard_normal((*shape, *kernel)), rng.standard_normal(outs)
     u = rng.standard_normal((2, ins, *(k + 2 for k in kernel)))
@@ -172,7 +172,7 @@ def test_folding_agrees_with_the_oracle(dtype, absent):
     for comp, ref in pairs:
         for array, expected in zip(comp, ref, strict=True):
             assert array.dtype == dtype
-            # Half a unit of the result, and the float64 arithmetic where that is all there is.
+            # Half a unit of the result, plus the float64 arithmetic's error.
             atol = 4 * np.spacing(dtype(3)) if dtype is np.float64 else 0
             unit = np.spacing(np.abs(expected).astype(dtype))
             assert np.all(np.abs(array - expected) <= 0.5001 * unit + atol)
@@ -208,7 +208,7 @@ def test_scale_and_shift_have_the_dtype_of_gamma_or_else_of_var():
 
 
 def test_a_large_mean_costs_nothing_in_float64():
-    # In float32 beta - mean * scale would be off by 0.06 here, and so would the folded bias.
+    # In float32 beta - mean * scale, and so the folded bias, would be off by 0.06.
     weight, bias = np.ones((1, 1), np.float32), np.array([1e6], np.float32)
     mean, var = np.array([1e6 + 1], np.float32), np.array([1.0], np.float32)
     _, shift = fold_into_linear(weight, bias, None, None, mean, var)
@@ -271,7 +271,7 @@ def test_results_are_arrays_of_the_library_of_their_array(library):
         for comp, expected in zip(function(*theirs[start:]), ref, strict=True):
             assert type(comp) is type(theirs[0])
             assert_array_equal(np.from_dlpack(comp), expected)
-    # A NumPy weight with their bias: each result goes where its array came from.
+    # A NumPy weight with a bias of the library: each result is an array of its argument's library.
     weight, bias = fold_into_conv(arrays[0], theirs[1], *theirs[2:])
     assert isinstance(weight, np.ndarray)
     assert type(bias) is type(theirs[1])
@@ -314,7 +314,7 @@ def test_output_channels_are_counted_by_layout_and_groups():
         fold_into_conv(weight, *wrong, groups=2)
 
 
-def test_weights_that_are_none_are_refused():
+def test_weights_of_another_rank_are_refused():
     rest = [None, None, None, np.ones(4), np.ones(4)]
     for shape in ((4,), (4, 3, 2)):
         with pytest.raises(ValueError, match=r"weight has shape .*, expected \(out, in\)"):

@@ -1,10 +1,10 @@
-"""Random wrong arguments at every public function, in a child process: never a crash.
+"""Call every public function with random wrong arguments, in a child process: it must not crash.
 
-Numba does not check bounds, so a wrong length that reaches a kernel reads and writes whatever lies
-there. The child surrounds every array with a margin of known bytes, calls, and expects TypeError or
-ValueError; where a draw happens to be valid, the result is compared with the oracle.
+Numba does not check bounds, so a kernel given a wrong length reads and writes other memory. The
+child surrounds every array with a margin of known bytes, calls a function, and expects TypeError or
+ValueError; if a draw happens to be valid, it compares the result with the oracle.
 
-Run as a script this file is that child: seed and number of calls are its arguments.
+Run as a script this file is the child: seed and number of calls are its arguments.
 """
 
 import inspect
@@ -45,14 +45,14 @@ class Canaries:
         return array
 
     def check(self):
-        """Fail where a margin was written to."""
+        """Fail if a margin was written to."""
         for memory, size in self.memories:
             assert (memory[:MARGIN] == MARK).all(), "wrote before the start of an array"
             assert (memory[MARGIN + size :] == MARK).all(), "wrote past the end of an array"
 
 
 def valid_arguments(function, rng, keep):
-    """Return right arguments for a small input, each array between margins."""
+    """Return valid arguments for a small input, with a margin around each array."""
     ndim = int(rng.integers(2, 5))
     shape = tuple(int(n) for n in rng.integers(1, 9, ndim))
     axis = int(rng.integers(-ndim, ndim))
@@ -111,13 +111,13 @@ def valid_arguments(function, rng, keep):
 
 
 def spoil_array(name, array, rng, keep, *, beside_x):
-    """Return something else in place of an array: mostly wrong, now and then still right."""
+    """Return a replacement for an array, usually a wrong one."""
     shape = list(array.shape) or [1]
     which = int(rng.integers(len(shape)))
     kind = int(rng.integers(14))
-    if kind == 9 and not beside_x:  # right as it stands, but more than memory holds
+    if kind == 9 and not beside_x:  # valid as it is, but larger than memory
         kind = 8
-    if kind == 8 and name in WRITTEN:  # of elements in one place the last one written stays
+    if kind == 8 and name in WRITTEN:  # if elements share memory, the last write wins
         kind = 11
     if kind == 0:
         shape[which] += int(rng.choice([-1, 1, 7, 1000]))
@@ -158,7 +158,7 @@ def spoil_array(name, array, rng, keep, *, beside_x):
 
 
 def spoil_option(name, rng):
-    """Return something else in place of an option."""
+    """Return a replacement for an option."""
     choices = {
         "axis": [0, 1, -1, 5, -9, (0, 0), (0, 1), (), (0, 1, 2, 3), None, 1.5, "1", 2**70],
         "activation": [None, "relu", "tanh", 0, object()],
@@ -169,7 +169,7 @@ def spoil_option(name, rng):
 
 
 def extra_options(function, rng):
-    """Return options that the valid arguments leave alone, right ones and wrong ones."""
+    """Return valid and wrong values of other options."""
     eps = [0.0, 1e-5, -1.0, np.nan, np.inf, None, "x"]
     choices = {
         "batch_norm_forward": {
@@ -189,7 +189,7 @@ def extra_options(function, rng):
 
 
 def one_call(rng):
-    """Spoil one to three arguments of a random function and call it; say whether it refused."""
+    """Spoil one to three arguments of a random function and call it; return whether it raised."""
     canaries = Canaries()
     function = str(rng.choice(FUNCTIONS))
     arguments = valid_arguments(function, rng, canaries.array)
@@ -227,7 +227,7 @@ def describe(arguments):
 
 
 def compare(result, expected, call):
-    """Compare with the oracle, loosely: the accuracy has tests of its own."""
+    """Compare with the oracle loosely: other tests check accuracy."""
     if result is None or expected is None:
         assert (result is None) == (expected is None), call
     elif isinstance(result, tuple):
@@ -246,7 +246,7 @@ def compare(result, expected, call):
 def test_random_arguments_never_crash(seed):
     calls = 1500
     refused, done = map(int, run_child(__file__, str(seed), str(calls)).split())
-    # Far from all valid, far from all refused: otherwise the draws would show little.
+    # If nearly all draws were valid, or nearly all rejected, they would show little.
     assert done == calls
     assert 0.3 < refused / done < 0.95
 

@@ -1,4 +1,4 @@
-"""float16 and bfloat16: every pattern widened and rounded as IEEE 754 says, in kernels too."""
+"""float16 and bfloat16: every bit pattern is widened and rounded as IEEE 754 requires."""
 
 import numba
 import numpy as np
@@ -27,7 +27,7 @@ def narrow(values, out):
 
 
 def patterns(dtype):
-    """Return all 65,536 of them."""
+    """Return all 65,536 bit patterns."""
     return PATTERNS.view(dtype_of(dtype))
 
 
@@ -48,7 +48,7 @@ def test_rounding_at_between_and_beside_every_pattern(dtype):
         halves = patterns(dtype).astype(np.float32)
     halves = np.sort(halves[np.isfinite(halves)])
     ties = (halves[1:] / 2 + halves[:-1] / 2).astype(np.float32)
-    step = np.float32(3.4e38 if dtype == "bfloat16" else 65520)  # from here on Inf is nearest
+    step = np.float32(3.4e38 if dtype == "bfloat16" else 65520)  # from here on Inf is the nearest
     values = np.concatenate([halves, ties, [step, -step, np.inf, -np.inf, np.nan, -0.0, 1e-45]])
     values = values.astype(np.float32)
     with np.errstate(over="ignore"):
@@ -84,7 +84,7 @@ def test_the_identity_gives_every_pattern_back(dtype, shape):
     np.testing.assert_array_equal(y.astype(np.float32)[number], wide[number])
 
 
-@pytest.mark.cpu_only  # a GPU reads more halves at a time than floats: other batches
+@pytest.mark.cpu_only  # a GPU reads more halves at a time than floats, in other batches
 @pytest.mark.parametrize("dtype", HALVES)
 def test_results_are_those_of_float32_rounded_once(dtype):
     rng = np.random.default_rng(0)
@@ -106,13 +106,13 @@ def test_results_are_those_of_float32_rounded_once(dtype):
 @pytest.mark.parametrize("shape", [(6, 1), (2, 1, 30, 30)], ids=["columns", "rows"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_relu_stops_what_is_too_small_to_be_stored(dtype, shape):
-    """The mask that backward recomputes is y > 0 of the y that forward stored."""
+    """Backward recomputes the mask y > 0 with the y that forward stored."""
     least = {"float16": 2.0**-24, "bfloat16": 2.0**-133}[dtype]
     x = np.resize(np.array([-1, 1, 2, 3, 4, 5], dtype_of(dtype)), shape)
     gamma, mean, rstd = np.array([least / 4]), np.zeros(1), np.ones(1)
     y = nbnorm.batch_norm_apply(x, gamma, None, mean, rstd, activation="relu")
     stored = np.count_nonzero(y > 0)
-    assert stored == x.size // 2  # half of the least number is a tie, and goes to 0
+    assert stored == x.size // 2  # half of the least number is a tie, which rounds to 0
     options = {"gamma": gamma, "activation": "relu"}
     for mask in ({"beta": None}, {"y": y}):
         sums = nbnorm.batch_norm_backward_reduce(np.ones_like(x), x, mean, rstd, **options, **mask)

@@ -1,7 +1,7 @@
-"""What imports what: downwards only, and never in a circle, within functions neither.
+"""Modules import only from layers below, never in a circle, also within functions.
 
-Read from the source, so that neither hosts nor CUDA need be installed. That a module imports the
-packages that it lies in is Python's doing, and left out.
+Read from the source, so that neither hosts nor CUDA need be installed. Python's implicit imports of
+a module's parent packages do not count.
 """
 
 import ast
@@ -15,12 +15,12 @@ import nbnorm
 
 PACKAGE = Path(nbnorm.__file__).parent
 
-# A module imports from its own layer and from those below. The first pattern counts that fits.
+# A module imports from its own layer and from lower ones. The first matching pattern counts.
 LAYERS = (
     ("nbnorm", "nbnorm.__main__", "nbnorm.config"),
     ("nbnorm.integrations*",),
     ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
-    # The last is what compiled calls of functional's go to; it lies with the kernels that it calls.
+    # The last is called by compiled calls of functional; it lies with the kernels that it calls.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.functional",),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
@@ -42,12 +42,12 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(name):
-    """Yield the modules of nbnorm that one imports anywhere in it."""
+    """Yield the modules of nbnorm that a module imports anywhere."""
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import, which is not looked at here"
+            assert node.level == 0, f"{name} has a relative import, which this test does not check"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 if submodule in MODULES:
@@ -60,7 +60,7 @@ GRAPH = {name: sorted(set(imports(name))) for name in MODULES}
 
 
 def layer(name):
-    """Return how far from the top a module is."""
+    """Return a module's layer, counted from the top."""
     for i, patterns in enumerate(LAYERS):
         if any(fnmatch(name, pattern) for pattern in patterns):
             return i
@@ -70,8 +70,8 @@ def layer(name):
 def test_there_is_something_to_look_at():
     assert "nbnorm.functional" in GRAPH["nbnorm.layer"]
     assert "nbnorm.cpu.kernels" in GRAPH["nbnorm.cpu"]
-    assert "nbnorm.cuda" in GRAPH["nbnorm._arrays"]  # within a function
-    assert "nbnorm.cpu" in GRAPH["nbnorm.cpu.overloads"]  # of which it imports a name
+    assert "nbnorm.cuda" in GRAPH["nbnorm._arrays"]  # imported within a function
+    assert "nbnorm.cpu" in GRAPH["nbnorm.cpu.overloads"]  # it imports a name of it
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -81,7 +81,7 @@ def test_a_module_imports_from_below(name):
 
 
 def test_there_is_no_circle():
-    TopologicalSorter(GRAPH).prepare()  # raises CycleError, with the circle
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names the circle
 
 
 def test_backends_know_nothing_of_each_other():

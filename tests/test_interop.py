@@ -1,4 +1,4 @@
-"""Arrays of other libraries: in without a copy, and back as what they were."""
+"""Arrays of other libraries: read without a copy, and returned in their library."""
 
 import importlib
 import re
@@ -47,13 +47,13 @@ libraries = pytest.mark.parametrize(
 
 
 def same(result, expected, cls, name="result"):
-    """Check the library of a result and its bits."""
+    """Compare a result's library and bits."""
     assert isinstance(result, cls), f"{name} is a {type(result)}"
     assert_same_bits(np.from_dlpack(result), expected, name)
 
 
 def statistic(result, expected, cls, name="statistic"):
-    """Check a float64 result; a library that cannot hold one gets a NumPy array."""
+    """Compare a float64 result; a library without float64 gets a NumPy array."""
     assert isinstance(result, cls if cls.__module__.partition(".")[0] != "jax" else np.ndarray)
     assert_same_bits(np.asarray(result), expected, name)
 
@@ -170,7 +170,7 @@ def test_float64_arrays(library):
     x = drawn(dtype="float64")
     ref = nbnorm.batch_norm_forward(x)
     if library is jax_cpu:
-        x = x.astype("float32")  # without x64 it holds nothing longer
+        x = x.astype("float32")  # without x64 JAX has no longer type
         ref = nbnorm.batch_norm_forward(x)
     same(nbnorm.batch_norm_forward(wrap(x)).y, ref.y, cls, "y")
 
@@ -185,7 +185,7 @@ def test_the_input_of_another_library_is_not_changed(library):
 
 @libraries
 def test_negative_strides_are_never_exported(library):
-    """NumPy views with negative strides go in beside another library's x; results are its own."""
+    """NumPy views with negative strides work beside another library's x; results are its own."""
     wrap, cls = library()
     residual = drawn(1)[::-1, :, ::-1]
     ref = nbnorm.batch_norm_forward(drawn(), residual=residual)
@@ -377,7 +377,7 @@ def test_tensor_without_memory():
 
 
 def negated():
-    """A float32 tensor whose values are yet to be negated, and what they will be."""
+    """Return a lazily negated float32 tensor, and its values."""
     torch = pytest.importorskip("torch")
     values = torch.tensor([[1 + 2j, 3 + 4j], [5 + 7j, 2 + 9j]], dtype=torch.complex64).conj().imag
     assert values.is_neg()
@@ -427,7 +427,7 @@ def test_tensors_yet_to_be_negated_are_not_written(name):
 
 
 def zeros_without_memory(like):
-    """A ZeroTensor of an array's shape and dtype, as tangents of forward mode are."""
+    """Return a ZeroTensor of an array's shape and dtype, as forward mode uses for tangents."""
     torch = pytest.importorskip("torch")
     return torch._efficientzerotensor(like.shape, dtype=getattr(torch, str(like.dtype)))
 
@@ -459,10 +459,10 @@ def test_zeros_without_memory_given_to_layers():
     assert not layer(zeros.clone()).any()
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # torch's
 @pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL, "weight"))
 def test_tangents_of_forward_mode(function, argument):
-    """A level open is no reason to refuse: the tensor's tangent is."""
+    """Not an open level but the tensor's tangent is the reason to refuse."""
     torch = pytest.importorskip("torch")
     forward_ad = torch.autograd.forward_ad
     given = torch.from_numpy(VALID[function]()[argument])
@@ -474,13 +474,13 @@ def test_tangents_of_forward_mode(function, argument):
 
 
 @pytest.mark.parametrize("argument", ["x", "gamma", "running_mean", "out"])
-def test_tensors_with_values_where_all_are_fake(argument):
+def test_real_tensors_where_all_others_are_fake(argument):
     torch = pytest.importorskip("torch")
     fake = importlib.import_module("torch._subclasses.fake_tensor")
     given = torch.from_numpy(VALID["batch_norm_forward"]()[argument])
     for allowed in (False, True):
         with fake.FakeTensorMode(allow_non_fake_inputs=allowed):
-            message = rf"^{argument} is a tensor with values within a FakeTensorMode.*outside"
+            message = rf"^{argument} is a real tensor in a FakeTensorMode.*outside"
             refuses("batch_norm_forward", TypeError, message, **{argument: given})
 
 
@@ -568,7 +568,7 @@ def test_jax_tracers():
 
 @pytest.fixture(scope="module")
 def jax_example():
-    """Names of the example of docs/integrations.md, and the same loss in JAX's own functions."""
+    """The names of the example in docs/integrations.md, and its loss in JAX's own functions."""
     jax = pytest.importorskip("jax")
     page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
     section = page.partition("\n## JAX\n")[2].partition("\n## ")[0]
@@ -586,7 +586,7 @@ def jax_example():
 
 
 def alike(got, expected):
-    """Compare gradients of JAX's own functions, which are in float32 throughout."""
+    """Compare with gradients of JAX's own functions, which use float32 throughout."""
     for ours, theirs in zip(got, expected, strict=True):
         assert type(ours) is type(theirs)
         assert ours.dtype == theirs.dtype
@@ -642,7 +642,7 @@ def test_what_numpy_can_convert(x):
 
 def test_frames_of_other_libraries():
     class Frame:
-        """As pandas', xarray's and dask's: no DLPack, but a way to NumPy."""
+        """Like pandas', xarray's and dask's: no DLPack, but convertible to NumPy."""
 
         def __array__(self, dtype=None, copy=None):
             return drawn()
@@ -662,7 +662,7 @@ def test_integers_are_told_the_remedy(dtype):
     [
         ("torch", r"; convert it with gamma\.float\(\)"),
         ("jax.numpy", r"; convert it with gamma\.astype\(np\.float32\)"),
-        ("array_api_strict", ""),  # whose arrays have no method for it
+        ("array_api_strict", ""),  # their arrays have no method for it
     ],
 )
 def test_integers_of_other_libraries_are_told_theirs(library, remedy):
@@ -706,7 +706,7 @@ def test_masked_array():
 
 def test_other_object_with_dlpack():
     class Wrapped:
-        """Nothing but the protocol; results cannot come back as one."""
+        """An object with only the protocol; results cannot be returned in its library."""
 
         def __init__(self, array):
             self.array = array

@@ -1,4 +1,4 @@
-"""The layer: state around the functions, in the manner of PyTorch's."""
+"""The layer: state around the functions, in the style of PyTorch's."""
 
 import itertools
 import weakref
@@ -12,7 +12,7 @@ import nbnorm
 from nbnorm import BatchNorm, reference
 
 SHAPE = (4, 3, 5, 2)
-# Layers are compared in float64, on values of size 1 and sums of 40 of them.
+# Layers are compared in float64, on values near 1 and sums of 40 of them.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -21,7 +21,7 @@ def draw(seed, shape=SHAPE, dtype=np.float64):
 
 
 def layer_of(num_features=3, **options):
-    """A float64 layer with parameters that are not 1 and 0."""
+    """Return a float64 layer with parameters other than 1 and 0."""
     layer = BatchNorm(num_features, **({"dtype": np.float64} | options))
     for seed, parameter in enumerate(layer.parameters.values()):
         parameter[...] = draw(100 + seed, parameter.shape)
@@ -29,7 +29,7 @@ def layer_of(num_features=3, **options):
 
 
 def snapshot(layer):
-    """Everything a failed call must leave alone."""
+    """Return everything that a failed call must not change."""
     return layer.state_dict() | {f"grad of {name}": g.copy() for name, g in layer.grads.items()}
 
 
@@ -41,7 +41,7 @@ def assert_same_state(layer, before):
 
 
 def torch_twin(layer, torch):
-    """PyTorch's layer with the same options and state."""
+    """Return PyTorch's layer with the same options and state."""
     twin = torch.nn.BatchNorm2d(
         layer.num_features,
         eps=layer.eps,
@@ -100,7 +100,7 @@ def test_layer_agrees_with_torch(momentum, affine, track_running_stats):
     torch = pytest.importorskip("torch")
     layer = layer_of(momentum=momentum, affine=affine, track_running_stats=track_running_stats)
     twin = torch_twin(layer, torch)
-    # Training, a look at evaluation, more training, evaluation.
+    # Training, an evaluation, more training, evaluation.
     for step, mode in enumerate(("train", "train", "eval", "train", "eval")):
         getattr(layer, mode)()
         getattr(twin, mode)()
@@ -162,7 +162,7 @@ def test_statistics_that_do_not_fit_are_refused():
     for moments, error, match in (
         (nbnorm.batch_norm_stats(draw(1, (5, 4))), ValueError, r"shape \(3,\), expected \(4,\)"),
         (nbnorm.batch_norm_stats(draw(1, (1, 3))), ValueError, "more than 1 value per channel"),
-        (nbnorm.batch_norm_stats(draw(1, (0, 3))), ValueError, "no values"),
+        (nbnorm.batch_norm_stats(draw(1, (0, 3))), ValueError, r"^moments\.count is 0"),
         (nbnorm.Moments(4, np.zeros(3), np.ones(3, int)), TypeError, "m2 has dtype int64"),
     ):
         with pytest.raises(error, match=match):
@@ -247,7 +247,7 @@ def test_residual_before_relu_has_the_masked_gradient():
     dx, dresidual = layer.backward(dy)
     assert_array_equal(dresidual, np.where(y > 0, dy, 0))
     np.testing.assert_allclose(dx, plain.backward(np.where(z > 0, dy, 0)), **TOLERANCE)
-    layer.forward(x)  # and without a residual there is one gradient again
+    layer.forward(x)  # without a residual there is only one gradient
     assert isinstance(layer.backward(dy), np.ndarray)
 
 
@@ -375,7 +375,7 @@ def test_a_layer_is_called_as_its_forward():
     assert_array_equal(layer(x, residual), ref.forward(x, residual))
     assert_array_equal(layer(x, residual=residual), ref.forward(x, residual=residual))
     assert_same_state(layer, snapshot(ref))
-    with nbnorm.recalibrate(layer, ref):  # whose forward collects
+    with nbnorm.recalibrate(layer, ref):  # here forward collects moments
         assert_array_equal(layer(x + 1), ref.forward(x + 1))
     assert_same_state(layer, snapshot(ref))
 
@@ -420,7 +420,7 @@ def test_state_of_the_own_arrays_in_another_order():
 
 
 def test_state_with_arrays_in_common_comes_apart():
-    """Exporters merge equal arrays; what counts is that the layer's are its own."""
+    """Exporters merge equal arrays; the layer's arrays must still be separate."""
     shared, layer = np.full(3, 2.0), layer_of()
     names = ("weight", "bias", "running_mean", "running_var")
     layer.load_state_dict(dict.fromkeys(names, shared) | {"num_batches_tracked": 0})
@@ -439,7 +439,7 @@ def test_state_is_copied_in_and_out():
     assert not any(np.shares_memory(a, b) for a, b in itertools.product(state.values(), own))
     targets = [*other.parameters.values(), other.running_mean, other.running_var]
     other.load_state_dict(state)
-    # Into the arrays that were there, so that an optimizer's references stay good.
+    # The layer's arrays stay the same objects, so that an optimizer's references remain valid.
     for array, target in zip(
         (*other.parameters.values(), other.running_mean, other.running_var), targets, strict=True
     ):

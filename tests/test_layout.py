@@ -1,4 +1,4 @@
-"""How arrays are seen as (N, C, S): what kernels read as it is, and what they get a copy of."""
+"""How arrays are viewed as (N, C, S): what kernels read in place, and what is copied."""
 
 from itertools import product
 
@@ -13,7 +13,7 @@ from nbnorm._layout import PLANE, SAMPLE, Layout, fits, layout_of
 
 
 def layout(shape, axis=(1,), order=None):
-    """Return the layout of a contiguous float32 array, or of one with its axes in this order."""
+    """Return the layout of a float32 array, contiguous or with its axes in this memory order."""
     strides = [0] * len(shape)
     step = 4
     for i in reversed(order or range(len(shape))):
@@ -28,9 +28,9 @@ def layout(shape, axis=(1,), order=None):
         ((4, 3, 5, 6), (1,), None, (4, 3, 30)),
         ((4, 3, 5, 6), (1,), (0, 2, 3, 1), (120, 3, 1)),
         ((4, 3, 5, 6), (3,), None, (60, 6, 1)),
-        ((4, 3, 5, 6), (1, 3), None, (4, 18, 5)),  # apart in memory: seen as its copy will be
+        ((4, 3, 5, 6), (1, 3), None, (4, 18, 5)),  # not adjacent: as in its copy
         ((4, 3, 5, 6), (1, 2), None, (4, 15, 6)),
-        ((4, 1, 5, 6), (1,), None, (4, 1, 30)),  # one channel is split off where its axis stands
+        ((4, 1, 5, 6), (1,), None, (4, 1, 30)),  # an axis of one channel still separates N from S
         ((1, 3, 5, 1), (3,), None, (15, 1, 1)),
     ],
 )
@@ -52,7 +52,7 @@ def test_strides_along_axes_of_one_value_do_not_change_the_order_of_results():
     assert layout_of((5, 1, 6), (24, 4, 4), 4, (0,)).dense == (0, 1, 2)
 
 
-# A layout of rows long enough to lie apart, of planes too short for that, of samples too short.
+# Layouts of long rows, of planes too short to be separate, and of samples too short.
 LONG, SHORT, TINY = (4, 3, PLANE), (4, 3, PLANE // 2), (4, 3, 8)
 assert SHORT[1] * SHORT[2] >= SAMPLE > TINY[1] * TINY[2]
 
@@ -70,7 +70,7 @@ def test_what_kernels_read_as_it_is(shape):
     assert not fitting(C * S, -S)
     assert not fitting(C * S, 0)
     assert not fitting(C * S, S - 1)
-    assert not fitting(-C * S, S)  # memory is one row that begins at the first value
+    assert not fitting(-C * S, S)  # kernels expect a single row that starts at the first value
     apart = shape == LONG
     assert fitting(2 * C * S, 2 * S) == apart
     assert fitting(C * S + 5, S) == (shape != TINY)
@@ -94,7 +94,7 @@ def test_strides_along_axes_of_one_value_do_not_matter():
 
 
 def sliced(shape, dtype="float32"):
-    """Yield x of this shape in strides that no (N, C, S) view has, or not without a copy."""
+    """Yield arrays of this shape that are hard or impossible to view as (N, C, S)."""
     step = (slice(None, None, 2), slice(None, None, -1), slice(None, None, -2))
     memory = np.random.default_rng(0).normal(size=[2 * n for n in shape]).astype(dtype)
     for cut in product((slice(None), *step), repeat=len(shape)):
@@ -134,7 +134,7 @@ def test_arrays_that_run_backwards_or_have_gaps_give_the_bits_of_their_copies(sh
         assert_same_bits(grads.dgamma, wanted.dgamma, "dgamma")
 
 
-@pytest.mark.cpu_only  # a GPU cannot read them
+@pytest.mark.cpu_only  # GPUs cannot read them
 @pytest.mark.parametrize("shape", [(4, 3, 20, 20), (4, 3, 10, 10), (40, 6)], ids=str)
 def test_a_field_of_records_whose_stride_is_no_whole_value(shape):
     records = np.zeros(shape, [("value", "f4"), ("flag", "i1")])

@@ -1,4 +1,4 @@
-"""Relations between calls that hold without knowing the right answer."""
+"""Relations between calls that hold whatever the right answer is."""
 
 import numba
 import numpy as np
@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def setup_module():
-    """One thread: any number gives the same bits (test_threads.py)."""
+    """Use one thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 
@@ -33,7 +33,7 @@ def teardown_module():
 
 
 def twice(tolerance):
-    """Two results that are each within the tolerance of the truth."""
+    """Return the tolerance between two results that are each within `tolerance` of the truth."""
     return 2 * tolerance
 
 
@@ -71,7 +71,7 @@ def test_splitting_a_batch_and_merging_its_moments(recipe):
 
 @given(recipes(layouts=("C",), dtypes=("float32",)))
 def test_every_axis_order_normalises_alike(recipe):
-    """NCHW against channels-last and the like: the channel axes moved to the end, as a copy."""
+    """Compare NCHW with channels-last and so on: the channel axes moved to the end, as a copy."""
     x, gamma, beta, dy = recipe.x(), recipe.gamma(), recipe.beta(), recipe.like_x(5)
     channels = sorted(a % x.ndim for a in np.ravel(recipe.axis))
     order = [*reduced_axes(x.ndim, recipe.axis), *channels]
@@ -150,7 +150,7 @@ def test_scaling_x_by_a_power_of_two_without_eps_keeps_the_bits(shape, dtype, fa
 @shapes
 @pytest.mark.parametrize("shift", [16.0, 1024.0])
 def test_shifting_whole_numbers_keeps_y(shape, shift):
-    """Where x + shift is exact, the shift leaves no trace but the rounding of other sums."""
+    """If x + shift is exact, only the rounding of the sums changes."""
     recipe = Recipe(shape, 1)
     x = np.round(8 * recipe.x()).astype("float32")
     shifted = x + np.float32(shift)
@@ -180,7 +180,7 @@ def test_repeated_calls_give_the_same_bits(shape):
 
 @shapes
 def test_one_channel_alone_is_that_channel_of_the_whole(shape):
-    """No channel knows its neighbours: its statistics depend on its own values only."""
+    """A channel's statistics depend on its own values only."""
     recipe = Recipe(shape, 1, offset=50.0)
     x = recipe.x()
     whole = nbnorm.batch_norm_forward(x)

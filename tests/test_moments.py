@@ -14,7 +14,7 @@ U = 2.0**-53  # unit roundoff of float64
 
 
 def exact(x):
-    """Moments of the rows of x, in longdouble."""
+    """Return moments of the rows of x, in longdouble."""
     x = x.astype(np.longdouble)
     count = len(x)
     mean = x.sum(axis=0) / max(count, 1)
@@ -22,7 +22,7 @@ def exact(x):
 
 
 def moments(x):
-    """Moments of the rows of x, each rounded once to float64."""
+    """Return moments of the rows of x, each rounded once to float64."""
     count, mean, m2 = exact(x)
     return Moments(count, mean.astype(np.float64), m2.astype(np.float64))
 
@@ -52,8 +52,8 @@ def test_merged_chunks_have_the_moments_of_the_whole(lengths, channels, offset, 
     first, *rest = [moments(chunk) for chunk in np.split(x, np.cumsum(lengths)[:-1])]
     comp = first.merge(*rest)
 
-    # Every mean, given or merged, is off by at most `lost`. M2 takes d² n_a n_b / n <= M2, so that
-    # an error of 2 lost in d costs 4 lost sqrt(M2 n) at most.
+    # Each given or merged mean has an error of at most `lost`. As M2 includes d² n_a n_b / n <= M2,
+    # an error of 2 lost in d costs at most 4 lost sqrt(M2 n).
     lost = (2 * len(lengths) + 1) * U * np.abs(x).max(axis=0, initial=0.0)
     assert comp.count == ref_count
     assert np.all(np.abs(comp.mean - ref_mean) <= lost)
@@ -64,7 +64,7 @@ def test_merged_chunks_have_the_moments_of_the_whole(lengths, channels, offset, 
 def test_merge_goes_in_the_order_given():
     a, b, c = (moments(draw(seed, rows)) for seed, rows in ((1, 7), (2, 5), (3, 11)))
     assert_same_bits(a.merge(b, c), a.merge(b).merge(c))
-    assert not np.array_equal(a.merge(b, c).mean, a.merge(c, b).mean)  # bits tell the orders apart
+    assert not np.array_equal(a.merge(b, c).mean, a.merge(c, b).mean)  # the order changes bits
 
 
 def test_merge_leaves_its_arguments_alone():
@@ -218,7 +218,7 @@ def test_running_statistics_move_by_momentum(dtype_mean, dtype_var, correction, 
     fresh = update_running_stats(
         mean, var, batch, momentum=momentum, correction=correction, inplace=False
     )
-    assert_array_equal(mean, running(dtype_mean)[0])  # the given ones are as they were
+    assert_array_equal(mean, running(dtype_mean)[0])  # the given arrays are unchanged
     assert_array_equal(var, running(dtype_var)[1])
     own = update_running_stats(mean, var, batch, momentum=momentum, correction=correction)
 
@@ -285,7 +285,7 @@ def test_nan_and_overflow_reach_running_statistics_without_warning():
 
 
 def refused(mean, var, batch, error, match, **options):
-    """Call, expect the error, and see both arrays as they were."""
+    """Call, expect the error, and check that both arrays are unchanged."""
     before = [np.array(array) for array in (mean, var)]
     with pytest.raises(error, match=match):
         update_running_stats(mean, var, batch, **options)

@@ -1,4 +1,4 @@
-"""The table of mutants is in step with the source; `python tests/mutate.py` runs it."""
+"""The table of mutants matches the source; `python tests/mutate.py` runs it."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_line_stands_in_its_file_once():
     for mutant in MUTANTS:
         found = (ROOT / mutant.file).read_text().count(mutant.original)
-        assert found == 1, f"{mutant.original!r} stands {found} times in {mutant.file}"
+        assert found == 1, f"{mutant.original!r} occurs {found} times in {mutant.file}"
         assert mutant.mutated != mutant.original
 
 

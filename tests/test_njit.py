@@ -1,8 +1,7 @@
-"""Inside functions that users compile with Numba: the bits of Python's calls, and its refusals.
+"""Functions that users compile with Numba: the same bits and errors as calls from Python.
 
-A function is written once and run twice, compiled and as Python. Compiling takes seconds, so one
-function makes all the calls, and is compiled for few types: its axis, dtypes and ranks are spread
-over the cases below.
+A function is written once and runs compiled and as Python. Compiling takes seconds, so one function
+makes all the calls and is compiled for few types: the cases below spread axes, dtypes and ranks.
 """
 
 import tomllib
@@ -70,7 +69,7 @@ def everything(axis, activation):
 
 
 def step(axis, activation):
-    """Return a function that trains alone: the shared parts need not be compiled for all cases."""
+    """Return a function that only trains, which compiles faster than `everything`."""
 
     def calls(x, dy, gamma, beta, running_mean, running_var, momentum, eps, correction):
         forward = nbnorm.batch_norm_forward(
@@ -85,7 +84,7 @@ def step(axis, activation):
     return calls
 
 
-# What is called, axis, activation, number of axes, dtypes of x and of parameters.
+# Function, axis, activation, number of axes, dtypes of x and of parameters.
 CASES = {
     "images": (everything, 1, None, 4, "f4", "f4"),
     "sequences": (everything, 1, RELU, 3, "f8", "f8"),
@@ -98,7 +97,7 @@ COMPILED = {case: njit(make(*found[:2])) for case, (make, *found) in CASES.items
 
 
 def arguments(case, shape, seed=0, momentum=0.1, eps=1e-5, correction=1, offset=0.0):
-    """Arguments of one of the functions."""
+    """Return arguments of one of the functions."""
     _, axis, _, _, dtype, of_parameters = CASES[case]
     rng = np.random.default_rng(seed)
     x, dy = (rng.standard_normal((2, *shape)) + offset).astype(dtype)
@@ -111,7 +110,7 @@ def copies(args):
 
 
 def same(found, expected):
-    """Assert that two results are of the same types and have the same bits."""
+    """Assert that two results have the same types and bits."""
     assert type(found) is type(expected)
     if isinstance(expected, tuple):
         assert len(found) == len(expected)
@@ -126,7 +125,7 @@ def same(found, expected):
 
 
 def compare(case, args):
-    """Run a function compiled and not."""
+    """Run a function compiled and as Python; compare results and arguments."""
     found, expected = copies(args), copies(args)
     same(COMPILED[case](*found), COMPILED[case].py_func(*expected))
     for one, other in zip(found, expected, strict=True):
@@ -158,7 +157,7 @@ def test_bits_of_python(call):
 
 
 def enough(m, itemsize=4):
-    """Channels of m values of which this machine's caches hold all but one in a block, or fewer."""
+    """Return a number of channels of m values that exceeds a block in this machine's cache."""
     return 1 + 4 * NEAR * _CACHES.own // (2 * m * itemsize)
 
 
@@ -205,7 +204,7 @@ def test_read_only_arrays():
 
 
 def optional(x, training, running_mean, running_var):
-    """What may be left out, None, a literal or known at run time only."""
+    """Omit arguments, pass None or a literal, or a value known only at run time."""
     plain = nbnorm.batch_norm_forward(x)
     none = nbnorm.batch_norm_forward(x, None, beta=None, activation=None, training=True, axis=-1)
     either = nbnorm.batch_norm_forward(
@@ -265,7 +264,7 @@ def test_in_a_parallel_loop():
         same((y[i], rstd[i]), (expected.y, expected.rstd))
 
 
-# In processes of their own: what nbnorm compiles depends on who asks first, where it should not.
+# In child processes: which function compiles first must not matter.
 
 STREAMED = """
 import numpy as np, nbnorm
@@ -344,7 +343,7 @@ def test_compiled_functions_can_be_cached(tmp_path):
     assert hits == ["0\n", "1\n"]
 
 
-# Refused when it runs: a ValueError, and nothing has been written.
+# Errors at run time: a ValueError, before anything is written.
 
 SHAPE = (4, 3)
 
@@ -373,7 +372,7 @@ def good():
 
 
 def refused(function, args, message):
-    """Assert that a call raises and leaves its arrays as they are."""
+    """Assert that a call raises and leaves its arrays unchanged."""
     before = copies(args.values())
     with pytest.raises(ValueError, match=message):
         function(*args.values())
@@ -410,7 +409,7 @@ def test_running_statistics_that_share_memory():
         shared = {"running_mean": whole[:3], other: whole[2:5]}
         refused(train, args | shared, "share memory")
     refused(train, args | {"running_var": args["x"][1]}, "share memory")
-    # Nothing is shared with an empty array, and side by side is apart.
+    # An empty array shares no memory, and adjacent arrays do not overlap.
     inside = np.ndarray((0, 3), buffer=whole, offset=16)
     train(*(args | {"running_mean": whole[:3], "x": inside}).values())
     assert np.array_equal(whole, np.ones(6))
@@ -524,7 +523,7 @@ def test_updates_that_do_not_fit():
     assert not np.array_equal(args["running_mean"], before[0])
 
 
-# Refused when it is compiled.
+# Errors at compile time.
 
 
 IMAGES = np.zeros((2, 3, 4, 4), "f4")
@@ -532,7 +531,7 @@ IMAGES = np.zeros((2, 3, 4, 4), "f4")
 
 def gamma_or_none(x):
     gamma = None
-    for _ in range(x.size):  # Python 3.13 makes two calls of a branch, each with a type of its own
+    for _ in range(x.size):  # Python 3.13 splits a branch into two calls, each with its own type
         gamma = x[0, 0, 0]
     return nbnorm.batch_norm_forward(x, gamma)
 
@@ -555,7 +554,7 @@ def gamma_or_none(x):
         (
             lambda x: nbnorm.batch_norm_forward(x, training=False),
             IMAGES,
-            "running_mean and running_var are required",
+            "running_mean and running_var must not be None",
         ),
         (
             lambda x: nbnorm.batch_norm_forward(x, None, None, x[0, 0, 0]),
@@ -581,7 +580,7 @@ def gamma_or_none(x):
         (
             gamma_or_none,
             IMAGES,
-            "gamma may be None when this runs",
+            "gamma has an optional type",
         ),
         (
             lambda x: nbnorm.batch_norm_inference(x, None, None, None, x[0, 0, 0]),
@@ -680,13 +679,13 @@ def test_an_activation_that_is_known_when_it_runs():
         njit(lambda x, name: nbnorm.batch_norm_forward(x, activation=name))(IMAGES, "relu")
 
 
-# How Numba finds it.
+# Discovery by Numba
 
 
 def test_the_entry_point_is_there():
     with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
         found = tomllib.load(file)["project"]["entry-points"]["numba_extensions"]
-    assert list(found) == ["init"]  # the name that Numba asks for
+    assert list(found) == ["init"]  # the name that Numba looks up
     EntryPoint("init", found["init"], "numba_extensions").load()()
 
 

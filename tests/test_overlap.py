@@ -1,4 +1,4 @@
-"""Arrays that share memory in ways that are hard to see: refused before anything is written."""
+"""Arrays that share memory in ways that are hard to detect: rejected before anything is written."""
 
 import numpy as np
 import pytest
@@ -15,10 +15,10 @@ INPLACE = [(f, a) for f, a in INPLACE if (f, "out") in takers("out")]
 
 @pytest.mark.parametrize(("function", "argument"), INPLACE)
 def test_out_that_begins_where_an_input_does_but_takes_longer_steps(function, argument):
-    """The same first value and shape, and yet y would lie on x that is still to be read."""
+    """The first value and the shape are the same, yet y would overwrite x before it is read."""
     memory = data(shape=(3, 8, 4, 4))
     array, out = memory[:2], memory[::2]
-    match = rf"^out overlaps {argument} in memory without being it"
+    match = rf"^out overlaps {argument} in memory but is not {argument}$"
     refuses(function, ValueError, match, **{argument: array, "out": out})
     refuses(function, ValueError, match, **{argument: out, "out": array})
 
@@ -28,7 +28,7 @@ def test_out_that_begins_where_an_input_does_but_takes_longer_steps(function, ar
     [
         ((3, 4), (6, 4)),  # 12 = 2 * 6 = 3 * 4
         ((4, 4, 2), (6, 4, 9)),
-        ((2, 2, 4), (5, 4, 1)),  # each step leads past the one before, but not past all
+        ((2, 2, 4), (5, 4, 1)),  # each step exceeds the extent of one axis, but not of both
         ((3, 4), (-6, 4)),
         ((2, 3), (2, 1)),
     ],
@@ -66,11 +66,11 @@ def test_running_statistics_within_x(shared, place):
         assert name == shared or (array == 1).all()
 
 
-# Whether two elements of these are one has an answer that takes longer than a pass over them.
+# Deciding whether two of their elements coincide takes longer than a pass over them.
 HARD = (8, 4, 9, 7), (735, 3505, 1051, 123), (705, 183, 1134, 3359)
 
 
-@pytest.mark.cpu_only  # other backends lay such arrays out anew
+@pytest.mark.cpu_only  # other backends copy such arrays
 def test_overlap_that_is_too_hard_to_decide_is_refused():
     shape, steps, out_steps = HARD
     memory = data(shape=(50_000,))
@@ -85,7 +85,7 @@ def test_overlap_that_is_too_hard_to_decide_is_refused():
 
 
 def test_layouts_that_overlap_nothing_are_not_hard():
-    """Real arrays are not refused for want of time: every layout beside every other."""
+    """Real arrays, every layout with every other, are not rejected as too hard."""
     for first in ("every second", "reversed", "padded rows", "channels last"):
         for second in ("every second row", "reversed rows", "padded rows", "Fortran"):
             x, out = (lay_out(data(), layout) for layout in (first, second))

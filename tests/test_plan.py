@@ -1,4 +1,4 @@
-"""How a pass is cut up: what decides bits follows from the shape, and no value is left out."""
+"""How a pass is split: only the shape decides the bits, and every value is done once."""
 
 from itertools import product
 
@@ -29,7 +29,7 @@ cases = pytest.mark.parametrize(("shape", "itemsize"), list(product(SHAPES, ITEM
 
 
 def chunk_ranges(cut):
-    """Return the items (tiles, or rows of columns) of each chunk, and how many there are."""
+    """Return the items (tiles, or rows of columns) of each chunk, and the number of items."""
     grid = cut.grid
     if cut.traversal == "columns":
         items = -(-grid.N // grid.fold)
@@ -65,7 +65,7 @@ def test_every_item_and_channel_is_done_once(shape, itemsize, threads, caches_):
         assert sum(map(len, units)) == shape[1]
         assert all(units)
         if cut.traversal == "columns" and cut.grid.fold > 1:
-            assert count == 1  # several samples make a row only with all their channels
+            assert count == 1  # samples that share a row include all their channels
 
 
 @cases
@@ -98,14 +98,14 @@ def test_blocks_are_shared_out_evenly():
     assert cut.blocks % 2 == 0
 
 
-def test_threads_write_rows_of_their_own_where_theirs_would_be_parts_of_short_rows():
+def test_threads_write_whole_rows_where_parts_of_rows_would_be_short():
     cut = plan(256, 1024, 1, 4, 2, TYPICAL, 2)
     assert not cut.fused
     assert (cut.strips, cut.parts, cut.part) == (1, 2, 128)
     assert plan(256, 4096, 1, 4, 2, Caches(4 << 20, 32 << 20), 2).fused
 
 
-def test_small_inputs_are_serial_and_one_thread_is():
+def test_small_inputs_and_one_thread_are_serial():
     assert not plan(60, 100, 1, 4, 64, TYPICAL, 2).parallel
     assert not plan(4096, 512, 1, 4, 1, TYPICAL, 2).parallel
 
@@ -118,7 +118,7 @@ def test_results_are_streamed_where_the_last_cache_does_not_hold_all_tensors():
 
 
 def lay_caches(folder, processors):
-    """Write what Linux tells of caches: {processor: [(level, type, size, shared with)]}."""
+    """Write caches as Linux reports them: {processor: [(level, type, size, shared with)]}."""
     for cpu, found in processors.items():
         for i, described in enumerate(found):
             index = folder / f"cpu{cpu}" / "cache" / f"index{i}"
@@ -140,7 +140,7 @@ def test_caches_are_those_of_the_processors_that_may_be_used(tmp_path, monkeypat
         },
     )
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 9}, raising=False)
-    # Two threads share the first second-level cache; the two last-level caches count together.
+    # Two threads share the first second-level cache; the two last-level caches add up.
     assert caches(tmp_path) == Caches(own=1 << 20, last=48 << 20)
 
 

@@ -1,4 +1,4 @@
-"""Memory of results: used again, never while anything refers to it, and unseen by the user."""
+"""Memory of results: reused, but never while anything refers to it, and invisible to the user."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ def x():
 
 @pytest.fixture(autouse=True)
 def _fresh_pool():
-    """Start each test with nothing idle, under the default limit, and leave it so."""
+    """Start and end each test with nothing idle and the default limit."""
     nbnorm.set_pool_limit(0)
     nbnorm.set_pool_limit(None)
     yield
@@ -42,7 +42,7 @@ def test_memory_is_used_again(x):
     assert len(addresses) == 1
 
 
-def test_not_while_the_result_or_a_view_of_it_lives(x):
+def test_memory_is_not_reused_while_the_result_or_a_view_lives(x):
     first = nbnorm.batch_norm_forward(x).y
     kept = first[3:, ::2].T
     expected = kept.copy()
@@ -108,8 +108,8 @@ def test_the_pool_holds_no_more_than_its_limit(x):
 
 
 def in_use():
-    """Bytes of all results of the pool that live."""
-    pool.idle()  # takes back what is gone
+    """Return the bytes of all live results from the pool."""
+    pool.idle()  # takes back the memory of deleted results
     return pool._pool._in_use()
 
 
@@ -121,13 +121,13 @@ def test_what_has_been_idle_longest_goes_first():
     first, second = bytes_(6 << 20), bytes_(5 << 20)
     del first
     del second
-    third = bytes_(2 << 20)  # 13 MiB together, where 11 have been in use at most
+    third = bytes_(2 << 20)  # 13 MiB together, but at most 11 have been in use
     assert pool.idle()[0] == 5 << 20
     del third
 
 
 def test_sizes_that_take_turns_share_memory():
-    """The smallest idle memory that fits, up to twice what is wanted."""
+    """Take the smallest idle memory that fits, up to twice the size wanted."""
     large, small = bytes_(8 << 20), bytes_(6 << 20)
     places = {address(large): 8, address(small): 6}
     del large, small
@@ -203,7 +203,7 @@ def test_environment():
 def test_memory_cannot_have_two_owners(x):
     block = base_of(nbnorm.batch_norm_forward(x).y)
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="copy the array on it"):
+        with pytest.raises(TypeError, match="copy the array that uses it"):
             duplicate(block)
 
 
@@ -218,7 +218,7 @@ def base_of(array):
 
 
 def interrupted_at(step, work):
-    """Do `work`, interrupted at the step-th instruction of the pool's code; whether it was."""
+    """Run `work`, interrupted at the step-th instruction of pool.py; return whether it was."""
     code, left = pool.__file__, step
 
     def trace(frame, event, argument):
@@ -244,7 +244,7 @@ def interrupted_at(step, work):
 
 
 def test_an_interrupt_at_any_instruction_neither_loses_nor_doubles_memory():
-    """Of a hit, a miss that drops idle memory, and a result that is returned in between."""
+    """Interrupt a hit, a miss that drops idle memory, and the return of a result in between."""
     kept = []
 
     def work():
@@ -299,7 +299,7 @@ def test_a_signal_handler_may_use_the_pool_at_any_instruction(handler):
 
 
 def handled_at(step, work, handler):
-    """Do `work`, with `handler` called at the step-th instruction of the pool's; whether it was."""
+    """Run `work`; call `handler` at the step-th instruction of pool.py; return whether it did."""
     done = 0
 
     def trace(frame, event, argument):
@@ -309,7 +309,7 @@ def handled_at(step, work, handler):
         frame.f_trace_opcodes = True
         if event == "opcode":
             done += 1
-            assert done < 100_000, "it goes on for ever"
+            assert done < 100_000, "it never ends"
             if done == step:
                 handler()
         return trace

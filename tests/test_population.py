@@ -1,4 +1,4 @@
-"""Statistics of data in pieces: those of the whole, whatever the pieces; layers that take them."""
+"""Statistics of data in pieces equal those of the whole; layers can use them."""
 
 import copy
 import math
@@ -41,15 +41,15 @@ def drawn(shape, dtype="float64", *, seed=0, offset=0.0):
 
 
 def oracle(x, axis=1):
-    """Moments of x, in longdouble where x is not of float16 or bfloat16."""
+    """Return moments of x, in longdouble except for float16 and bfloat16."""
     return reference.batch_norm_stats(x.astype("float64", copy=False), axis=axis)
 
 
 def assert_statistics(comp, x, axis=1, *, merges):
-    """Compare with the oracle: the tolerances of one pass, and a rounding for every merge.
+    """Compare with the oracle: the tolerances of one pass, plus a rounding for every merge.
 
-    Each rounding moves the mean by U |x| at most and, through the differences of two of them, M2 by
-    what the standard deviation makes of it.
+    Each rounding moves the mean by at most U |x|. Through differences of two means, it moves M2 in
+    proportion to the standard deviation.
     """
     ref = oracle(x, axis)
     assert comp.count == ref.count
@@ -64,13 +64,13 @@ def assert_statistics(comp, x, axis=1, *, merges):
 
 
 def merges_of(pieces):
-    """How many merges a value goes through."""
+    """Return the number of merges that a value goes through."""
     return 2 * math.ceil(math.log2(max(pieces, 1))) + 1
 
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """The chunks that statistics are taken of, as they come."""
+    """The chunks passed to batch_norm_stats, in order."""
     taken = []
 
     def watched(x, *, axis):
@@ -141,7 +141,7 @@ def test_a_memory_map(tmp_path, dtype, mode):
 
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_a_memory_map_is_read_in_its_own_order(tmp_path, order, pieces):
-    """Each piece is one stretch of the file: no page is read again for every piece."""
+    """Each piece is contiguous in the file, so that no page is read twice."""
     x = np.asarray(drawn((60, 3, 20, 10)), order=order)
     np.save(tmp_path / "x.npy", x)
     population_stats(np.load(tmp_path / "x.npy", mmap_mode="r"), chunk=2000)
@@ -154,7 +154,7 @@ def test_a_memory_map_is_read_in_its_own_order(tmp_path, order, pieces):
 
 
 class Stored:
-    """What a file's dataset is: a shape, and arrays where it is sliced."""
+    """Like a dataset in a file: it has a shape, and slices are arrays."""
 
     def __init__(self, array):
         self._array, self.shape = array, array.shape
@@ -189,7 +189,7 @@ def test_arrays_of_other_libraries(library):
     array = xp.asarray(x)
     for data in (array, iter([array[:7, ...], array[7:, ...]])):
         comp = population_stats(data, chunk=100)
-        if library != "jax.numpy":  # which has no float64 unless it is told to
+        if library != "jax.numpy":  # without x64 JAX has no float64
             assert type(comp.mean) is type(array)
         assert comp.count == ref.count
     comp = population_stats(array, chunk=100)
@@ -216,7 +216,7 @@ def test_arrays_one_after_the_other_are_gone_through_once():
 
 
 def test_every_value_weighs_the_same():
-    """The mean of two means would be 2, that of two variances 0."""
+    """The mean of both means would be 2, that of both variances 0."""
     stats = population_stats([np.full((1, 1), 1.0), np.full((3, 1), 3.0)])
     assert (stats.count, *stats.mean, *stats.var()) == (4, 2.5, 0.75)
 
@@ -256,9 +256,9 @@ def test_many_chunks_cost_no_accuracy():
     wide = x.astype(np.longdouble)
     mean = wide.mean(axis=0)
     m2 = np.sum((wide - mean) ** 2, axis=0)
-    # A chunk's own mean is rounded, and then once at each of 15 levels.
+    # A chunk's own mean is rounded once, then once at each of 15 levels.
     assert_within(comp.mean, mean, 16 * np.spacing(1e6) / 2, "mean")
-    # d of standard deviation 1 is off by two such roundings in each merge, of either sign.
+    # d has standard deviation 1, and an error of two such roundings, of either sign, in each merge.
     assert_within(comp.m2, m2, 4 * np.spacing(1e6) / 2 * m2, "m2")
 
 
@@ -283,21 +283,21 @@ def test_merged_in_pairs_and_in_order(number):
 # Memory
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux limits memory that is not a file's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory without mapped files")
 def test_memory_is_bounded(tmp_path):
-    """256 MiB of a file within 64 MiB of memory, where NumPy's own functions run out of it."""
+    """Process a 256 MiB file in 64 MiB of memory, where NumPy's own functions fail."""
     shape = (64, 16, 256, 256)
     mapped = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, shape)
-    mapped[::9, 3] = 2.5  # most of the file is a hole
+    mapped[::9, 3] = 2.5  # the file is mostly a hole
     mapped.flush()
     code = f"""
 import re, resource
 import numpy as np
 from nbnorm.population import population_stats
 mapped = np.load({str(tmp_path / "x.npy")!r}, mmap_mode="r")
-strided = mapped.transpose(0, 2, 3, 1)[:, ::-1]  # a piece is copied
+strided = mapped.transpose(0, 2, 3, 1)[:, ::-1]  # pieces are copied
 for data, axis in ((mapped, 1), (strided, -1)):
-    population_stats(data[:2], axis=axis)  # compiled, and threads started
+    population_stats(data[:2], axis=axis)  # compile, and start threads
 status = open("/proc/self/status").read()
 used = 1024 * int(re.search(r"VmData:\\s+(\\d+)", status)[1])
 resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)
@@ -317,7 +317,7 @@ for data, axis in ((mapped, 1), (strided, -1), ((x[None] for x in mapped), 1)):
     run_child("-c", code)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ for data, axis in ((mapped, 1), (strided, -1), ((x[None] for x in mapped), 1)):
             [np.zeros((4, 3)), np.zeros((4, 2))],
             {},
             ValueError,
-            r"^data has channel axes of shape \(3,\) and then of \(2,\)",
+            r"^data has channel axes of shape \(2,\), expected \(3,\)",
         ),
     ],
 )
@@ -382,7 +382,7 @@ def test_arguments_are_refused_before_data_is_touched():
 
 @pytest.fixture
 def bars(monkeypatch):
-    """What the bars that were shown were told."""
+    """The progress bars that were shown."""
     auto = pytest.importorskip("tqdm.auto", reason="progress bars need tqdm")
     shown = []
 
@@ -539,12 +539,12 @@ BATCHES = (7, 2, 0, 20, 5)
 
 
 def batches(*shape, dtype="float64", offset=1.0):
-    """Uneven batches, each with a mean of its own."""
+    """Return uneven batches, each with a different mean."""
     return [drawn((n, *shape), dtype, seed=n, offset=offset * i) for i, n in enumerate(BATCHES)]
 
 
 def layers_of(**options):
-    """Two layers of 3 and 4 channels that have seen something."""
+    """Return two layers of 3 and 4 channels that have been trained."""
     layers = [BatchNorm(n, dtype=np.float64, **options) for n in (3, 4)]
     for i, layer in enumerate(layers):
         layer.parameters["weight"][...] = drawn(layer.num_features, seed=8)
@@ -554,7 +554,7 @@ def layers_of(**options):
 
 
 def network(layers, weight, x):
-    """What each layer sees, and the output."""
+    """Return the input of each layer, and the output."""
     first, second = layers
     between = np.tanh(first.forward(x)) @ weight
     return x, between, second.forward(between)
@@ -578,21 +578,21 @@ def assert_same_state(layers, before):
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"correction": 0}], ids=str)
 def test_layers_take_the_statistics_of_all_they_have_seen(options, training):
     layers, weight = layers_of(**options), drawn((3, 4))
-    alone = layers_of(**options, track_running_stats=False)  # these go by batches
+    alone = layers_of(**options, track_running_stats=False)  # these use batch statistics
     seen = [network(alone, weight, x) for x in batches(3)]
     for layer in layers:
         layer.training = training
     before = state_of(layers)
     with recalibrate(*layers):
         results = [network(layers, weight, x) for x in batches(3)]
-        for layer, (_, _, state) in zip(layers, before, strict=True):  # until the end
+        for layer, (_, _, state) in zip(layers, before, strict=True):  # unchanged until the end
             assert_same_bits(layer.running_mean, state["running_mean"])
     for result, expected in zip(results, seen, strict=True):
         assert_same_bits(result[2], expected[2])
     for layer, inputs in zip(layers, list(zip(*seen, strict=True))[:2], strict=True):
         ref = oracle(np.concatenate(inputs))
         var = ref.m2 / (ref.count - layer.correction)
-        # A handful of merges and the way from M2 to a variance and back.
+        # A handful of merges, and M2 converted to a variance and back.
         np.testing.assert_allclose(layer.running_mean, ref.mean.astype(float), rtol=0, atol=32 * U)
         np.testing.assert_allclose(layer.running_var, var.astype(float), rtol=32 * U)
         assert layer.training is training
@@ -615,7 +615,7 @@ def test_layers_of_any_axis_and_dtype(axis, features, shape, dtype):
     for name in ("running_mean", "running_var"):
         comp, expected = (
             getattr(one, name).astype(np.float64) for one in (layer, ref)
-        )  # one rounding to the layer's dtype, which may fall to the other side
+        )  # one rounding to the layer's dtype, which may differ
         unit = float(ml_dtypes.finfo(dtype).eps)
         np.testing.assert_allclose(comp, expected, rtol=unit, atol=unit)
 
@@ -633,7 +633,7 @@ def test_a_layer_in_several_places_counts_once():
 
 
 def test_modes_may_change_within_the_block():
-    """A function that evaluates a network begins with `eval`."""
+    """Evaluation functions often begin with `eval`."""
     layers, x = [BatchNorm(3), BatchNorm(3)], drawn((7, 3), offset=4.0)
     seen = []
     with recalibrate(*layers):
@@ -713,7 +713,7 @@ def test_layers_that_have_seen_nothing_keep_their_statistics():
     assert_same_state(layers[1:], before)
     assert layers[0].running_mean is not None
     before = state_of(layers)
-    message = "none of the layers has seen a value"
+    message = "^layers received no values within the block"
     with pytest.raises(ValueError, match=message), recalibrate(*layers):
         layers[0].forward(np.zeros((0, 3)))
     assert_same_state(layers, before)
@@ -722,16 +722,16 @@ def test_layers_that_have_seen_nothing_keep_their_statistics():
 def test_layers_that_are_refused():
     without, good = BatchNorm(3, track_running_stats=False), BatchNorm(3)
     for layers, error, match in (
-        ((), ValueError, "no layer to recalibrate"),
-        ((good, without), ValueError, r"^BatchNorm\(3, .* keeps no running statistics"),
-        ((good, print), TypeError, "^layers must be of BatchNorm, got builtin_function_or_method"),
+        ((), ValueError, "^layers is empty"),
+        ((good, without), ValueError, r"^BatchNorm\(3, .* has no running statistics"),
+        ((good, print), TypeError, "^layers must be BatchNorm, got builtin_function_or_method"),
     ):
         with pytest.raises(error, match=match), recalibrate(*layers):
             pass
         assert good._seen is None
     with recalibrate(good):
         good.forward(drawn((4, 3)))
-        with pytest.raises(ValueError, match="is being recalibrated already"), recalibrate(good):
+        with pytest.raises(ValueError, match="is already being recalibrated"), recalibrate(good):
             pass
         good.forward(drawn((4, 3), seed=1))
     ref = BatchNorm(3)

@@ -1,4 +1,4 @@
-"""Every public function against the oracle, over drawn shapes, axes, layouts, dtypes and scales."""
+"""Every public function against the oracle, for drawn shapes, axes, layouts, dtypes and scales."""
 
 from dataclasses import replace
 from itertools import product
@@ -35,7 +35,7 @@ activations = st.sampled_from((None, "relu"))
 
 
 def setup_module():
-    """One thread: any number gives the same bits (test_threads.py)."""
+    """Use one thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 
@@ -77,7 +77,7 @@ def test_training_forward(recipe, activation, residual_layout):
     st.sampled_from((0, 1)),
 )
 def test_running_statistics(recipe, dtype, momentum, correction):
-    if dtype == "float16":  # the variances of the other scales do not fit
+    if dtype == "float16":  # other scales have variances out of range
         recipe = replace(recipe, scale=1.0, offset=0.0, kind="normal")
     x = recipe.x()
     old = recipe.running(dtype)
@@ -96,7 +96,7 @@ def test_running_statistics(recipe, dtype, momentum, correction):
     errors = running_tolerance(
         moments, *old, momentum=momentum, correction=correction, dtype=x.dtype
     )
-    largest = np.finfo(np.float32).max  # of bfloat16 and float32
+    largest = np.finfo(np.float32).max  # for bfloat16 and float32
     for name, new, before, batch, error in zip(
         ("running_mean", "running_var"), running, old, ref, errors, strict=True
     ):
@@ -113,7 +113,7 @@ def test_inference(recipe, activation, residual_layout):
     x, gamma, beta = recipe.x(), recipe.gamma(), recipe.beta()
     wanted = residual_layout and recipe.with_extras
     residual = recipe.like_x(4, residual_layout) if wanted else None
-    # Population statistics of other data, so that mean and std fit x roughly and not exactly.
+    # Statistics of other data, so that mean and std fit x only roughly.
     mean, var = recipe.running("float64")
     mean = (mean + recipe.offset) * recipe.scale
     var = var * recipe.scale**2
@@ -186,7 +186,7 @@ def test_backward(recipe, activation, with_residual, training, dy_layout):
         axis=axis,
         activation=activation,
     )
-    # The oracle starts from the masked dy: near 0 its own mask may differ by a rounding.
+    # Pass the masked dy to the oracle: near 0 its own mask may differ by a rounding.
     ref = reference.batch_norm_backward(masked, x, gamma, mean, rstd, training=training, axis=axis)
     assert got.dx.dtype == x.dtype
     assert got.dgamma.dtype == got.dbeta.dtype == parameter_dtype(recipe)
@@ -277,7 +277,7 @@ def test_split_forward_is_the_fused_one(recipe, activation):
     y = nbnorm.batch_norm_apply(
         x, gamma, beta, moments.mean, rstd, axis=axis, residual=residual, activation=activation
     )
-    # One set of chunks and one expression serve both ways, so the bits agree.
+    # Both ways use the same chunks and expression, so the bits agree.
     assert_same_bits(moments.mean, fused.mean, "mean")
     assert_same_bits(rstd, fused.rstd, "rstd")
     assert_same_bits(y, fused.y, "y")
@@ -315,7 +315,7 @@ def test_split_backward_is_the_fused_one(recipe, activation, with_residual, dy_l
 
 @given(recipes(dtypes=("float32",)), st.sampled_from(DTYPES))
 def test_mean_and_rstd_may_have_any_floating_dtype(recipe, dtype):
-    recipe = replace(recipe, scale=1.0, offset=0.0)  # those of x would not fit into float16
+    recipe = replace(recipe, scale=1.0, offset=0.0)  # x's statistics would not fit into float16
     x, gamma, dy = recipe.x(), recipe.gamma(), recipe.like_x(5)
     mean, rstd = recipe.running(dtype)
     wide = (mean.astype(np.float64), rstd.astype(np.float64))

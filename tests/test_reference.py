@@ -1,7 +1,7 @@
-"""The oracle against finite differences, the identities of the paper, exact arithmetic and torch.
+"""The oracle against finite differences, the paper's identities, exact arithmetic and torch.
 
-Where nothing else is said, data are longdouble, so that the oracle's equations are checked well
-below the rounding of the types it judges.
+Unless stated otherwise, data are longdouble, so that the oracle's equations are checked far below
+the rounding of the types it judges.
 """
 
 import inspect
@@ -21,10 +21,10 @@ from nbnorm import reference
 from nbnorm.moments import Moments
 
 UNIT = np.finfo(np.longdouble).eps
-# A central difference of step h is wrong by f''' h^2 / 6 and by the rounding of f over h: this
-# step balances the two at its square.
+# A central difference of step h has errors f''' h^2 / 6 and (rounding of f) / h: with this step
+# both are about its square.
 STEP = UNIT ** (np.longdouble(1) / 3)
-# The loss sums some thirty products of size 10, and its third derivative is as large.
+# The loss sums some thirty products near 10, and its third derivative is as large.
 DIFFERENCE = 1000 * STEP**2
 # Sums of up to 1000 terms of about 1, rounded once each.
 ROUNDING = 1000 * UNIT
@@ -66,7 +66,7 @@ def parameters(seed, shape, axis, dtype=np.longdouble):
 
 
 def numeric_gradient(loss, array):
-    """Return d loss / d array by central differences; the array is put back as it was."""
+    """Return d loss / d array by central differences; restore the array."""
     gradient = np.empty_like(array)
     for i in np.ndindex(array.shape):
         value = array[i]
@@ -216,7 +216,7 @@ def test_a_bias_before_batch_norm_has_no_effect_and_no_gradient():
     assert_within(y, without.y, ROUNDING, "y")
     dx = reference.batch_norm_backward(dy, x + bias, gamma, mean, rstd).dx
     assert_within(dx.sum(axis=0), np.zeros(5), ROUNDING, "dbias")
-    # and with frozen statistics it has one
+    # with frozen statistics the bias has a gradient
     frozen = reference.batch_norm_backward(dy, x, gamma, mean, rstd, training=False).dx
     assert_within(frozen.sum(axis=0), gamma * rstd * dy.sum(axis=0), ROUNDING, "frozen dbias")
 
@@ -230,7 +230,7 @@ def test_dx_sums_to_zero_and_is_orthogonal_to_x_hat(shape, axis, eps):
     dx, dgamma, _, _ = reference.batch_norm_backward(dy, x, gamma, mean, rstd, axis=axis)
     over = reduced_axes(len(shape), axis)
     assert_within(dx.sum(axis=over), np.zeros_like(mean), ROUNDING, "sum of dx")
-    # Mean of x_hat^2 is var / (var + eps) = 1 - eps rstd^2: orthogonal but for eps.
+    # The mean of x_hat^2 is var / (var + eps) = 1 - eps rstd^2: orthogonal except for eps.
     along = gamma * rstd * dgamma * (np.longdouble(eps) * rstd**2)
     assert_within((dx * xhat).sum(axis=over), along, ROUNDING, "sum of dx x_hat")
 
@@ -251,8 +251,8 @@ def test_statistics_are_those_of_exact_arithmetic(dtype, offset):
         values = [Fraction(float(v)) for v in x[:, c]]
         exact_mean = sum(values) / 300
         exact_m2 = sum((v - exact_mean) ** 2 for v in values)
-        # The mean is rounded; deviations from it are exact to their own rounding, and moving the
-        # center by the mean's rounding adds m (rounding)^2 to M2.
+        # The mean is rounded. Deviations from it have only their own rounding, and a center off by
+        # the mean's rounding adds m (rounding)^2 to M2.
         mean_error, m2_error = (
             abs(Fraction(*v.as_integer_ratio()) - exact)
             for v, exact in ((mean[c], exact_mean), (m2[c], exact_m2))

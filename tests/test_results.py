@@ -1,4 +1,4 @@
-"""What comes back and where to: dtypes, memory order, `out`, and nothing to normalise."""
+"""Results: dtypes, memory order, `out`, and empty inputs."""
 
 import numba
 import numpy as np
@@ -24,7 +24,7 @@ activations = st.sampled_from((None, "relu"))
 
 
 def setup_module():
-    """One thread: any number gives the same bits (test_threads.py)."""
+    """Use one thread: any number gives the same bits (test_threads.py)."""
     numba.set_num_threads(1)
 
 
@@ -57,7 +57,7 @@ def test_out_of_any_layout_gets_the_bits_of_a_fresh_result(recipe, activation, l
 
 
 def is_dense(x):
-    """Say whether x fills its memory in some order of its axes."""
+    """Return whether x fills its memory in some order of its axes."""
     strides = sorted((s, n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)
     expected = x.itemsize
     for stride, n in strides:
@@ -106,7 +106,7 @@ def test_empty_inputs(shape_and_axis, dtype, correction):
     recipe = Recipe(*shape_and_axis, dtype=dtype, gamma_dtype="float64")
     x = np.empty(recipe.shape, dtype)
     gamma, beta, running = recipe.gamma(), recipe.beta(), recipe.running()
-    if 0 < recipe.count <= correction:  # m is defined also where there are no channels
+    if 0 < recipe.count <= correction:  # m is defined even without channels
         with pytest.raises(ValueError, match="expected more than 1 value per channel"):
             nbnorm.batch_norm_forward(x, gamma, beta, correction=correction, axis=recipe.axis)
         correction = 0
@@ -179,7 +179,7 @@ def test_zero_variance_and_zero_eps_gives_rstd_zero_and_beta(dtype, shape):
     assert not np.any(grads.dgamma)
 
 
-@pytest.mark.cpu_only  # CuPy's arrays are never read-only
+@pytest.mark.cpu_only  # CuPy arrays are never read-only
 @pytest.mark.parametrize(("function", "argument"), takers("out"))
 def test_read_only_out(function, argument):
     refuses(function, ValueError, r"^out\b.*read-only", out=lay_out(target(), "read-only"))
@@ -223,7 +223,7 @@ def test_x_itself_as_out_is_fine():
     assert nbnorm.batch_norm_forward(x, out=x).y is x
     assert_same_bits(x, expected)
     x = data()
-    same = x[:]  # another object on the same memory with the same strides
+    same = x[:]  # another object with the same memory and strides
     assert nbnorm.batch_norm_forward(x, out=same).y is same
     assert_same_bits(x, expected)
 
@@ -313,7 +313,7 @@ def test_correction_of_a_narrow_type_is_not_computed_in_it(correction):
     assert_same_bits(narrow[1], wide[1])
 
 
-@pytest.mark.cpu_only  # a GPU cannot read them
+@pytest.mark.cpu_only  # GPUs cannot read them
 def test_unaligned_arrays_of_every_kind():
     def unaligned(array):
         return lay_out(array, "unaligned")

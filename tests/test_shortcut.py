@@ -1,7 +1,7 @@
-"""Ordinary calls by one compiled function: the same as by the general way, to the bit and the word.
+"""The fast path of common calls: the same bits and errors as the general path.
 
-Arguments are drawn, good and bad, as a recipe that is made into arrays twice: what a call returns
-or raises, and what it has left in every array's memory, must agree.
+Arguments, valid and invalid, are drawn as a recipe that is made into arrays twice: the call's
+result or error, and every array's memory afterwards, must agree.
 """
 
 import pickle
@@ -16,17 +16,17 @@ import nbnorm
 from nbnorm import _shortcut
 
 SHAPES = [(2, 3), (5, 4), (1, 3), (2, 3, 4), (3, 2, 4, 4), (2, 5, 3, 2, 2), (9, 3, 20, 20)]
-# How an array lies in its memory.
+# Memory layouts of an array.
 LAYOUTS = ["F", "stepped", "reversed", "offset", "read-only", "subclass", "list", "unpickled"]
 NUMBERS = [1e-5, 0.0, 0.1, 1.0, 1, 0, -0.5, np.nan, np.inf, np.float64(0.25), "1", None, True]
 
 
 class Subclass(np.ndarray):
-    """An ndarray that is not one exactly."""
+    """A subclass of ndarray, which is not ordinary."""
 
 
 def made(rng, shape, dtype, layout, positive=False):
-    """An array, and what its values lie in."""
+    """Return an array, and the memory of its values."""
     numbers = rng.standard_normal((*shape[:-1], 2 * shape[-1] + 1) if shape else 1)
     numbers = np.abs(numbers) + 0.1 if positive else numbers
     memory = (numbers * (10 if dtype == "i4" else 1)).astype(dtype)
@@ -40,12 +40,12 @@ def made(rng, shape, dtype, layout, positive=False):
         return np.moveaxis(np.moveaxis(array, 1, -1).copy(), -1, 1), array
     if layout == "reversed":
         return array[::-1], array
-    if layout == "offset":  # not aligned
+    if layout == "offset":  # unaligned
         raw = np.zeros(array.nbytes + 1, np.uint8)
         moved = raw[1:].view(array.dtype).reshape(array.shape)
         moved[...] = array
         return moved, raw
-    if layout == "unpickled":  # its dtype is another object
+    if layout == "unpickled":  # its dtype is a different object
         array = pickle.loads(pickle.dumps(array))
     if layout == "read-only":
         array.flags.writeable = False
@@ -58,8 +58,8 @@ def made(rng, shape, dtype, layout, positive=False):
 
 @st.composite
 def recipes(draw, names_like_x, names_per_channel, others):
-    """How to make the arguments of a call."""
-    # Two things of thirty are unusual at most: with more, hardly a call would be ordinary.
+    """Draw how to make the arguments of a call."""
+    # At most two of thirty choices are unusual: with more, few calls would be ordinary.
     odd, number = draw(st.sets(st.integers(0, 30), max_size=2)), count()
 
     def rarely(usual, unusual):
@@ -99,7 +99,7 @@ def recipes(draw, names_like_x, names_per_channel, others):
 
 
 def arguments(recipe):
-    """Make the arguments; return them and the memory of all arrays."""
+    """Return the arguments, and the memory of all arrays."""
     rng = np.random.default_rng(recipe["seed"])
     arrays, memories = {}, []
     for name, (shape, dtype, layout) in recipe["arrays"].items():
@@ -121,10 +121,10 @@ def arguments(recipe):
 
 
 def overlapping(first, second):
-    """Copies of two arrays, of which the last bytes of one are the first of the other."""
+    """Return copies of two arrays: the last bytes of one are the first of the other."""
     shared = min(first.itemsize, second.itemsize)
     memory = np.zeros(first.nbytes + second.nbytes - shared, np.uint8)
-    # Aligned, whatever their sizes are.
+    # Aligned for any sizes.
     one = memory[second.nbytes - shared :].view(first.dtype).reshape(first.shape)
     other = memory[: second.nbytes].view(second.dtype).reshape(second.shape)
     other[...] = second
@@ -133,7 +133,7 @@ def overlapping(first, second):
 
 
 def outcome(call, recipe):
-    """What a call gives and leaves behind, as something that can be compared."""
+    """Return a call's result or error and its effects, in comparable form."""
     arrays, memories = arguments(recipe)
     try:
         result = call(arrays)
@@ -197,7 +197,7 @@ def backward(arrays):
 
 OTHER_SHAPES = [(), (9,), (3, 1), (9, 3), (9, 3, 4), (9, 3, 4, 1), (1, 9, 3, 2, 2), (9, 2, 3, 2)]
 
-# By function: how it is called, arrays like x, parameters and statistics, other arguments.
+# By function: the call, arrays like x, parameters and statistics, other arguments.
 CALLS = {
     "forward": (
         forward,
@@ -212,7 +212,7 @@ CALLS = {
 
 @pytest.fixture(params=[1 << 15, 1], ids=["small", "large"])
 def compare(request, monkeypatch):
-    """Return a function that compares a call by both ways; it says whether it was ordinary."""
+    """Return a function that compares a call by both paths and tells whether it was ordinary."""
     monkeypatch.setattr(_shortcut, "SERIAL_BELOW", request.param)
     _shortcut._site.cache_clear()
 
@@ -245,13 +245,13 @@ def test_the_same_with_and_without(name, compare):
         ordinary.append(compare(name, recipe))
 
     draw()
-    assert 20 < sum(ordinary) < len(ordinary) - 20  # what is drawn depends on Hypothesis
+    assert 20 < sum(ordinary) < len(ordinary) - 20  # draws depend on Hypothesis
 
 
 @pytest.mark.parametrize("layout", ["C", "F", "channels-last", "offset", "stepped"])
 @pytest.mark.parametrize("name", CALLS)
 def test_all_arrays_in_one_order(name, layout, compare):
-    """Any order in which kernels walk memory, without gaps, is ordinary."""
+    """Any order in which kernels can walk memory without gaps is ordinary."""
     _, like_x, per_channel, others = CALLS[name]
     for shape in ((9, 3, 2, 2), (5, 4), (2, 3, 20, 20), (1, 3, 4), (4, 1, 1, 2)):
         channels = shape[1:2]
@@ -266,7 +266,7 @@ def test_all_arrays_in_one_order(name, layout, compare):
         if name == "inference":
             recipe["arrays"]["mean"] = (channels, "f4", "C")
         ordinary = compare(name, recipe)
-        if max(shape) < 20 or layout != "F":  # planes of 400 values must be walked one by one
+        if max(shape) < 20 or layout != "F":  # planes of 400 values are walked one by one
             assert ordinary is (layout in ("C", "F", "channels-last")), shape
 
 
@@ -274,7 +274,7 @@ def test_all_arrays_in_one_order(name, layout, compare):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CALLS)
 def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
-    """Every argument in every way that it can be odd, and every two of them in one memory."""
+    """Make every argument unusual in every way, and let every two of them share memory."""
     _, like_x, per_channel, others = CALLS[name]
     shape = (9, 3, 2, 2)
     usual = {
@@ -317,7 +317,7 @@ def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
         for other in arrays:
             for how in ("it", "view", "shifted", "overlapping"):
                 compare(name, usual | {"same": {n: (other, how)}})
-    if "training" in others:  # of two mistakes the same one is named
+    if "training" in others:  # of two errors the same one is raised
         gamma = arrays | {"gamma": ((9,), "f4", "C")}
         both = usual["others"] | {"training": np.array([1, 0])}
         compare(name, usual | {"arrays": gamma, "others": both})
@@ -331,7 +331,7 @@ def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
 
 
 def test_arrays_that_were_unpickled_are_ordinary(compare):
-    """As those that another process has sent."""
+    """Like arrays from another process."""
     for name, (_, like_x, per_channel, others) in CALLS.items():
         recipe = {
             "seed": 0,
@@ -348,7 +348,7 @@ def test_arrays_that_were_unpickled_are_ordinary(compare):
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
 def test_numpy_is_not_asked_about_overflow_and_underflow(scale):
-    """Gradients of parameters that are rounded to 0 or Inf raise by neither way."""
+    """Parameter gradients that round to 0 or Inf raise on neither path."""
     x = np.random.default_rng(0).standard_normal((8, 4, 40, 40)).astype("f4")
     dy, gamma = (x * scale).astype("f4"), np.ones(4, "f4")
     _, mean, rstd = nbnorm.batch_norm_forward(x)

@@ -1,4 +1,4 @@
-"""The site builds without a warning, needs nothing from elsewhere, and its links lead somewhere."""
+"""The site builds without warnings, loads nothing from other sites, and its links are valid."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the places in it that can be linked to."""
+    """A page's links, what it loads, and its anchors."""
 
     def __init__(self, path):
         super().__init__()
@@ -31,7 +31,7 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
-        """Take a tag's address, and its id."""
+        """Record a tag's address and id."""
         attributes = dict(attributes)
         self.places.add(attributes.get("id"))
         if tag == "a" and attributes.get("href"):
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Build everything anew; return the pages by their paths."""
+    """Build the site; return its pages by path."""
     folder = tmp_path_factory.mktemp("site")
     command = (sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-b", "html")
     child = subprocess.run(
@@ -112,7 +112,7 @@ def test_every_task_is_one_click_from_the_start_page(site):
 
 @pytest.fixture(scope="module")
 def gallery(site):
-    """The gallery's page, by its path and what is in it."""
+    """Return the gallery page's path and content."""
     path = start_of(site).parent / "generated" / "examples" / "index.html"
     return path, site[path], path.read_text(encoding="utf-8")
 
@@ -140,7 +140,7 @@ def test_the_gallery_has_every_program_and_no_module_that_they_share(gallery):
         assert any(link.endswith(f"/{name}.py") for link in page.links), name
 
 
-# What it looks like, where there is a browser
+# Layout, if there is a browser
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 WIDTHS = (960, 1024, 1300, 1920)
@@ -156,7 +156,7 @@ PROBE = """<script>addEventListener("load", () => {
 
 
 def look(path, width, folder):
-    """Draw a page so wide; return how many items its head has, how far apart, and code cut off."""
+    """Render a page; return its number of header items, their spacing, and clipped code."""
     probe = path.with_name("probe.html")
     probe.write_text(path.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     try:
@@ -179,7 +179,7 @@ def test_the_navigation_fits_into_one_row(site, tmp_path):
     head = text[text.index("bd-header__inner") : text.index("</header")]
     titles = [title.strip() for title in re.findall(r"nav-link[^>]*>([^<]+)</a>", head)]
     assert "Quick start" in titles
-    # 8 pixels a letter and 16 between pages, and 230 for the name, search and theme.
+    # 8 pixels per letter, 16 between pages, and 230 for the name, search and theme.
     assert sum(8 * len(title) + 16 for title in titles) < 960 - 230
     assert "search-button-field" not in head
     if BROWSER:

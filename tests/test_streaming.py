@@ -1,6 +1,6 @@
-"""Results stored past the cache: the bits of ordinary stores, and nothing beside them.
+"""Results stored past the cache: the bits of ordinary stores, within the array's bounds.
 
-Real caches would take tensors of tens of megabytes; here the library takes them for tiny.
+Only tensors of tens of megabytes exceed real caches; here the library assumes tiny caches.
 """
 
 from itertools import product
@@ -18,8 +18,8 @@ from nbnorm.cpu.caches import Caches
 from nbnorm.cpu.plan import plan
 
 DTYPES = ("float32", "float64", "float16", BFLOAT16)
-# Rows shorter, longer and much longer than a line; rows of whole lines and not; several samples
-# in a row of columns, and a last row of one; planes that are normalised one by one if not streamed;
+# Rows shorter, longer and much longer than a line; rows of whole lines or not; several samples in a
+# row of columns, and a last row of one; planes that are normalised one by one if not streamed;
 # parallel and serial.
 SHAPES = (
     *((3, 4, 20, 20), (2, 3, 48, 100), (20, 6, 14, 14), (70, 5, 7, 7)),
@@ -33,7 +33,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture
 def streaming(monkeypatch):
-    """Return a function that says how calls store from then on."""
+    """Return a function that sets how later calls store."""
 
     def stream(wanted):
         last = 0 if wanted else 1 << 40
@@ -48,7 +48,7 @@ def drawn(shape, dtype, seed):
 
 
 class Guarded:
-    """Memory for a result that begins `offset` values after a line, sentinels on both sides."""
+    """Memory for a result that starts `offset` values after a line, between sentinels."""
 
     def __init__(self, shape, dtype, offset):
         size, itemsize = int(np.prod(shape)), np.dtype(dtype).itemsize
@@ -93,7 +93,7 @@ def test_backward_streams_the_same_bits_to_any_address(shape, dtype, streaming):
             dy, x, gamma, mean, rstd, training=training, **options
         )
         streaming(True)
-        # With an odd offset dx and dresidual do not agree where lines begin.
+        # With an odd offset, dx and dresidual start at different places in a line.
         for offset in (0, 1, 8):
             out = Guarded(shape, dtype, offset)
             got = nbnorm.batch_norm_backward(
@@ -121,7 +121,7 @@ def test_streaming_works_in_place(shape, streaming):
 @pytest.mark.parametrize("gap", ["x", "dy", "y", "residual", "out"])
 @pytest.mark.parametrize("shape", [(20, 6, 14, 14), (6, 2600), (40, 300)], ids=str)
 def test_rows_with_gaps_stream_the_same_bits(shape, gap, streaming):
-    """Where rows follow one another, one takes along the next one's first values; not here."""
+    """A row's last line also holds the first values of an adjacent row; here there is a gap."""
     wide = (2 * shape[0], *shape[1:])
     every = {name: drawn(wide, "float32", i) for i, name in enumerate(("x", "dy", "y", "residual"))}
     arrays = {n: a[::2] if n == gap else a[::2].copy() for n, a in every.items()}
@@ -185,7 +185,7 @@ def test_shared_passes_and_threads_stream_too(streaming):
 
 @pytest.mark.parametrize("shape", [(3, 4, 20, 20), (40, 64)], ids=str)
 def test_unaligned_results_are_not_streamed_to(shape, streaming):
-    """A vector stored past the cache has to be aligned, or the processor stops the program."""
+    """A vector store past the cache must be aligned, or the processor stops the program."""
     x = drawn(shape, "float32", 0)
     expected = nbnorm.batch_norm_forward(x)
     streaming(True)
@@ -202,7 +202,7 @@ import numpy as np, nbnorm
 from nbnorm.cpu import kernels
 for shape in ((3, 4, 20, 20), (40, 64)):
     x = np.ones(shape, "float32")
-    axis = (1,)  # with a plain 1, small calls do not go by these kernels
+    axis = (1,)  # with axis=1 small calls do not use these kernels
     y, mean, rstd = nbnorm.batch_norm_forward(x, axis=axis)
     nbnorm.batch_norm_backward(x, x, None, mean, rstd, y=y, axis=axis, activation="relu")
 for traversal in (kernels.rows, kernels.columns):
@@ -217,11 +217,11 @@ for traversal in (kernels.rows, kernels.columns):
 
 @pytest.mark.slow
 def test_kernels_hold_streaming_stores_of_whole_vectors_and_a_fence(tmp_path):
-    """A store value by value would take ten times as long, and no test of values would tell.
+    """Scalar stores would take ten times as long, which tests of values cannot show.
 
-    Nor would one see a missing fence here: another thread would now and then read what was before.
+    Nor would they show a missing fence, without which another thread may read stale values.
     """
-    # Code from a cache cannot be read.
+    # Code loaded from a cache cannot be inspected.
     printed = run_child("-c", STORES, NUMBA_CACHE_DIR=str(tmp_path))
     for line in printed.splitlines():
         fenced, multiplies_and_adds, *stores = line.split()

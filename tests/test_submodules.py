@@ -1,4 +1,4 @@
-"""Submodules are attributes of the package, imported when they are asked for and not before."""
+"""Submodules are attributes of the package, imported on first use."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ HOSTS = ["autograd", "mygrad", "onnx", "thinc", "torch"]
 
 
 def run(code):
-    """Run a program of its own, as here everything has been imported."""
+    """Run a program in a child process, as this one has imported everything."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

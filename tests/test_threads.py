@@ -1,7 +1,7 @@
-"""The same bits for any number of threads, serial or parallel, in this process and in others.
+"""Any number of threads gives the same bits, serial or parallel, in this process and in others.
 
-Run as a script this file prints one hash of all results per thread count: the child process of the
-last tests.
+Run as a script this file prints one hash of all results per thread count, for the child processes
+of the last tests.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tolerances import assert_same_bits
 
 import nbnorm
 
-# Small ones stay serial; large ones are split by channels, by samples or within a channel.
+# Small shapes stay serial; large ones are split by channels, by samples or within a channel.
 SHAPES = [
     (4, 3, 8, 8),
     (60, 100),
@@ -48,7 +48,7 @@ def everything(shape, axis, dtype="float32"):
     options = {"axis": axis, "activation": "relu"}
     forward = nbnorm.batch_norm_forward(x, gamma, beta, *running, axis=axis)
     grads = nbnorm.batch_norm_backward(dy, x, gamma, forward.mean, forward.rstd, axis=axis)
-    if dtype == "float64":  # the rest would be the same kernels once more
+    if dtype == "float64":  # the rest would use the same kernels
         return [*running, *forward, *grads[:3]]
     fused = nbnorm.batch_norm_forward(x, gamma, beta, residual=residual, **options)
     arguments = (dy, x, gamma, forward.mean, forward.rstd)
@@ -167,12 +167,12 @@ faulthandler.dump_traceback_later(60, exit=True)
 from test_threads import everything
 from nbnorm.cpu.threads import turn
 everything((16, 64, 28, 28), 1)
-with turn(True):  # as a signal handler does that comes between two lines of it
+with turn(True):  # like a signal handler that runs between two of its lines
     everything((16, 64, 28, 28), 1)
 print("done")
 """
 
-# The loop is left by an interrupt alone: were one swallowed, it would go on until the time is up.
+# Only an interrupt ends the loop: if one were swallowed, it would run until the time limit.
 INTERRUPTED = """
 import faulthandler, signal
 faulthandler.dump_traceback_later(120, exit=True)
@@ -243,12 +243,12 @@ def test_no_interrupt_hangs_a_program(layer, code):
     if not has_layer(layer):
         pytest.skip(f"Numba has no {layer} layer here")
     if code is INTERRUPTED and not hasattr(signal, "setitimer"):
-        pytest.skip("no timer's signals on this system")
+        pytest.skip("no timer signals on this system")
     assert run_child("-c", in_this_folder(code), **environment_of(layer)).split() == ["done"]
 
 
 def has_layer(layer):
-    """Whether Numba can start this threading layer, asked in a process of its own."""
+    """Return whether Numba can start this threading layer, in a child process."""
     code = "import numba; numba.get_num_threads(); print(numba.threading_layer())"
     try:
         return run_child("-c", code, **environment_of(layer)).strip() == layer
@@ -257,7 +257,7 @@ def has_layer(layer):
 
 
 def environment_of(layer):
-    """Environment of a process that uses this threading layer.
+    """Return the environment of a process that uses this threading layer.
 
     The tbb package keeps its library where the system does not look for it.
     """
@@ -277,7 +277,7 @@ def test_more_threads_than_cores_give_the_same_bits():
 
 
 def hash_of_everything():
-    """Return one hash over the bits of all results of all cases."""
+    """Return one hash of the bits of all results of all cases."""
     digest = hashlib.sha256()
     for shape, axis in CASES:
         for result in everything(shape, axis):

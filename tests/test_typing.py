@@ -1,4 +1,4 @@
-"""What a type checker is told: arrays that go in come out, and what is misspelt is an error."""
+"""Type checking: functions return the type of array they take, and misspelt names are errors."""
 
 import re
 import sys
@@ -70,7 +70,7 @@ nbnorm.batch_norm_forward(x).z
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """Errors and notes of mypy, by program and line."""
+    """Return mypy's errors and notes, by program and line."""
     folder = tmp_path_factory.mktemp("typing")
     for name, program in ("right", PROGRAM), ("wrong", WRONG):
         (folder / f"{name}.py").write_text(program)

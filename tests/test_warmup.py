@@ -1,4 +1,4 @@
-"""After `warmup` no call of its kind compiles anything."""
+"""After `warmup` calls of its kind compile nothing."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from nbnorm.cpu import kernels
 
 
 def compiled():
-    """Return how many signatures each kernel has been compiled for."""
+    """Return the number of signatures that each kernel has been compiled for."""
     passes = {
         (traversal, name): kernel
         for traversal in ("rows", "columns")

@@ -1,9 +1,9 @@
-"""Every tolerance of the suite, derived from the storage type; none was tuned until green.
+"""Every tolerance of the suite, derived from the storage dtype; none was tuned to pass.
 
-A result may be `UNITS` units in the last place of its storage type away from the oracle, at the
-scale of the terms it is made of: x - mean, the factor, the shift and the store round once each, and
-the float32 sums of a cache tile are wrong by about as much together. Everything here is computed in
-longdouble, so that the tolerance itself is exact enough for float64.
+A result may be `UNITS` units in the last place of its storage dtype away from the oracle, at the
+scale of its terms: x - mean, the factor, the shift and the store round once each, and the float32
+sums of a cache tile add about as much together. Tolerances are computed in longdouble, which is
+exact enough for float64.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ def channels_of(shape, axis):
 
 
 def reduced_axes(ndim, axis):
-    """Return the axes that statistics are taken over."""
+    """Return the axes to reduce."""
     return tuple(a for a in range(ndim) if a not in axes_of(ndim, axis))
 
 
@@ -34,14 +34,14 @@ def spread(parameter, x, axis):
         return np.longdouble(1)
     kept = axes_of(x.ndim, axis)
     shape = [x.shape[a] if a in kept else 1 for a in range(x.ndim)]
-    # bfloat16 knows no way to longdouble but through float64, which holds it exactly.
+    # bfloat16 converts to longdouble only through float64, which holds it exactly.
     return np.asarray(parameter).astype(np.float64, copy=False).reshape(shape) * np.longdouble(1)
 
 
 def one_unit(scale, dtype):
     """Return the unit in the last place of numbers of this size in this type."""
     info = np.finfo(dtype) if np.dtype(dtype).name != "bfloat16" else np.finfo(np.float32)
-    size = np.minimum(np.abs(scale), info.max / 2).astype(info.dtype)  # there is no unit at max
+    size = np.minimum(np.abs(scale), info.max / 2).astype(info.dtype)  # max has no successor
     unit = np.spacing(size).astype(np.longdouble)
     return unit if np.dtype(dtype).name != "bfloat16" else unit * 2**16
 
@@ -52,21 +52,21 @@ def relative_unit(dtype):
 
 
 def computed(dtype):
-    """Return the dtype that statistics and sums of data of this dtype are computed in."""
+    """Return the dtype in which statistics and sums of data of this dtype are computed."""
     return np.float64 if dtype == np.float64 else np.float32
 
 
 def widened(array):
-    """Return an array in longdouble, which bfloat16 gets to by way of float64."""
+    """Return an array in longdouble, via float64 for bfloat16."""
     return array.astype(np.float64 if array.itemsize == 2 else np.longdouble) * np.longdouble(1)
 
 
 class Terms(NamedTuple):
-    """What the results of one call are made of, in longdouble, broadcastable against x."""
+    """Terms of the results of one call, in longdouble, broadcastable against x."""
 
     xhat: np.ndarray
     factor: np.ndarray  # gamma * rstd
-    mean_rounding: np.ndarray  # what half a unit of a float64 mean does to y
+    mean_rounding: np.ndarray  # effect on y of half a unit of the float64 mean
 
 
 def terms_of(x, gamma, mean, rstd, axis):
@@ -88,7 +88,7 @@ def _most(values, axis):
 def y_tolerance(x, gamma, beta, mean, rstd, *, axis, residual=None):
     """Four units at the greatest of gamma * x_hat, beta, residual and their sum in the channel.
 
-    For float64 the returned mean is itself rounded, and that much of y is allowed on top.
+    For float64 the returned mean is itself rounded; its effect on y is added.
     """
     xhat, _, mean_rounding = terms_of(x, gamma, mean, rstd, axis)
     terms = [xhat * spread(gamma, x, axis)]
@@ -107,7 +107,7 @@ def y_tolerance(x, gamma, beta, mean, rstd, *, axis, residual=None):
 def dx_tolerance(dy, x, gamma, mean, rstd, *, axis, training=True):
     """Four units at gamma * rstd * (|dy| + |sum_dy| / m + |x_hat| * |sum_dy_xhat| / m).
 
-    `dy` is what arrives at the batch norm: already masked where there was a ReLU.
+    `dy` is the gradient at the batch norm's own output: masked if there was a ReLU.
     """
     xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
     dy = widened(dy)
@@ -139,7 +139,7 @@ def mean_tolerance(moments, dtype):
 def _relative_spread_tolerance(moments, dtype):
     """Return the relative error allowed for a standard deviation."""
     relative = UNITS * relative_unit(computed(dtype))
-    if dtype == np.float64:  # chunks are merged through means that are rounded to float64
+    if dtype == np.float64:  # merging chunks rounds means to float64
         var = np.asarray(moments.m2 / max(moments.count, 1), np.longdouble)
         std = np.sqrt(np.where(var > 0, var, np.inf))
         relative = relative + np.abs(moments.mean) / std * np.longdouble(2) ** -53
@@ -152,14 +152,14 @@ def m2_tolerance(moments, dtype):
 
 
 def rstd_tolerance(moments, rstd, dtype):
-    """Four units relative, like the standard deviation it comes from."""
+    """Four units relative, like the standard deviation that it is computed from."""
     return _relative_spread_tolerance(moments, dtype) * np.abs(rstd)
 
 
 def running_tolerance(moments, running_mean, running_var, *, momentum, correction, dtype):
-    """Errors of the batch's statistics times momentum, and one rounding to the running dtype.
+    """Errors of the batch's statistics times momentum, plus one rounding to the running dtype.
 
-    One unit rather than half of one at the scale of the terms: (1 - momentum) * running and
+    The rounding is one unit, not half, at the scale of the terms: (1 - momentum) * running and
     momentum * batch are rounded to float64 before they are added.
     """
     divisor = max(moments.count - correction, 1)
@@ -181,12 +181,12 @@ def running_tolerance(moments, running_mean, running_var, *, momentum, correctio
 
 
 def stored(tolerance, expected, dtype):
-    """Widen a tolerance by the one rounding of storing `expected` in this type."""
+    """Add to a tolerance the rounding of storing `expected` in this dtype."""
     return tolerance + one_unit(np.asarray(expected), dtype)
 
 
 def assert_within(actual, expected, tolerance, name):
-    """Fail with index, values and the size of the error where any element is too far away."""
+    """Fail with index, values and error if any element is out of tolerance."""
     actual = np.asarray(actual)
     expected = np.asarray(expected)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"

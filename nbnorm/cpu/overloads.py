@@ -35,7 +35,7 @@ def _array(kind, name, dims, dims_in_words, written=False):
     """Refuse anything but a C-contiguous array of floats, which kernels can read in place."""
     if isinstance(kind, types.Optional):
         raise TypingError(
-            f"{name} may be None when this runs; in compiled code its type must say which it is"
+            f"{name} has an optional type, expected an array or None known at compile time"
         )
     if not isinstance(kind, types.Array) or kind.dtype not in (types.float32, types.float64):
         raise TypingError(
@@ -519,7 +519,7 @@ def forward(
             f"{missing[0]} is None; pass both running_mean and running_var, or neither"
         )
     if missing and known is not True:
-        raise TypingError("running_mean and running_var are required unless training is True")
+        raise TypingError("running_mean and running_var must not be None unless training is True")
     _numbers(momentum=momentum, eps=eps, correction=correction)
     _refused(residual=residual, out=out)
     steps = _steps(_channels_last(axis, x))
@@ -761,7 +761,7 @@ def update_running_stats(
     _per_channel(**{"moments.mean": mean, "moments.m2": m2})
     _numbers(momentum=momentum, correction=correction)
     if _literal(inplace) is not True:
-        raise TypingError("inplace must be True in compiled code; copy the statistics before")
+        raise TypingError("inplace must be True in compiled code; copy the statistics first")
 
     def update_running_stats(
         running_mean, running_var, moments, momentum=0.1, correction=1, inplace=True

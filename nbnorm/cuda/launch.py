@@ -115,7 +115,10 @@ class _Bound:
                 of = driver.CUkernel(self.loaded.handle)
                 error, *_ = driver.cuKernelSetAttribute(_MAXIMUM, most, of, device)
                 if error:
-                    raise RuntimeError(f"CUDA refuses {most} bytes to a block: {_words(error)}")
+                    raise RuntimeError(
+                        f"CUDA could not give a block {most} bytes of shared memory: "
+                        f"{_words(error)}"
+                    )
         self.function = driver.CUfunction(self.loaded.handle)
         formats = [_FORMATS.get(kind, "P") for kind in kinds]
         self.arrays = [i for i, letter in enumerate(formats) if letter == "P"]

@@ -42,13 +42,13 @@ def _explained(kernel: Any) -> Iterator[None]:
     except (NvvmSupportError, DynamicLibNotFoundError) as error:
         reason = str(error).partition("\n")[0]  # the folders that were searched follow
         raise RuntimeError(
-            "CUDA's compiler is not all there: install nbnorm-kernels[cuda], or set CUDA_HOME to a "
+            "CUDA's compiler is incomplete: install nbnorm-kernels[cuda], or set CUDA_HOME to a "
             f"CUDA toolkit such as /usr/local/cuda; {_versions()} ({reason})"
         ) from error
     except (AttributeError, TypeError) as error:
         raise RuntimeError(
-            f"nbnorm could not load the kernel {kernel.py_func.__name__}, as these versions do not "
-            f"fit together: {_versions()}; expected numba-cuda 0.30 or later ({error})"
+            f"nbnorm could not load the kernel {kernel.py_func.__name__}: incompatible versions "
+            f"{_versions()}; expected numba-cuda 0.30 or later ({error})"
         ) from error
 
 

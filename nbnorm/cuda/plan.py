@@ -55,8 +55,8 @@ def plan(N: int, C: int, S: int, itemsize: int, aligned: int, threads: int = THR
         vectors = N * (S // width)
         if vectors >= 1 << 31:  # vectors are numbered with 32 bits
             raise ValueError(
-                f"x has {N * S} values a channel, read {width} at a time: expected fewer than "
-                f"{width << 31}"
+                f"x has {N * S} values per channel, expected fewer than {width << 31} "
+                f"(2**31 reads of {width})"
             )
         most = max(CHUNK // width, threads * UNROLL)
         chunks = min(_ceil(vectors, most), CHUNKS)

@@ -150,7 +150,7 @@ _WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
 def common_fields(frame: Frame, relu: bool) -> dict[str, float]:
     """Return the header fields common to both passes."""
     if not isinstance(frame.x, np.ndarray):
-        raise TypeError("x is in the memory of a GPU; ranks synchronise arrays in CPU memory")
+        raise TypeError("x is in GPU memory, expected CPU memory, where ranks synchronise arrays")
     return {
         "channels": float(frame.channels),
         "channel_axes": _checksum(frame.channel_shape),
@@ -225,7 +225,7 @@ class Ranks:
             raise error
         first = reasons[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
         others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise RuntimeError(f"rank {failed[0]}{others} refused its arguments: {first}")
+        raise RuntimeError(f"rank {failed[0]}{others} has invalid arguments: {first}")
 
 
 def _disagreement(headers: list[Header]) -> str:

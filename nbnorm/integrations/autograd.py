@@ -103,8 +103,8 @@ def batch_norm(
     for name, running in ("running_mean", running_mean), ("running_var", running_var):
         if isbox(running):
             raise TypeError(
-                f"{name} is a box of autograd's, and running statistics have no gradient; "
-                "expected an ndarray that is not among the arguments of what is differentiated"
+                f"{name} is an autograd box, and running statistics have no gradient; "
+                "expected an ndarray that is not an argument of the differentiated function"
             )
     y, mean, rstd = batch_norm_forward(
         getval(x),
@@ -188,8 +188,8 @@ def _gradients(
 def _no_second_derivative(*_: object) -> Callable[[Array], NoReturn]:
     def refuse(_: Array) -> NoReturn:
         raise RuntimeError(
-            "nbnorm's batch_norm has no second derivative; for one (Hessians, gradient penalties) "
-            "compose batch normalization of autograd.numpy's functions"
+            "nbnorm's batch_norm has no second derivative; for Hessians or gradient penalties "
+            "compose batch normalization from functions of autograd.numpy"
         )
 
     return refuse

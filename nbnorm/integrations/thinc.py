@@ -160,8 +160,8 @@ def _width(sample: FloatsXd, axis: int) -> int:
     """Return the number of channels of X or Y."""
     if not is_xp_array(sample):
         raise TypeError(
-            f"BatchNorm is initialized with arrays, got {type(sample).__qualname__}; "
-            "with_array(BatchNorm()) takes lists, Ragged and Padded"
+            f"BatchNorm must be initialized with arrays, got {type(sample).__qualname__}; "
+            "with_array(BatchNorm()) accepts lists, Ragged and Padded"
         )
     _, (width,), _ = _checks.channel_axes(sample.shape, (axis,))
     return width

@@ -1,8 +1,8 @@
-"""Keras's own tests of batch normalization, with nbnorm in the place of its NumPy backend's.
+"""Run Keras's own tests of batch normalization with nbnorm in its NumPy backend.
 
-A script for a process of its own, as Keras takes its backend from the environment
-(``KERAS_BACKEND=numpy``). It replaces three functions of Keras, runs the tests that come with
-Keras's wheel, and prints what came of each, as JSON.
+A script for a separate process, because Keras reads its backend from the environment
+(``KERAS_BACKEND=numpy``). It replaces three functions of Keras, runs the tests in Keras's wheel,
+and prints their outcomes as JSON.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ calls = Counter()
 
 
 def instead_of(owner):
-    """Put a function into the place of the one of its name; `theirs` is handed the old one."""
+    """Replace `owner`'s function of the same name; the new one receives the old as `theirs`."""
 
     def replace(function):
         name = function.__name__
@@ -59,11 +59,11 @@ def moments(theirs, x, axes, keepdims=False, synchronized=False):
     calls["batch_norm_stats"] += 1
     reduced = {axis % x.ndim for axis in np.atleast_1d(axes)}
     kept = [axis for axis in range(x.ndim) if axis not in reduced]
-    # A channel axis of length 1 more, as all axes may be reduced.
+    # Add a channel axis of length 1, because Keras may reduce all axes.
     found = nbnorm.batch_norm_stats(x[..., None], axis=(*kept, x.ndim))
     shape = [1 if axis in reduced else length for axis, length in enumerate(x.shape)]
     shape = shape if keepdims else [x.shape[axis] for axis in kept]
-    # Keras has what is too large for float16 stay finite.
+    # Keras clips values that float16 cannot hold.
     limit = np.finfo(np.float16).max if x.dtype == np.float16 else np.inf
     return tuple(
         np.clip(values, -limit, limit).astype(x.dtype).reshape(shape)
@@ -73,7 +73,7 @@ def moments(theirs, x, axes, keepdims=False, synchronized=False):
 
 @instead_of(BatchNormalization)
 def call(theirs, self, inputs, training=None, mask=None):
-    """The training step, moving averages included; what else there is uses the two above."""
+    """Replace the training step, with moving averages; other calls use the functions above."""
     if mask is not None or self.renorm or not (training and self.trainable):
         return theirs(self, inputs, training=training, mask=mask)
     calls["batch_norm_forward"] += 1
@@ -89,13 +89,13 @@ def call(theirs, self, inputs, training=None, mask=None):
 
 
 class Report:
-    """A plugin for pytest: outcome and calls of nbnorm of every test, by name."""
+    """A pytest plugin that records each test's outcome and its calls of nbnorm."""
 
     def __init__(self):
         self.tests = {}
 
     def pytest_configure(self, config):
-        # What the conftest.py of Keras's repository does; it is not in the wheel.
+        # Registered by conftest.py in Keras's repository, which is not in the wheel.
         config.addinivalue_line("markers", "requires_trainable_backend: needs fit()")
 
     def pytest_collection_modifyitems(self, items):

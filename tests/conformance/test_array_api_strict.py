@@ -1,9 +1,9 @@
-"""Every public function on arrays of array-api-strict, which do what the standard says and no more.
+"""Every public function on arrays of array-api-strict, which implement only the standard.
 
 A matrix of functions, channel axes, dtypes, devices and layouts. Results are array-api-strict's
-arrays on the device of the arguments, with the bits that NumPy's arrays give; what a function does
-not write keeps its bits. The strictest flags are set: no boolean indexing, no shapes that depend on
-values, no extensions.
+arrays on the device of the arguments, with the same bits as results for NumPy arrays; arguments
+that a function does not write keep their bits. The strictest flags are set: no boolean indexing,
+no data-dependent shapes, no extensions.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.slow]
 
 INFO = xp.__array_namespace_info__()
 DEVICES = INFO.devices()
-AXES = {1: (4, 6, 5), -1: (4, 5, 6), (1, 2): (4, 2, 3)}  # and shapes of 6 channels
+AXES = {1: (4, 6, 5), -1: (4, 5, 6), (1, 2): (4, 2, 3)}  # channel axes, and shapes with 6 channels
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,8 @@ def _strictest():
         yield
 
 
-# What can be done with arrays of the standard, which are NumPy's underneath, to lay them out: the
-# shape to start from, and the way from there.
+# Memory layouts: functions of the shape to start from, and of the array of that shape. Layouts use
+# operations of the standard only.
 LAYOUTS = {
     "contiguous": (lambda shape: shape, lambda lib, a: a),
     "permuted": (lambda shape: shape[::-1], lambda lib, a: lib.permute_dims(a, (2, 1, 0))),
@@ -42,7 +42,7 @@ LAYOUTS = {
 
 
 def arguments(axis, dtype, statistic, layout="contiguous"):
-    """Return {name: array} of NumPy's for all functions, and the way to lay out those like x."""
+    """Return arrays like x and others, by name, and the function that lays out those like x."""
     rng = np.random.default_rng(5)
     start, laid_out = LAYOUTS[layout]
     like_x = {
@@ -67,7 +67,7 @@ def moments(a, count=20):
 
 
 def layer(a, axis):
-    """A training step and an evaluation, after loading a state."""
+    """Load a state, then run a training step and an evaluation."""
     features = tuple(a["gamma"].shape)
     made = BatchNorm(
         features if isinstance(axis, tuple) else features[0],
@@ -84,7 +84,7 @@ def layer(a, axis):
 
 
 def recalibrated(a, axis):
-    """What a layer makes of x by the statistics of two batches, where they have any values."""
+    """Evaluate x with the statistics of two batches, unless they are empty."""
     features = tuple(a["gamma"].shape)
     made = BatchNorm(features if isinstance(axis, tuple) else features[0], axis=axis)
     if a["x"].shape[0]:
@@ -93,7 +93,7 @@ def recalibrated(a, axis):
     return made.eval().forward(a["x"])
 
 
-# Functions of {name: array} and the axis: what is called, and how.
+# Calls by name, as functions of {name: array} and the axis.
 CASES = {
     "batch_norm_forward": lambda a, axis: nbnorm.batch_norm_forward(
         a["x"], a["gamma"], a["beta"], axis=axis
@@ -177,7 +177,7 @@ WRITTEN = {
     "update_running_stats": {"running_mean", "running_var"},
 }
 WITHOUT_ARRAYS = {
-    *("BatchNormBackward", "BatchNormForward"),  # results of the others
+    *("BatchNormBackward", "BatchNormForward"),  # results of other functions
     *("set_pool_limit", "show_config", "warmup"),
 }
 
@@ -192,7 +192,7 @@ def as_numpy(array):
 
 
 def same(got, want, device, name):
-    """Compare results, whatever tuples they are in: library, device, bits."""
+    """Compare the library, device and bits of results, including nested tuples."""
     if isinstance(want, tuple):
         assert type(got) is type(want)
         for number, pair in enumerate(zip(got, want, strict=True)):
@@ -203,13 +203,13 @@ def same(got, want, device, name):
         if want.dtype.name in INFO.dtypes(device=device):
             assert type(got) is type(xp.zeros(1)), name
             assert got.device == device, name
-        else:  # as of a library that has no float64
+        else:  # as for any library without float64
             assert type(got) is np.ndarray, name
         assert_same_bits(as_numpy(got), want, name)
 
 
 def compare(case, axis, dtype, device, layout="contiguous"):
-    """Run one case with both libraries, and look at its results and arguments."""
+    """Run one case with both libraries and compare results and arguments."""
     statistic = "float64" if "float64" in INFO.dtypes(device=device) else "float32"
     like_x, others, laid_out = arguments(axis, dtype, statistic, layout)
     given = {name: laid_out(np, array.copy()) for name, array in like_x.items()}
@@ -230,7 +230,7 @@ def compare(case, axis, dtype, device, layout="contiguous"):
 
 
 def combinations():
-    """Cases with the axes that they know: weights to fold into have one channel axis."""
+    """Return cases with their axes: folded weights have one channel axis."""
     return [(c, axis) for c in CASES for axis in AXES if axis == 1 or "fold_into" not in c]
 
 
@@ -238,7 +238,7 @@ every_case = pytest.mark.parametrize(("case", "axis"), combinations(), ids=str)
 
 
 def dtypes_of_devices():
-    """Return what each device holds of the dtypes that nbnorm computes in."""
+    """Return nbnorm's dtypes that each device supports."""
     return [
         pytest.param(dtype, device, id=f"{dtype}-{device}")
         for device in DEVICES

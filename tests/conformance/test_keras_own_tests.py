@@ -1,13 +1,13 @@
-"""Keras's own tests of batch normalization pass with nbnorm under its NumPy backend.
+"""Keras's own tests of batch normalization pass with nbnorm in its NumPy backend.
 
-They come with Keras's wheel and run where they are, in a process of its own (keras_nbnorm.py):
-those of the layer, of `keras.ops.batch_normalization` and of `keras.ops.moments`. A training step
-of the layer is `batch_norm_forward`, moving averages in Keras's convention included (momentum
-weighs the old ones, the variance is biased); evaluation is `batch_norm_inference`; moments are
+A child process (keras_nbnorm.py) runs the tests in Keras's wheel: those of the layer, of
+`keras.ops.batch_normalization` and of `keras.ops.moments`. A training step of the layer is
+`batch_norm_forward`, including moving averages in Keras's convention (momentum weighs the old
+average, the variance is biased); evaluation is `batch_norm_inference`; moments are
 `batch_norm_stats`.
 
-Masks and batch renormalization are features of Keras's layer that nbnorm does not have. Their tests
-run, too: the layer itself composes masked statistics and the correction, and nbnorm does the rest.
+nbnorm has neither masks nor batch renormalization. Their tests run too: Keras's layer computes
+masked statistics and the correction, and nbnorm does the rest.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from children import run_child
 
-# Not imported here: which backend it gets, if any is installed, is none of these tests' business.
+# Do not import Keras here: its backend must not affect these tests.
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.slow,
@@ -27,7 +27,7 @@ pytestmark = [
 
 FORWARD, INFERENCE, STATS = "batch_norm_forward", "batch_norm_inference", "batch_norm_stats"
 
-# How many cases a test has, and the functions of nbnorm that all of them call.
+# Number of cases of each test, and the nbnorm functions that each case calls.
 COMPUTED = {
     "BatchNormalizationTest.test_bn_basics": (1, {FORWARD}),
     "BatchNormalizationTest.test_correctness": (16, {FORWARD, INFERENCE}),
@@ -40,7 +40,7 @@ COMPUTED = {
     "NNOpsCorrectnessTest.test_batch_normalization": (1, {INFERENCE}),
     "NNOpsCorrectnessTest.test_moments": (1, {STATS}),
 }
-# Arguments, initial values, configuration, shapes of symbolic tensors: these pass without nbnorm.
+# Tests of arguments, initial values, configuration and symbolic shapes pass without nbnorm.
 NOTHING_TO_COMPUTE = {
     "BatchNormalizationTest.test_large_value_within_autocast_scope",
     "BatchNormalizationTest.test_renorm_invalid_clipping_keys",
@@ -51,7 +51,7 @@ NOTHING_TO_COMPUTE = {
     "NNOpsStaticShapeTest.test_batch_normalization",
     "NNOpsStaticShapeTest.test_moments",
 }
-# Keras itself cannot run these on NumPy.
+# Keras cannot run these on NumPy.
 CANNOT_RUN = {
     "BatchNormalizationTest.test_bachnorm_ignore_masked_values": (6, "Keras cannot fit() on NumPy"),
     "NNOpsCorrectnessTest.test_moments_sync": (1, "only implemented for TF"),
@@ -63,9 +63,9 @@ CANNOT_RUN = {
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Return {test: [what came of each of its cases]}."""
+    """Return {test: [outcomes of its cases]}."""
     script = Path(__file__).with_name("keras_nbnorm.py")
-    home = tmp_path_factory.mktemp("keras")  # where Keras writes its configuration
+    home = tmp_path_factory.mktemp("keras")  # Keras writes its configuration here
     printed = run_child(str(script), KERAS_BACKEND="numpy", KERAS_HOME=str(home))
     found = defaultdict(list)
     for name, case in json.loads(printed).items():
@@ -74,7 +74,7 @@ def cases(tmp_path_factory):
 
 
 def test_all_of_them_are_known(cases):
-    """A test that Keras adds, renames or drops is to be looked at, and put into a table above."""
+    """Fail if Keras adds, renames or drops a test; add it to a table above."""
     assert set(cases) == {*COMPUTED, *NOTHING_TO_COMPUTE, *CANNOT_RUN}
 
 

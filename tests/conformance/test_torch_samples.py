@@ -1,22 +1,22 @@
-"""The samples that PyTorch tests its own batch normalization with, computed by nbnorm.
+"""PyTorch's own test samples of batch normalization, computed by nbnorm.
 
-`op_db` and `module_db` are the tables behind PyTorch's test suite. Every sample of
-``nn.functional.batch_norm`` and of ``native_batch_norm``, every input of the modules and every call
-that must fail goes through nbnorm and through PyTorch: in all dtypes that the tables name, with
-contiguous tensors and with PyTorch's variant of them that are not. Values, running statistics and
-gradients of both are held against the oracle in float64: nbnorm's to the tolerances of all other
-tests, PyTorch's to about twice as much.
+PyTorch's test suite is built on the tables `op_db` and `module_db`. Every sample of
+``nn.functional.batch_norm`` and of ``native_batch_norm``, every module input and every invalid
+call runs through nbnorm and through PyTorch: in all dtypes of the tables, with contiguous tensors
+and with PyTorch's non-contiguous variant. Values, running statistics and gradients are compared
+with the oracle in float64: nbnorm's with the tolerances of all other tests, PyTorch's with about
+twice as much.
 
-The two differ in this, on purpose; tests that are named after it say how:
+The two differ intentionally, as the tests show:
 
-- An input without channels, of shape (0,), is refused: there is no axis to normalise over.
-- eps = 0 is allowed in training: where the variance is 0 too, rstd is 0.
-- mean and rstd are float64 for every dtype. In evaluation they are those that were used, where
-  PyTorch returns empty tensors.
-- Wrong arguments are a TypeError or a ValueError where PyTorch's kernels raise a RuntimeError.
-- There is no second derivative and no forward mode, for which the tables have samples, too; both
-  are refused: a RuntimeError and a NotImplementedError.
-- Running statistics that require grad are a TypeError, where PyTorch raises a RuntimeError.
+- nbnorm rejects an input without channels, of shape (0,): it has no axis to normalise over.
+- nbnorm allows eps = 0 in training: if the variance is 0 too, rstd is 0.
+- mean and rstd are float64 for every dtype. In evaluation nbnorm returns the statistics it used,
+  PyTorch empty tensors.
+- Wrong arguments raise TypeError or ValueError where PyTorch's kernels raise RuntimeError.
+- nbnorm rejects second derivatives (RuntimeError) and forward mode (NotImplementedError), for which
+  the tables also have samples.
+- Running statistics that require grad raise TypeError, in PyTorch RuntimeError.
 """
 
 from itertools import product
@@ -69,7 +69,7 @@ class Call(NamedTuple):
 
 
 def call_of(operator, sample):
-    """Return a sample's arguments under their names."""
+    """Return a sample's arguments by name."""
     if operator == "native_batch_norm":
         weight, bias, mean, var, training, momentum, eps = sample.args
         return Call(sample.input, mean, var, weight, bias, training, momentum, eps)
@@ -88,7 +88,7 @@ def calls(operator):
 
 
 def fresh(tensor, contiguous=True, *, grad=True):
-    """Copy a tensor, for a call that may write to it; what is no tensor is returned."""
+    """Copy a tensor for a call that may write to it; return other values unchanged."""
     if not isinstance(tensor, torch.Tensor):
         return tensor
     copy = tensor.detach().clone()
@@ -97,7 +97,7 @@ def fresh(tensor, contiguous=True, *, grad=True):
 
 
 def array_of(tensor):
-    """View a tensor as NumPy's."""
+    """View a tensor as a NumPy array."""
     if tensor is None:
         return None
     tensor = tensor.detach()
@@ -107,14 +107,14 @@ def array_of(tensor):
 
 
 def gradient_of(call, contiguous=True):
-    """Draw what arrives at the output in the backward pass."""
+    """Draw dy."""
     generator = torch.Generator().manual_seed(7)
     dy = torch.randn(call.input.shape, generator=generator, dtype=torch.float64)
     return fresh(dy.to(call.input.dtype), contiguous)
 
 
 class Exact(NamedTuple):
-    """A result in float64, and how far nbnorm and PyTorch may be from it."""
+    """A float64 result, and the tolerances of nbnorm and PyTorch."""
 
     value: np.ndarray
     ours: np.ndarray | float
@@ -122,10 +122,10 @@ class Exact(NamedTuple):
 
 
 def expected(call, dy):
-    """Return {name: Exact} of the results of a call.
+    """Return {name: Exact} for the results of a call.
 
-    PyTorch's are allowed twice as much, and sums over the batch in half precision what it costs
-    to round each of their terms to the input's dtype, which its kernels for strided tensors do.
+    PyTorch gets twice nbnorm's tolerance. In half precision its kernels for strided tensors also
+    round each term of a sum over the batch to the input's dtype.
     """
     x, mean, var, weight, bias = map(array_of, call[:5])
     dy, training = array_of(dy), call.training
@@ -136,7 +136,7 @@ def expected(call, dy):
     used = {"mean": ref.mean, "rstd": ref.rstd, "axis": 1}
     grads = reference.batch_norm_backward(dy, x, weight, training=training, **used)
     moments = reference.batch_norm_stats(x)
-    # Of no values there is no mean to take a tolerance from, and nothing to be wrong.
+    # Without values there is no mean to derive a tolerance from, and nothing to compare.
     of_dx = dx_tolerance(dy, x, weight, training=training, **used) if x.size else 0
     found = {
         "y": (ref.y, y_tolerance(x, weight, bias, **used)),
@@ -164,7 +164,7 @@ def expected(call, dy):
 
 
 def assert_close(results, exact, whose):
-    """Hold all results that are not None against the exact ones."""
+    """Compare all results that are not None with the exact ones."""
     for name, result in results.items():
         if result is not None:
             actual, tolerance = array_of(result), getattr(exact[name], whose)
@@ -174,7 +174,7 @@ def assert_close(results, exact, whose):
 
 
 def same_kinds(ours, theirs):
-    """Require dtypes and shapes of PyTorch's results."""
+    """Assert that dtypes and shapes are PyTorch's."""
     kinds = [
         {name: (t.dtype, t.shape) for name, t in results.items() if t is not None}
         for results in (ours, theirs)
@@ -200,7 +200,7 @@ def of_samples(operator, channels=True):
     [("nn.functional.batch_norm", 10, 2), ("native_batch_norm", 10, 0)],
 )
 def test_samples_are_not_fewer_than_they_were(operator, computed, refused):
-    """Of PyTorch 2.13, in every dtype; more are run as well, fewer are to be looked into."""
+    """The counts are those of PyTorch 2.13 for every dtype; investigate if there are fewer."""
     names = SAMPLES[operator]
     dtypes = {name.partition("-")[0] for name in names}
     assert dtypes == {"float32", "float64", "float16", "bfloat16"}
@@ -306,7 +306,7 @@ MODULES = {
 
 
 def module_cases(kind):
-    """Return {name: what PyTorch's table has for one module, dtype and mode}."""
+    """Return {name: PyTorch's sample} for each module, dtype and mode."""
     found = {}
     for info, dtype, training in product(module_db, (torch.float32, torch.float64), (True, False)):
         if info.module_cls not in MODULES or dtype not in info.dtypes:
@@ -325,7 +325,7 @@ MODULE_ERRORS = module_cases("module_error_inputs_func")
 
 
 def built(cls, dtype, training, constructor_input):
-    """Return PyTorch's module and ours, with the same parameters and statistics."""
+    """Return PyTorch's module and nbnorm's, with the same parameters and statistics."""
     arguments, options = constructor_input.args, constructor_input.kwargs
     theirs, ours = (
         c(*arguments, **options, dtype=dtype).train(training) for c in (cls, MODULES[cls])
@@ -412,7 +412,7 @@ def test_an_eps_of_0_is_allowed_in_training_and_one_below_never(cls, dtype, trai
 
 
 def test_operators_have_no_errors_in_the_table():
-    """If PyTorch gets some they belong in here; those of the modules are above."""
+    """If PyTorch adds error inputs, test them here; those of the modules are tested above."""
     assert all(op.error_inputs_func is None for op in op_db if op.name in SAMPLES)
 
 
@@ -468,7 +468,7 @@ def test_wrong_arguments_raise_in_both(spoilt, our_error, their_error):
                 assert tensor is None or tensor.equal(given[name])
 
 
-# PyTorch compiles decompositions by torch.jit.script, deprecated by itself, for the first dual.
+# PyTorch compiles decompositions with the deprecated torch.jit.script for the first dual tensor.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @of_samples("nn.functional.batch_norm")
 def test_second_derivatives_and_forward_mode_are_refused(call):

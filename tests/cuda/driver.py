@@ -1,7 +1,7 @@
-"""The launcher without a GPU: a CUDA driver that runs nothing, and a CuPy that holds nothing.
+"""Launch without a GPU: a CUDA driver that runs nothing, and a CuPy that holds nothing.
 
-`environment` builds the driver (fake_driver.c) and gives the environment of a process that finds
-it. In such a process `Driver` tells what was launched, and `install_cupy` comes before nbnorm.cuda.
+`environment` builds the driver (fake_driver.c) and returns the environment of a process that loads
+it. In that process `Driver` reports launches; call `install_cupy` before importing nbnorm.cuda.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ DEFAULT, PER_THREAD = 0, 2  # CUDA's handles of the default streams
 
 
 def missing():
-    """What keeps the fake driver from being used here, in words; None if nothing does."""
+    """Return why the fake driver is unavailable, or None if it can be used."""
     if sys.platform != "linux":
         return f"libcuda.so.1 is built for Linux, not {sys.platform}"
     if importlib.util.find_spec("numba_cuda") is None:
@@ -31,13 +31,13 @@ def missing():
 
 
 def environment(folder):
-    """Build the driver in a folder; the environment of a process that is to find it."""
+    """Build the driver in a folder; return the environment of a process that loads it."""
     library = Path(folder, "libcuda.so.1")
     source = Path(__file__).with_name("fake_driver.c")
     build = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    Path(folder, "libcuda.so").symlink_to(library.name)  # which Numba looks for first
+    Path(folder, "libcuda.so").symlink_to(library.name)  # the name that Numba tries first
     return {
         "LD_LIBRARY_PATH": str(folder),
         "NUMBA_CUDA_DRIVER": str(library),
@@ -46,15 +46,15 @@ def environment(folder):
 
 
 def stream_of(device, number=0):
-    """Handle of a stream on a device."""
+    """Return the handle of a stream on a device."""
     return 100 * device + 10 + number
 
 
 class Launch(NamedTuple):
-    """A launch as the driver saw it.
+    """A launch as seen by the driver.
 
-    `types` are those the machine code was compiled for, "int64", "float64" or "float32*", and
-    `arguments` what the driver was given, read as such.
+    `types` are the argument types of the machine code, "int64", "float64" or "float32*", and
+    `arguments` are the driver's arguments, read with these types.
     """
 
     kernel: str  # file.function
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
     shared: int
     cluster: int
     device: int
-    loaded_on: int  # the device that was current when the kernel was loaded
+    loaded_on: int  # the current device when the kernel was loaded
     stream: int
     types: list
     arguments: list
@@ -93,7 +93,7 @@ class _Launch(ctypes.Structure):
 
 
 class Driver:
-    """What the fake driver of this process was asked for."""
+    """What the fake driver of this process was called with."""
 
     def __init__(self):
         self._library = ctypes.CDLL("libcuda.so.1")
@@ -109,11 +109,11 @@ class Driver:
         self.set_device = self._library.fake_set_device
 
     def calls(self, prefix=""):
-        """How often functions whose names begin so were called."""
+        """Return the number of calls of functions whose names begin with a prefix."""
         return self._library.fake_calls(prefix.encode())
 
     def during(self, call, *args, **options):
-        """What was launched by a call, in order; `returned` is what the call returned."""
+        """Return the launches made by a call, in order; `returned` is the call's result."""
         first = self._library.fake_launched()
         self.returned = call(*args, **options)
         return [self._launch(number) for number in range(first, self._library.fake_launched())]
@@ -145,11 +145,11 @@ _READ = {"int64": "<i8", "float64": "<f8"}
 
 
 def _demangled(symbol):
-    """("rows.apply", types of the arguments) of a kernel's name in the machine code.
+    """Return ("rows.apply", argument types) from a kernel's mangled name.
 
     Numba writes a name as its length and itself, an integer as x, a double as d, and a pointer as
-    the name of its type; between the kernel's name and the types, from B to E, is what tells
-    versions of it apart.
+    the name of its type. Text between the kernel's name and the types, from B to E, distinguishes
+    versions of the kernel.
     """
     parts = re.fullmatch(
         r"_ZN6nbnorm4cuda\d+(rows|columns|channel)"
@@ -166,7 +166,7 @@ def _demangled(symbol):
 
 
 class Array:
-    """The looks of a CuPy array; where it says that it lies is nothing."""
+    """An object with a CuPy array's attributes, whose address refers to no memory."""
 
     __module__ = "cupy"
     _next = 1 << 32
@@ -182,7 +182,7 @@ class Array:
         self.data = SimpleNamespace(ptr=Array._next + offset * self.itemsize)
         Array._next += 1 << 24
 
-    # CuPy makes these tuples anew at every look; host times with ready ones would flatter.
+    # CuPy builds these tuples on every access; reusing them would understate host times.
     @property
     def shape(self):
         return tuple(self._shape)
@@ -193,10 +193,10 @@ class Array:
 
 
 def install_cupy(driver):
-    """Put a stub of CuPy in its place and return it.
+    """Replace CuPy by a stub and return it.
 
-    `use` sets what is current in CuPy, `allocated` lists what was made by `empty`; with `ready`,
-    `empty` looks for an array of that shape there first, which takes next to no time.
+    `use` sets CuPy's current device and stream, and `allocated` lists the arrays made by `empty`.
+    `empty` first looks for an array of its shape in `ready`, which takes almost no time.
     """
 
     class Stream:
@@ -233,6 +233,6 @@ def install_cupy(driver):
         Device=lambda: SimpleNamespace(id=now.device),
         runtime=SimpleNamespace(getDevice=lambda: now.device),
     )
-    cupy.__getattr__ = absent  # functions that are looked up and not called
+    cupy.__getattr__ = absent  # functions that are looked up but not called
     sys.modules["cupy"] = cupy
     return cupy

@@ -1,7 +1,7 @@
-"""CuPy as far as nbnorm uses it, over NumPy's memory; `install` puts it in CuPy's place.
+"""The parts of CuPy that nbnorm uses, over NumPy's memory; `install` replaces CuPy.
 
-An array is no NumPy array and refuses to become one, so that a function of NumPy's which would not
-take CuPy's arrays does not take these. Devices and streams are numbers that remember where they
+An array is not a NumPy array and cannot be converted to one, so that NumPy functions that do not
+accept CuPy's arrays do not accept these. Devices and streams are numbers that remember where they
 were current.
 """
 
@@ -15,7 +15,7 @@ _current = threading.local()
 
 
 class ndarray:  # noqa: N801  # CuPy's name
-    """A CuPy array: what `numpy` holds, on `device`."""
+    """A CuPy array whose values are in `numpy`, on `device`."""
 
     def __init__(self, shape, dtype=float, memptr=None, strides=None):
         memory = np.empty(0, np.uint8) if memptr is None else memptr.memory
@@ -24,7 +24,7 @@ class ndarray:  # noqa: N801  # CuPy's name
 
     @classmethod
     def of(cls, numpy, device, base=None):
-        """An array on a NumPy array's memory."""
+        """Return an array on the memory of a NumPy array."""
         array = cls.__new__(cls)
         array.numpy, array.device, array.base = numpy, device, base
         return array
@@ -44,7 +44,7 @@ class ndarray:  # noqa: N801  # CuPy's name
         return SimpleNamespace(
             c_contiguous=flags.c_contiguous,
             f_contiguous=flags.f_contiguous,
-            owndata=self.base is None,  # also where the memory came by DLPack
+            owndata=self.base is None,  # also for memory imported through DLPack
         )
 
     def _like(self, numpy):
@@ -123,7 +123,7 @@ ndarray.__module__ = "cupy"
 
 
 class _Pointer:
-    """A place in the memory of a NumPy array."""
+    """An address in the memory of a NumPy array."""
 
     def __init__(self, memory, offset):
         self.memory, self.offset = memory, offset
@@ -134,7 +134,7 @@ class _Pointer:
 
 
 def _host(value):
-    """The NumPy array behind one of these; numbers as they are, NumPy arrays not at all."""
+    """Return the NumPy array behind a stand-in, or a number; reject NumPy arrays."""
     if isinstance(value, list):
         return [_host(item) for item in value]
     if isinstance(value, ndarray):
@@ -145,7 +145,7 @@ def _host(value):
 
 
 class _Current:
-    """Base of what is made current by `with`."""
+    """Base of objects that `with` makes current."""
 
     def __enter__(self):
         stack = _stack(type(self).kind)
@@ -208,7 +208,7 @@ def _made(function):
 
 
 def empty(shape, dtype=float):
-    """Memory full of what no kernel leaves there."""
+    """Return memory filled with a value that no kernel writes."""
     array = np.empty(shape, dtype)
     array.reshape(-1).view(np.uint8)[...] = 0xAB
     return ndarray.of(array, Device())
@@ -223,7 +223,7 @@ def from_dlpack(obj):
 
 
 def install():
-    """Put this module in CuPy's place."""
+    """Replace CuPy by this module."""
     module = ModuleType("cupy")
     vars(module).update(
         ndarray=ndarray, asarray=asarray, empty=empty, zeros=_made(np.zeros), full=_made(np.full),

@@ -1,4 +1,4 @@
-"""Kernels as machine code for GPUs that are not there, and what that code has in it."""
+"""Compile kernels for GPUs that are not present, and inspect their machine code."""
 
 import re
 import subprocess
@@ -18,14 +18,14 @@ from nbnorm.cuda.kernels import signature
 
 ARCHITECTURES = {"sm_80": (8, 0, ""), "sm_90a": (9, 0, "a")}
 FLOAT32 = types.CPointer(types.float32)
-REGISTERS = 1 << 16  # of a multiprocessor, on both
+REGISTERS = 1 << 16  # of a multiprocessor, on both architectures
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _RESOURCE = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
 
 
 class Code(NamedTuple):
-    """What a kernel was compiled to: registers, bytes of memory, instructions and how many."""
+    """A compiled kernel: registers, bytes of memory, and instruction counts."""
 
     registers: int
     stack: int
@@ -35,7 +35,7 @@ class Code(NamedTuple):
     calls: list[str]
 
     def count(self, name, *modifiers):
-        """How many instructions have this name and all of these modifiers."""
+        """Return the number of instructions with this name and all of these modifiers."""
         return sum(
             number
             for instruction, number in self.instructions.items()
@@ -44,20 +44,20 @@ class Code(NamedTuple):
 
 
 def compiled(kernel, dtype, parameters, architectures=tuple(ARCHITECTURES)):
-    """Compile a kernel of the backend; its code by architecture."""
+    """Compile a kernel of the backend; return its code by architecture."""
     return code_of(kernel, signature(kernel, dtype, parameters), architectures)
 
 
 def ptx_of(kernel, dtype, parameters):
-    """Compile a kernel of the backend, or one of (float32 pointer, int64); its PTX."""
+    """Compile a kernel of the backend, or one of (float32 pointer, int64); return its PTX."""
     kinds = signature(kernel, dtype, parameters) if dtype else (FLOAT32, types.int64)
     return _library(kernel, kinds).get_asm_str(cc=max(ARCHITECTURES.values()))
 
 
 def code_of(kernel, kinds, architectures=tuple(ARCHITECTURES)):
-    """Compile a kernel with the options it was declared with; its code by architecture.
+    """Compile a kernel with its declared options; return its code by architecture.
 
-    Typed once: nothing in Numba's LLVM IR for these kernels depends on the architecture.
+    It is typed once: Numba's LLVM IR of these kernels does not depend on the architecture.
     """
     library = _library(kernel, kinds)
     cubins = [library.get_cubin(cc=ARCHITECTURES[name]) for name in architectures]
@@ -78,7 +78,7 @@ def _library(kernel, kinds):
 
 
 def disassembled(cubin):
-    """Ask NVIDIA's tools what is in a cubin."""
+    """Disassemble a cubin with NVIDIA's tools."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(bytes(getattr(cubin, "code", cubin)))
@@ -97,7 +97,7 @@ def _said(tool, *arguments):
 
 
 def problems(code, kernel, *, width, loads=0, stores=0):
-    """What is wrong with a kernel's code; `loads` and `stores` are of tensors, at least."""
+    """Return the problems of a kernel's code, which needs this many `loads` and `stores`."""
     threads, resident = kernel.targetoptions["launch_bounds"]
     most = REGISTERS // (threads * resident)
     wide = ("128",) if width > 1 else ()

@@ -1,4 +1,4 @@
-"""The CUDA backend against the oracle, on the simulator; run by test_simulator.py in a child.
+"""The CUDA backend against the oracle, on the simulator; test_simulator.py runs it in a child.
 
 Blocks have two warps and chunks few values, so that small shapes have many of both.
 """
@@ -34,11 +34,11 @@ backend = simulator.load(THREADS=THREADS, CHUNK=CHUNK)
 
 ROWS = [(3, 5, 256), (2, 3, 300), (2, 2, 289), (11, 2, 256), (1, 1, 2500), (1, 3, 257)]
 COLUMNS = [
-    *[(5, 7, 16), (3, 4, 49), (30, 3, 1), (9, 5, 2), (100, 6, 10)],  # S that divides a vector or no
-    *[(6, 40, 1), (3, 33, 4), (5, 70, 8), (2, 9, 64)],  # several groups of channels, the last less
+    *[(5, 7, 16), (3, 4, 49), (30, 3, 1), (9, 5, 2), (100, 6, 10)],  # S fills vectors, or does not
+    *[(6, 40, 1), (3, 33, 4), (5, 70, 8), (2, 9, 64)],  # several channel groups, the last smaller
     *[(2, 200, 1), (1, 4, 16), (2, 1, 1), (1, 1, 31), (13, 1, 3), (3, 3, 63)],
 ]
-ROW, COLUMN = (11, 2, 256), (21, 5, 24)  # both of several chunks
+ROW, COLUMN = (11, 2, 256), (21, 5, 24)  # both have several chunks
 MODES = ("plain", "relu", "residual and relu")
 REACHED = {  # kernels that each function launches
     "stats": ["stats", "finish_moments"],
@@ -56,13 +56,13 @@ modes = pytest.mark.parametrize("mode", MODES)
 
 
 class Arena:
-    """Memory around every array, which must stay as it is."""
+    """Memory with margins around every array, which must not change."""
 
     def __init__(self):
         self._placed = []
 
     def place(self, values, *, first=0, plane_gap=0, sample_gap=0):
-        """Copy values into memory of their own, `first` values after an aligned address."""
+        """Copy values to separate memory, `first` values after an aligned address."""
         N, C, S = values.shape
         plane, size = S + plane_gap, values.itemsize
         sample = C * plane + sample_gap
@@ -75,13 +75,13 @@ class Arena:
         return array
 
     def given(self, values, **layout):
-        """Place an input, which nobody may write to."""
+        """Place a read-only input."""
         array = self.place(values, **layout)
         array.flags.writeable = False
         return array
 
     def wanted(self, like, **layout):
-        """Place an output full of NaN."""
+        """Place an output filled with NaN."""
         return self.place(np.full(like.shape, np.nan, like.dtype), **layout)
 
     def check(self):
@@ -106,7 +106,7 @@ def arena():
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """New memory is full of NaN."""
+    """Fill new memory with NaN."""
     empty = np.empty
 
     def poison(*args, **options):
@@ -119,12 +119,12 @@ def poisoned(monkeypatch):
 
 
 def call(name, *args):
-    """Call a function of the backend, which launches just the kernels it is known to."""
+    """Call a function of the backend; assert that it launches exactly its kernels."""
     del simulator.launches[:]
     result = getattr(backend, name)(*args)
     found = simulator.launches[:]
     if args[0].dtype == np.float64 and found[:4] == 2 * ["stats", "finish_moments"]:
-        del found[:2]  # float64 may be summed once more, around the mean
+        del found[:2]  # float64 may be summed again around the mean
     fused = simulator.limits[0] and name in ("forward", "backward")
     assert found == ([name] if fused else REACHED[name]), name
     return result
@@ -132,7 +132,7 @@ def call(name, *args):
 
 @contextmanager
 def fused(shared=1 << 16, *, clusters=True):
-    """Blocks may have so many bytes of shared memory: forward and backward read memory once."""
+    """Give blocks this much shared memory, so that forward and backward read memory once."""
     simulator.limits = shared, clusters
     try:
         yield
@@ -150,7 +150,7 @@ def last_thread_first():
 
 
 class Run:
-    """All functions of the backend over one set of arrays; what they return and write."""
+    """Call all functions of the backend on one set of arrays; hold their results and outputs."""
 
     def __init__(self, arena, recipe, mode="plain", *, x=None, dy=None, gamma=None, layouts=None):
         self._arena, self._layouts = arena, layouts or {}
@@ -217,7 +217,7 @@ class Run:
         scales = x, gamma, beta, ref.mean, ref.rstd
         y_error = y_tolerance(*scales, axis=1, residual=self.residual)
         assert_within(self.y, ref.y, y_error, "y")
-        # The oracle starts from the masked dy: near 0 its own mask may differ by a rounding.
+        # Pass the masked dy to the oracle: near 0 its own mask may differ by a rounding.
         dy = np.where(self.y > 0, self.dy, 0).astype(dtype) if self.relu else self.dy
         assert_same_bits(self.dresidual, dy, "dresidual")
         rest = x, gamma, self.mean, self.rstd
@@ -239,7 +239,7 @@ def assert_same_results(one, other):
 
 @pytest.fixture
 def forgetful():
-    """Nothing is remembered of plans and kernels, which a test makes other ones of."""
+    """Clear cached plans and kernels, which a test replaces."""
     modules = [sys.modules[f"nbnorm.cuda{name}"] for name in ("", ".kernels", ".plan")]
     caches = [f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")]
 
@@ -322,9 +322,9 @@ def test_drawn_shapes_and_layouts(data):
     for name in ("x", "dy", "residual", "y", "dx", "dresidual"):
         if draw(st.booleans()):
             found[name] = draw(layouts)
-            if S >= 256:  # _layout: planes apart only where they are large
+            if S >= 256:  # _layout: planes are separate only where they are large
                 found[name]["plane_gap"] = draw(st.integers(0, 8))
-            if C * S < 256:  # and samples only where they are
+            if C * S < 256:  # and so are samples
                 found[name]["sample_gap"] = 0
     Run(arena, recipe, draw(st.sampled_from(MODES)), layouts=found).check()
     arena.check()
@@ -339,7 +339,7 @@ def test_aligned_memory_is_read_in_vectors_of_16_bytes(arena, shape, dtype):
     width = 16 // dtype_of(dtype).itemsize
     simulator.loads.clear()
     Run(arena, Recipe(shape, 1, dtype), "residual and relu")
-    scalars = simulator.loads.pop(1, 0)  # each channel's first value
+    scalars = simulator.loads.pop(1, 0)  # the first value of each channel
     assert set(simulator.loads) == {width}
     assert simulator.loads[width] * width > 3 * scalars
 
@@ -352,7 +352,7 @@ ELSEWHERE = [(shape, gap) for shape in (ROW, COLUMN) for gap in ({"first": 1}, {
 def test_any_tensor_may_lie_anywhere(arena, shape, name, gap):
     simulator.loads.clear()
     Run(arena, Recipe(shape, 1), "residual and relu", layouts={name: gap}).check()
-    # What reads or writes this tensor does so value by value, all else in vectors.
+    # Accesses to this tensor are scalar, all others are vectors.
     assert simulator.loads[1] > 0
     assert set(simulator.loads) <= {1, 4}
 
@@ -404,7 +404,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(arena, shape, dtype):
 
 # -- memory read once ------------------------------------------------------------------------------
 
-KEPT = {  # shape: chunks in float32
+KEPT = {  # shape: number of chunks in float32
     (1, 3, 256): 1,
     (11, 2, 256): 3,
     (40, 1, 256): 10,
@@ -542,7 +542,7 @@ def test_sums_of_dy_may_leave_float32(arena, shape, dtype, full):
     dy = over_the_range(dy) if full else dy
     run = Run(arena, recipe, x=x, dy=dy)
     wanted = reference.batch_norm_backward(dy, x, run.gamma, run.mean, run.rstd)
-    # Units of float32 at sums that only float64 holds.
+    # The unit is float32's at sums that only float64 can hold.
     errors = sums_tolerance(dy.astype(np.float64), x, run.mean, run.rstd, axis=1)
     assert_within(run.sums[0], wanted.dbeta, errors[0] * 2.0**29, "sum dy")
     assert_within(run.sums[1], wanted.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
@@ -601,17 +601,17 @@ def test_nan_and_infinity_stay_in_their_channel(arena, shape, dtype, mode):
 
 # -- the range of numbers --------------------------------------------------------------------------
 
-EXTREMES = (  # scales of x, gamma and dy, and what leaves float32's range there
-    (np.inf, 1, 1),  # x - mean; x reaches from one end of the range to the other
+EXTREMES = (  # scales of x, gamma and dy, and which term leaves float32's range
+    (np.inf, 1, 1),  # x - mean; x spans the whole range
     (1e-39, 1, 1e-5),  # rstd
     (1, 1, 1),
-    (1e30, 1e-20, 1),  # gamma rstd, which is too small,
+    (1e30, 1e-20, 1),  # gamma rstd, which is too small
     (1e-30, 1e10, 1e-5),  # or too large
     (1e37, 1e-7, 1),
-    (1e25, 1e20, 1e-20),  # rstd mean(dy x_hat), which gamma makes up for,
+    (1e25, 1e20, 1e-20),  # rstd mean(dy x_hat), offset by gamma
     (1e37, 1e37, 1e-36),
-    (1e-30, 1e-18, 1e12),  # large too
-    (1e-40, 1e34, 1e-36),  # gamma rstd by far
+    (1e-30, 1e-18, 1e12),  # the same, too large
+    (1e-40, 1e34, 1e-36),  # gamma rstd by a wide margin
     (1, 0, 1),
     (1, 1, 0),
 )
@@ -622,7 +622,7 @@ alone_and_mixed = pytest.mark.parametrize(
 
 
 def over_the_range(like):
-    """Values of either sign and any size, and both ends of the range in every channel."""
+    """Return values of either sign and any size, with both ends of the range in every channel."""
     most = float(ml_dtypes.finfo(like.dtype).max)
     values = np.random.default_rng(1).uniform(-1, 1, like.shape) * most
     values[0], values[-1] = most, -most
@@ -630,7 +630,7 @@ def over_the_range(like):
 
 
 def extremes(recipe):
-    """Return x, gamma and dy whose channels have the EXTREMES in turn."""
+    """Return x, gamma and dy, whose channels cycle through EXTREMES."""
     scales = np.resize(EXTREMES, (recipe.shape[1], 3))
     whole = np.isinf(scales[:, 0])
     x, gamma, dy = (a.astype(np.float64) for a in (recipe.x(), recipe.gamma(), recipe.like_x(5)))
@@ -687,7 +687,7 @@ def test_x_minus_mean_may_be_twice_the_greatest_number(arena, shape, dtype, part
 @alone_and_mixed
 @pytest.mark.parametrize(("value", "eps"), [(np.finfo(np.float32).max, 1e-5), (2.0**102, 1e-20)])
 def test_a_constant_channel_of_large_numbers_gives_beta(arena, shape, value, eps):
-    """x - hi is 0; neither hi u nor a may be Inf."""
+    """x - hi is 0; neither hi u nor a may become Inf."""
     gamma = np.full(shape[1], np.finfo(np.float32).max)
     run = Run(arena, Recipe(shape, 1, eps=eps), x=np.full(shape, value, np.float32), gamma=gamma)
     assert_same_bits(run.y, np.broadcast_to(run.beta[:, None], shape).copy())
@@ -709,7 +709,7 @@ def test_a_gamma_that_float32_does_not_hold_leaves_its_own_gradient_right(arena,
 
 
 def test_columns_of_dead_channels_are_read_in_vectors(arena):
-    """No gradient, no gamma and no spread at all need no power of two."""
+    """Channels with zero gradient, gamma and spread need no power of two."""
     recipe = Recipe((50, 16, 1), 1)
     x, gamma, dy = recipe.x(), recipe.gamma(), recipe.like_x(5)
     simulator.loads.clear()
@@ -724,9 +724,9 @@ def test_columns_of_dead_channels_are_read_in_vectors(arena):
 @pytest.mark.parametrize(
     ("values", "dy", "gamma"),
     [
-        # The mean of dy bounds v: mean(dy x_hat) says little of a dy where x is its mean.
+        # The mean of dy bounds v: mean(dy x_hat) does not limit a dy where x is its mean.
         ((0, 1e30, -1e30, 3e30, -3e30), {0: 1e30, 1: 1e-20}, 1e30),
-        # rstd mean(dy x_hat), of 1e-78, would ask for a v of 1e40.
+        # rstd mean(dy x_hat), of 1e-78, would require v = 1e40.
         ((1e26, 1e36, -1e36, -1e26), {0: 1e-30, 3: -1e-30}, 1e38),
     ],
     ids=["a large dy", "a mean of nearly 0"],
@@ -744,7 +744,7 @@ def test_a_large_gamma_takes_no_dy_out_of_range(arena, values, dy, gamma, by_row
     np.testing.assert_allclose(run.dx, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
-# -- numbers of a channel --------------------------------------------------------------------------
+# -- per-channel numbers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("C", [1, 63, 64, 65, 200])
@@ -827,7 +827,7 @@ def test_a_block_that_leaves_others_waiting_is_found():
     lonely.py_func.__signature__ = inspect.Signature()
     with fused(), pytest.raises(AssertionError, match="has ended that others wait for"):
         simulator.run(lonely, "float32", "float32", 2, THREADS, cluster=2)
-    with fused(), pytest.raises(AssertionError, match="a cluster that there is none of"):
+    with fused(), pytest.raises(AssertionError, match="a cluster, but there is none"):
         simulator.run(lonely, "float32", "float32", 2, THREADS)
 
 

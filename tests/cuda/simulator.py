@@ -1,15 +1,15 @@
-"""The CUDA backend on the CPU, over NumPy arrays, with nothing that CUDA needs: `load` gives it.
+"""Run the CUDA backend on the CPU, over NumPy arrays and without CUDA; `load` returns it.
 
-Kernels run as the Python they are written in. A stand-in for `numba.cuda` gives them their indices,
-barriers, shuffles and memory; stand-ins for `intrinsics` and `launch` move the values. Functions
-that wait for other threads are turned into generators, so that a block's threads can take turns:
-each runs until it waits or ends, in an order that `backwards` turns round.
+Kernels run as Python. A stand-in for `numba.cuda` provides indices, barriers, shuffles and memory;
+stand-ins for `intrinsics` and `launch` move the values. Functions that wait for other threads
+become generators, so that the threads of a block can take turns: each runs until it waits or ends,
+in an order that `backwards` reverses.
 
-What would go unnoticed on a GPU, or hang it, is an error here: an access outside an array, a vector
-that does not begin at a multiple of its size, a value that is stored twice, threads that touch the
-same shared memory with no barrier in between, a barrier that some threads never reach, a shuffle
-without the whole warp, an argument of another type than the kernel is compiled for. Shared and
-local memory begin as NaN. Numbers are those of a GPU but for the last bit of a float64 `fma`.
+Errors that would go unnoticed on a GPU, or hang it, raise here: an access outside an array, a
+misaligned vector, a value that is stored twice, threads that touch the same shared memory without a
+barrier in between, a barrier that some threads never reach, a shuffle without the whole warp, an
+argument of another type than the kernel is compiled for. Shared and local memory start as NaN.
+Numbers are those of a GPU except for the last bit of a float64 `fma`.
 """
 
 import ast
@@ -36,18 +36,18 @@ STORAGE = {
 
 launches: list[str] = []  # names of the kernels that ran
 loads: Counter[int] = Counter()  # widths of the loads from tensors
-backwards = False  # the last block and the last thread first
-limits = 0, False  # bytes of shared memory that a block may have, whether there are clusters
-_stored: set[tuple[int, int]] = set()  # memory and index of what this launch has stored
+backwards = False  # run the last block and the last thread first
+limits = 0, False  # bytes of shared memory per block, whether there are clusters
+_stored: set[tuple[int, int]] = set()  # memory and index of each store of this launch
 
 
 class _Thread:
-    """One of a block's threads: what it waits for, and what it hands to the others of its warp."""
+    """A thread of a block: what it waits for, and what it passes to other threads of its warp."""
 
     def __init__(self, index, function, arguments):
         self.index, self.waits_for, self.passes = index, None, None
         self._steps = function(*arguments)
-        if not inspect.isgenerator(self._steps):  # it met no other thread, and has ended
+        if not inspect.isgenerator(self._steps):  # it waited for no other thread, and has ended
             self._steps = iter(())
 
     def step(self):
@@ -59,11 +59,11 @@ class _Block:
     """Threads that share memory and barriers."""
 
     def __init__(self, index=0, dynamic=0):
-        self.index, self.dynamic = index, dynamic  # bytes of shared memory that the launch gives
+        self.index, self.dynamic = index, dynamic  # bytes of dynamic shared memory
         self.thread, self.threads, self.shared, self.barriers = None, [], {}, 0
 
     def run(self, function, arguments, threads):
-        """Run until all threads have ended or wait for the cluster; whether they do."""
+        """Run until all threads have ended or wait for the cluster; return whether any waits."""
         cuda.block, cuda.blockIdx.x = self, self.index
         if not self.threads:
             for t in range(threads):
@@ -81,7 +81,7 @@ class _Block:
         return [thread for thread in self.threads if thread.waits_for != "end"]
 
     def _released(self):
-        """Return the threads that need wait no longer."""
+        """Return the threads that can continue."""
         warps = [self.threads[w : w + WARP] for w in range(0, len(self.threads), WARP)]
         ready = [t for warp in warps if all(t.waits_for == "warp" for t in warp) for t in warp]
         if ready:
@@ -95,7 +95,7 @@ class _Block:
 
 
 class _Shared:
-    """Shared memory, which tells when two threads touch a value with no barrier in between."""
+    """Shared memory that detects two threads touching a value without a barrier in between."""
 
     def __init__(self, block, size, dtype):
         self._block, self._dtype = block, dtype
@@ -154,7 +154,7 @@ def _shfl_xor_sync(lanes, value, mask):
 
 
 def _fma(a, b, c):
-    """a b + c, rounded once, or as good as that."""
+    """Return a b + c, rounded once or nearly so."""
     wide = np.float64 if type(c) is np.float32 else np.longdouble
     return type(c)(wide(a) * wide(b) + wide(c))
 
@@ -176,7 +176,7 @@ vars(cuda).update(
 
 
 def memory_of(dtype, width):
-    """Load and store of `width` values between an array of memory and a thread's own."""
+    """Return functions that load and store `width` values between memory and a thread's array."""
 
     size = width * STORAGE[dtype].pointer.itemsize
 
@@ -204,19 +204,19 @@ def cluster_barrier():
 
 
 def quotient(a, b):
-    """a // b of numbers that 31 bits hold."""
+    """Return a // b of 31-bit numbers."""
     assert 0 <= a < 2**31, a
     assert 0 < b < 2**31, b
     return a // b
 
 
 def exponent_of(value):
-    """e of 2^e <= |value| < 2^(e + 1): -1023 of 0 and subnormal numbers, 1024 of Inf and NaN."""
+    """Return e of 2^e <= |value| < 2^(e + 1): -1023 for 0 and subnormals, 1024 for Inf and NaN."""
     return (int(np.float64(value).view(np.int64)) >> 52 & 0x7FF) - 1023
 
 
 def power_of(exponent):
-    """2^exponent, which must be a normal number."""
+    """Return 2^exponent, which must be a normal number."""
     assert -1023 < exponent < 1024, exponent
     return np.float64(2.0**exponent)
 
@@ -225,16 +225,16 @@ def power_of(exponent):
 
 
 class _Memory(np.ndarray):
-    """All memory of an array as one row, which knows where it begins."""
+    """All memory of an array as one row, with the address of its start."""
 
 
 def address(array):
-    """Where an array begins."""
+    """Return the address of an array."""
     return array.ctypes.data
 
 
 def run(kernel, dtype, parameters, blocks, threads, *args, cluster=1, shared=0):
-    """Run a kernel over the memory of NumPy arrays, cluster after cluster of blocks."""
+    """Run a kernel on the memory of NumPy arrays, one cluster of blocks after another."""
     kinds = sys.modules["nbnorm.cuda.kernels"].signature(kernel, dtype, parameters)
     arguments = [_passed(kind, arg) for kind, arg in zip(kinds, args, strict=True)]
     assert 0 < blocks < 2**31
@@ -248,7 +248,7 @@ def run(kernel, dtype, parameters, blocks, threads, *args, cluster=1, shared=0):
         for first in _in_order(range(0, blocks, cluster)):
             together = [_Block(b, shared) for b in _in_order(range(first, first + cluster))]
             while any(waits := [b.run(kernel.py_func, arguments, threads) for b in together]):
-                assert cluster > 1, "a block waits for a cluster that there is none of"
+                assert cluster > 1, "a block waits for a cluster, but there is none"
                 assert all(waits), "a block has ended that others wait for"
 
 
@@ -257,7 +257,7 @@ def _in_order(numbers):
 
 
 def _passed(kind, arg):
-    """Turn an argument into what a kernel gets: a number, or memory."""
+    """Convert an argument to what a kernel receives: a number, or memory."""
     if not isinstance(kind, np.dtype):
         assert isinstance(arg, int | float if kind is np.float64 else int), arg
         return kind(arg)
@@ -273,7 +273,7 @@ def _passed(kind, arg):
 
 
 class _Waiting(ast.NodeTransformer):
-    """Calls of functions that wait for other threads become `yield from`."""
+    """Turn calls of functions that wait for other threads into `yield from`."""
 
     def __init__(self, trees):
         self.names = {"syncthreads", "shfl_xor_sync", "barrier"}
@@ -295,7 +295,7 @@ class _Waiting(ast.NodeTransformer):
 
 
 def _own_nodes(node):
-    """Walk through a function, not through those within."""
+    """Walk through a function, without its nested functions."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.FunctionDef):
             yield child
@@ -310,11 +310,11 @@ _math = SimpleNamespace(**{**vars(math), "sqrt": _sqrt})
 
 
 def _empty(shape):
-    return np.empty(shape)  # looked up at every call: tests fill it with NaN
+    return np.empty(shape)  # looked up on every call, because tests make it return NaN
 
 
 class _Importer:
-    """Finds and loads the modules that are TRANSFORMED, with other numbers in plan.py."""
+    """Find and load the TRANSFORMED modules, with other numbers in plan.py."""
 
     def __init__(self, **numbers):
         folder = Path(importlib.util.find_spec("nbnorm").origin).parent / "cuda"
@@ -344,7 +344,7 @@ class _Importer:
 
 
 def load(**numbers):
-    """Import `nbnorm.cuda` with this in place of a GPU, and other THREADS or CHUNK in plan.py."""
+    """Import `nbnorm.cuda` on the simulator, with other THREADS or CHUNK in plan.py."""
     intrinsics = {
         "STORAGE": STORAGE,
         "memory_of": memory_of,

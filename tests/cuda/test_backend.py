@@ -1,4 +1,4 @@
-"""The CUDA backend from outside, which needs nothing of CUDA."""
+"""Tests of the CUDA backend's interface, which do not need CUDA."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ PACKAGE = Path(nbnorm.__file__).parent
 
 
 def functions(backend, file):
-    """Return the arguments of the public functions of a backend's file, by name, unexecuted."""
+    """Return {name: arguments} of the public functions in a backend's file, unexecuted."""
     tree = ast.parse((PACKAGE / backend / file).read_text())
     return {
         node.name: {field: ast.dump(value) for field, value in _fields(node.args)}
@@ -22,7 +22,7 @@ def functions(backend, file):
 
 
 def _fields(arguments):
-    """Yield names, kinds and defaults of arguments, not their types."""
+    """Yield names, kinds and defaults of arguments, but not their types."""
     for node in ast.walk(arguments):
         if isinstance(node, ast.arg):
             node.annotation = None

@@ -1,6 +1,6 @@
-"""Every kernel is machine code for sm_80 and sm_90a as lean as it was meant to be.
+"""Every kernel compiles to efficient machine code for sm_80 and sm_90a.
 
-Needs the CUDA toolchain, and neither GPU nor driver.
+Needs the CUDA toolchain, but neither GPU nor driver.
 """
 
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ NEEDED = {
 
 
 def _missing():
-    """Return what of the toolchain is not installed."""
+    """Return the parts of the toolchain that are not installed."""
     for module, name in NEEDED.items():
         try:
             found = find_spec(module)
@@ -73,7 +73,7 @@ def test_a_pass_stays_in_registers_and_moves_vectors(traversal, name, dtype, wid
 
 
 def kept_passes():
-    """Yield traversal, pass, dtype and width of what reads memory once."""
+    """Yield traversal, pass, dtype and width of kernels that read memory once."""
     for dtype, storage in STORAGE.items():
         if storage.itemsize < 8:
             yield from product(TRAVERSALS, KEPT_READ, [dtype], (VECTOR // storage.itemsize, 1))
@@ -98,14 +98,14 @@ def test_blocks_of_a_cluster_wait_for_each_other_and_see_what_was_written(traver
     of = getattr(kernels.fused(traversal, dtype, width, True), name)
     (code,) = compiled(of, dtype, "float32", ("sm_90a",)).values()  # the first that has clusters
     assert_lean({"": code}, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
-    # Twice: what this block wrote is out, all have arrived, what others wrote is not in L1.
+    # Twice: the block's writes are visible, all blocks have arrived, and L1 holds no stale values.
     for instruction in ("MEMBAR", "UCGABAR_ARV", "UCGABAR_WAIT", "CCTL"):
         assert code.count(instruction) == 2, instruction
     assert code.count("LDG", "CONSTANT") == 0
 
 
 def fused_by_choice(of, dtype):
-    """Sums and differences in a kernel's PTX that the assembler could fuse with a product."""
+    """Return sums and differences in PTX that the assembler could fuse with a product."""
     products, found = set(), []
     for line in ptx_of(of, dtype, "float32").splitlines():
         match line.replace(",", "").rstrip(";").split():
@@ -121,7 +121,7 @@ def fused_by_choice(of, dtype):
 @pytest.mark.parametrize("traversal", TRAVERSALS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
-    """Kernels that read memory once and those that do it twice are to give the same bits."""
+    """Kernels that read memory once and those that read it twice must return the same bits."""
     width = VECTOR // STORAGE[dtype].itemsize
     separate = kernels.build(traversal, dtype, width)
     kept = kernels.fused(traversal, dtype, width, False)
@@ -145,11 +145,11 @@ def test_what_is_done_once_a_channel_stays_in_registers(of, dtype):
     assert_lean(compiled(of, dtype, dtype), of, width=1)
 
 
-# -- what the checks above would find ------------------------------------------------------------
+# -- the checks above find faults ----------------------------------------------------------------
 
 
 def found_in(of):
-    """Return the problems of a kernel over (float32 pointer, int64), the same on each GPU."""
+    """Return the problems of a kernel of (float32 pointer, int64) on each architecture."""
     codes = code_of(of, (FLOAT32, types.int64))
     one, other = (
         " ".join(problems(code, of, width=4, loads=1, stores=1)) for code in codes.values()

@@ -1,4 +1,4 @@
-"""How a pass is cut up for a GPU: every value is done once, and vectors lie where they may."""
+"""How a pass is split on a GPU: every value is done once, and vectors are aligned."""
 
 import importlib.util
 import inspect
@@ -12,7 +12,7 @@ from nbnorm._layout import PLANE
 
 
 def _loaded():
-    """The module by itself: its package needs CUDA, it does not."""
+    """Load the module by itself: its package needs CUDA, the module does not."""
     file = Path(nbnorm.__file__).parent / "cuda" / "plan.py"
     spec = importlib.util.spec_from_file_location("plan_of_cuda", file)
     module = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ def parts(total, per, chunks):
 
 
 def assert_done_once(ranges, total):
-    """Ranges that follow each other, none of them empty, cover 0 to total."""
+    """Assert that consecutive, nonempty ranges cover 0 to total."""
     assert [part.start for part in ranges] == [0, *(part.stop for part in ranges[:-1])]
     assert ranges[-1].stop == total
     assert all(ranges)
@@ -108,7 +108,7 @@ def test_columns_fit_into_a_block(shape, itemsize, aligned):
     cut = plan(*shape, itemsize, aligned)
     at_once = cuts.THREADS // cut.lanes
     assert at_once >= 1, "a sample of the group has more vectors than a block has threads"
-    # Shared memory holds `width` sums of every thread, at the places of its columns.
+    # Shared memory holds `width` sums of every thread, indexed by column.
     columns = min(cut.group, shape[1]) * shape[2]
     assert at_once * columns <= cuts.THREADS * cut.width
     assert cut.per % (at_once * cuts.UNROLL) == 0, "threads would have samples of several chunks"
@@ -128,7 +128,7 @@ def test_chunks_are_few_and_large_enough(shape, itemsize, aligned):
     cut = plan(*shape, itemsize, aligned)
     assert 1 <= cut.chunks <= cuts.CHUNKS
     values = N * S if cut.traversal == "rows" else N * S * min(cut.group, C)
-    # All but the last: so many that what a block does besides is little.
+    # Each chunk but the last has enough values to amortise a block's other work.
     if 1 < cut.chunks < cuts.CHUNKS:
         assert values / cut.chunks >= cuts.CHUNK / 4
 
@@ -151,14 +151,14 @@ def test_every_chunk_is_kept_by_one_block_that_has_the_memory(
     assert kept.blocks == 1 or clusters
     assert kept.blocks * (kept.each - 1) < cut.chunks <= kept.blocks * kept.each
     assert kept.grid * cut.chunks == cut.blocks * kept.blocks
-    # Values of a chunk, some of them absent, as float32; sums as float64.
+    # Values of a chunk, padded, as float32; sums as float64.
     assert kept.shared == kept.each * cut.per * cut.lanes * cut.width * 4 * tensors
     sums = cuts.THREADS * cut.width if cut.traversal == "columns" else 32
     assert kept.shared + 8 * sums <= shared
 
 
 def test_what_fits_is_kept():
-    """Layers of ResNet-50 at 32 and 256 images, on sm_90; x, and dy and x."""
+    """Layers of ResNet-50 with batches of 32 and 256, on sm_90; x, and dy and x."""
     sides = (112, 56, 56, 56, 28, 28, 28, 14, 14, 14, 7, 7)
     widths = (64, 64, 128, 256, 128, 256, 512, 256, 512, 1024, 512, 2048)
 

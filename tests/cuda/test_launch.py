@@ -1,7 +1,7 @@
-"""The launcher under a CUDA driver that notes launches and runs nothing (driver.py).
+"""The launcher with a CUDA driver that records launches and runs nothing (driver.py).
 
-What is marked `under_the_driver` runs in one child process, all in the order written here. The
-program itself, `python tests/cuda/test_launch.py`, prints what a call takes of the host's time.
+Tests marked `under_the_driver` run in one child process, in the order written here. Run as a
+script, `python tests/cuda/test_launch.py` prints the host time of each call.
 """
 
 import inspect
@@ -26,7 +26,7 @@ import pytest
 
 _bodies = {}
 
-SHARED = 227 << 10  # bytes of shared memory that a block can have on sm_90
+SHARED = 227 << 10  # bytes of shared memory per block on sm_90
 
 F32, F64, F16 = np.dtype("float32"), np.dtype("float64"), np.dtype("float16")
 
@@ -57,11 +57,11 @@ def under_the_driver(body):
     return test
 
 
-# -- what the driver is to see -------------------------------------------------------------------
+# -- arguments of launches ------------------------------------------------------------------------
 
 
 def tensor(dtype, *, rows, gap=0):
-    """A tensor of rows or of columns; a gap of so many values follows each sample, and row."""
+    """Return a tensor of rows or of columns, with a gap after each sample and row."""
     N, C, S = (3, 5, 512) if rows else (6, 16, 8)
     row = S + gap if rows else S
     return fake.Array((N, C, S), dtype, (C * row + gap, row, 1))
@@ -72,7 +72,7 @@ def channels(dtype=F64, size=None):
 
 
 def view(rows, name, short, array, absent=False):
-    """A tensor's arguments; the strides of one that the kernel does not touch may be anything."""
+    """Return a tensor's arguments; a kernel that does not use the tensor ignores its strides."""
     strides = [stride // array.itemsize for stride in array.strides]
     expected = {name: array.data.ptr, f"{short}n": strides[0], f"{short}c": strides[1]}
     if not rows:
@@ -81,7 +81,7 @@ def view(rows, name, short, array, absent=False):
 
 
 def geometry(rows, x):
-    """Plan of a pass over aligned tensors, and its numbers as the kernels take them."""
+    """Return the plan of a pass over aligned tensors, and its numbers as kernel arguments."""
     from nbnorm.cuda.plan import plan
 
     N, C, S = x.shape
@@ -95,7 +95,7 @@ def geometry(rows, x):
 
 
 def names_of(launch):
-    """Names of the arguments."""
+    """Return the names of the arguments."""
     from nbnorm.cuda import kernels
 
     module, name = launch.kernel.split(".")
@@ -119,7 +119,7 @@ def types_of(launch):
 
 
 def check(launch, kernel, grid, cluster=1, shared=0, **expected):
-    """Compare a launch with what its kernel is to be given; arrays stand for their addresses."""
+    """Compare a launch with the expected arguments; arrays stand for their addresses."""
     assert (launch.kernel, launch.grid, launch.block) == (kernel, (grid, 1, 1), (256, 1, 1))
     assert (launch.cluster, launch.shared) == (cluster, shared)
     seen = arguments_of(launch)
@@ -227,7 +227,7 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
 
 @contextmanager
 def fused(driver, shared=SHARED, clusters=True):
-    """On devices with so much shared memory, forward and backward read memory once."""
+    """Give devices this much shared memory, so that forward and backward read memory once."""
     from nbnorm.cuda import launch
 
     def be(*resources):
@@ -241,7 +241,7 @@ def fused(driver, shared=SHARED, clusters=True):
         be(0, False)
 
 
-# Channels of a chunk, of some, and of so many that blocks keep two and more each.
+# One chunk per channel, several, and so many that blocks keep two and more each.
 LARGE = [(3, 5, 512), (100, 3, 512), (400, 2, 512), (6, 16, 8), (700, 16, 8), (4000, 2, 24)]
 
 
@@ -291,8 +291,8 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
 
 
 @under_the_driver
-def test_kept_chunks_and_sums_may_have_more_than_any_kernel(driver, backend):
-    """48 KB without asking, of which a kernel's own shared memory is a part."""
+def test_kept_chunks_and_sums_may_exceed_48_kb(driver, backend):
+    """A block has 48 KB by default, including a kernel's own shared memory."""
     for N, C, S in ((118, 256, 49), (4, 3, 1 << 13), (30, 3, 1 << 13)):
         x, y = fake.Array((N, C, S), F32), fake.Array((N, C, S), F32)
         with fused(driver):
@@ -378,11 +378,11 @@ def test_statistics_are_moved_and_inverted(driver, backend):
     check(rstd, "channel.rstd_all", 2, var=var, eps=1e-3, rstd=driver.returned, C=C)
 
 
-# -- what is read of numba-cuda's insides ----------------------------------------------------------
+# -- access to numba-cuda's internals --------------------------------------------------------------
 
 
 @under_the_driver
-def test_what_numba_cuda_keeps_inside_is_read_in_any_form_it_has_had(driver, backend):
+def test_internals_of_numba_cuda_are_read_in_any_form_they_have_had(driver, backend):
     from cuda.bindings import driver as bindings
 
     from nbnorm.cuda.loading import load
@@ -416,7 +416,7 @@ def test_a_compiler_that_is_not_there_is_named_with_the_remedy(driver, backend):
 
 
 def loadable(**inside):
-    """A kernel that compiles to something with this inside."""
+    """Return a kernel that compiles to an object with these attributes."""
     library = SimpleNamespace(get_cufunc=lambda: SimpleNamespace(**inside))
     return SimpleNamespace(compile=lambda _: SimpleNamespace(_codelibrary=library))
 
@@ -425,7 +425,7 @@ def loadable(**inside):
 
 
 def calls_of(backend, dtype=F32, *, rows=True, samples=3):
-    """Every function of the backend, by name, with how many launches it takes."""
+    """Return {name: (number of launches, call)} for every function of the backend."""
     shape = (samples, 5, 512) if rows else (2 * samples, 16, 8)
     x, y, dy, dx = (fake.Array(shape, dtype) for _ in range(4))
     C = x.shape[1]
@@ -463,7 +463,7 @@ def test_each_function_takes_as_many_launches_as_it_has_kernels(driver, backend)
 
 @under_the_driver
 def test_after_the_first_call_the_driver_is_asked_for_launches_and_nothing_else(driver, backend):
-    """No waiting, no copies, no memory, no contexts, nothing loaded."""
+    """It does not wait, copy, allocate, create contexts or load modules."""
     for rows in (True, False):
         for name, (launches, call) in calls_of(backend, F16, rows=rows).items():
             call()
@@ -513,7 +513,7 @@ def test_a_kernel_is_loaded_once_for_each_kind_of_device(driver, backend):
 
 @under_the_driver
 def test_loading_leaves_the_devices_of_the_thread_as_they_were(driver, backend):
-    x, y = (fake.Array((3, 3, 3), F32) for _ in range(2))  # kernels that nothing else here loads
+    x, y = (fake.Array((3, 3, 3), F32) for _ in range(2))  # kernels that no other test here loads
     gamma, beta = channels(F64, 3), channels(F64, 3)
     loads = driver.calls("cuLibraryLoad")
     cupy.use(device=2)
@@ -568,7 +568,7 @@ def test_threads_that_launch_at_the_same_time_do_not_share_arguments(driver, bac
 
 
 def in_thread(work):
-    """Run in a new thread; raise here what was raised there."""
+    """Run in a new thread; raise its exceptions here."""
     errors = []
 
     def guarded():
@@ -620,7 +620,7 @@ def test_without_a_library_a_gpu_array_is_refused_with_what_to_install(environme
 
 
 def without(library):
-    """Print the message of the ImportError that an array on a GPU leads to."""
+    """Print the message of the ImportError raised for an array on a GPU."""
     import nbnorm
 
     class Tensor:
@@ -642,7 +642,7 @@ def without(library):
 
 
 def host_times(driver, backend):
-    """Microseconds of each function, whose results are in memory at hand: {name: time}."""
+    """Return {name: microseconds} of each function, with preallocated results."""
     times = {}
     for samples, shared in ((3, 0), (3, SHARED), (100, SHARED)):
         for rows in (True, False):
@@ -656,7 +656,7 @@ def host_times(driver, backend):
                         cupy.ready[array.shape] = array
                         if len(array.shape) == 1:
                             cupy.ready[array.size] = array
-                    # The processor's time: nothing waits, except for other processes' turns.
+                    # Processor time: nothing waits, except for other processes.
                     rounds = timeit.repeat(call, timer=time.thread_time, number=200, repeat=30)
                     cupy.ready.clear()
                 how = f", once, clusters of {launch.cluster}" if shared else ""
@@ -666,7 +666,7 @@ def host_times(driver, backend):
 
 @under_the_driver
 def test_a_call_takes_the_host_some_microseconds(driver, backend):
-    """10 is the aim for forward and backward, on a machine that does nothing else."""
+    """The aim for forward and backward on an idle machine is 10."""
     times = host_times(driver, backend)
     print(*(f"{name}: {spent:.1f} us" for name, spent in times.items()), sep="\n")
     assert max(times.values()) < 50, times
@@ -676,7 +676,7 @@ def test_a_call_takes_the_host_some_microseconds(driver, backend):
 
 
 def run_all():
-    """Run everything marked; print what came of it."""
+    """Run all marked tests; print their outcomes."""
     outcomes = {}
     for name, body in _bodies.items():
         error = None
@@ -684,14 +684,14 @@ def run_all():
             try:
                 cupy.use()
                 body(driver, backend)
-            except BaseException:  # pytest.fail's is no Exception
+            except BaseException:  # pytest.fail raises a BaseException that is not an Exception
                 error = traceback.format_exc()
         outcomes[name] = said.getvalue(), error
     print(json.dumps(outcomes))
 
 
 def table():
-    """Start this file with the fake driver, which has to be there when Python starts."""
+    """Start this file with the fake driver, which must be loaded when Python starts."""
     if reason := fake.missing():
         sys.exit(reason)
     with tempfile.TemporaryDirectory() as folder:

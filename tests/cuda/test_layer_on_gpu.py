@@ -1,6 +1,6 @@
 """`BatchNorm` follows its inputs to a GPU and back.
 
-In a process of its own, with the simulator and a stand-in for CuPy.
+Runs in a child process with the simulator and a stand-in for CuPy.
 """
 
 from pathlib import Path
@@ -66,7 +66,7 @@ for device in (0, 1, 1, None, 0):
     same_state()
 assert there.num_batches_tracked == 5
 
-# Evaluation there, with a state and statistics that come from here.
+# Evaluation on a GPU, with a state and statistics from the CPU.
 state = {name: value + 1 for name, value in here.state_dict().items()}
 moments = nbnorm.batch_norm_stats(x)
 device_moments = nbnorm.batch_norm_stats(on(1, x))

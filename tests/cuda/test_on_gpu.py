@@ -1,8 +1,8 @@
-"""What only a GPU can show: `pytest --backend cupy`, or, in small, `--backend simulator`.
+"""Tests that need a GPU: `pytest --backend cupy`, or scaled down, `--backend simulator`.
 
-Arrays are NumPy's; the backend takes them to the device and back (backends.py). What is asked of
-the results are the CPU's own properties and tolerances. `benchmarks/gpu/check.sh` runs this file in
-parts: smoke, cases, large, repeat, torch, graph.
+Arrays are NumPy's; the backend copies them to the device and back (backends.py). Results must have
+the CPU's properties, within its tolerances. `benchmarks/gpu/check.sh` runs this file in parts:
+smoke, cases, large, repeat, torch, graph.
 """
 
 import importlib
@@ -33,12 +33,12 @@ from nbnorm import reference
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 traversals = pytest.mark.parametrize("traversal", ["rows", "columns"])
-SHARED = 227 << 10  # bytes that a block may have on sm_90: what the simulator has, too
+SHARED = 227 << 10  # bytes of shared memory per block on sm_90, and on the simulator
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_device(request):
-    """Which backend this is; without one on a device there is nothing to test."""
+    """Return the backend; skip if it is not on a device."""
     name = request.config.getoption("--backend")
     if name not in ("cupy", "simulator"):
         pytest.skip("needs --backend cupy, or simulator")
@@ -50,7 +50,7 @@ def on_device(request):
 
 @pytest.fixture
 def keeps(on_device, monkeypatch):
-    """Let kernels keep tensors in shared memory where they fit, or have them read twice."""
+    """Let kernels keep tensors in shared memory if they fit, or make them read memory twice."""
 
     def set_to(kept):
         limits = (SHARED, True) if kept else (0, False)
@@ -67,7 +67,7 @@ def keeps(on_device, monkeypatch):
 
 @pytest.fixture
 def launched(on_device, monkeypatch):
-    """Kernels that were launched, by name, and of how many blocks their clusters were."""
+    """Record the launched kernels by name, and the number of blocks in their clusters."""
     found, run = {}, on_device.backend.launch.run
 
     def note(kernel, *args, cluster=1, **options):
@@ -81,13 +81,13 @@ def launched(on_device, monkeypatch):
 
 @dataclass(frozen=True)
 class Whole(Recipe):
-    """A recipe with residual and ReLU in every dtype: here they are no kernels of their own."""
+    """A recipe with residual and ReLU in every dtype, which need no extra kernels on a GPU."""
 
     with_extras = True
 
 
 def holds(name, *arguments):
-    """Run the body of a property of test_properties.py."""
+    """Run the body of a property in test_properties.py."""
     getattr(properties, f"test_{name}").hypothesis.inner_test(*arguments)
 
 
@@ -99,7 +99,7 @@ ACCESSES += [(dtype, how) for dtype in DTYPES[:1] + HALVES for how in ("kept", "
 
 @pytest.fixture
 def bare_memory(on_device):
-    """Every array has memory of its own, so that compute-sanitizer knows where it ends."""
+    """Give every array its own allocation, so that compute-sanitizer knows its bounds."""
     if on_device.simulated:
         yield
         return
@@ -166,7 +166,7 @@ DATA = [
 
 
 def data_for(number, dtype):
-    """Two kinds of data for a case, different ones for the next."""
+    """Return two kinds of data for a case, and different ones for the next."""
     fitting = DATA[:4] if dtype in HALVES else DATA
     return [fitting[i % len(fitting)] for i in (number, number + 3)]
 
@@ -193,13 +193,13 @@ LARGE = [
     *[((32, 2048, 7, 7), "C"), ((16, 3, 512, 512), "C"), ((7, 1, 701, 703), "C")],
     *[((65_536, 200), "C"), ((2, 40_000, 5, 5), "C")],
 ]
-# More than 2^31 values: by rows, by columns. Of float16, the smallest.
+# More than 2^31 values, by rows and by columns, in float16 to save memory.
 HUGE = [((256, 8200, 32, 32), "C"), ((131_100, 16_400), "C")]
-POOL = np.random.default_rng(0).normal(size=4_194_301)  # a prime: in step with no shape
+POOL = np.random.default_rng(0).normal(size=4_194_301)  # a prime: no shape repeats the data
 
 
 def values(shape, dtype, layout="C", *, offset=0.0, first=0):
-    """Random numbers that are quickly had; nobody may write to them, so none are copied back."""
+    """Return random numbers, quickly; they are read-only, so that they are not copied back."""
     array = np.resize((np.roll(POOL, first) + offset).astype(dtype_of(dtype)), shape)
     array = array if layout == "C" else lay_out(array, layout)
     root = array if array.base is None else array.base
@@ -208,7 +208,7 @@ def values(shape, dtype, layout="C", *, offset=0.0, first=0):
 
 
 def sized(shape, on_device):
-    """A shape as it is on a GPU; for the simulator a small one like it."""
+    """Return the shape for a GPU, or a small one like it for the simulator."""
     if not on_device.simulated:
         return shape
     rows = prod(shape[2:]) >= 256
@@ -253,7 +253,7 @@ def test_large(shape, layout, dtype, on_device):
     shape = sized(shape, on_device)
     step = step_of(shape, dtype, layout, offset=1e4 if dtype == "float32" else 1.0)
     forward, got = step()
-    some = sorted({0, shape[1] // 2, shape[1] - 1})  # what the oracle has time for
+    some = sorted({0, shape[1] // 2, shape[1] - 1})  # the channels that the oracle has time for
     some = some[-1:] if prod(shape) // shape[1] > 1 << 21 else some
     x, dy, gamma, beta = (
         np.ascontiguousarray(a[:, some] if a.ndim > 1 else a[some]) for a in vars(step).values()
@@ -290,7 +290,7 @@ def assert_same_results(one, other):
     ("shape", "layout"),
     [
         *LARGE[:5],
-        # On sm_90 clusters that keep two and three chunks a block by rows, and one by columns.
+        # On sm_90 clusters that keep two and three chunks per block by rows, and one by columns.
         *[((256, 512, 28, 28), "C"), ((256, 512, 14, 14), "C"), ((5, 7, 31, 33), "C")],
         *[((60, 100), "C"), ((100_000, 5), "C"), ((2, 8, 4, 4), "C")],
     ],
@@ -306,19 +306,19 @@ def test_repeat(shape, layout, dtype, keeps, on_device):
     assert_same_results(first, step(residual))
 
 
-# -- torch: its tensors, its streams --------------------------------------------------------------
+# -- torch: tensors and streams -------------------------------------------------------------------
 
 
 @pytest.fixture
 def torch(on_device):
-    """PyTorch with a GPU; where the GPU is simulated, PyTorch on the CPU, and so are we."""
+    """PyTorch on a GPU, or on the CPU if the GPU is simulated."""
     torch = pytest.importorskip("torch")
     torch.device_here = "cpu" if on_device.simulated else "cuda"
     return torch
 
 
 def expected_of(function, torch):
-    """The function over NumPy arrays, computed where it is for tensors."""
+    """Return the function that takes NumPy arrays, computed where it is for tensors."""
     return function.__wrapped__ if torch.device_here == "cpu" else function
 
 
@@ -359,7 +359,7 @@ def test_torch_tensors_give_the_bits_of_cupy_arrays(torch, shape, dtype, on_devi
 
 
 def test_torch_streams_are_waited_for_and_not_waited_on(torch):
-    """On a stream of torch's own, behind work that takes a while."""
+    """Run on one of torch's own streams, behind work that takes a while."""
     gpu = torch.device_here == "cuda"
     x = torch.randn(8, 16, 14, 14, device=torch.device_here)
     expected = nbnorm.batch_norm_forward(x).y
@@ -408,7 +408,7 @@ def test_torch_modules_train_as_torchs_own(torch, layout):
 
 
 def captured(on_device, call):
-    """Return what replays a call, and its results; a simulated GPU repeats it."""
+    """Return a function that replays a call, and the call's results; a simulated GPU repeats it."""
     if on_device.simulated:
         results = call()
 
@@ -419,10 +419,10 @@ def captured(on_device, call):
         return repeat, results
     cuda = on_device.cupy.cuda
     cuda.Device().synchronize()
-    # Scratch memory belongs to the graph as long as it is replayed: a pool of its own holds it.
+    # Scratch memory belongs to the graph while it can be replayed, so it gets its own pool.
     pool, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
     with cuda.using_allocator(pool.malloc), stream:
-        call()  # compiles and loads kernels, which a capture may not
+        call()  # compiles and loads kernels, which is not allowed during capture
         stream.synchronize()
         stream.begin_capture()
         try:
@@ -431,7 +431,7 @@ def captured(on_device, call):
             graph = stream.end_capture()
 
     def replay(pool=pool):
-        cuda.Device().synchronize()  # x is there: the stream does not wait for the default one
+        cuda.Device().synchronize()  # wait for x: the stream does not wait for the default one
         graph.launch(stream)
         stream.synchronize()
 

@@ -1,6 +1,6 @@
-"""The CUDA backend on the simulator: every test of simulated.py, which has a process of its own.
+"""The CUDA backend on the simulator: all tests of simulated.py, in a child process.
 
-The simulator takes the place of modules, so no other test may share its process.
+The simulator replaces modules, so no other test may share its process.
 """
 
 import ast
@@ -26,7 +26,7 @@ TESTS = [
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """Run what is wanted of simulated.py; its cases, by the name of their test."""
+    """Run the selected tests of simulated.py; return their cases by test name."""
     wanted = {
         item.callspec.params["name"]
         for item in request.session.items
@@ -56,4 +56,4 @@ def test_simulated(name, outcomes):
         _, problem = wrong[0]
         failed = [case.get("name") for case, _ in wrong]
         pytest.fail(f"{len(wrong)} of {len(cases)}: {failed}\n{problem.text}", pytrace=False)
-    assert any(len(case) == 0 for case in cases), "no case of it ran"
+    assert any(len(case) == 0 for case in cases), "none of its cases ran"

@@ -1,6 +1,6 @@
-"""Arrays of other libraries on a GPU: on their device, on the stream that their library works on.
+"""Arrays of other libraries on a GPU: computed on their device, on their library's stream.
 
-In a process of its own, with the simulator, a stand-in for CuPy and one for torch.
+Runs in a child process with the simulator and stand-ins for CuPy and torch.
 """
 
 from pathlib import Path

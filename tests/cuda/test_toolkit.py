@@ -1,7 +1,7 @@
-"""CUDA's compiler without the wheels that hold it: found in a toolkit that CUDA_HOME names.
+"""CUDA's compiler in a toolkit at CUDA_HOME, without the wheels that contain it.
 
 Numba looks for its wheels, then where the system looks for libraries, which is not where a toolkit
-keeps libnvvm. `check.sh` sets CUDA_HOME; kernels are then compiled for what the fake driver says.
+keeps libnvvm. `check.sh` sets CUDA_HOME; kernels are then compiled for the fake driver's device.
 """
 
 import os
@@ -27,7 +27,7 @@ void *dlopen(const char *file, int mode) {  /* a system that does not know libnv
 
 @pytest.fixture(scope="module")
 def wheels():
-    """Where the wheels with CUDA's compiler are."""
+    """Return the folder of the wheels with CUDA's compiler."""
     if reason := fake.missing():
         pytest.skip(reason)
     nvvm = pytest.importorskip("nvidia.cu13", reason="the CUDA toolkit's packages (nvidia-*)")
@@ -36,7 +36,7 @@ def wheels():
 
 @pytest.fixture(scope="module")
 def environment(wheels, tmp_path_factory):
-    """A Python with everything but those wheels, on the fake driver."""
+    """A Python with the fake driver and everything but those wheels."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
@@ -53,13 +53,13 @@ def environment(wheels, tmp_path_factory):
 
 
 def said_by_the_check(environment, folder, toolkit):
-    """What the check of a GPU found out about the machine."""
+    """Return what check.sh logs about the machine."""
     check = ["bash", ROOT / "benchmarks" / "gpu" / "check.sh", "--smoke", folder]
     child = subprocess.run(
         check, env={**environment, "CUDA_TOOLKIT": toolkit}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
-    assert child.returncode == 1, child.stderr  # the fake driver is nothing for CuPy
+    assert child.returncode == 1, child.stderr  # CuPy does not work with the fake driver
     assert "stopped: see " in child.stdout
     return (folder / "log.txt").read_text()
 
@@ -79,6 +79,6 @@ def test_the_check_of_a_gpu_leads_to_a_toolkit(environment, wheels, tmp_path):
 
 def test_without_a_toolkit_the_check_stops_and_says_what_is_missing(environment, tmp_path):
     found = said_by_the_check(environment, tmp_path / "lost", tmp_path / "nothing")
-    assert "versions: compiler: MISSING: RuntimeError: CUDA's compiler is not all there" in found
+    assert "versions: compiler: MISSING: RuntimeError: CUDA's compiler is incomplete" in found
     assert "set CUDA_HOME to a CUDA toolkit" in found
     assert "nothing can run here without: GPU, libraries, compiler" in found

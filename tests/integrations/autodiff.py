@@ -1,4 +1,4 @@
-"""What the tests of hosts that differentiate NumPy functions share: data, the oracle, children."""
+"""Shared by tests of hosts that differentiate NumPy functions: data, the oracle, children."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ from tolerances import (
 from nbnorm import reference
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are no part of what is installed
+sys.path.insert(0, str(ROOT))  # the benchmarks are not part of an installation
 
 from benchmarks.checking import check  # noqa: E402
 from benchmarks.peers import Batch as Measured  # noqa: E402
@@ -41,7 +41,7 @@ FUSED = {
 
 
 class Batch(NamedTuple):
-    """Arguments of a call, and the gradient of its result; what is left out is None."""
+    """Arguments of a call and the gradient of its result; omitted ones are None."""
 
     x: np.ndarray
     gamma: np.ndarray | None
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def differentiable(self):
-        """Names and arrays that have a gradient."""
+        """Return names and arrays that have a gradient."""
         names = ("x", "gamma", "beta", "residual")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 def drawn(
     layout="NCHW", dtype="float64", *, gamma=True, beta=True, residual=False, shape=None
 ) -> Batch:
-    """Return a random batch whose arrays cannot be written to, but for running statistics."""
+    """Return a random batch whose arrays are read-only, except for running statistics."""
     shape, axis = LAYOUTS[layout] if shape is None else (shape, 1)
     channels = channels_of(shape, axis)
     rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def assert_right(b, y, grads, *, axis, training=True, activation=None, eps=1e-5)
 
 
 def assert_moved_once(before, after, x, *, axis, momentum=0.1, correction=1):
-    """Compare running statistics, (mean, var) each time, with the oracle's after one batch."""
+    """Compare running statistics, pairs (mean, var), with the oracle's after one batch."""
     moments = reference.batch_norm_stats(x, axis=axis)
     expected = reference.update_running_stats(
         *before, moments, momentum=momentum, correction=correction, inplace=False
@@ -133,7 +133,7 @@ class Trained(NamedTuple):
 
 
 def run_example(name, *options):
-    """Run an example; return its rows, "nbnorm" and "none"."""
+    """Run an example; return its rows "nbnorm" and "none"."""
     script = str(ROOT / "docs" / "examples" / name)
     printed = run_child("-W", "error", script, *options)
     number = r" +([\d.]+)"
@@ -143,7 +143,7 @@ def run_example(name, *options):
 
 
 def assert_like_with_like(calls, shape, dtype):
-    """Check what a benchmark times, "host" and "nbnorm": y, dx, dgamma, dbeta as the oracle has."""
+    """Check y, dx, dgamma and dbeta of the timed functions, "host" and "nbnorm"."""
     assert set(calls) == {"host", "nbnorm"}
     for name, call in calls.items():
         y, *grads = call()

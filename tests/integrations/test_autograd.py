@@ -35,7 +35,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eva
 
 @pytest.fixture
 def backward_calls(monkeypatch):
-    """Masks of the backward passes, as they come."""
+    """Record the masks of the backward passes."""
     masks = []
     backward = integration.batch_norm_backward
 
@@ -48,7 +48,7 @@ def backward_calls(monkeypatch):
 
 
 def function_of(b, names, **options):
-    """`batch_norm` as a function of those of b's arrays that are named."""
+    """Return `batch_norm` as a function of the named arrays of b."""
 
     def function(*arrays):
         given = b.differentiable | dict(zip(names, arrays, strict=True))
@@ -62,7 +62,7 @@ def differentiate(b, names=None, **options):
     names = tuple(b.differentiable) if names is None else names
     arrays = [b.differentiable[name] for name in names]
     function = function_of(b, names, **options)
-    if len(names) == 1:  # without a tuple, into whose zeros autograd adds gradients
+    if len(names) == 1:  # not in a tuple: autograd adds gradients into zeros of the argument's type
         vjp, y = make_vjp(function)(*arrays)
         return y, {names[0]: vjp(b.dy)}
     vjp, y = make_vjp(function, argnum=tuple(range(len(names))))(*arrays)
@@ -70,7 +70,7 @@ def differentiate(b, names=None, **options):
 
 
 def frozen(b):
-    """Evaluation's arguments."""
+    """Return arguments for evaluation."""
     return {"running_mean": b.running_mean, "running_var": b.running_var, "training": False}
 
 
@@ -110,7 +110,7 @@ def test_check_grads(layout, fused, training, gamma, beta):
 
 @fused
 def test_half_precision(fused):
-    """Gradients have the dtypes of what they are of; in float32 they are what they are here."""
+    """Gradients have the dtypes of their arrays; in float32 they equal nbnorm's own."""
     residual, activation = FUSED[fused]
     b = drawn(dtype="float16", residual=residual)
     b = b._replace(gamma=b.gamma.astype("float32"), beta=b.beta.astype("float64"))
@@ -137,7 +137,7 @@ def test_parameters_of_two_dtypes(name):
 
 
 def test_a_loss_in_another_dtype():
-    """The gradient of y comes in the loss's dtype, that of x goes in x's."""
+    """The gradient of y has the loss's dtype, that of x has x's."""
     b = drawn(dtype="float32", residual=True)
     weights = b.dy.astype("float64")
     for activation in (None, "relu"):
@@ -181,7 +181,7 @@ def test_without_a_derivative_it_is_the_function():
     assert_right(b, y, {}, axis=1, activation="relu")
 
 
-# What is computed, and how often
+# Number of calls and copies
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -203,7 +203,7 @@ def test_one_backward_pass_for_what_is_asked(backward_calls, names, activation):
     b = drawn(residual=True)
     y, grads = differentiate(b, names, activation=activation)
     mask = tuple(name in names for name in ("x", "gamma", "beta", "residual"))
-    if activation is None:  # the gradient of what is only added is dy
+    if activation is None:  # the gradient of a term that is only added is dy
         mask = (*mask[:3], False)
         if names == ("residual",):
             assert grads["residual"] is b.dy
@@ -252,7 +252,7 @@ def test_y_is_kept_only_where_its_mask_is_needed(residual, activation):
     def function(x):
         y = batch_norm(x, residual=b.residual, activation=activation)
         kept.append(weakref.ref(y._value))
-        return np.sum(y)  # which needs the shape of y alone
+        return np.sum(y)  # needs only y's shape
 
     vjp, _ = make_vjp(function)(b.x)
     assert (kept[-1]() is not None) == (residual and activation is not None)
@@ -294,7 +294,7 @@ def test_evaluation_leaves_running_statistics_alone():
 
 
 def test_a_gradient_taken_after_the_statistics_have_moved():
-    """Evaluation's gradient is at the statistics that normalised."""
+    """Evaluation's gradient uses the statistics that normalised."""
     b = drawn()
     vjp, y = make_vjp(lambda x: batch_norm(x, b.gamma, b.beta, **frozen(b)))(b.x)
     before = b._replace(running_mean=b.running_mean.copy(), running_var=b.running_var.copy())
@@ -303,7 +303,7 @@ def test_a_gradient_taken_after_the_statistics_have_moved():
     assert_right(before, y, {"x": vjp(b.dy)}, axis=1, training=False)
 
 
-# What there is not
+# Unsupported calls
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
@@ -317,7 +317,7 @@ def test_running_statistics_that_are_differentiated_are_refused(name, training):
         return np.sum(batch_norm(b.x, **running | {name: array}, training=training))
 
     with pytest.raises(
-        TypeError, match=f"^{name} is a box .* have no gradient; expected an ndarray"
+        TypeError, match=f"^{name} is an autograd box.* have no gradient; expected an ndarray"
     ):
         grad(loss)(running[name])
     for key, array in running.items():
@@ -332,7 +332,7 @@ def test_a_second_derivative_is_refused(name, activation):
     first = elementwise_grad(lambda array: function(array) ** 2)
     array = b.differentiable[name]
     first(array)
-    if name == "residual" and activation is None:  # linear, and none of nbnorm's
+    if name == "residual" and activation is None:  # linear, and not computed by nbnorm
         assert_same_bits(elementwise_grad(first)(array), onp.full_like(array, 2))
         return
     with pytest.raises(RuntimeError, match=r"no second derivative.*autograd\.numpy"):
@@ -351,7 +351,7 @@ def test_a_mixed_second_derivative_is_refused():
 
 
 def test_a_gradient_within_a_function_that_is_differentiated():
-    """It can be computed and used, as long as nothing is differentiated through it."""
+    """It can be computed and used if nothing is differentiated through it."""
     b = drawn("NC")
 
     def function(factor):
@@ -405,13 +405,13 @@ def test_boxes_given_to_the_function_itself_are_sent_here(name):
     def loss(box):
         return np.sum(nbnorm.batch_norm_forward(**arguments | {name: box}).y)
 
-    message = rf"^{name} is a box of autograd's.*use nbnorm\.integrations\.autograd$"
+    message = rf"^{name} is an autograd box.*use nbnorm\.integrations\.autograd$"
     for differentiate_ in (grad, lambda f: grad(grad(f))):
         with pytest.raises(TypeError, match=message):
             differentiate_(loss)(arguments[name])
 
 
-# Around it
+# Imports, examples, benchmarks
 
 
 def test_importing_it_imports_no_other_host():
@@ -430,7 +430,7 @@ def test_doctests():
 
 
 def test_example():
-    """Chance is a tenth, and the loss of chance log(10) = 2.3."""
+    """Chance accuracy is a tenth, and its loss log(10) = 2.3."""
     with_bn, without = run_example("autograd_mlp.py", "--steps", "100")
     assert with_bn.last_loss < 0.5 * with_bn.first_loss
     assert with_bn.accuracy > 0.6

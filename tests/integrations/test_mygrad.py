@@ -32,12 +32,12 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eva
 affine = pytest.mark.parametrize(
     ("gamma", "beta"), [(True, True), (True, False), (False, True), (False, False)]
 )
-LARGE = (512, 64, 2, 2)  # 1 MiB in float64: nbnorm's own results of this size come from its pool
+LARGE = (512, 64, 2, 2)  # 1 MiB in float64
 
 
 @pytest.fixture
 def backward_calls(monkeypatch):
-    """Masks of the backward passes, as they come."""
+    """Record the masks of the backward passes."""
     masks = []
     backward = integration.batch_norm_backward
 
@@ -50,7 +50,7 @@ def backward_calls(monkeypatch):
 
 
 def tensors(b, varied=None):
-    """Return tensors on b's memory, constant but for those named (None: all)."""
+    """Return tensors on b's memory, constant except those named (None: all variable)."""
     return {
         name: mg.tensor(array, copy=False, constant=varied is not None and name not in varied)
         for name, array in b.differentiable.items()
@@ -66,7 +66,7 @@ def differentiate(b, varied=None, **options):
 
 
 def frozen(b):
-    """Evaluation's arguments."""
+    """Return arguments for evaluation."""
     return {"running_mean": b.running_mean, "running_var": b.running_var, "training": False}
 
 
@@ -90,7 +90,7 @@ def test_values_and_gradients(layout, fused, training, dtype):
 @modes
 @affine
 def test_gradients_agree_with_differences(fused, training, gamma, beta):
-    """Central differences along random directions: off by h^2 and by 2^-52 / h, of terms near 1."""
+    """Central differences along random directions: errors h^2 and 2^-52 / h, of terms near 1."""
     residual, activation = FUSED[fused]
     b = drawn(gamma=gamma, beta=beta, residual=residual)
     options = {"activation": activation, **({} if training else frozen(b))}
@@ -122,7 +122,7 @@ def test_agrees_with_batchnorm_of_mygrad(gamma, beta):
 
 @fused
 def test_half_precision(fused):
-    """Gradients have the dtypes of their tensors; in float32 they are what they are here."""
+    """Gradients have the dtypes of their tensors; in float32 they equal nbnorm's own."""
     residual, activation = FUSED[fused]
     b = drawn(dtype="float16", residual=residual)
     b = b._replace(gamma=b.gamma.astype("float32"), beta=b.beta.astype("float64"))
@@ -166,7 +166,7 @@ def test_gradients_add_up_over_the_graph(activation):
     _, expected = differentiate(b, activation=activation)
     np.testing.assert_allclose(x.grad, expected["x"] + 2, rtol=1e-15)
     np.testing.assert_allclose(residual.grad, expected["residual"] + 3, rtol=1e-15)
-    assert_same_bits(y.grad, b.dy)  # which residual.grad must not be
+    assert_same_bits(y.grad, b.dy)  # residual.grad must not share its memory
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -178,7 +178,7 @@ def test_empty_batch(training):
     assert not grads["beta"].any()
 
 
-# What is computed, and how often
+# Number of calls and copies
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -260,7 +260,7 @@ def test_evaluation_is_at_the_statistics_that_normalised():
 
 
 def test_nothing_is_copied(monkeypatch):
-    """Arrays that reach nbnorm are the tensors', and what it writes is theirs, too."""
+    """nbnorm receives the tensors' arrays, and tensors hold the arrays that it returns."""
     seen = []
     forward, backward = integration.batch_norm_forward, integration.batch_norm_backward
 
@@ -304,7 +304,7 @@ def test_y_is_read_only_where_its_mask_is_needed(monkeypatch, fused):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_memory_is_locked_as_long_as_the_graph_lives(activation):
-    """mygrad locks arrays and their bases; one that it cannot unlock is an ignored exception."""
+    """mygrad locks arrays and their bases, and ignores an exception if it cannot unlock one."""
     b = drawn(shape=LARGE, residual=True)
     given = {name: mg.tensor(array) for name, array in b.differentiable.items()}
     y = batch_norm(**given, activation=activation)
@@ -326,7 +326,7 @@ def test_an_error_releases_the_memory():
 
 @fused
 def test_tensors_that_are_written_to_afterwards(fused):
-    """Gradients are those of what there was."""
+    """Gradients use the values before the write."""
     residual, activation = FUSED[fused]
     b = drawn(residual=residual)
     given = {name: mg.tensor(array) for name, array in b.differentiable.items()}
@@ -354,7 +354,7 @@ def test_tensors_that_are_written_to_afterwards(fused):
         (
             {"running_mean": mg.zeros(3)},
             TypeError,
-            "^running_mean is a tensor of mygrad.* its data",
+            "^running_mean is a mygrad tensor.* its data",
         ),
         ({"residual": np.ones((4, 3, 5, 1))}, ValueError, "^residual has shape"),
         ({"residual": np.ones((4, 3, 5, 6), "float32")}, TypeError, "^residual has dtype float32"),
@@ -368,7 +368,7 @@ def test_tensors_that_are_written_to_afterwards(fused):
         (
             {"gamma": (shared := mg.tensor(np.ones(3))), "running_var": shared.data},
             ValueError,
-            "^running_var is read-only",  # mygrad locks what its tensors hold
+            "^running_var is read-only",  # mygrad locks the arrays of its tensors
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_tensors_given_to_the_function_itself_are_sent_here(name):
     nbnorm.batch_norm_forward(**arguments | {name: tensor.data})
 
 
-# Around it
+# Imports, examples, benchmarks
 
 
 def test_importing_it_imports_no_other_host():
@@ -413,7 +413,7 @@ def test_doctests():
 
 
 def test_example():
-    """Chance is a tenth, and the loss of chance log(10) = 2.3."""
+    """Chance accuracy is a tenth, and its loss log(10) = 2.3."""
     with_bn, without = run_example("mygrad_mlp.py", "--steps", "100")
     assert with_bn.last_loss < 0.5 * with_bn.first_loss
     assert with_bn.accuracy > 0.6

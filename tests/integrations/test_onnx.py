@@ -1,4 +1,4 @@
-"""nbnorm.integrations.onnx beside the oracle, in every version of the operator, and as a backend.
+"""nbnorm.integrations.onnx against the oracle, in every version of the operator, and as a backend.
 
 ONNX's own tests are in test_onnx_conformance.py.
 """
@@ -46,14 +46,14 @@ EXAMPLE = ROOT / "docs" / "examples" / "onnx_model.py"
 INPUTS = ("x", "scale", "bias", "mean", "var")
 SHAPE = (4, 3, 5, 6)
 DTYPES = (np.float32, np.float64, np.float16, bfloat16)
-# An operator set of each version of the operator, and sets between them.
+# An operator set for each version of the operator, and sets between them.
 OPSETS = {1: 1, 5: 1, 6: 6, 7: 7, 8: 7, 9: 9, 13: 9, 14: 14, 15: 15, onnx_opset_version(): 15}
 opsets = pytest.mark.parametrize("opset", OPSETS)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each of nbnorm's functions computed."""
+    """Count the calls of each of nbnorm's functions."""
     counts = Counter()
 
     def counted(name, function):
@@ -69,7 +69,7 @@ def calls(monkeypatch):
 
 
 def drawn(shape=SHAPE, dtype=np.float32, parameter=None, statistic=None, axis=1):
-    """Inputs of the operator, by name."""
+    """Return the operator's inputs by name."""
     rng = np.random.default_rng(0)
     channels = channels_of(shape, axis) if len(shape) > 1 else (1,)
     dtypes = {"x": dtype}
@@ -90,7 +90,7 @@ def tensors(arrays):
 
 
 def attributes_of(opset, training):
-    """What sets the mode, where that is an attribute, and what version 1 requires."""
+    """Return the attributes that set the mode, and those that version 1 requires."""
     attributes = {"consumed_inputs": [0, 0, 0, 1, 1]} if opset < 6 else {}
     if opset < 7:
         return attributes | ({} if training else {"is_test": 1})
@@ -98,7 +98,7 @@ def attributes_of(opset, training):
 
 
 def results_of(opset, training):
-    """Names of the results in this mode."""
+    """Return the names of the results in this mode."""
     if not training:
         return ["y"]
     moved = ["y", "running_mean", "running_var"]
@@ -106,7 +106,7 @@ def results_of(opset, training):
 
 
 def evaluated(feeds, opset=15, *, training=False, results=None, checked=True, ours=True, **more):
-    """Run a model of one node; results by name."""
+    """Run a model of one node; return results by name."""
     results = results or results_of(opset, training)
     attributes = attributes_of(opset, training) | more
     node = helper.make_node("BatchNormalization", list(feeds), results, **attributes)
@@ -123,7 +123,7 @@ def evaluated(feeds, opset=15, *, training=False, results=None, checked=True, ou
 
 
 def check(found, feeds, *, training, axis=1, momentum=0.9, eps=1e-5):
-    """Compare what the operator gave with the oracle; momentum and eps are ONNX's, in float32."""
+    """Compare the operator's results with the oracle; momentum and eps are ONNX's, in float32."""
     x, scale, bias, mean, var = feeds.values()
     momentum, eps = float(np.float32(momentum)), float(np.float32(eps))
     running = mean.astype(np.longdouble), var.astype(np.longdouble)
@@ -246,9 +246,9 @@ def test_the_evaluators_own_operator_agrees(training, opset, calls):
     used = calls.total()
     assert used
     theirs = evaluated(feeds, opset, training=training, ours=False)
-    assert calls.total() == used  # it is not ours that ran
+    assert calls.total() == used  # theirs ran, not nbnorm's
     assert found.keys() == theirs.keys()
-    for name, array in found.items():  # theirs is of some roundings more
+    for name, array in found.items():  # theirs rounds a few times more
         assert_allclose(array, theirs[name], rtol=0, atol=2e-6)
 
 
@@ -256,11 +256,11 @@ def test_the_moved_statistics_are_those_of_the_formula():
     feeds = drawn((2, 1)) | {"x": np.array([[1], [5]], np.float32)}
     feeds |= {"mean": np.array([10], np.float32), "var": np.array([100], np.float32)}
     found = evaluated(feeds, training=True, momentum=0.75)
-    # mean 3 and variance 4, not 8: the old ones have three quarters of the weight.
+    # Mean 3 and variance 4, not 8: the old statistics have weight 3/4.
     assert (found["running_mean"], found["running_var"]) == (8.25, 76)
 
 
-# dtypes, memory
+# Dtypes and memory
 
 
 @pytest.mark.parametrize("statistic", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
@@ -328,7 +328,7 @@ def test_a_single_value_gives_the_bias():
     assert_array_equal(found["y"], feeds["bias"][np.newaxis])
 
 
-# Ways into the evaluator
+# Ways to reach the operator
 
 
 def test_a_single_node_and_eval(calls):
@@ -396,7 +396,7 @@ def test_a_branch_of_a_condition_uses_it(calls):
 def test_what_is_refused(training, change, error, message):
     with pytest.raises(error, match=message) as caught:
         evaluated(drawn() | change, training=training, checked=False)
-    if error is TypeError:  # the evaluator's words, ours as their cause
+    if error is TypeError:  # the evaluator raises its own error; nbnorm's is the cause
         assert "expected one of float32" in str(caught.value.__cause__)
 
 
@@ -404,7 +404,7 @@ def test_what_is_refused(training, change, error, message):
 
 
 def network():
-    """Convolution, batch norm, ReLU; the parameters are initializers, and inputs beside that."""
+    """Convolution, batch norm, ReLU; the parameters are initializers, which inputs can override."""
     rng = np.random.default_rng(1)
     arrays = {"filters": rng.standard_normal((3, 2, 3, 3)).astype(np.float32)}
     arrays |= {name: a for name, a in drawn().items() if name != "x"}
@@ -441,7 +441,7 @@ def test_prepared_models_run_again_and_again(calls):
         found = prepared.run(inputs)
         assert type(found) is tuple
         for ours, theirs in zip(found, expected, strict=True):
-            assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # sums of 18 products before
+            assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # sums of 18 products each
     assert calls == Counter(batch_norm_inference=3)
     assert_same_bits(Backend.run_model(model, [image])[0], found[0])
     twice = prepared.run({"image": image, "scale": np.zeros(3, np.float32)})
@@ -498,7 +498,7 @@ def test_compatible_models():
         Backend.prepare(broken)
 
 
-# The example, the benchmark, the documentation
+# The example, the benchmark and the documentation
 
 
 def test_example():
@@ -506,7 +506,7 @@ def test_example():
     rows = re.findall(r"^(\w+'s)(?: own)? .* ([\d.]+)%$", out, re.M)
     assert [name for name, _ in rows] == ["ONNX's", "nbnorm's"]
     accuracies = [float(accuracy) for _, accuracy in rows]
-    assert min(accuracies) > 85  # of ten classes
+    assert min(accuracies) > 85  # ten classes
     assert abs(accuracies[0] - accuracies[1]) <= 0.2
     apart = float(re.search(r"greatest difference (\S+)$", out, re.M)[1])
     assert apart < 1e-4

@@ -1,4 +1,4 @@
-"""ONNX's own tests of batch normalization, run by our backend: node tests, and old models."""
+"""ONNX's own tests of batch normalization, run by nbnorm's backend: node tests and old models."""
 
 import re
 import unittest
@@ -15,14 +15,14 @@ import nbnorm.integrations.onnx as integration
 
 pytestmark = pytest.mark.cpu_only
 
-# The nodes are of the latest operator set; models that PyTorch once wrote are of set 6.
+# The nodes use the latest operator set, models once exported by PyTorch set 6.
 WANTED = r"test_(batchnorm_|BatchNorm\d).*_cpu"
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of overflows in cases of other operators
+    warnings.simplefilter("ignore")  # overflows in cases of other operators
     SUITE = BackendTest(integration.Backend, __name__)
 
-# Only those: all others would count as skipped.
+# Select only those; all others would count as skipped.
 TESTS = {
     name: test
     for case in SUITE.test_cases.values()

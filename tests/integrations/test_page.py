@@ -1,4 +1,4 @@
-"""docs/integrations.md: every host has a section, whose example runs, and a line in its tables."""
+"""docs/integrations.md: every host has a section whose example runs, and a row in the tables."""
 
 import re
 from pathlib import Path

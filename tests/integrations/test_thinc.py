@@ -1,4 +1,4 @@
-"""nbnorm.integrations.thinc beside the oracle, and in thinc's own machinery."""
+"""nbnorm.integrations.thinc against the oracle, and in thinc's own machinery."""
 
 import doctest
 import re
@@ -59,7 +59,7 @@ def drawn(seed, shape=(6, 3), dtype="f"):
 
 
 def layer_of(nO=3, dtype="f", **options):
-    """A layer whose parameters and statistics are not those it starts with."""
+    """Return a layer whose parameters and statistics differ from the initial ones."""
     layer = BatchNorm(nO, **options).initialize()
     rng = np.random.default_rng(9)
     for name in PARAMETERS:
@@ -125,14 +125,14 @@ def test_layer_agrees_with_the_oracle(dtype, is_train, activation, shape, axis):
 def test_gradients_agree_with_differences(is_train, activation, shape, axis):
     layer = layer_of(dtype="d", axis=axis, activation=activation, momentum=0.0)
     X, weights = drawn(2, shape, "d"), drawn(3, shape, "d")
-    weights /= np.abs(weights).sum()  # the loss is of size 1
+    weights /= np.abs(weights).sum()  # a loss of about 1
     _, backprop = layer(X, is_train=is_train)
     gradients = [(X, backprop(weights.copy()))]
     gradients += [(layer.get_param(name), layer.get_grad(name)) for name in ("G", "b")]
-    # Central differences of a loss L near 1: off by h^2 L'''/6 and by 2^-52 L/h.
+    # Central differences of a loss L near 1: errors h^2 L'''/6 and 2^-52 L/h.
     h = 1e-5
     linear = layer_of(dtype="d", axis=axis, momentum=0.0)(X, is_train=is_train)[0]
-    assert np.abs(linear).min() > 20 * h  # no step leads over ReLU's bend
+    assert np.abs(linear).min() > 20 * h  # no step crosses ReLU's kink
     for array, gradient in gradients:
         expected = np.empty_like(array)
         for i, value in np.ndenumerate(array):
@@ -149,7 +149,7 @@ def test_gradients_add_up_until_they_are_used():
     layer, X = layer_of(), drawn(0)
     one, two = drawn(1), drawn(2)
     first, second = layer.begin_update(X), layer.begin_update(2 * X)
-    dX = second[1](two), first[1](one)  # two batches at a time, in any order
+    dX = second[1](two), first[1](one)  # two batches at once, in either order
     sums = layer.get_grad("G").copy(), layer.get_grad("b").copy()
     alone = []
     for batch, dY, result in ((2 * X, two, dX[0]), (X, one, dX[1])):
@@ -163,7 +163,7 @@ def test_gradients_add_up_until_they_are_used():
 def test_a_large_mean_costs_no_digits():
     X = drawn(0, (500, 3))
     offset = X + np.float32(2**20)
-    expected = (offset - np.float64(2**20)).astype("f")  # what is left of X's digits there
+    expected = (offset - np.float64(2**20)).astype("f")  # the digits of X that remain
     Y, _ = BatchNorm(3).initialize().begin_update(offset)
     assert_allclose(Y, BatchNorm(3).initialize().begin_update(expected)[0], rtol=0, atol=1e-6)
 
@@ -177,7 +177,7 @@ def test_an_empty_batch_changes_nothing():
         assert_same_bits(value, before[name])
 
 
-# What thinc does with a layer
+# thinc's operations on layers
 
 
 def test_width_is_inferred():
@@ -192,7 +192,7 @@ def test_width_is_inferred():
     assert BatchNorm(7).initialize().get_param("G").shape == (7,)
     assert BatchNorm(7).get_dim("nI") == 7
     assert BatchNorm(axis=1).initialize(drawn(0, (2, 3, 4, 5))).get_dim("nO") == 3
-    # The Y of a chain is not that of a layer in it.
+    # A chain's Y is not the Y of a layer in it.
     network = chain(Linear(4), BatchNorm(), Linear(), BatchNorm()).initialize(X, Y)
     assert [layer.get_dim("nO") for layer in network.layers] == [4, 4, 2, 2]
     assert network.get_dim("nO") == 2
@@ -221,7 +221,7 @@ def test_state_goes_where_the_model_goes(way, tmp_path):
     if way == "copy":
         other = model.copy()
     else:
-        other = network()  # not even initialized
+        other = network()  # not even initialised
         if way == "bytes":
             other.from_bytes(model.to_bytes())
         elif way == "disk":
@@ -232,7 +232,7 @@ def test_state_goes_where_the_model_goes(way, tmp_path):
     assert_same_bits(other.predict(X), expected)
     assert other.layers[1].attrs == model.layers[1].attrs
     assert other.to_bytes() == model.to_bytes()
-    # And it lives on, on its own.
+    # The copy trains independently.
     one, two = (m.begin_update(X)[0] for m in (model, other))
     assert_same_bits(one, two)
     other.begin_update(X)
@@ -314,13 +314,13 @@ def test_lists_ragged_and_residual():
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 5, 3), (2, 4, 5, 3)], ids=str)
-def test_thinc_takes_the_types_for_right(shape):
+def test_thinc_accepts_the_types(shape):
     with data_validation(True):
         assert BatchNorm().initialize(drawn(0, shape)).get_dim("nO") == 3
 
 
 def test_a_network_learns():
-    """Two classes that only a product of the two inputs tells apart, at badly chosen scales."""
+    """Classes that only the product of the two inputs separates, with badly scaled inputs."""
     fix_random_seed(0)
     X = drawn(0, (400, 2))
     Y = np.stack([X[:, 0] * X[:, 1] > 0, X[:, 0] * X[:, 1] <= 0], axis=1).astype("f")
@@ -338,14 +338,14 @@ def test_a_network_learns():
         model.finish_update(optimizer)
     assert losses[-1] < 0.1 < 0.2 < losses[0]
     assert (model.predict(X).argmax(axis=1) == Y.argmax(axis=1)).mean() > 0.95
-    start = 0.9**150  # is left of the 0 and 1 that the statistics began with
+    start = 0.9**150  # weight of the initial 0 and 1 of the statistics
     moments = reference.batch_norm_stats(X)
     mean, var = (model.layers[0].get_param(name) for name in PARAMETERS[2:])
-    assert_allclose(mean, (1 - start) * moments.mean, rtol=1e-5)  # 150 times rounded by 2^-24
+    assert_allclose(mean, (1 - start) * moments.mean, rtol=1e-5)  # 150 roundings of 2^-24
     assert_allclose(var, (1 - start) * moments.var(correction=1) + start, rtol=1e-5)
 
 
-# Errors: nothing has been written then
+# Errors, before which nothing is written
 
 
 @pytest.mark.parametrize(
@@ -399,22 +399,22 @@ def test_what_is_refused(call, error, message):
         assert_same_bits(value, before[name])
 
 
-# Arrays of CuPy's
+# CuPy arrays
 
 
 def test_arrays_on_a_gpu_stay_there():
-    """On a stand-in for CuPy, whose arrays refuse to become NumPy's, and the CUDA simulator."""
+    """Run on the CUDA simulator with a stand-in for CuPy, whose arrays NumPy cannot convert."""
     run_child(str(Path(__file__).with_name("thinc_on_gpu.py")))
 
 
-# The example, the benchmark, the documentation
+# The example, the benchmark and the documentation
 
 
 def test_example():
     out = run_child(str(EXAMPLE), "--epochs", "2")
     rows = re.findall(r"^(without|with BN) +([\d.]+)% +([\d.]+)% +[\d.]+ s$", out, re.M)
     assert [name for name, *_ in rows] == ["without", "with BN"]
-    # Ten classes, 4,000 digits twice: the one has hardly begun.
+    # Ten classes, two epochs of 4,000 digits: without BN the network has hardly learnt.
     assert float(rows[1][1]) > 80
     assert float(rows[1][2]) > max(85, float(rows[0][2]))
     assert "saved and loaded: the same answers" in out
@@ -427,12 +427,12 @@ def test_benchmark_compares_like_with_like(dtype, shape):
     calls = benchmark.calls(shape, dtype)
     assert list(calls) == ["host", "nbnorm"]
     unit = np.finfo(dtype).eps
-    for _ in range(2):  # the second call finds what the first left
+    for _ in range(2):  # the second call starts from the first one's state
         host, ours = (call() for call in calls.values())
         assert len(host) == len(ours) == 6
         for got, expected in zip(ours, host, strict=True):
             assert got.dtype == expected.dtype
-            # NumPy's own sums are off by some units at the size of what is summed.
+            # NumPy's own sums have errors of some units at the size of the terms.
             assert_allclose(got, expected, rtol=0, atol=100 * unit * max(1, np.abs(host[0]).max()))
 
 

@@ -1,4 +1,4 @@
-"""Models converted by nbnorm.integrations.torch.convert beside what they were."""
+"""Models converted by nbnorm.integrations.torch.convert against the originals."""
 
 import copy
 import io
@@ -72,12 +72,12 @@ def test_mode_options_and_hooks_stay():
 
 
 class Subclass(nn.Sequential):
-    """As torchvision's blocks of convolution, normalization and activation are."""
+    """A block like torchvision's of convolution, normalization and activation."""
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Whether each normalization since the last look has been asked for ReLU."""
+    """Return a function that tells which normalizations fused ReLU since its last call."""
     seen = []
     forward = _modules.batch_norm
 
@@ -162,7 +162,7 @@ def test_relu_is_fused_where_the_order_is_known(fused):
         close(part(x), expected[name], torch.float32)
         assert fused() == wanted[name], name
         assert isinstance(part, kinds[name])
-    close(model["plain"][0](x), BatchNorm2d(3).eval()(x), torch.float32)  # a part by itself
+    close(model["plain"][0](x), BatchNorm2d(3).eval()(x), torch.float32)  # a part outside the model
     assert not model["plain"][1].training
 
 
@@ -248,10 +248,10 @@ def run(model, x, labels):
 
 @pytest.mark.parametrize(("last", "fuse_relu"), [(False, False), (True, True)])
 def test_resnet50(last, fuse_relu):
-    """In float64 the same; in float32 at most twice as far from that as PyTorch's own.
+    """Equal in float64; in float32 the error is at most twice that of PyTorch.
 
-    Rounding is amplified by 53 layers and by ReLU's turned over by it, which no tolerance in units
-    of the last place can foresee: the yardstick is how far PyTorch's own float32 is off.
+    53 layers amplify rounding, and ReLUs flip, so no tolerance in units of the last place holds:
+    the yardstick is the error of PyTorch's own float32.
     """
     model = resnet50(10)
     if last:

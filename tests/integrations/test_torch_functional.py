@@ -1,4 +1,4 @@
-"""batch_norm of nbnorm.integrations.torch beside PyTorch's own function."""
+"""batch_norm of nbnorm.integrations.torch against PyTorch's own function."""
 
 import copy
 
@@ -182,7 +182,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
-    """Strides are those of empty_like, as the fakes promise; opcheck compares the two."""
+    """Results have the strides of empty_like, as do the fake ones; opcheck compares both."""
     x = LAYOUTS[layout]()
     running = statistics(x.shape[1])
     torch.library.opcheck(
@@ -202,7 +202,7 @@ def test_gradient_that_is_expanded():
     weight, bias = parameters()
     for function in (batch_norm, theirs):
         y = function(x, *statistics(), weight, bias)
-        (grad,) = torch.autograd.grad(y.sum(), x)  # a 0 that is expanded
+        (grad,) = torch.autograd.grad(y.sum(), x)  # an expanded 0
         assert grad.shape == x.shape
     close(grad, torch.autograd.grad(batch_norm(x, *statistics_like()).sum(), x)[0] * 0 + grad)
 
@@ -270,7 +270,7 @@ def test_statistics_have_no_gradient(training, name):
     for function in (batch_norm, theirs):
         with pytest.raises((TypeError, RuntimeError), match=name) as caught:
             function(torch.randn(SHAPE), *running.values(), training=training)
-    assert caught.type is RuntimeError  # theirs; ours is as other integrations' are
+    assert caught.type is RuntimeError  # the last is PyTorch's error
     with pytest.raises(TypeError, match=f"{name} requires grad"):
         batch_norm(torch.randn(SHAPE), **running, training=training)
     assert torch.equal(running[name], before)
@@ -310,7 +310,7 @@ def test_tensors_whose_sign_is_a_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_statistics_whose_sign_is_a_bit_are_not_moved(name, dtype):
-    """No copy is moved in their place."""
+    """nbnorm raises rather than update a copy."""
     running = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
     running[name] = torch._neg_view(torch.ones(3, dtype=dtype))
     before = {n: t.clone() for n, t in running.items()}
@@ -365,7 +365,7 @@ def test_second_derivative_is_refused():
     assert dx.requires_grad
     with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.nn\.functional"):
         dx.square().sum().backward()
-    # The first is the same with and without a graph of it.
+    # The first derivative is the same with and without its own graph.
     y = batch_norm(x, None, None, weight, bias, training=True)
     close(torch.autograd.grad(y.square().sum(), x)[0], dx.detach())
 
@@ -402,7 +402,7 @@ def test_an_input_that_was_written_to_is_noticed():
 
 
 def test_nothing_is_copied(monkeypatch):
-    """Arrays that reach nbnorm lie where the tensors do."""
+    """nbnorm receives and returns arrays at the tensors' addresses."""
     seen = []
     forward = _operators.batch_norm_forward
 

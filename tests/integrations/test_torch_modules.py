@@ -1,4 +1,4 @@
-"""BatchNorm1d, 2d and 3d of nbnorm.integrations.torch beside those of PyTorch."""
+"""BatchNorm1d, 2d and 3d of nbnorm.integrations.torch against PyTorch's."""
 
 import copy
 
@@ -133,7 +133,7 @@ def test_momentum_that_is_not_finite(momentum):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("how", ["eager", "recorded", "compiled", "recalibrate"])
 def test_statistics_that_share_memory_with_a_parameter(how, momentum, shared):
-    """As exporters merge equal arrays: the update would change the parameter as well."""
+    """Exporters merge equal arrays: an update would change the parameter as well."""
     layer = BatchNorm1d(3, momentum=momentum)
     layer.running_mean = getattr(layer, shared).data
     before = layer.running_mean.clone()

@@ -142,7 +142,7 @@ def test_compiled_model_keeps_the_operators(mode, last):
     backend, seen = graphs()
     expected = step(model, model, x)
     got = step(other, torch.compile(other, backend=backend, fullgraph=True), x)
-    assert len(seen) == 2  # one graph forward, one backward: no break
+    assert len(seen) == 2  # one forward and one backward graph, without a break
     assert seen[0].count(FORWARD) == 6
     assert seen[1].count(BACKWARD) == 6
     for ours, reference in zip(got, expected, strict=True):
@@ -164,7 +164,7 @@ def test_compiled_for_any_size():
     not any(map(shutil.which, ("g++", "clang++", "c++"))),
     reason="torch.compile's own backend needs a C++ compiler",
 )
-@pytest.mark.filterwarnings("ignore")  # of what inductor imports
+@pytest.mark.filterwarnings("ignore")  # warnings of inductor's imports
 def test_compiled_by_inductor():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2d(4, relu=True), nn.Conv2d(4, 2, 1))

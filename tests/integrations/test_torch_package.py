@@ -1,4 +1,4 @@
-"""nbnorm.integrations.torch as a whole: names, examples, and the threads that are PyTorch's."""
+"""nbnorm.integrations.torch as a whole: names, examples, and the use of PyTorch's threads."""
 
 import doctest
 import os
@@ -17,7 +17,7 @@ import nbnorm.integrations.torch as integration  # noqa: E402
 
 
 def test_names_are_those_of_the_package():
-    """Whichever of its modules they stand in, for pickles too."""
+    """Regardless of the defining module, also in pickles."""
     for name in integration.__all__:
         assert getattr(integration, name).__module__ == "nbnorm.integrations.torch", name
     fused = integration.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), fuse_relu=True)
@@ -52,7 +52,7 @@ print(threads.count())
 
 
 def test_kernels_run_on_the_threads_that_pytorch_has():
-    """Its pool and Numba's would spin against each other: 20 ms for what takes 1."""
+    """Its pool and Numba's would spin against each other: 20 ms instead of 1."""
     if not list((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         pytest.skip("this PyTorch has no OpenMP library of its own")
     printed = run_child("-c", HOSTED, NUMBA_THREADING_LAYER="omp", NUMBA_NUM_THREADS="2")
@@ -66,7 +66,7 @@ import nbnorm.integrations.torch
 torch.ones(10_000_000).add_(1)
 pid = os.fork()
 if not pid:
-    signal.alarm(60)  # ends a child that waits for threads of its parent's
+    signal.alarm(60)  # ends a child that waits for its parent's threads
     y = nbnorm.batch_norm_forward(np.ones((64, 64, 28, 28), "float32"))[0]
     os._exit(0 if (y == 0).all() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

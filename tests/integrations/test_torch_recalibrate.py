@@ -1,4 +1,4 @@
-"""Running statistics of all that a model has seen: nbnorm.integrations.torch.recalibrate."""
+"""nbnorm.integrations.torch.recalibrate: running statistics of all data that a model has seen."""
 
 import copy
 import sys
@@ -25,19 +25,19 @@ BATCHES = (7, 2, 20, 5)
 
 
 def uneven(dtype=torch.float64):
-    """Batches of several sizes, each with a mean of its own."""
+    """Return batches of several sizes, each with a different mean."""
     return [drawn((n, 3, 6, 5), dtype) + i for i, n in enumerate(BATCHES)]
 
 
 def two_layers(norm=nn.BatchNorm2d, dtype=torch.float64, **options):
-    """A network whose second normalization sees what the first has made, and dropout."""
+    """Return a network with dropout whose second normalization depends on the first."""
     return nn.Sequential(
         *(norm(3, **options), nn.Conv2d(3, 4, 3), nn.Tanh(), norm(4, **options), nn.Dropout()),
     ).to(dtype)
 
 
 def kept(model):
-    """All that recalibration may change by mistake."""
+    """Return everything that recalibration must not change."""
     modes = [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
     hooks = [len(m._forward_hooks) for m in model.modules()]
     return modes, hooks, {name: t.clone() for name, t in model.state_dict().items()}
@@ -81,7 +81,7 @@ def test_recalibrated_by_all_that_was_seen(dtype, momentum, converted):
 
 
 def test_modes_may_change_within_the_block():
-    """A function that evaluates a model begins with `eval`."""
+    """Evaluation functions often begin with `eval`."""
     model, (x, *_) = two_layers()[:4].train(), uneven()
     with recalibrate(model):
         in_training = model(x)
@@ -96,7 +96,7 @@ def test_modes_may_change_within_the_block():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_converted_modules_go_through_each_batch_once(monkeypatch, dtype):
-    """The moments are to the bit those of a pass of their own."""
+    """The moments have the bits of a separate pass."""
     model = convert(two_layers(dtype=torch.float64)[:1])
     batches, alone = uneven(dtype), Pairwise()
     for x in batches:
@@ -111,7 +111,7 @@ def test_converted_modules_go_through_each_batch_once(monkeypatch, dtype):
 
 
 def test_recalibration_by_the_operators(monkeypatch):
-    """As of subclasses of tensors: the same bits."""
+    """Operators, as for subclasses of tensors, return the same bits."""
     results = []
     for direct in (True, False):
         torch.manual_seed(0)
@@ -162,7 +162,7 @@ def test_recalibration_weighs_values_and_update_bn_batches():
     torch.optim.swa_utils.update_bn(batches, model)
     average = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in batches]).mean(0)
     close(model[0].running_var, average)
-    assert (model[0].running_var < 0.7 * values.var(1)).all()  # means between batches left out
+    assert (model[0].running_var < 0.7 * values.var(1)).all()  # ignores the spread of batch means
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -205,7 +205,7 @@ def test_what_is_not_recalibrated():
     for part, was in zip(parts, before, strict=True):
         assert_kept(part, was)
     close(model.own.running_mean, x.mean((0, 2, 3)), torch.float32)
-    close(model.lazy.running_mean, 0.1 * x.mean((0, 2, 3)), torch.float32)  # trained as ever
+    close(model.lazy.running_mean, 0.1 * x.mean((0, 2, 3)), torch.float32)  # trained as usual
 
 
 def test_recalibration_that_fails_changes_nothing():
@@ -229,7 +229,7 @@ def test_recalibration_that_fails_changes_nothing():
     for call, error, match in (
         (interrupted, KeyboardInterrupt, None),
         (misfit, RuntimeError, "should contain 2 elements"),
-        (nothing_seen, ValueError, "none of the model's batch normalizations has seen a value"),
+        (nothing_seen, ValueError, "^model received no values within the block"),
     ):
         with pytest.raises(error, match=match):
             call()
@@ -243,7 +243,7 @@ def test_recalibration_that_fails_changes_nothing():
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_recalibration_interrupted_at_any_call_leaves_no_module_in_training(converted):
-    """As by Ctrl-C: a signal's handler runs where a call has returned."""
+    """Like Ctrl-C: a signal's handler runs when a call has returned."""
     collector = BatchNorm1d._collecting if converted else _recalibrate._collecting
     code, step, left = collector.__wrapped__.__code__, 0, 0
 

@@ -1,4 +1,4 @@
-"""nbnorm.integrations.torch under torch.func, and what it refuses there."""
+"""nbnorm.integrations.torch under torch.func, and the transforms that it rejects."""
 
 import copy
 
@@ -24,7 +24,7 @@ from nbnorm.integrations.torch import BatchNorm1d, batch_norm, convert  # noqa: 
 
 
 def both(training, *, options=None):
-    """batch_norm and PyTorch's, as functions of x, weight and bias."""
+    """Return nbnorm's batch_norm and PyTorch's, as functions of x, weight and bias."""
     running = statistics()
 
     def of(function):
@@ -62,7 +62,7 @@ REVERSE = {
 def test_reverse_mode_of_torch_func(transform, training, options):
     arguments = drawn((3, 3, 2)), *parameters()
     ours, expected = both(training, options=options)
-    if training and "vmap" in transform:  # whose batch would move them is not told
+    if training and "vmap" in transform:  # unclear which sample would update them
 
         def ours(x, weight, bias):
             return batch_norm(x, None, None, weight, bias, True, **options)
@@ -78,7 +78,7 @@ def test_reverse_mode_of_torch_func(transform, training, options):
 @pytest.mark.parametrize("training", [True, False])
 def test_functional_call_of_a_converted_model(training):
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.ReLU()).double().train(training)
-    model[1].num_batches_tracked = None  # which a module counts in place, and torch.func refuses
+    model[1].num_batches_tracked = None  # a module counts it in place, which torch.func rejects
     ours, x = convert(copy.deepcopy(model), fuse_relu=True), drawn((6, 5))
     results = []
     for m in (ours, model):
@@ -87,7 +87,7 @@ def test_functional_call_of_a_converted_model(training):
             return torch.func.functional_call(m, parameters, (x,)).pow(3).sum()
 
         grads = torch.func.grad(loss)({k: p.detach() for k, p in m.named_parameters()})
-        results.append((*grads.values(), *m.buffers()))  # moved in training
+        results.append((*grads.values(), *m.buffers()))  # training updates them
     for got, expected in zip(*results, strict=True):
         close(got, expected)
 
@@ -131,10 +131,10 @@ FORWARD_MODE = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("what", ["function", "module", "operator"])
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # torch's
 @pytest.mark.parametrize("way", FORWARD_MODE)
 def test_forward_mode_is_refused(way, what, training):
-    """Rather than a tangent of 0."""
+    """It raises rather than return a tangent of 0."""
     torch._dynamo.reset()
     x, v, running = drawn((3, 3, 2)), drawn((3, 3, 2)), statistics()
     if what == "module":
@@ -150,9 +150,9 @@ def test_forward_mode_is_refused(way, what, training):
         def function(x):
             return FORWARD(x, None, None, *running, None, training, 0.1, 1e-5, False)[0]
 
-    expected = NotImplementedError, "no forward mode"
+    expected = NotImplementedError, "no forward-mode derivative"
     if what == "operator" and way == "hessian":
-        expected = RuntimeError, "setup_context"  # PyTorch's own word on a custom operator
+        expected = RuntimeError, "setup_context"  # PyTorch's own error for a custom operator
     with pytest.raises(expected[0], match=expected[1]):
         FORWARD_MODE[way](function, x, v)
 

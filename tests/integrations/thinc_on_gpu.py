@@ -1,4 +1,4 @@
-"""Run by test_thinc.py, in a process of its own: the layer on what stands in for CuPy and CUDA."""
+"""Run by test_thinc.py in a child process: the layer with stand-ins for CuPy and CUDA."""
 
 import sys
 from pathlib import Path
@@ -16,13 +16,13 @@ import cupy  # noqa: E402  # the stand-in
 
 
 class StandInOps(Ops):
-    """What `CupyOps` allocates with."""
+    """Ops that allocate as `CupyOps` does."""
 
     name, xp = "cupy", cupy
 
 
 def results(ops, array_of):
-    """Everything that a layer gives, on one kind of arrays."""
+    """Return all results of a layer, for one kind of arrays."""
     rng = np.random.default_rng(0)
     X, dY = (array_of(rng.standard_normal((40, 3)).astype("f")) for _ in range(2))
     layer = BatchNorm(3, activation="relu")

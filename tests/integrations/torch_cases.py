@@ -1,4 +1,4 @@
-"""What the tests of nbnorm.integrations.torch share: data, PyTorch's own, and models."""
+"""Shared by the tests of nbnorm.integrations.torch: data, PyTorch's functions, and models."""
 
 import pytest
 
@@ -12,7 +12,7 @@ import nbnorm.integrations.torch  # noqa: E402, F401  # registers the operators
 FORWARD = torch.ops.nbnorm.batch_norm.default
 BACKWARD = torch.ops.nbnorm.batch_norm_backward.default
 SHAPE = (4, 3, 5, 6)
-# Two ways to sum up a few hundred values of size 1: units in the last place of the dtype.
+# Two summation orders of a few hundred values near 1: units in the last place of the dtype.
 CLOSE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -46,7 +46,7 @@ def statistics(channels=3, dtype=torch.float64):
 
 
 def theirs(x, mean, var, weight=None, bias=None, *args, residual=None, relu=False, **kwargs):
-    """The same in PyTorch's functions."""
+    """Compute the same with PyTorch's functions."""
     y = functional.batch_norm(x, mean, var, weight, bias, *args, **kwargs)
     y = y if residual is None else y + residual
     return torch.relu(y) if relu else y
@@ -57,7 +57,7 @@ def close(ours, expected, dtype=torch.float64):
 
 
 def graphs():
-    """A backend that keeps the graphs it was handed, and the list of them."""
+    """Return a backend that records the graphs passed to it, and the list of them."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 

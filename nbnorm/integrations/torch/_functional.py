@@ -129,8 +129,8 @@ def normalise(
     for name, running in ("running_mean", running_mean), ("running_var", running_var):
         if running is not None and running.requires_grad and torch.is_grad_enabled():
             raise TypeError(
-                f"{name} requires grad, and running statistics have no gradient; expected a "
-                "tensor that does not, as of detach()"
+                f"{name} requires grad, but running statistics have no gradient; "
+                f"pass {name}.detach()"
             )
     if training and input.dim() > 1 and input.shape[0] * input.shape[2:].numel() == 1:
         raise ValueError(
@@ -193,7 +193,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(
-        "nbnorm's batch_norm has no second derivative; for one (gradient penalties, Hessians) use "
+        "nbnorm's batch_norm has no second derivative; for gradient penalties or Hessians use "
         "torch.nn.functional.batch_norm"
     )
 
@@ -254,8 +254,8 @@ class _Transformed(_Transform):
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         if inputs[6] and inputs[3] is not None and None in in_dims[3:5]:
             raise ValueError(
-                "running_mean and running_var are not mapped over, but what moves them in training "
-                "is; expected in_dims for both, none of them, or training=False"
+                "running_mean and running_var are not both mapped over by vmap, but each sample "
+                "updates them; pass in_dims for both, omit both, or use training=False"
             )
         return super().vmap(info, in_dims, *inputs)
 

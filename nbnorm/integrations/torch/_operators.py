@@ -70,7 +70,7 @@ def collect(moments: Moments, seen: Sequence[Pairwise]) -> None:
 def no_forward_mode(*_: Any) -> NoReturn:
     """Raise: forward mode is not implemented."""
     raise NotImplementedError(
-        "nbnorm's batch_norm has no forward mode; for one (jvp, jacfwd) use "
+        "nbnorm's batch_norm has no forward-mode derivative; for jvp or jacfwd use "
         "torch.nn.functional.batch_norm"
     )
 

@@ -85,7 +85,7 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
         block.enter_context(torch.compiler.set_stance("force_eager"))
         yield
     if not any(seen):
-        raise ValueError("none of the model's batch normalizations has seen a value")
+        raise ValueError("model received no values within the block, expected at least one batch")
     for norm, merged in zip(norms, seen, strict=True):
         if merged:
             moments = merged.total()
