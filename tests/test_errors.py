@@ -132,25 +132,25 @@ def test_x_of_fewer_than_two_axes(function, shape):
 @pytest.mark.parametrize("function", OVER_X)
 @pytest.mark.parametrize("axis", [4, -5, (1, 9), (0, -5)])
 def test_axis_out_of_range(function, axis):
-    refuses(function, ValueError, r"axis", axis=axis)
+    refuses(function, ValueError, r"^axis .*out of range", axis=axis)
 
 
 @pytest.mark.parametrize("function", OVER_X)
 @pytest.mark.parametrize("axis", [(1, 1), (1, -3), (0, 2, -4)])
 def test_axis_repeated(function, axis):
-    refuses(function, ValueError, r"axis", axis=axis)
+    refuses(function, ValueError, r"^axis .*twice", axis=axis)
 
 
 @pytest.mark.parametrize("function", OVER_X)
 @pytest.mark.parametrize("axis", [(0, 1, 2, 3), (-1, -2, -3, -4)])
 def test_no_axis_left_to_reduce(function, axis):
-    refuses(function, ValueError, r"axis", axis=axis)
+    refuses(function, ValueError, r"^axis .*leaves no axis", axis=axis)
 
 
 @pytest.mark.parametrize("function", OVER_X)
 @pytest.mark.parametrize("axis", [1.0, "1", None, (1.5,)])
 def test_axis_that_is_no_axis(function, axis):
-    with pytest.raises((TypeError, ValueError), match="axis"):
+    with pytest.raises((TypeError, ValueError), match="^axis must be an int or a tuple of ints"):
         getattr(nbnorm, function)(**{**VALID[function](), "axis": axis})
 
 
