@@ -150,7 +150,7 @@ def test_no_axis_left_to_reduce(function, axis):
 @pytest.mark.parametrize("function", OVER_X)
 @pytest.mark.parametrize("axis", [1.0, "1", None, (1.5,)])
 def test_axis_that_is_no_axis(function, axis):
-    with pytest.raises((TypeError, ValueError), match="^axis must be an int or a tuple of ints"):
+    with pytest.raises((TypeError, ValueError), match=r"^axis must be an int or a tuple of ints"):
         getattr(nbnorm, function)(**{**VALID[function](), "axis": axis})
 
 
