@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm._typing import Array, Axis, NDArray
+from nbnorm.cpu.activations import NAMES, TABLE, Activation, Fused
 
 Shape = tuple[int, ...]
 
@@ -249,19 +250,37 @@ class _NotGiven:
 NOT_GIVEN: Any = _NotGiven()
 
 
-def given(array: Any, name: str, needed: bool) -> Any:
-    """Return a parameter of the ReLU mask, or None if it was omitted.
+def given(array: Any, name: str, activation: Fused, y: Any) -> Any:
+    """Return a parameter, or None if it was omitted.
 
-    Raise if the mask is `needed` and the parameter was omitted: the mask would be wrong.
+    Raise if it was omitted and the derivative of the activation depends on it.
     """
     if array is not NOT_GIVEN:
         return array
-    if needed:
+    if activation == "relu" and y is None:
         raise ValueError(
             f"{name} is not given, and the mask of activation='relu' depends on it; "
             f"pass the forward's {name}= ({name}=None if it had none), or its y="
         )
+    if isinstance(activation, Activation):
+        raise ValueError(
+            f"{name} is not given, and the derivative of {activation!r} depends on it; "
+            f"pass the forward's {name}= ({name}=None if it had none)"
+        )
     return None
+
+
+def for_derivative(activation: Fused, y: Any, residual: Any) -> None:
+    """Raise unless the residual is known: ReLU reads y, other activations recompute v."""
+    if isinstance(activation, Activation) and y is not None and residual is None:
+        raise ValueError(
+            f"y does not give the derivative of {activation!r}; "
+            "pass the forward's residual= if it had one"
+        )
+    if activation == "relu" and residual is not None and y is None:
+        raise ValueError(
+            "residual does not give the mask of activation='relu'; pass the forward's y= too"
+        )
 
 
 def epsilon(eps: float) -> float:
@@ -292,13 +311,18 @@ def finite(value: Any, name: str) -> float:
     return number_
 
 
-def relu(activation: str | None) -> bool:
-    """Return True if the activation is ReLU; raise if it is unknown."""
-    if activation is None:
-        return False
-    if isinstance(activation, str) and activation == "relu":
-        return True
-    raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+def activation(given: Any) -> Fused:
+    """Return None, "relu" or another activation; raise if there is none of this name."""
+    if given is None or (type(given) is str and given == "relu"):
+        return given
+    if isinstance(given, Activation):
+        return "relu" if given.name == "relu" and given.functions is None else given
+    if isinstance(given, str) and given in TABLE:
+        return Activation(given, tuple(TABLE[given].parameters.values()))
+    raise ValueError(
+        f"activation must be None, an `nbnorm.activation` or one of {', '.join(NAMES)}, "
+        f"got {given!r}"
+    )
 
 
 def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:

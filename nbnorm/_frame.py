@@ -13,6 +13,7 @@ from nbnorm import _checks, cpu
 from nbnorm._arrays import cuda_backend, home_of, place_of, take, take_floating
 from nbnorm._layout import Layout, fits, layout_of
 from nbnorm._typing import Array, Axis, NDArray
+from nbnorm.cpu.activations import Fused
 
 
 class Out(NamedTuple):
@@ -200,12 +201,22 @@ class Frame:
         return array if len(self.channel_shape) == 1 else array.reshape(self.channel_shape)
 
     def scale_and_mask(
-        self, relu: bool, gamma: NDArray | None, beta: NDArray | None, y: NDArray | None
+        self,
+        activation: Fused,
+        gamma: NDArray | None,
+        beta: NDArray | None,
+        y: NDArray | None,
+        residual: NDArray | None,
     ) -> tuple[NDArray, NDArray | None, NDArray | None]:
-        """Return (gamma, beta, y) for the backend; the last two give the ReLU mask, or are None."""
-        if not relu or y is not None:
-            return self.scale_and_shift(gamma, None)[0], None, self.view(y) if relu else None
-        return *self.scale_and_shift(gamma, beta), None
+        """Return (gamma, beta, y) for the backend: the last two give the activation's derivative.
+
+        They are None without one. In place of y an activation other than ReLU gets the residual.
+        """
+        if activation is None or (activation == "relu" and y is not None):
+            y_ = None if activation is None else self.view(y)
+            return self.scale_and_shift(gamma, None)[0], None, y_
+        residual_ = None if activation == "relu" else self.view(residual)
+        return *self.scale_and_shift(gamma, beta), residual_
 
     def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
         """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None."""

@@ -1,6 +1,6 @@
 """What arguments and results are, to readers and to type checkers."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -8,7 +8,7 @@ Array = Any  # numpy.ndarray, or anything with __dlpack__
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 Axis = int | tuple[int, ...]
-Activation = Literal["relu"] | None
+Activation = Any  # None, a name such as "relu", or what `nbnorm.activation` returned
 Mask = tuple[bool, bool, bool, bool]
 
 # The type of x, and of results like it. Statistics are of x's library too, but float64 and of

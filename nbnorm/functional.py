@@ -14,6 +14,7 @@ from nbnorm._arrays import on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
+from nbnorm.cpu.activations import Fused
 from nbnorm.moments import Moments
 
 
@@ -44,7 +45,8 @@ class BatchNormBackward(NamedTuple, Generic[X]):
     dgamma, dbeta : array or None
         Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma.
     dresidual : array or None
-        Gradient of the residual, with the shape and dtype of x. None if `y` was not given.
+        Gradient of the residual, with the shape and dtype of x. None if neither `y` nor `residual`
+        was given.
     """
 
     dx: X | OrNone
@@ -108,8 +110,9 @@ def batch_norm_forward(
         `jax.nn.standardize` or `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
         Added before the activation.
-    activation : {None, "relu"}
-        Applied last. NaN passes through.
+    activation : None, str or Activation, default None
+        Applied last: "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh",
+        "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, but x is then **overwritten** and
         `batch_norm_backward` needs it: in training, copy x first or use another `out`. It must
@@ -185,7 +188,7 @@ def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
             *frame.scale_and_shift(call.gamma, call.beta),
             call.eps,
             frame.view(call.residual),
-            call.relu,
+            call.activation,
             y.written,
         )
         if call.running is not None:
@@ -207,7 +210,7 @@ class ForwardCall(NamedTuple):
     gamma: NDArray | None
     beta: NDArray | None
     residual: NDArray | None
-    relu: bool
+    activation: Fused
     out: Out | None
     training: bool = False
     running: tuple[NDArray, NDArray] | None = None
@@ -226,7 +229,7 @@ class ForwardCall(NamedTuple):
                 mean,
                 rstd,
                 frame.view(self.residual),
-                self.relu,
+                self.activation,
                 y.written,
             )
         return y
@@ -261,7 +264,7 @@ def check_forward(
     residual_ = frame.like_x(residual, "residual")
     eps, momentum = _checks.epsilon(eps), _checks.finite(momentum, "momentum")
     correction_ = _checks.finite(correction, "correction")
-    relu = _checks.relu(activation)
+    activation = _checks.activation(activation)
     running = None if mean_ is None or var_ is None else (mean_, var_)
     if training:
         if alone:
@@ -273,7 +276,17 @@ def check_forward(
             _checks.running_to_update(frame.inputs, instead)
     out_ = frame.out(out, inplace="x")
     return ForwardCall(
-        frame, gamma_, beta_, residual_, relu, out_, training, running, momentum, eps, correction_
+        frame,
+        gamma_,
+        beta_,
+        residual_,
+        activation,
+        out_,
+        training,
+        running,
+        momentum,
+        eps,
+        correction_,
     )
 
 
@@ -315,8 +328,8 @@ def batch_norm_inference(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
         Added before the activation.
-    activation : {None, "relu"}
-        Applied last.
+    activation : None, str or Activation, default None
+        Applied last, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself; it must not overlap an input in any other way.
 
@@ -370,8 +383,8 @@ def _inference(
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
-    eps, relu = _checks.epsilon(eps), _checks.relu(activation)
-    call = ForwardCall(frame, gamma_, beta_, residual_, relu, frame.out(out, inplace="x"))
+    eps, activation = _checks.epsilon(eps), _checks.activation(activation)
+    call = ForwardCall(frame, gamma_, beta_, residual_, activation, frame.out(out, inplace="x"))
     rstd = frame.backend.rstd(frame.statistic(var_), eps)
     y: X = frame.settle(call.apply(frame.statistic(mean_), rstd))
     return y
@@ -405,8 +418,8 @@ def batch_norm_apply(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
         Added before the activation.
-    activation : {None, "relu"}
-        Applied last.
+    activation : None, str or Activation, default None
+        Applied last, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, but x is then **overwritten** and the backward
         functions need it: in training, copy x first or use another `out`. It must not overlap an
@@ -440,8 +453,8 @@ def batch_norm_apply(
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     residual_ = frame.like_x(residual, "residual")
-    relu = _checks.relu(activation)
-    call = ForwardCall(frame, gamma_, beta_, residual_, relu, frame.out(out, inplace="x"))
+    activation = _checks.activation(activation)
+    call = ForwardCall(frame, gamma_, beta_, residual_, activation, frame.out(out, inplace="x"))
     y: X = frame.settle(call.apply(frame.statistic(mean_), frame.statistic(rstd_)))
     return y
 
@@ -504,6 +517,7 @@ def batch_norm_backward(
     *,
     beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
+    residual: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
     activation: Activation = None,
@@ -513,7 +527,8 @@ def batch_norm_backward(
     """Compute the gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
-    with x_hat = (x - mean) rstd. With ReLU, dy is first set to 0 wherever y > 0 is false.
+    with x_hat = (x - mean) rstd. With an activation, dy is first multiplied by its derivative; ReLU
+    sets it to 0 wherever y > 0 is false.
 
     Parameters
     ----------
@@ -526,16 +541,19 @@ def batch_norm_backward(
     mean, rstd : array of the shape of the channel axes
         As returned by the forward call.
     beta : array of the shape of the channel axes, or None
-        As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
-        if the forward call had none) or `y`. Without ReLU it may be omitted.
+        As in the forward call. The derivative of an activation depends on it, so pass it (None if
+        the forward call had none); with ReLU `y` will do. Without activation it may be omitted.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required if that added a residual: the ReLU mask is then y > 0,
-        and dresidual is returned. Without `y` the mask is recomputed from x.
+        Result of the forward call, required with ReLU if that added a residual: the mask is then
+        y > 0, and dresidual is returned. Without `y` the mask is recomputed from x.
+    residual : array of x's shape and dtype, optional
+        Residual of the forward call, required with another activation, whose derivative is
+        recomputed from x; dresidual is then returned.
     training : bool, default True
         If False, mean and rstd are constants (frozen statistics) and dx = gamma rstd dy.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
-    activation : {None, "relu"}
+    activation : None, str or Activation, default None
         As in the forward call.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
@@ -578,7 +596,8 @@ def batch_norm_backward(
     >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
     """
-    if type(x) is np.ndarray and (beta is not NOT_GIVEN or activation is None or y is not None):
+    shown = beta is not NOT_GIVEN or activation is None or y is not None
+    if type(x) is np.ndarray and residual is None and shown:
         done = _shortcut.backward(
             dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
             activation, output_mask, out,
@@ -586,7 +605,7 @@ def batch_norm_backward(
         if done is not None:
             return BatchNormBackward(*done)
     return _backward(
-        training, output_mask, out, dy, x, gamma, mean, rstd, beta, y, axis, activation
+        training, output_mask, out, dy, x, gamma, mean, rstd, beta, y, residual, axis, activation
     )
 
 
@@ -602,15 +621,15 @@ def _backward(
     dresidual = frame.target() if wanted.dresidual else None
     sums: Array = frame.memory.zeros((2, frame.channels)) if frame.empty else None
     if not frame.empty:
-        operands, mask = call.operands()
+        (operands, mask), act = call.operands(), call.recomputed
         written = dx and dx.written, dresidual and dresidual.written
         if wanted.dx and training:
-            sums = frame.backend.backward(*operands, *mask, *written)
+            sums = frame.backend.backward(*operands, *mask, *written, act)
         else:
             if wanted.dgamma or wanted.dbeta:
-                sums = frame.backend.backward_reduce(*operands, *mask)
+                sums = frame.backend.backward_reduce(*operands, *mask, act)
             if wanted.dx or wanted.dresidual:
-                frame.backend.backward_apply(*operands, None, frame.m, *mask, *written)
+                frame.backend.backward_apply(*operands, None, frame.m, *mask, *written, act)
     return BatchNormBackward(
         dx and frame.settle(dx),
         frame.parameter_gradient(sums[1], call.gamma) if wanted.dgamma else None,
@@ -638,17 +657,26 @@ class BackwardCall(NamedTuple):
     rstd: NDArray
     beta: NDArray | None
     y: NDArray | None
-    relu: bool
+    residual: NDArray | None
+    activation: Fused
 
     def wanted(self, output_mask: Mask) -> Wanted:
-        """Check `output_mask` and return it; dresidual also requires y."""
+        """Check `output_mask` and return it; dresidual also requires y or the residual."""
         dx, dgamma, dbeta, dresidual = _checks.output_mask(output_mask)
-        return Wanted(dx, dgamma, dbeta, dresidual and self.y is not None)
+        added = self.y is not None or self.residual is not None
+        return Wanted(dx, dgamma, dbeta, dresidual and added)
+
+    @property
+    def recomputed(self) -> Fused:
+        """The activation if its derivative is recomputed from x, for the backend."""
+        return None if self.activation == "relu" else self.activation
 
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
-        """Return (dy, x, gamma, mean, rstd) and the ReLU mask's (beta, y), for the backend."""
+        """Return (dy, x, gamma, mean, rstd) and the derivative's (beta, y), for the backend."""
         frame = self.frame
-        gamma, *mask = frame.scale_and_mask(self.relu, self.gamma, self.beta, self.y)
+        gamma, *mask = frame.scale_and_mask(
+            self.activation, self.gamma, self.beta, self.y, self.residual
+        )
         statistics = frame.statistic(self.mean), frame.statistic(self.rstd)
         return (frame.view(self.dy), frame.view(frame.x), gamma, *statistics), tuple(mask)
 
@@ -661,18 +689,21 @@ def check_backward(
     rstd: Array,
     beta: Array | None,
     y: Array | None,
+    residual: Array | None,
     axis: Axis,
     activation: Activation,
 ) -> BackwardCall:
     """Check and convert the arguments common to all backward functions; compute nothing."""
     frame = Frame(x, axis)
-    relu = _checks.relu(activation)
-    gamma = _checks.given(gamma, "gamma", relu and y is None)
-    beta = _checks.given(beta, "beta", relu and y is None)
+    activation = _checks.activation(activation)
+    _checks.for_derivative(activation, y, residual)
+    gamma = _checks.given(gamma, "gamma", activation, y)
+    beta = _checks.given(beta, "beta", activation, y)
     dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    residual_ = frame.like_x(residual, "residual")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu)
+    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, residual_, activation)
 
 
 @on_its_device("x")
@@ -685,6 +716,7 @@ def batch_norm_backward_reduce(
     gamma: Array | None = NOT_GIVEN,
     beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
+    residual: Array | None = None,
     activation: Activation = None,
     axis: Axis = 1,
 ) -> tuple[Array, Array]:
@@ -703,7 +735,9 @@ def batch_norm_backward_reduce(
         (None if the forward call had none) or `y`. Without ReLU they may be omitted.
     y : array of x's shape and dtype, optional
         Result of the forward call, required for the ReLU mask if that added a residual.
-    activation : {None, "relu"}
+    residual : array of x's shape and dtype, optional
+        Residual of the forward call, required with an activation other than ReLU.
+    activation : None, str or Activation, default None
         As in the forward call.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
@@ -730,13 +764,13 @@ def batch_norm_backward_reduce(
     >>> nbnorm.batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
     (array([1.5]), array([-0.5]))
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+    call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
     frame = call.frame
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
     else:
         operands, mask = call.operands()
-        sums = frame.backend.backward_reduce(*operands, *mask)
+        sums = frame.backend.backward_reduce(*operands, *mask, call.recomputed)
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
 
@@ -753,6 +787,7 @@ def batch_norm_backward_apply(
     *,
     beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
+    residual: Array | None = None,
     activation: Activation = None,
     axis: Axis = 1,
     out: Array | None = None,
@@ -776,11 +811,13 @@ def batch_norm_backward_apply(
     count : int
         Number of values per channel in all parts together.
     beta : array of the shape of the channel axes, or None
-        As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
-        if the forward call had none) or `y`. Without ReLU it may be omitted.
+        As in the forward call. The derivative of an activation depends on it, so pass it (None if
+        the forward call had none); with ReLU `y` will do. Without activation it may be omitted.
     y : array of x's shape and dtype, optional
         Result of the forward call, required for the ReLU mask if that added a residual.
-    activation : {None, "relu"}
+    residual : array of x's shape and dtype, optional
+        Residual of the forward call, required with an activation other than ReLU.
+    activation : None, str or Activation, default None
         As in the forward call.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
@@ -812,7 +849,7 @@ def batch_norm_backward_apply(
     array([[ 0.09375],
            [-0.09375]])
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+    call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
     frame = call.frame
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
@@ -821,6 +858,8 @@ def batch_norm_backward_apply(
     if not frame.empty:
         operands, mask = call.operands()
         sums = np.stack([frame.statistic(sum_dy_), frame.statistic(sum_dy_xhat_)])
-        frame.backend.backward_apply(*operands, sums, m, *mask, target.written, None)
+        frame.backend.backward_apply(
+            *operands, sums, m, *mask, target.written, None, call.recomputed
+        )
     dx: X = frame.settle(target)
     return dx

@@ -29,8 +29,11 @@ import math
 
 import numpy as np
 
+from nbnorm import _checks
 from nbnorm._checks import NOT_GIVEN, given
 from nbnorm._typing import Activation, Axis, NDArray
+from nbnorm.cpu.activations import Activation as Activation_
+from nbnorm.cpu.activations import Math
 from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
 
@@ -87,17 +90,18 @@ def batch_norm_inference(
 @_quiet
 def batch_norm_backward(
     dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
-    beta: OptArray = NOT_GIVEN, y: OptArray = None, training: bool = True, axis: Axis = 1,
-    activation: Activation = None,
+    beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
+    training: bool = True, axis: Axis = 1, activation: Activation = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
 ) -> BatchNormBackward[NDArray]:  # fmt: skip
     """Section 3, "the gradients of loss l": the six equations in the order of the paper.
 
     Returns dx and dresidual, with x's shape, and dgamma and dbeta, with that of the channel axes.
-    Gradients not in `output_mask` are None, as is dresidual if `y` is not given.
+    Gradients not in `output_mask` are None, as is dresidual if neither `y` nor `residual`
+    is given.
     """
     m, over, _ = _reduction(x, axis)
-    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
+    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     deviation = _wide(x, x) - _spread(mean, x, axis)
     r = _spread(rstd, x, axis)  # 1 / sqrt(var + eps)
     dxhat = dy * _spread(gamma, x, axis)  # dl/dx_hat_i = dl/dy_i gamma
@@ -116,7 +120,7 @@ def batch_norm_backward(
         _store(dx, out) if output_mask[0] else None,
         dgamma if output_mask[1] else None,
         dbeta if output_mask[2] else None,
-        dy if output_mask[3] and y is not None else None,
+        dy if output_mask[3] and (y is not None or residual is not None) else None,
     )
 
 
@@ -169,22 +173,21 @@ def batch_norm_apply(
         y = y + _spread(beta, x, axis)
     if residual is not None:
         y = y + _wide(residual, x)
-    if activation == "relu":
-        y = np.maximum(y, 0)  # NaN passes
-    return _store(y, out)
+    return _store(_activate(y, activation), out)
 
 
 @_quiet
 def batch_norm_backward_reduce(
     dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
-    beta: OptArray = NOT_GIVEN, y: OptArray = None, activation: Activation = None, axis: Axis = 1,
+    beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
+    activation: Activation = None, axis: Axis = 1,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
     Returns (sum_dy, sum_dy_xhat), with the shape of the channel axes.
     """
     _, over, _ = _reduction(x, axis)
-    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
+    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     return np.sum(dy, axis=over), np.sum(dy * _normalise(x, mean, rstd, axis), axis=over)
 
 
@@ -192,10 +195,10 @@ def batch_norm_backward_reduce(
 def batch_norm_backward_apply(
     dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
     sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
-    activation: Activation = None, axis: Axis = 1, out: OptArray = None,
+    residual: OptArray = None, activation: Activation = None, axis: Axis = 1, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i combined (docs/math.md); returns dx."""
-    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
+    dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     xhat = _normalise(x, mean, rstd, axis)
     mean_dy = _spread(sum_dy, x, axis) / count
     mean_dy_xhat = _spread(sum_dy_xhat, x, axis) / count
@@ -284,18 +287,41 @@ def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
     return (_wide(x, x) - _spread(mean, x, axis)) * _spread(rstd, x, axis)
 
 
+# The normal distribution is that of the C library, in float64.
+_MATH = Math(
+    np.longdouble, lambda a, b, c: a * b + c, np.exp, np.tanh, lambda a: np.exp(-a * a / 2),
+    lambda a: np.longdouble(math.erfc(a / math.sqrt(2)) / 2), lambda function: function,
+)  # fmt: skip
+
+
+def _activate(v: NDArray, activation: Activation, derivative: bool = False) -> NDArray:
+    """Return act(v) or act'(v), in v's dtype, from the table that kernels are built from."""
+    act = _checks.activation(activation)
+    if act is None:
+        return np.ones_like(v) if derivative else v
+    if act == "relu":
+        return np.where(v > 0, 1, 0) if derivative else np.maximum(v, 0)  # NaN passes
+    assert isinstance(act, Activation_)
+    function = act.on(_MATH)[derivative]
+    function = getattr(function, "py_func", function)
+    return np.vectorize(function, otypes=[np.longdouble])(v.astype(np.longdouble)).astype(v.dtype)
+
+
 def _through_activation(
     dy: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
-    y: OptArray, activation: Activation, axis: Axis,
+    y: OptArray, residual: OptArray, activation: Activation, axis: Axis,
 ) -> NDArray:  # fmt: skip
-    """Return dl/dy before the ReLU: dy where y > 0, else 0; recompute y if it is not given."""
+    """Return dl/dv, v being the value before the activation: dl/dy act'(v); ReLU reads y > 0."""
     dy = _wide(dy, x)
-    if activation is None:
+    act = _checks.activation(activation)
+    if act is None:
         return dy
-    if y is None:
-        gamma, beta = given(gamma, "gamma", needed=True), given(beta, "beta", needed=True)
-        y = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis)
-    return np.where(y > 0, dy, 0)
+    if act == "relu" and y is not None:
+        return np.where(y > 0, dy, 0)
+    gamma, beta = (given(a, name, act, None) for a, name in ((gamma, "gamma"), (beta, "beta")))
+    v = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, residual=residual)
+    slope = _activate(v, act, derivative=True)
+    return np.where(slope, dy, 0) if act == "relu" else dy * slope
 
 
 def _store(values: NDArray, out: OptArray) -> NDArray:

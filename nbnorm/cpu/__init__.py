@@ -6,7 +6,8 @@ have shape (C,) and are contiguous float64; gamma and beta may both be float32 i
 checked here. `nbnorm.cuda` has the same functions with the same signatures.
 
 The backward functions mask dy by ReLU if they get beta or y: with beta they recompute the mask
-from x, with y they read it (y > 0).
+from x, with y they read it (y > 0). With another activation they get beta, and as y the residual or
+None: they recompute v, the value before the activation.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from nbnorm.cpu import sources as sources  # isort: split
 
 from nbnorm import _running
 from nbnorm._typing import NDArray
-from nbnorm.cpu import kernels
+from nbnorm.cpu import functions, kernels
 from nbnorm.cpu import memory as memory
+from nbnorm.cpu.activations import Activation, Fused
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
@@ -49,14 +51,14 @@ def apply(
     mean: NDArray,
     rstd: NDArray,
     residual: NDArray | None,
-    relu: bool,
+    activation: Fused,
     y: NDArray,
 ) -> None:
-    """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
+    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     cut, run = _cut(x, 2 + (residual is not None))
     x_, residual_, y_, norm = _view(x), _view(residual), _view(y), (mean, rstd, gamma, beta)
     with turn(cut.parallel):
-        run.apply(x_, residual_, tuple(cut.grid), kernels.work_for(cut), norm, _floor(relu), y_)
+        run.apply(x_, residual_, tuple(cut.grid), kernels.work_for(cut), norm, _act(activation), y_)
 
 
 def forward(
@@ -65,7 +67,7 @@ def forward(
     beta: NDArray,
     eps: float,
     residual: NDArray | None,
-    relu: bool,
+    activation: Fused,
     y: NDArray,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Normalise x with its own statistics into y; return mean, M2 and rstd, shape (C,) each."""
@@ -83,7 +85,7 @@ def forward(
             kernels.work_for(cut),
             norm,
             eps,
-            _floor(relu),
+            _act(activation),
             partial,
             m2,
             y_,
@@ -128,10 +130,11 @@ def backward_reduce(
     rstd: NDArray,
     beta: NDArray | None,
     y: NDArray | None,
+    activation: Activation | None = None,
 ) -> NDArray:
-    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy masked by ReLU."""
+    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy through the activation."""
     cut, run = _cut(x, 2 + (y is not None))
-    dy_, x_, y_, norm = _view(dy), _view(x), _view(y), (mean, rstd, gamma, beta)
+    dy_, x_, y_, norm = _view(dy), _view(x), _view(y), _norm(activation, mean, rstd, gamma, beta)
     partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
     with turn(cut.parallel):
         run.backward_reduce(
@@ -152,14 +155,15 @@ def backward_apply(
     y: NDArray | None,
     dx: NDArray | None,
     dresidual: NDArray | None,
+    activation: Activation | None = None,
 ) -> None:
     """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
 
-    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy masked by
-    ReLU.
+    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy
+    through the activation.
     """
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
-    norm = mean, rstd, gamma, beta
+    norm = _norm(activation, mean, rstd, gamma, beta)
     dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
     with turn(cut.parallel):
         run.backward_apply(
@@ -186,10 +190,11 @@ def backward(
     y: NDArray | None,
     dx: NDArray | None,
     dresidual: NDArray | None,
+    activation: Activation | None = None,
 ) -> NDArray:
     """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
-    norm = mean, rstd, gamma, beta
+    norm = _norm(activation, mean, rstd, gamma, beta)
     dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
     count = float(x.shape[0] * x.shape[2])
     partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
@@ -218,9 +223,16 @@ def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
     return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
 
 
-def _floor(relu: bool) -> float:
-    """Return the lower bound of y: one kernel serves with ReLU (0) and without (-inf)."""
-    return 0.0 if relu else -np.inf
+def _act(activation: Fused) -> Any:
+    """Return what kernels take: for None and ReLU the lower bound of y, so that one serves both."""
+    if activation is None:
+        return -np.inf
+    return 0.0 if activation == "relu" else functions.argument(activation)
+
+
+def _norm(activation: Activation | None, *norm: NDArray | None) -> tuple[Any, ...]:
+    """Return mean, rstd, gamma and beta with an activation other than ReLU."""
+    return norm if activation is None else (*norm, functions.argument(activation))
 
 
 def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:

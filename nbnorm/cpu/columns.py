@@ -19,8 +19,10 @@ from nbnorm.cpu.channel import (
     FIRST,
     affine,
     all_one,
+    bound,
     coefficients,
     factors,
+    gate,
     lost,
     merge,
     pairwise_sum,
@@ -344,7 +346,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     ahead = columns_ahead(y, (x, residual, y), grid, streamed, c0, c1)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
     fold = grid[4]
-    low = hi.dtype.type(floor)
+    low = bound(floor, hi)
     begin, end = rows(grid, k)
     first = first_line(y, grid, begin, ahead)
     half = 0 if streamed else whole_share(grid, begin, end, 2)
@@ -376,7 +378,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     scale = by_columns(scale_c, grid, 0)
     s, t = zeros(2, hi.size, hi.dtype)
     s64, t64 = zeros(2, hi.size, np.float64)
-    zero = hi.dtype.type(0)
+    act = gate(norm, hi)
     r0, r1 = rows(grid, k)
     size = hi.size
     quarter = whole_share(grid, r0, r1, 4)
@@ -385,7 +387,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         for r in range(begin, min(begin + RUN_ROWS // 4, r0 + quarter)):
             n = r * fold
             dy_, x_ = four(dy, n, step, c0, 0, size), four(x, n, step, c0, 0, size)
-            args = dy_, x_, four(y, n, step, c0, 0, size), hi, None, a, b, scale, zero, s, t
+            args = dy_, x_, four(y, n, step, c0, 0, size), hi, None, a, b, scale, act, s, t
             each(size, element.add_gradient_rows, args)
         each(size, element.drain, (s, s64))
         each(size, element.drain, (t, t64))
@@ -393,7 +395,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         for r in range(r0 + 4 * quarter, r1):
             n, short = r * fold, width(grid, r, c0, c1)
             dy_, x_ = piece(dy, n, c0, 0, short), piece(x, n, c0, 0, short)
-            args = dy_, x_, piece(y, n, c0, 0, short), hi, None, a, b, scale, zero, s, t
+            args = dy_, x_, piece(y, n, c0, 0, short), hi, None, a, b, scale, act, s, t
             each(short, element.add_gradient_row, args)
         each(size, element.drain, (s, s64))
         each(size, element.drain, (t, t64))
@@ -404,7 +406,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         if u_c[i] != 1 or by_rows.overflowed(partial, k, c):
             partial[0, k, c], partial[1, k, c] = by_rows.gradient_sums64(
                 dy, x, y, grid, k, c,
-                hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], zero,
+                hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], act,
             )  # fmt: skip
 
 
@@ -422,7 +424,7 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
     ahead = columns_ahead(out, (dy, x, y, dx, dresidual), grid, streamed, c0, c1)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
     hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid, ahead)
-    zero = hi.dtype.type(0)
+    act = gate(norm, hi)
     fold = grid[4]
     begin, end = rows(grid, k)
     first = first_line(out, grid, begin, ahead)
@@ -431,7 +433,7 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
         n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
         dy_, x_ = two(dy, n, step, c0, 0, size), two(x, n, step, c0, 0, size)
         y_, dx_ = two(y, n, step, c0, 0, size), two(dx, n, step, c0, 0, size)
-        pair = dy_, x_, y_, hi, None, a, b, hpq, None, a, zero, dx_
+        pair = dy_, x_, y_, hi, None, a, b, hpq, None, a, act, dx_
         each(size, element.backward_apply_rows, (*pair, two(dresidual, n, step, c0, 0, size)))
     for r in range(begin + 2 * half, end):
         n = r * fold
@@ -440,6 +442,6 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
         dy_, x_, y_ = piece(dy, n, c0, j, size), piece(x, n, c0, j, size), piece(y, n, c0, j, size)
         outs = piece(dx, n, c0, j, size), piece(dresidual, n, c0, j, size)
         hi_, a_, b_, hpq_ = part((hi, a, b, hpq), j, j + size)
-        args = dy_, x_, y_, hi_, None, a_, b_, hpq_, None, a_, zero
+        args = dy_, x_, y_, hi_, None, a_, b_, hpq_, None, a_, act
         each_to(size, element.backward_apply, args, outs, streamed)
     fence(streamed)

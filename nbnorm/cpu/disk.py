@@ -34,6 +34,10 @@ _FILE = re.compile(r"nbnorm-\w+-([0-9a-f]{8})[0-9a-f]{16}\.nbc(\.[0-9a-f]{32})?"
 # Numba's folder for functions whose source is in one folder: its name, and a digest of its path.
 _FOLDER = re.compile(r"(.+)_[0-9a-f]{40}")
 
+# Part of the names of types for which kernels hold a user's functions. They are not kept: another
+# process may have other functions under the same name.
+OF_A_USER = "of_a_user"
+
 # Seconds. To write a file takes milliseconds: an older one was left by a process that was killed.
 _LEFT = 3600
 # A file is dated by its last use, to the day. One of another state (versions, source, processor)
@@ -84,6 +88,8 @@ class KernelCache(NullCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled kernel, or None if its file is missing or damaged."""
+        if OF_A_USER in str(sig):
+            return None
         target_context.refresh()
         path, key = self._place(sig, target_context.codegen())
         with suppress(Exception):
@@ -96,7 +102,9 @@ class KernelCache(NullCache):  # type: ignore[misc]
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Write a temporary file, then rename it: other processes see all of it or nothing."""
-        if sources.now() != sources.IMPORTED or not self._numba.check_cachable(data):
+        if OF_A_USER in str(sig) or sources.now() != sources.IMPORTED:
+            return
+        if not self._numba.check_cachable(data):
             return
         path, key = self._place(sig, data.codegen)
         content = dumps(self._numba.reduce(data))

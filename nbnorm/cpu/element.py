@@ -8,6 +8,7 @@ load and store sums once for all four, those for two rows load coefficients once
 import numpy as np
 from numba import types
 
+from nbnorm.cpu.functions import derivative_at, value_at
 from nbnorm.cpu.intrinsics import unconditional
 from nbnorm.cpu.jit import by_types, fused_by_types, none_without, ordered
 from nbnorm.cpu.storage import load, store, stored_as_zero
@@ -60,6 +61,14 @@ def rectified(v, floor):
     return floor if v <= floor else v
 
 
+@by_types
+def activate(v, act):
+    """act(v); `act` is the floor of `rectified`, or an activation of `functions`."""
+    if isinstance(act, types.Number):
+        return lambda v, act: rectified(v, act)
+    return lambda v, act: value_at(v, act)
+
+
 @ordered
 def masked(dy, y, v, threshold, zero):
     """dy if ReLU let the value pass, else 0.
@@ -75,10 +84,26 @@ def masked(dy, y, v, threshold, zero):
 
 
 @ordered
-def masked_dy(j, dy, x, y, hi, u, a, b, zero):
-    """g = dy[j] masked by ReLU."""
+def sloped(dy, residual, v, threshold, act):
+    """dy act'(v [+ residual])."""
+    if residual is not None:
+        v += residual
+    return dy * derivative_at(v, act)
+
+
+@by_types
+def through(dy, y, v, threshold, act):
+    """dy through the activation: `masked` where `act` is 0, `sloped` where y is the residual."""
+    if isinstance(act, types.Number):
+        return lambda dy, y, v, threshold, act: masked(dy, y, v, threshold, act)
+    return lambda dy, y, v, threshold, act: sloped(dy, y, v, threshold, act)
+
+
+@ordered
+def masked_dy(j, dy, x, y, hi, u, a, b, act):
+    """g = dy[j] through the activation."""
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
-    return masked(unconditional(load(dy, j)), load(y, j), v, stored_as_zero(x), zero)
+    return through(unconditional(load(dy, j)), load(y, j), v, stored_as_zero(x), act)
 
 
 @ordered
@@ -144,7 +169,7 @@ def activated(j, x, residual, hi, u, a, b, floor):
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
     if residual is not None:
         v += load(residual, j)
-    return rectified(v, floor)
+    return activate(v, floor)
 
 
 @ordered
@@ -163,20 +188,20 @@ def apply_rows(j, x, residual, hi, u, a, b, floor, y):
 
 
 @ordered
-def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
-    """s += g and t += g (x u - hi) scale, where g = dy masked by ReLU."""
-    g = masked_dy(j, dy, x, y, hi, u, a, b, zero)
+def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, s, t):
+    """s += g and t += g (x u - hi) scale, where g = dy through the activation."""
+    g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     s[j] += g
     t[j] += g * (deviation(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
 
 
 @ordered
-def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
+def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     """`add_gradient_row` of four rows."""
-    g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, zero)
-    g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, zero)
-    g2 = masked_dy(j, dy[2], x[2], y[2], hi, u, a, b, zero)
-    g3 = masked_dy(j, dy[3], x[3], y[3], hi, u, a, b, zero)
+    g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, act)
+    g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, act)
+    g2 = masked_dy(j, dy[2], x[2], y[2], hi, u, a, b, act)
+    g3 = masked_dy(j, dy[3], x[3], y[3], hi, u, a, b, act)
     t0 = g0 * (deviation(load(x[0], j), at(hi, j), at(u, j)) * at(scale, j))
     t1 = g1 * (deviation(load(x[1], j), at(hi, j), at(u, j)) * at(scale, j))
     t2 = g2 * (deviation(load(x[2], j), at(hi, j), at(u, j)) * at(scale, j))
@@ -186,12 +211,13 @@ def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, zero, s, t):
 
 
 @ordered
-def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
-    """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)) and dresidual = g; g = dy masked by ReLU.
+def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
+    """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)) and dresidual = g.
 
-    dx and dresidual are written if they are given. Either may be dy itself: dy is read first.
+    g is dy through the activation. dx and dresidual are written if they are given. Either may be
+    dy itself: dy is read first.
     """
-    g = masked_dy(j, dy, x, y, hi, u, a, b, zero)
+    g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     d = centred(j, g, x, hi, u, hpq, v)
     store_gradients(j, g, d, f, dx, dresidual)
 
@@ -206,10 +232,10 @@ def store_gradients(j, g, d, f, dx, dresidual):
 
 
 @ordered
-def backward_apply_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, zero, dx, dresidual):
+def backward_apply_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
     """`backward_apply` of two rows."""
-    g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, zero)
-    g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, zero)
+    g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, act)
+    g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, act)
     d0 = centred(j, g0, x[0], hi, u, hpq, v)
     d1 = centred(j, g1, x[1], hi, u, hpq, v)
     store_gradients(j, g0, d0, f, dx[0], dresidual[0])

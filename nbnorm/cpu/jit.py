@@ -24,7 +24,9 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 # Modules whose functions handle one value or channel and run inside loops.
-_INNERMOST = ("nbnorm.cpu.channel", "nbnorm.cpu.element", "nbnorm.cpu.storage")
+_INNERMOST = tuple(
+    f"nbnorm.cpu.{name}" for name in ("activations", "channel", "element", "functions", "storage")
+)
 
 
 class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]

@@ -12,9 +12,11 @@ from nbnorm.cpu import element
 from nbnorm.cpu.channel import (
     FIRST,
     affine,
+    bound,
     coefficients,
     coefficients_of,
     factors,
+    gate,
     lost,
     merge,
     scales,
@@ -176,7 +178,7 @@ def stats(x, grid, c0, c1, k, partial):
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k, channels c0 <= c < c1."""
     hi, u, a, b = affine(norm, c0, c1, computed(x))
-    low = hi.dtype.type(floor)
+    low = bound(floor, hi)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -193,22 +195,22 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @ordered
-def add_gradient_piece(dy, x, y, hi, u, a, b, scale, zero, s, t):
+def add_gradient_piece(dy, x, y, hi, u, a, b, scale, act, s, t):
     """s += g and t += g (x u - hi) scale lane by lane, where g = dy masked by ReLU."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         dy_, x_ = four(line(dy), i, LANES, 0, 0, LANES), four(line(x), i, LANES, 0, 0, LANES)
         y_ = four(line(y), i, LANES, 0, 0, LANES)
-        each(LANES, element.add_gradient_rows, (dy_, x_, y_, hi, u, a, b, scale, zero, s, t))
+        each(LANES, element.add_gradient_rows, (dy_, x_, y_, hi, u, a, b, scale, act, s, t))
     for i in range(whole, x.size, LANES):
         size = min(LANES, x.size - i)
         dy_, x_ = piece(line(dy), i, 0, 0, size), piece(line(x), i, 0, 0, size)
         y_ = piece(line(y), i, 0, 0, size)
-        each(size, element.add_gradient_row, (dy_, x_, y_, hi, u, a, b, scale, zero, s, t))
+        each(size, element.add_gradient_row, (dy_, x_, y_, hi, u, a, b, scale, act, s, t))
 
 
 @noinline
-def gradient_sums64(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
+def gradient_sums64(dy, x, y, grid, k, c, hi, u, a, b, scale, act):
     """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64."""
     s_sum, t_sum = 0.0, 0.0
     begin, end = tiles(grid, k)
@@ -217,7 +219,7 @@ def gradient_sums64(dy, x, y, grid, k, c, hi, u, a, b, scale, zero):
         for n in range(n0, n1):
             dy_, x_, y_ = piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size)
             for i in range(size):
-                g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, zero))
+                g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
                 s_sum += g
                 t_sum += g * ((np.float64(load(x_, i)) * u - hi) * scale)
     return s_sum, t_sum
@@ -237,7 +239,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     """
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale = scales(norm, c0, c1, u)
-    zero = hi.dtype.type(0)
+    act = gate(norm, hi)
     s_lanes, t_lanes = zeros(2, LANES, hi.dtype)
     wide = new(LANES, np.float64)
     clear_chunk(partial, k, c0, c1)
@@ -249,7 +251,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             for n in range(n0, n1):
                 add_gradient_piece(
                     piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size),
-                    hi[i], u[i], a[i], element.at(b, i), scale[i], zero, s_lanes, t_lanes,
+                    hi[i], u[i], a[i], element.at(b, i), scale[i], act, s_lanes, t_lanes,
                 )  # fmt: skip
             partial[0, k, c] += total(s_lanes, wide)
             partial[1, k, c] += total(t_lanes, wide)
@@ -257,7 +259,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         if overflowed(partial, k, c):
             i = c - c0
             partial[0, k, c], partial[1, k, c] = gradient_sums64(
-                dy, x, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], zero
+                dy, x, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
             )
 
 
@@ -267,7 +269,7 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     v, f = factors(norm, sums, count, c0, c1, u)
     hpq = coefficients(norm, sums, count, c0, c1, u, v)
-    zero = hi.dtype.type(0)
+    act = gate(norm, hi)
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
@@ -279,7 +281,7 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
                 outs = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
                 args = (
                     dy_, x_, y_, hi[i], u[i], a[i], element.at(b, i), coefficients_of(hpq, i),
-                    v[i], f[i], zero,
+                    v[i], f[i], act,
                 )  # fmt: skip
                 each_to(size, element.backward_apply, args, outs, streamed)
     fence(streamed)

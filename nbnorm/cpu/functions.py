@@ -1,0 +1,230 @@
+"""Activations in kernels: exp, tanh and the normal distribution in arithmetic that LLVM vectorises.
+
+In the loops of kernels a call of the C library would compute one value at a time. All functions are
+made for float32 and float64 from one source; `Constants` holds what differs. NaN passes.
+
+A kernel gets an activation as a named tuple of its parameters, and is compiled for the tuple's
+class. `value_at` and `derivative_at` find the functions by that class.
+"""
+
+from collections import namedtuple
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from nbnorm.cpu.activations import TABLE, Activation, Math, Pair
+from nbnorm.cpu.disk import OF_A_USER
+from nbnorm.cpu.jit import by_types, ordered
+
+
+class Constants(NamedTuple):
+    """Numbers of one dtype, whose bits are `integer`.
+
+    exp(f) = 1 + f + f^2 q(f) for |f| <= log(2) / 2, and the upper tail of the normal distribution
+    is exp(-a^2 / 2) r(t) / (1 + 1.25 a) with t = (a - middle) / (a + middle). Polynomials
+    interpolate at the nodes of Chebyshev, computed with 40 digits; lowest coefficient first.
+    """
+
+    integer: type
+    shift: float  # 1.5 units of the mantissa's range: adding it rounds to an integer
+    mantissa: int  # bits
+    bias: int
+    log2_high: float  # log(2), so short that small multiples are exact
+    log2_low: float
+    least: float  # exp of less is 0
+    most: float  # exp of more is Inf
+    flat: float  # tanh of more is 1
+    q: tuple[float, ...]
+    middle: float
+    r: tuple[float, ...]
+
+
+CONSTANTS = {
+    np.float32: Constants(
+        np.int32, 1.5 * 2.0**23, 23, 127, 0.693359375, -2.12194440e-4, -104.0, 89.0, 10.0,
+        (0.50000000134658092, 0.166666666816232314, 0.0416664649252859054,
+         0.00833331092548090083, 0.00139336499963092504, 0.000198909908246736538),
+        3.5,
+        (0.5716052008, -0.07535580425, -0.03048027466, 0.06296985745, -0.04258637033,
+         0.01336183563, 0.0006734500783, -0.0018650007, 0.0001523933259, 0.0002559495443,
+         -2.774279217e-5, -2.791354151e-5, 2.268827809e-6),
+    ),
+    np.float64: Constants(
+        np.int64, 1.5 * 2.0**52, 52, 1023, 0.6931471803691238, 1.9082149292705877e-10,
+        -746.0, 710.0, 22.0,
+        (0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332613513,
+         0.00138888888888837483, 0.000198412698748206253, 0.0000248015873255477412,
+         2.75572554002064244e-6, 2.75572736431102953e-7, 2.51052170047207452e-8,
+         2.09146869680868772e-9),
+        5.0,
+        (0.557664961068795646, -0.0785759634765081645, 0.00977075756095271807,
+         0.032723909797554296, -0.0449651417788754292, 0.0365246791769622632,
+         -0.0212108618917760721, 0.00874721191758869455, -0.00214997810553825656,
+         -0.0000238296634216931527, 0.000243024497326302196, -0.0000672500544351151836,
+         -0.0000140310286786287342, 0.0000116431164702879189, 8.0362239709403769e-8,
+         -1.69693129015937474e-6, 1.41322561819503152e-7, 2.57779632690586752e-7,
+         -3.08880475270242815e-8, -4.2720638813177341e-8, 4.57975362889795204e-9,
+         7.28715736886612332e-9, -4.73119998380536542e-10, -1.07067691558379395e-9,
+         2.53015116649280576e-11, 9.25006840171799923e-11),
+    ),
+}  # fmt: skip
+
+
+def _multiply_add(builder, a, b, c):
+    """a b + c, rounded once where the processor can."""
+    function = ir.FunctionType(a.type, [a.type] * 3)
+    fused = builder.module.declare_intrinsic("llvm.fmuladd", [a.type], function)
+    return builder.call(fused, [a, b, c])
+
+
+@intrinsic
+def multiply_add(typing_context, a, b, c):
+    """a b + c, rounded once where the processor can."""
+    return a(a, b, c), lambda context, builder, signature, args: _multiply_add(builder, *args)
+
+
+@intrinsic
+def _reinterpreted(typing_context, value, like):
+    """The bits of a value as a number of the type of `like`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(like))
+
+    return like(value, like), codegen
+
+
+def _polynomial(coefficients, real):
+    """Return a compiled polynomial, by Horner's rule, each product and sum one multiply-add."""
+
+    @intrinsic
+    def polynomial(typing_context, v):
+        def codegen(context, builder, signature, args):
+            kind = args[0].type
+            total = kind(float(real(coefficients[-1])))
+            for c in reversed(coefficients[:-1]):
+                total = _multiply_add(builder, total, args[0], kind(float(real(c))))
+            return total
+
+        return v(v), codegen
+
+    return polynomial
+
+
+@cache
+def math_of(real: type) -> Math:
+    """Functions of one dtype, float32 or float64."""
+    k = CONSTANTS[real]
+    integer, mantissa, bias = k.integer, k.integer(k.mantissa), k.integer(k.bias)
+    per_log2, log2_high, log2_low = real(1 / np.log(2.0)), real(k.log2_high), real(k.log2_low)
+    shift, least, most = real(k.shift), real(k.least), real(k.most)
+    zero, one, two, half = real(0), real(1), real(2), real(0.5)
+    shift_bits = shift.view(integer)
+    q, r = _polynomial(k.q, real), _polynomial(k.r, real)
+    middle, slope, far = real(k.middle), real(1.25), real(40)
+    flat = real(k.flat)
+
+    @ordered
+    def power(n):
+        """2^n for an n from 1 - bias to bias."""
+        return _reinterpreted(integer((n + bias) << mantissa), one)
+
+    @ordered
+    def parts(v):
+        """n and f for which v = n log(2) + f, f at most log(2) / 2."""
+        rounded = v * per_log2 + shift
+        n = integer(_reinterpreted(rounded, bias) - shift_bits)
+        m = rounded - shift
+        return n, (v - m * log2_high) - m * log2_low
+
+    @ordered
+    def exp(v):
+        v = least if v < least else v
+        v = most if v > most else v
+        n, f = parts(v)
+        p = one + (f + (f * f) * q(f))
+        # In two steps, as 2^n may be no normal number where the product is one.
+        upper = integer(n >> integer(1))
+        return (p * power(upper)) * power(integer(n - upper))
+
+    @ordered
+    def tanh(v):
+        a = abs(v)
+        a = flat if a > flat else a
+        n, f = parts(a + a)
+        s = power(n)
+        e = s * (f + (f * f) * q(f)) + (s - one)  # exp(2 a) - 1
+        t = e / (e + two)
+        return -t if v < zero else t
+
+    @ordered
+    def bell(a):
+        square = a * a
+        rest = multiply_add(a, a, -square)  # what rounding took from the square
+        return exp(-half * square) * (one - half * rest)
+
+    @ordered
+    def tail(a):
+        a = far if a > far else a  # its tail is 0
+        t = (a - middle) / (a + middle)
+        return bell(a) * (r(t) / (one + slope * a))
+
+    return Math(real, multiply_add, exp, tanh, bell, tail, ordered)
+
+
+def _class_of(name: str, parameters: tuple[str, ...]) -> Any:
+    """Return a named tuple; Numba cannot take an empty one."""
+    return namedtuple(name, parameters or ("nothing",), module=__name__)  # noqa: PYI024
+
+
+CLASSES = {name: _class_of(name, tuple(row.parameters)) for name, row in TABLE.items()}
+globals().update(CLASSES)  # where a kernel that is loaded from disk finds them
+
+_of_users: dict[Any, Pair] = {}
+
+
+@cache
+def _class_for(functions: Pair) -> Any:
+    found = _class_of(f"activation_{OF_A_USER}_{len(_of_users)}", ())
+    _of_users[found] = functions
+    return found
+
+
+def argument(activation: Activation) -> Any:
+    """Return what kernels take for an activation of the table or of the user."""
+    if activation.functions is not None:
+        return _class_for(activation.functions)(0.0)
+    return CLASSES[activation.name](*activation.parameters or (0.0,))
+
+
+@cache
+def _functions(of: Any, real: type) -> tuple[Pair, int]:
+    """Return the compiled functions of a class, and how many parameters they take."""
+    if of in _of_users:
+        return _of_users[of], 0
+    row = TABLE[of.__name__]
+    return Pair(*map(ordered, row.of(math_of(real)))), len(row.parameters)
+
+
+def _called(function: Any, count: int, real: type) -> Any:
+    if count:
+        return lambda v, act: function(v, real(act[0]))
+    return lambda v, act: real(function(v))
+
+
+@by_types
+def value_at(v, act):
+    """act(v), in the dtype of v."""
+    real = getattr(np, v.name)
+    functions, count = _functions(act.instance_class, real)
+    return _called(functions.value, count, real)
+
+
+@by_types
+def derivative_at(v, act):
+    """act'(v), in the dtype of v."""
+    real = getattr(np, v.name)
+    functions, count = _functions(act.instance_class, real)
+    return _called(functions.derivative, count, real)
