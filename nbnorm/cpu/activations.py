@@ -1,7 +1,7 @@
 """Activations: one table of functions of one value and their derivatives.
 
-The kernels of both backends and the reference are built from the table, each with its own exp, tanh
-and normal distribution (`Math`).
+The kernels of both backends and the reference are built from the table, each with its own exp(-a),
+tanh and normal distribution (`Math`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ Function = Callable[..., Any]
 class Math(NamedTuple):
     """What the functions of the table are built from, for one dtype and one target.
 
-    `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `bell(a)` is exp(-a^2 / 2),
+    `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `decay(a)` is exp(-a) for
+    a >= 0, `bell(a)` is exp(-a^2 / 2),
     `tail(a)` is the probability that a standard normal variable exceeds a >= 0, and `compiled`
     makes a function one of the target's.
     """
 
     real: Callable[[float], Scalar]
     multiply_add: Function
-    exp: Function
+    decay: Function
     tanh: Function
     bell: Function
     tail: Function
@@ -88,14 +89,14 @@ def _hardswish(m: Math) -> Pair:
 
 def _sigmoid(m: Math) -> Pair:
     """1 / (1 + exp(-v)), from e = exp(-|v|), which does not overflow."""
-    zero, one, exp = m.real(0), m.real(1), m.exp
+    zero, one, decay = m.real(0), m.real(1), m.decay
 
     def value(v: Scalar) -> Scalar:
-        e = exp(-abs(v))
+        e = decay(abs(v))
         return (e if v < zero else one) / (one + e)
 
     def derivative(v: Scalar) -> Scalar:
-        e = exp(-abs(v))
+        e = decay(abs(v))
         return e / ((one + e) * (one + e))
 
     return Pair(value, derivative)
@@ -103,13 +104,13 @@ def _sigmoid(m: Math) -> Pair:
 
 def _tanh(m: Math) -> Pair:
     """tanh(v), and 1 - tanh(v)^2 without the difference."""
-    one, two, four, exp, tanh = m.real(1), m.real(2), m.real(4), m.exp, m.tanh
+    one, two, four, decay, tanh = m.real(1), m.real(2), m.real(4), m.decay, m.tanh
 
     def value(v: Scalar) -> Scalar:
         return tanh(v)
 
     def derivative(v: Scalar) -> Scalar:
-        e = exp(-two * abs(v))
+        e = decay(two * abs(v))
         return four * e / ((one + e) * (one + e))
 
     return Pair(value, derivative)

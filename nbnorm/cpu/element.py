@@ -10,7 +10,14 @@ from numba import types
 
 from nbnorm.cpu.functions import derivative_at, value_at
 from nbnorm.cpu.intrinsics import unconditional
-from nbnorm.cpu.jit import by_types, fused_by_types, none_without, ordered
+from nbnorm.cpu.jit import (
+    by_types,
+    fused_by_types,
+    inlined,
+    inlined_by_types,
+    none_without,
+    ordered,
+)
 from nbnorm.cpu.storage import load, store, stored_as_zero
 
 
@@ -61,7 +68,7 @@ def rectified(v, floor):
     return floor if v <= floor else v
 
 
-@by_types
+@inlined_by_types
 def activate(v, act):
     """act(v); `act` is the floor of `rectified`, or an activation of `functions`."""
     if isinstance(act, types.Number):
@@ -83,7 +90,7 @@ def masked(dy, y, v, threshold, zero):
     return dy
 
 
-@ordered
+@inlined
 def sloped(dy, residual, v, threshold, act):
     """dy act'(v [+ residual])."""
     if residual is not None:
@@ -91,7 +98,7 @@ def sloped(dy, residual, v, threshold, act):
     return dy * derivative_at(v, act)
 
 
-@by_types
+@inlined_by_types
 def through(dy, y, v, threshold, act):
     """dy through the activation: `masked` where `act` is 0, `sloped` where y is the residual."""
     if isinstance(act, types.Number):
@@ -99,7 +106,7 @@ def through(dy, y, v, threshold, act):
     return lambda dy, y, v, threshold, act: sloped(dy, y, v, threshold, act)
 
 
-@ordered
+@inlined
 def masked_dy(j, dy, x, y, hi, u, a, b, act):
     """g = dy[j] through the activation."""
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
@@ -163,7 +170,7 @@ def fill(j, value, out):
     out[j] = value
 
 
-@ordered
+@inlined
 def activated(j, x, residual, hi, u, a, b, floor):
     """max((x u - hi) a + b [+ residual], floor)."""
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
@@ -172,13 +179,13 @@ def activated(j, x, residual, hi, u, a, b, floor):
     return activate(v, floor)
 
 
-@ordered
+@inlined
 def apply(j, x, residual, hi, u, a, b, floor, y):
     """y = max((x u - hi) a + b [+ residual], floor)."""
     store(y, j, activated(j, x, residual, hi, u, a, b, floor))
 
 
-@ordered
+@inlined
 def apply_rows(j, x, residual, hi, u, a, b, floor, y):
     """`apply` of two rows."""
     v0 = activated(j, x[0], residual[0], hi, u, a, b, floor)
@@ -187,7 +194,7 @@ def apply_rows(j, x, residual, hi, u, a, b, floor, y):
     store(y[1], j, v1)
 
 
-@ordered
+@inlined
 def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     """s += g and t += g (x u - hi) scale, where g = dy through the activation."""
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
@@ -195,7 +202,7 @@ def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     t[j] += g * (deviation(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
 
 
-@ordered
+@inlined
 def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     """`add_gradient_row` of four rows."""
     g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, act)
@@ -210,7 +217,7 @@ def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     t[j] += (t0 + t1) + (t2 + t3)
 
 
-@ordered
+@inlined
 def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
     """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)) and dresidual = g.
 
@@ -231,7 +238,7 @@ def store_gradients(j, g, d, f, dx, dresidual):
         store(dx, j, at(f, j) * d)
 
 
-@ordered
+@inlined
 def backward_apply_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
     """`backward_apply` of two rows."""
     g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, act)

@@ -1,4 +1,4 @@
-"""Activations in kernels: exp, tanh and the normal distribution in arithmetic that LLVM vectorises.
+"""Activations in kernels: exp(-a), tanh and the normal distribution in arithmetic that LLVM vectorises.
 
 In the loops of kernels a call of the C library would compute one value at a time. All functions are
 made for float32 and float64 from one source; `Constants` holds what differs. NaN passes.
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from nbnorm.cpu.activations import TABLE, Activation, Math, Pair
 from nbnorm.cpu.disk import OF_A_USER
-from nbnorm.cpu.jit import by_types, ordered
+from nbnorm.cpu.jit import inlined, inlined_by_types
 
 
 class Constants(NamedTuple):
@@ -34,8 +34,7 @@ class Constants(NamedTuple):
     bias: int
     log2_high: float  # log(2), so short that small multiples are exact
     log2_low: float
-    least: float  # exp of less is 0
-    most: float  # exp of more is Inf
+    most: float  # exp of minus more is no normal number, and taken as 0
     flat: float  # tanh of more is 1
     q: tuple[float, ...]
     middle: float
@@ -44,7 +43,7 @@ class Constants(NamedTuple):
 
 CONSTANTS = {
     np.float32: Constants(
-        np.int32, 1.5 * 2.0**23, 23, 127, 0.693359375, -2.12194440e-4, -104.0, 89.0, 10.0,
+        np.int32, 1.5 * 2.0**23, 23, 127, 0.693359375, -2.12194440e-4, 87.0, 10.0,
         (0.50000000134658092, 0.166666666816232314, 0.0416664649252859054,
          0.00833331092548090083, 0.00139336499963092504, 0.000198909908246736538),
         3.5,
@@ -54,7 +53,7 @@ CONSTANTS = {
     ),
     np.float64: Constants(
         np.int64, 1.5 * 2.0**52, 52, 1023, 0.6931471803691238, 1.9082149292705877e-10,
-        -746.0, 710.0, 22.0,
+        708.0, 22.0,
         (0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332613513,
          0.00138888888888837483, 0.000198412698748206253, 0.0000248015873255477412,
          2.75572554002064244e-6, 2.75572736431102953e-7, 2.51052170047207452e-8,
@@ -119,59 +118,55 @@ def math_of(real: type) -> Math:
     k = CONSTANTS[real]
     integer, mantissa, bias = k.integer, k.integer(k.mantissa), k.integer(k.bias)
     per_log2, log2_high, log2_low = real(1 / np.log(2.0)), real(k.log2_high), real(k.log2_low)
-    shift, least, most = real(k.shift), real(k.least), real(k.most)
+    shift, most = real(k.shift), real(k.most)
     zero, one, two, half = real(0), real(1), real(2), real(0.5)
     shift_bits = shift.view(integer)
     q, r = _polynomial(k.q, real), _polynomial(k.r, real)
     middle, slope, far = real(k.middle), real(1.25), real(40)
     flat = real(k.flat)
 
-    @ordered
+    @inlined
     def power(n):
         """2^n for an n from 1 - bias to bias."""
         return _reinterpreted(integer((n + bias) << mantissa), one)
 
-    @ordered
+    @inlined
     def parts(v):
         """n and f for which v = n log(2) + f, f at most log(2) / 2."""
-        rounded = v * per_log2 + shift
+        rounded = multiply_add(v, per_log2, shift)
         n = integer(_reinterpreted(rounded, bias) - shift_bits)
-        m = rounded - shift
-        return n, (v - m * log2_high) - m * log2_low
+        m = shift - rounded
+        return n, multiply_add(m, log2_low, multiply_add(m, log2_high, v))
 
-    @ordered
-    def exp(v):
-        v = least if v < least else v
-        v = most if v > most else v
-        n, f = parts(v)
-        p = one + (f + (f * f) * q(f))
-        # In two steps, as 2^n may be no normal number where the product is one.
-        upper = integer(n >> integer(1))
-        return (p * power(upper)) * power(integer(n - upper))
+    @inlined
+    def decay(a):
+        n, f = parts(-(most if a > most else a))
+        e = (one + multiply_add(f * f, q(f), f)) * power(n)
+        return zero if a > most else e
 
-    @ordered
+    @inlined
     def tanh(v):
         a = abs(v)
         a = flat if a > flat else a
         n, f = parts(a + a)
         s = power(n)
-        e = s * (f + (f * f) * q(f)) + (s - one)  # exp(2 a) - 1
+        e = multiply_add(s, multiply_add(f * f, q(f), f), s - one)  # exp(2 a) - 1
         t = e / (e + two)
         return -t if v < zero else t
 
-    @ordered
+    @inlined
     def bell(a):
         square = a * a
         rest = multiply_add(a, a, -square)  # what rounding took from the square
-        return exp(-half * square) * (one - half * rest)
+        return decay(half * square) * multiply_add(-half, rest, one)
 
-    @ordered
+    @inlined
     def tail(a):
         a = far if a > far else a  # its tail is 0
         t = (a - middle) / (a + middle)
-        return bell(a) * (r(t) / (one + slope * a))
+        return bell(a) * (r(t) / multiply_add(slope, a, one))
 
-    return Math(real, multiply_add, exp, tanh, bell, tail, ordered)
+    return Math(real, multiply_add, decay, tanh, bell, tail, inlined)
 
 
 def _class_of(name: str, parameters: tuple[str, ...]) -> Any:
@@ -205,7 +200,7 @@ def _functions(of: Any, real: type) -> tuple[Pair, int]:
     if of in _of_users:
         return _of_users[of], 0
     row = TABLE[of.__name__]
-    return Pair(*map(ordered, row.of(math_of(real)))), len(row.parameters)
+    return Pair(*map(inlined, row.of(math_of(real)))), len(row.parameters)
 
 
 def _called(function: Any, count: int, real: type) -> Any:
@@ -214,7 +209,7 @@ def _called(function: Any, count: int, real: type) -> Any:
     return lambda v, act: real(function(v))
 
 
-@by_types
+@inlined_by_types
 def value_at(v, act):
     """act(v), in the dtype of v."""
     real = getattr(np, v.name)
@@ -222,7 +217,7 @@ def value_at(v, act):
     return _called(functions.value, count, real)
 
 
-@by_types
+@inlined_by_types
 def derivative_at(v, act):
     """act'(v), in the dtype of v."""
     real = getattr(np, v.name)

@@ -101,6 +101,7 @@ _INNER = {
     **_OF_THE_CALLER,
     **_OPTIONS,
 }
+_INLINED = {**_INNER, "forceinline": True}
 _FUSED = {**_INNER, "fastmath": {"contract"}}
 
 
@@ -113,6 +114,11 @@ def ordered(function: Callable[..., Any]) -> Any:
     by itself and in the fused backward). Lanes that are written out vectorise just as well.
     """
     return numba.njit(**_INNER)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """`ordered`, inlined whatever its size: a loop that calls a function is not vectorised."""
+    return numba.njit(**_INLINED)(function)
 
 
 def noinline(function: Callable[..., Any]) -> Any:
@@ -141,6 +147,11 @@ def by_types(choose: Callable[..., Any], options: dict[str, Any] = _INNER) -> An
 
     overload(compiled_only, jit_options=options, strict=False)(choose)
     return compiled_only
+
+
+def inlined_by_types(choose: Callable[..., Any]) -> Any:
+    """`by_types`, inlined whatever its size."""
+    return by_types(choose, _INLINED)
 
 
 def fused_by_types(choose: Callable[..., Any]) -> Any:
