@@ -6,6 +6,7 @@ from typing import Any as _Any
 
 from nbnorm._version import __version__ as __version__
 from nbnorm._warmup import warmup
+from nbnorm.activations import activation
 from nbnorm.config import show_config
 from nbnorm.cpu.overloads import register as _register
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
@@ -38,6 +39,7 @@ __all__ = [
     "BatchNormBackward",
     "BatchNormForward",
     "Moments",
+    "activation",
     "batch_norm_apply",
     "batch_norm_backward",
     "batch_norm_backward_apply",

@@ -23,6 +23,7 @@ class Saved(NamedTuple):
     mean: Array
     rstd: Array
     y: Array | None  # only if the ReLU mask depends on a residual
+    added: Array | None  # the residual, only if the derivative of the activation depends on it
     residual: bool
     training: bool
 
@@ -52,8 +53,8 @@ class BatchNorm:
     axis : int or tuple of int, default 1
         Channel axes of the inputs: the axes that **keep** their statistics, not the axes to
         reduce.
-    activation : None or "relu", default None
-        Fused activation, applied last.
+    activation : None, str or Activation, default None
+        Fused activation, applied last, as in `batch_norm_forward`.
     dtype : floating dtype, default float32
         Dtype of parameters and running statistics, independent of the inputs' dtype.
 
@@ -185,8 +186,10 @@ class BatchNorm:
         )
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
-        keep_y = residual is not None and self.activation is not None
-        self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
+        fused = residual is not None and self.activation is not None
+        relu = fused and _checks.activation(self.activation) == "relu"
+        kept = y if relu else None, residual if fused and not relu else None
+        self._saved = Saved(x, mean, rstd, *kept, residual is not None, training)
         return y
 
     def __call__(self, x: X, residual: Array | None = None) -> X:
@@ -277,15 +280,16 @@ class BatchNorm:
             gamma=self.parameters.get("weight"),
             beta=self.parameters.get("bias"),
             y=saved.y,
+            residual=saved.added,
             axis=self.axis,
             activation=self.activation,
-            output_mask=(True, self.affine, self.affine, saved.y is not None),
+            output_mask=(True, self.affine, self.affine, saved.residual),
         )
         if self.affine:
             self.grads["weight"], self.grads["bias"] = dgamma, dbeta
         if not saved.residual:
             return dx
-        return dx, dy if saved.y is None else dresidual
+        return dx, dy if dresidual is None else dresidual
 
     def _differentiate(self, dy: Array, saved: "Saved", **options: Any) -> tuple[Array | None, ...]:
         """Return the result of `batch_norm_backward`."""

@@ -289,8 +289,8 @@ def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
 
 # The normal distribution is that of the C library, in float64.
 _MATH = Math(
-    np.longdouble, lambda a, b, c: a * b + c, lambda a: np.exp(-a), np.tanh, lambda a: np.exp(-a * a / 2),
-    lambda a: np.longdouble(math.erfc(a / math.sqrt(2)) / 2), lambda function: function,
+    np.longdouble, lambda a, b, c: a * b + c, lambda a: np.exp(-a), np.tanh,
+    lambda a: np.exp(-a * a / 2), lambda a: np.longdouble(math.erfc(a / math.sqrt(2)) / 2), lambda function: function,
 )  # fmt: skip
 
 

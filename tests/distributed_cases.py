@@ -484,7 +484,7 @@ def refuses_an_out_of_another_shape(comm):
 @case
 def refuses_a_reason_longer_than_its_message(comm):
     call = forward_with(comm, activation="é" * 1000)
-    refused_on_the_last_rank(comm, call, ValueError, "activation must be None or 'relu', got 'éé")
+    refused_on_the_last_rank(comm, call, ValueError, "activation must be None, an")
 
 
 @case

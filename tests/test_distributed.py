@@ -167,7 +167,7 @@ def _spoilt():
             "gamma": per_channel(length=7),
             "beta": np.ma.masked_array(per_channel()),
             "axis": 9,
-            "activation": "gelu",
+            "activation": "elu",
             "out": data(shape=(2, 8, 4, 5)),
         }.items():
             yield function, {argument: value}

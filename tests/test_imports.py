@@ -24,7 +24,7 @@ LAYERS = (
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.functional",),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
-    ("nbnorm._arrays",),
+    ("nbnorm._arrays", "nbnorm.activations"),
     ("nbnorm._checks",),
     ("nbnorm.cpu", "nbnorm.cuda"),
     ("nbnorm.cpu.*", "nbnorm.cuda.*"),

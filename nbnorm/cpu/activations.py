@@ -19,9 +19,8 @@ class Math(NamedTuple):
     """What the functions of the table are built from, for one dtype and one target.
 
     `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `decay(a)` is exp(-a) for
-    a >= 0, `bell(a)` is exp(-a^2 / 2),
-    `tail(a)` is the probability that a standard normal variable exceeds a >= 0, and `compiled`
-    makes a function one of the target's.
+    a >= 0, `bell(a)` is exp(-a^2 / 2), `tail(a)` is the probability that a standard normal variable
+    exceeds a >= 0, and `compiled` makes a function one of the target's.
     """
 
     real: Callable[[float], Scalar]
@@ -236,6 +235,7 @@ class Activation:
         given = tuple(map(math.real, self.parameters))
         if not given:
             return Pair(value, derivative)
+        value, derivative = math.compiled(value), math.compiled(derivative)
         return Pair(lambda v: value(v, *given), lambda v: derivative(v, *given))
 
 

@@ -1,4 +1,4 @@
-"""Activations in kernels: exp(-a), tanh and the normal distribution in arithmetic that LLVM vectorises.
+"""Activations in kernels: exp(-a), tanh and the normal distribution, which LLVM vectorises.
 
 In the loops of kernels a call of the C library would compute one value at a time. All functions are
 made for float32 and float64 from one source; `Constants` holds what differs. NaN passes.

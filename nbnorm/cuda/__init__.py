@@ -19,6 +19,7 @@ import numba_cuda  # noqa: F401  # replaces Numba's own, older `numba.cuda`
 from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
 from nbnorm._typing import Array
+from nbnorm.cpu.activations import Activation, Fused
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, plan, residence
@@ -53,13 +54,13 @@ def apply(
     mean: Array,
     rstd: Array,
     residual: Array | None,
-    relu: bool,
+    activation: Fused,
     y: Array,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     tensors = x, residual, y
-    ready = _pass("apply", x, gamma, *tensors)
-    floor = 0.0 if relu else -inf
+    ready = _pass("apply", x, gamma, *tensors, activation=_own(activation))
+    floor = 0.0 if activation == "relu" else -inf
     _run(ready, x, tensors, mean, rstd, gamma, beta, floor, residual is not None)
 
 
@@ -69,21 +70,21 @@ def forward(
     beta: Array,
     eps: float,
     residual: Array | None,
-    relu: bool,
+    activation: Fused,
     y: Array,
 ) -> tuple[Array, Array, Array]:
     """Normalise x with its own statistics into y, as `apply`; return mean, M2, rstd, (C,) each."""
     tensors = x, residual, y
-    fused = _fused("forward", x, gamma, *tensors, keeps=1)
+    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=_own(activation))
     if fused is None:
         mean, m2, rstd = _stats(x, eps)
-        apply(x, gamma, beta, mean, rstd, residual, relu, y)
+        apply(x, gamma, beta, mean, rstd, residual, activation, y)
         return mean, m2, rstd
     N, C, S = x.shape
     empty = memory.empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
     partial = empty((2, C, fused.chunks))
-    floor = 0.0 if relu else -inf
+    floor = 0.0 if activation == "relu" else -inf
     _run(
         fused, x, tensors, float(N * S), eps, partial, mean, m2, rstd, gamma, beta, floor,
         residual is not None,
@@ -131,14 +132,15 @@ def backward_reduce(
     rstd: Array,
     beta: Array | None,
     y: Array | None,
+    activation: Activation | None = None,
 ) -> Array:
-    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy masked by ReLU."""
+    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy through the activation."""
     C = x.shape[1]
     empty = memory.empty
     tensors = dy, x, y
-    ready = _pass("backward_reduce", x, gamma, *tensors)
+    ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation)
     partial, sums = empty((2, C, ready.chunks)), empty((2, C))
-    mask, beta_ = _mask(gamma, beta, y)
+    mask, beta_ = _mask(gamma, beta, y, activation)
     _run(ready, x, tensors, mean, rstd, gamma, beta_, mask, partial)
     dtype = ready.dtype
     args = partial, C, ready.chunks, mean, rstd, sums
@@ -158,15 +160,16 @@ def backward_apply(
     y: Array | None,
     dx: Array | None,
     dresidual: Array | None,
+    activation: Activation | None = None,
 ) -> None:
     """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
 
-    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy masked by
-    ReLU.
+    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy
+    through the activation.
     """
     tensors = dy, x, y, dx, dresidual
-    ready = _pass("backward_apply", x, gamma, *tensors)
-    mask, beta_ = _mask(gamma, beta, y)
+    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation)
+    mask, beta_ = _mask(gamma, beta, y, activation)
     outs = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
     _run(
@@ -185,18 +188,19 @@ def backward(
     y: Array | None,
     dx: Array | None,
     dresidual: Array | None,
+    activation: Activation | None = None,
 ) -> Array:
     """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
     N, C, S = x.shape
     tensors = dy, x, y, dx, dresidual
-    fused = _fused("backward", x, gamma, *tensors, keeps=2)
+    fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation)
     if fused is None:
-        sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y)
-        backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual)
+        sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y, activation)
+        backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual, activation)
         return sums
     empty = memory.empty
     partial, sums = empty((2, C, fused.chunks)), empty((2, C))
-    mask, beta_ = _mask(gamma, beta, y)
+    mask, beta_ = _mask(gamma, beta, y, activation)
     outs = (dx is not None) + 2 * (dresidual is not None)
     _run(
         fused, x, tensors, mean, rstd, gamma, beta_, partial, sums, float(N * S), mask, outs,
@@ -204,12 +208,23 @@ def backward(
     return sums
 
 
-def _mask(gamma: Array, beta: Array | None, y: Array | None) -> tuple[int, Array]:
+def _own(activation: Fused) -> Activation | None:
+    """Return an activation that has kernels of its own, or None: those without have ReLU too."""
+    return activation if isinstance(activation, Activation) else None
+
+
+def _mask(
+    gamma: Array, beta: Array | None, y: Array | None, activation: Activation | None
+) -> tuple[int, Array]:
     """Return `mask` and the array to pass as beta.
 
     `mask` is 0 without ReLU, 1 if its mask is recomputed from x, and 2 if it is read from y. beta
-    is read only if `mask` is 1; otherwise gamma stands in for it.
+    is read only if `mask` is 1; otherwise gamma stands in for it. Another activation is recomputed
+    from x, and if `mask` is 2 from the residual y too.
     """
+    if activation is not None:
+        assert beta is not None
+        return (1 if y is None else 2), beta
     if y is not None:
         return 2, gamma
     return (0, gamma) if beta is None else (1, beta)
@@ -230,15 +245,27 @@ class _Pass(NamedTuple):
     geometry: tuple[int, ...]
 
 
-def _pass(name: str, x: Array, parameters: Array, *tensors: Array | None) -> _Pass:
+def _pass(
+    name: str,
+    x: Array,
+    parameters: Array,
+    *tensors: Array | None,
+    activation: Activation | None = None,
+) -> _Pass:
     """Prepare a kernel for these tensors, given in the order of its arguments."""
-    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors))
+    placed = _placed(tensors)
+    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *placed, activation=activation)
     assert ready is not None
     return ready
 
 
 def _fused(
-    name: str, x: Array, parameters: Array, *tensors: Array | None, keeps: int
+    name: str,
+    x: Array,
+    parameters: Array,
+    *tensors: Array | None,
+    keeps: int,
+    activation: Activation | None = None,
 ) -> _Pass | None:
     """Prepare a kernel that reads memory once and keeps `keeps` tensors on chip; None if it cannot.
 
@@ -249,7 +276,10 @@ def _fused(
     resident = keeps, *launch.limits()
     if not _may_keep(x.shape, x.dtype.itemsize, *resident):
         return None
-    return _prepared(name, x.shape, x.dtype, parameters.dtype, *_placed(tensors), resident=resident)
+    return _prepared(
+        name, x.shape, x.dtype, parameters.dtype, *_placed(tensors),
+        resident=resident, activation=activation,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -281,6 +311,7 @@ def _prepared(
     aligned: bool,
     *strides: Axes | None,
     resident: tuple[int, int, bool] | None = None,
+    activation: Activation | None = None,
 ) -> _Pass | None:
     """Prepare a kernel; an absent tensor, which the kernel does not touch, has strides 0.
 
@@ -308,13 +339,13 @@ def _prepared(
     blocks, cluster, shared = cut.blocks, 1, 0
     of = cut.traversal, dtype.name, cut.width
     if resident is None:
-        source = kernels.build(*of)
+        source = kernels.build(*of, activation)
     else:
         kept = None if divisible % VECTOR else residence(cut, *resident)
         if kept is None:
             return None
         cluster, each, blocks, shared = kept
-        source = kernels.fused(*of, cluster > 1)
+        source = kernels.fused(*of, cluster > 1, activation)
         geometry += cluster, each
     return _Pass(
         getattr(source, name), dtype.name, parameters.name, blocks, cluster, shared, cut.chunks,

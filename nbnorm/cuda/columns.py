@@ -20,6 +20,8 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
+from nbnorm.cpu.activations import Activation
+from nbnorm.cuda.activations import activation_functions
 from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
@@ -28,19 +30,18 @@ from nbnorm.cuda.values import (
     WARP,
     centred,
     gradient_sums_of,
-    masked,
     moment_sums_of,
     normalised,
-    rectified,
     warp_sum,
 )
 
 SHORT = 8  # columns of a channel that a single thread adds up
 
 
-def build(dtype: str, width: int) -> SimpleNamespace:
+def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamespace:
     """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
+    activate, through = activation_functions(activation, computed)
     load, store = memory_of(dtype, width)
     load_one, store_one = memory_of(dtype, 1)
     # Vectors in flight per tensor if two or three tensors are read at once.
@@ -267,7 +268,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     value = normalised(fetch_one_x(x, i, w), hi, u, a, b)
                     if added:
                         value += fetch_one(residual, i, w)
-                    write_one(y, i, w, rectified(value, low))
+                    write_one(y, i, w, activate(value, low))
                     i += at_once
 
         @device
@@ -289,7 +290,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                             value = normalised(values[r * width + w], hi[w], one, a[w], b[w])
                             if added:
                                 value += more[r * width + w]
-                            values[r * width + w] = rectified(value, low)
+                            values[r * width + w] = activate(value, low)
                         store(y[0], i * y[1] + y[2], values, r * width)
                 n += few * at_once
 
@@ -311,7 +312,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                 if mask == 2:
                     output = fetch_one(y, n, w)
                 if mask:
-                    g = masked(g, value, output, hi, u, a, b, mask, threshold, zero)
+                    g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
                 keep_one(kept_g, n, w, g)
                 d = cuda.fma(types.float64(value), unit, -types.float64(hi))
                 s += types.float64(g)
@@ -332,7 +333,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         def backward_reduce_chunk(
             dy, x, y, kept_g, kept_x, n, end, at_once, mine, plain, hi, a, b, scale, mask, s, t
         ):
-            """s = sum g, t = sum g (x u - hi) scale of this thread's columns; g is masked dy."""
+            """s = sum g, t = sum g (x u - hi) scale of this thread's columns."""
             g = cuda.local.array(fewer_size, computed)
             values = cuda.local.array(fewer_size, computed)
             outputs = cuda.local.array(fewer_size, computed)
@@ -349,7 +350,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     for r in range(fewer):
                         for w in range(width):
                             j = r * width + w
-                            g[j] = masked(
+                            g[j] = through(
                                 g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                 threshold, zero,
                             )  # fmt: skip
@@ -387,7 +388,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     if mask == 2:
                         output = fetch_one(y, i, w)
                     if mask:
-                        g = masked(g, value, output, hi, u, a, b, mask, threshold, zero)
+                        g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
                     if outs & 2:
                         write_one(dresidual, i, w, g)
                     if outs & 1:
@@ -400,7 +401,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
             plain, hi, a, b, h, p, q, mask, training, outs,
         ):  # fmt: skip
-            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is masked already."""
+            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is through already."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -421,7 +422,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                         for w in range(width):
                             j = r * width + w
                             if mask:
-                                g[j] = masked(
+                                g[j] = through(
                                     g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                     threshold, zero,
                                 )  # fmt: skip
@@ -496,7 +497,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         dy, dyn, x, xn, y, yn, C, S, N, group, lanes, per, chunks,
         mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k, g = dy masked by ReLU."""
+        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k."""
         g = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - g * chunks
         c0, columns, row, column, at_once = located(C, S, group, lanes, g)

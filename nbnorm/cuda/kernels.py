@@ -11,6 +11,7 @@ from typing import Any
 
 from numba.cuda import types
 
+from nbnorm.cpu.activations import Activation
 from nbnorm.cuda import channel, columns, rows
 from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
 from nbnorm.cuda.values import block_barrier
@@ -23,17 +24,23 @@ _PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var"))
 
 
 @lru_cache(maxsize=64)
-def build(traversal: str, dtype: str, width: int) -> Any:
-    """Return the kernels of a traversal."""
+def build(traversal: str, dtype: str, width: int, activation: Activation | None = None) -> Any:
+    """Return the kernels of a traversal; without activation, those that have ReLU too."""
     source = rows if traversal == "rows" else columns
-    return source.build(dtype, width)
+    return source.build(dtype, width, activation)
 
 
 @lru_cache(maxsize=64)
-def fused(traversal: str, dtype: str, width: int, clusters: bool) -> Any:
+def fused(
+    traversal: str,
+    dtype: str,
+    width: int,
+    clusters: bool,
+    activation: Activation | None = None,
+) -> Any:
     """Return the kernels that read memory once, for single blocks or for clusters of blocks."""
     barrier = cluster_barrier if clusters else block_barrier
-    return build(traversal, dtype, width).fused(barrier)
+    return build(traversal, dtype, width, activation).fused(barrier)
 
 
 @lru_cache(maxsize=4)

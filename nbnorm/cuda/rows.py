@@ -17,6 +17,8 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
+from nbnorm.cpu.activations import Activation
+from nbnorm.cuda.activations import activation_functions
 from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
@@ -26,16 +28,15 @@ from nbnorm.cuda.values import (
     block_sum,
     centred,
     gradient_sums_of,
-    masked,
     moment_sums_of,
     normalised,
-    rectified,
 )
 
 
-def build(dtype: str, width: int) -> SimpleNamespace:
+def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamespace:
     """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
+    activate, through = activation_functions(activation, computed)
     load, store = memory_of(dtype, width)
     load_one, _ = memory_of(dtype, 1)
     # Vectors in flight per tensor if two or three tensors are read at once.
@@ -156,7 +157,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                             value = normalised(values[w], hi, u, a, b)
                             if added:
                                 value += more[w]
-                            values[w] = rectified(value, low)
+                            values[w] = activate(value, low)
                         store(y[0], place(y, j), values, r * width)
                 i += few * cuda.blockDim.x
 
@@ -167,7 +168,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
 
         @device
         def backward_reduce_chunk(dy, x, y, kept_g, kept_x, first, end, hi, u, a, b, scale, mask):
-            """sum g and sum g (x u - hi) scale of this thread's values; g is masked dy."""
+            """sum g and sum g (x u - hi) scale of this thread's values."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -181,7 +182,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     fetch(y, few, i, end, outputs)
                 if mask:
                     for w in range(pair_size):
-                        g[w] = masked(
+                        g[w] = through(
                             g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
                         )
                 keep(kept_g, few, i, end, g)
@@ -202,7 +203,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
             dy, x, y, dx, dresidual, first, end,
             hi, u, a, b, h, p, q, v, f, mask, training, outs,
         ):  # fmt: skip
-            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is masked already."""
+            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is through already."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -217,7 +218,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
                     if j < end:
                         if mask:
                             for w in range(r * width, (r + 1) * width):
-                                g[w] = masked(
+                                g[w] = through(
                                     g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
                                 )
                         if outs & 2:
@@ -272,7 +273,7 @@ def build(dtype: str, width: int) -> SimpleNamespace:
         dy, dyn, dyc, x, xn, xc, y, yn, yc, C, vectors, total, per, chunks,
         mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k, g = dy masked by ReLU."""
+        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k."""
         c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
         shared = cuda.shared.array(WARP, types.float64)
         hi, u, a, b = affine(mean, rstd, gamma, beta, c)

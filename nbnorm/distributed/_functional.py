@@ -93,7 +93,7 @@ def sync_batch_norm_forward(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
         Added before the activation.
-    activation : {None, "relu"}
+    activation : None, str or Activation, default None
         Applied last.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, but x is then **overwritten** and the backward
@@ -156,7 +156,7 @@ def sync_batch_norm_forward(
         )  # fmt: skip
         header = Header(
             step=FORWARD, eps=call.eps, momentum=call.momentum, correction=call.correction,
-            **common_fields(call.frame, call.relu),
+            **common_fields(call.frame, call.activation),
         )  # fmt: skip
         return call, header
 
@@ -227,6 +227,7 @@ def sync_batch_norm_backward(
     comm: Communicator,
     beta: Array | None = NOT_GIVEN,
     y: Array | None = None,
+    residual: Array | None = None,
     training: bool = True,
     axis: Axis = 1,
     activation: Activation = None,
@@ -256,16 +257,18 @@ def sync_batch_norm_backward(
     comm : Communicator
         As in the forward call.
     beta : array of the shape of the channel axes, or None
-        As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
-        if the forward call had none) or `y`. Without ReLU it may be omitted.
+        As in the forward call. The derivative of an activation depends on it, so pass it (None if
+        the forward call had none); with ReLU `y` will do. Without activation it may be omitted.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required if that added a residual: the ReLU mask is then y > 0,
-        and dresidual is returned.
+        Result of the forward call, required with ReLU if that added a residual: the mask is then
+        y > 0, and dresidual is returned.
+    residual : array of x's shape and dtype, optional
+        Residual of the forward call, required with another activation; dresidual is then returned.
     training : bool, default True
         If False, mean and rstd are constants (frozen statistics) and dx = gamma rstd dy.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
-    activation : {None, "relu"}
+    activation : None, str or Activation, default None
         As in the forward call.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None. The ranks must agree
@@ -314,18 +317,18 @@ def sync_batch_norm_backward(
     """
     if not training:
         alone = batch_norm_backward(
-            dy, x, gamma, mean, rstd, beta=beta, y=y, training=False, axis=axis,
-            activation=activation, output_mask=output_mask, out=out,
+            dy, x, gamma, mean, rstd, beta=beta, y=y, residual=residual, training=False,
+            axis=axis, activation=activation, output_mask=output_mask, out=out,
         )  # fmt: skip
         return SyncBatchNormBackward(*alone)
     ranks = Ranks(comm)
 
     def check() -> tuple[tuple[BackwardCall, Wanted, Out | None, int], Header]:
         """Check the arguments, including count; add what the ranks must agree on."""
-        call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+        call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
         wanted, out_ = call.wanted(output_mask), call.frame.out(out, inplace="dy")
         m = _checks.count(count, call.frame.x)
-        common = common_fields(call.frame, call.relu)
+        common = common_fields(call.frame, call.activation)
         header = Header(step=BACKWARD, total=float(m), dx=float(wanted.dx), **common)
         return (call, wanted, out_, m), header
 
@@ -339,11 +342,11 @@ def sync_batch_norm_backward(
     operands, mask = call.operands()
     own: NDArray = frame.memory.zeros((2, frame.channels))
     if (wanted.dx or wanted.dgamma or wanted.dbeta) and not frame.empty:
-        own = frame.backend.backward_reduce(*operands, *mask)
+        own = frame.backend.backward_reduce(*operands, *mask, call.recomputed)
     sums = _added(ranks, own) if wanted.dx else None
     if (wanted.dx or wanted.dresidual) and not frame.empty:
         written = dx and dx.written, dresidual and dresidual.written
-        frame.backend.backward_apply(*operands, sums, m, *mask, *written)
+        frame.backend.backward_apply(*operands, sums, m, *mask, *written, call.recomputed)
     return SyncBatchNormBackward(
         dx and frame.settle(dx),
         frame.parameter_gradient(own[1], call.gamma) if wanted.dgamma else None,

@@ -13,6 +13,7 @@ import numpy as np
 from nbnorm._arrays import DTYPES
 from nbnorm._frame import Frame
 from nbnorm._typing import NDArray
+from nbnorm.cpu.activations import NAMES, Activation, Fused
 
 _T = TypeVar("_T")
 
@@ -115,7 +116,8 @@ class Header(NamedTuple):
     channels: float = 0.0
     channel_axes: float = 0.0
     dtype: float = 0.0
-    relu: float = 0.0
+    activation: float = 0.0
+    parameters: float = 0.0  # of the activation
     eps: float = 0.0
     momentum: float = 0.0
     correction: float = 0.0
@@ -129,6 +131,7 @@ _HEADER_LENGTH = 16
 _REASON_BYTES = 512
 FORWARD, BACKWARD = 1.0, 2.0
 _AGREED = len(Header._fields) - 1
+_ACTIVATIONS = ("None", *map(repr, NAMES), "a function of the user's")
 _DTYPE_CODES = {np.dtype(name): float(code) for code, name in enumerate(DTYPES[:3])}
 
 # The name of each field in error messages, and a function that formats its value.
@@ -138,7 +141,8 @@ _WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
     "channels": ("the number of channels", "{:.0f}".format),
     "channel_axes": ("the shape of the channel axes", "checksum {:.0f}".format),
     "dtype": ("the dtype of x", lambda code: DTYPES[int(code)]),
-    "relu": ("activation", lambda relu: "'relu'" if relu else "None"),
+    "activation": ("activation", lambda code: _ACTIVATIONS[int(code)]),
+    "parameters": ("the parameters of activation", "checksum {:.0f}".format),
     "eps": ("eps", repr),
     "momentum": ("momentum", repr),
     "correction": ("correction", "{:g}".format),
@@ -147,7 +151,7 @@ _WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def common_fields(frame: Frame, relu: bool) -> dict[str, float]:
+def common_fields(frame: Frame, activation: Fused) -> dict[str, float]:
     """Return the header fields common to both passes."""
     if not isinstance(frame.x, np.ndarray):
         raise TypeError("x is in GPU memory, expected CPU memory, where ranks synchronise arrays")
@@ -155,15 +159,25 @@ def common_fields(frame: Frame, relu: bool) -> dict[str, float]:
         "channels": float(frame.channels),
         "channel_axes": _checksum(frame.channel_shape),
         "dtype": _DTYPE_CODES.get(frame.x.dtype, float(DTYPES.index("bfloat16"))),
-        "relu": float(relu),
+        "activation": float(_code_of(activation)),
+        "parameters": _checksum(getattr(activation, "parameters", ())),
         "values": float(frame.m),
     }
 
 
+def _code_of(activation: Fused) -> int:
+    """Return the place of an activation in `_ACTIVATIONS`."""
+    if activation is None:
+        return 0
+    if isinstance(activation, Activation) and activation.functions is not None:
+        return len(_ACTIVATIONS) - 1
+    return 1 + NAMES.index(activation if isinstance(activation, str) else activation.name)
+
+
 @lru_cache(maxsize=1024)
-def _checksum(shape: tuple[int, ...]) -> float:
-    """Return a 32-bit checksum of a shape of any length, as a float."""
-    return float(zlib.crc32(repr(shape).encode()))
+def _checksum(numbers: tuple[float, ...]) -> float:
+    """Return a 32-bit checksum of a shape or of parameters of any number, as a float."""
+    return float(zlib.crc32(repr(numbers).encode()))
 
 
 class Ranks:

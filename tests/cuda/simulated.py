@@ -494,7 +494,7 @@ def test_what_cannot_be_kept_is_read_again(arena, shape, dtype, shared, clusters
     (y,) = run._wanted("y")
     with fused(shared, clusters=clusters):
         del simulator.launches[:]
-        backend.forward(run.x, run.gamma, run.beta, run.eps, None, True, y)
+        backend.forward(run.x, run.gamma, run.beta, run.eps, None, "relu", y)
     assert simulator.launches[-3:] == ["stats", "finish_moments", "apply"]
     assert_same_bits(y, run.y)
 

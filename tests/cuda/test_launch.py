@@ -151,7 +151,14 @@ def test_forward_hands_over_addresses_strides_and_numbers(driver, backend):
         for added, relu in ((True, False), (False, True)):
             cupy.allocated.clear()
             stats, finish, apply = driver.during(
-                backend.forward, x, gamma, beta, 1e-5, residual if added else None, relu, y
+                backend.forward,
+                x,
+                gamma,
+                beta,
+                1e-5,
+                residual if added else None,
+                "relu" if relu else None,
+                y,
             )
             mean, m2, rstd = driver.returned
             (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
@@ -259,7 +266,7 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
         kept = residence(cut, 1, SHARED, True)
         with fused(driver):
             cupy.allocated.clear()
-            (forward,) = driver.during(backend.forward, x, gamma, beta, 1e-5, residual, True, y)
+            (forward,) = driver.during(backend.forward, x, gamma, beta, 1e-5, residual, "relu", y)
             mean, m2, rstd = driver.returned
             (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
             check(
@@ -333,14 +340,14 @@ def test_parameters_and_x_of_float64_are_read_as_such(driver, backend):
     x, y = tensor(F64, rows=True), tensor(F64, rows=True)
     gamma, beta, mean, rstd = (channels(F64, 5) for _ in range(4))
     cut, numbers = geometry(True, x)
-    (apply,) = driver.during(backend.apply, x, gamma, beta, mean, rstd, None, True, y)
+    (apply,) = driver.during(backend.apply, x, gamma, beta, mean, rstd, None, "relu", y)
     check(
         apply, "rows.apply", cut.blocks, **view(True, "x", "x", x),
         **view(True, "residual", "r", x, absent=True), **view(True, "y", "y", y), **numbers,
         mean=mean, rstd=rstd, gamma=gamma, beta=beta, floor=0.0, added=0,
     )  # fmt: skip
     gamma, beta = channels(F32, 5), channels(F32, 5)
-    (narrow,) = driver.during(backend.apply, x, gamma, beta, mean, rstd, None, True, y)
+    (narrow,) = driver.during(backend.apply, x, gamma, beta, mean, rstd, None, "relu", y)
     assert (types_of(apply)["x"], types_of(apply)["gamma"]) == ("float64*", "float64*")
     assert (types_of(narrow)["x"], types_of(narrow)["gamma"]) == ("float64*", "float32*")
 
@@ -434,11 +441,11 @@ def calls_of(backend, dtype=F32, *, rows=True, samples=3):
     sums = fake.Array((2, C))
     running = channels(F32, C), channels(F32, C)
     return {
-        "forward": (3, lambda: backend.forward(x, gamma, beta, 1e-5, None, True, y)),
+        "forward": (3, lambda: backend.forward(x, gamma, beta, 1e-5, None, "relu", y)),
         "backward": (
             3, lambda: backend.backward(dy, x, gamma, mean, rstd, beta, None, dx, None),
         ),
-        "apply": (1, lambda: backend.apply(x, gamma, beta, mean, rstd, None, True, y)),
+        "apply": (1, lambda: backend.apply(x, gamma, beta, mean, rstd, None, "relu", y)),
         "stats": (2, lambda: backend.stats(x)),
         "move": (1, lambda: backend.move(*running, mean, m2, 0.1, 2.0)),
         "rstd": (1, lambda: backend.rstd(m2, 1e-5)),
@@ -517,7 +524,7 @@ def test_loading_leaves_the_devices_of_the_thread_as_they_were(driver, backend):
     gamma, beta = channels(F64, 3), channels(F64, 3)
     loads = driver.calls("cuLibraryLoad")
     cupy.use(device=2)
-    backend.apply(x, gamma, beta, channels(), channels(), None, True, y)
+    backend.apply(x, gamma, beta, channels(), channels(), None, "relu", y)
     assert driver.calls("cuLibraryLoad") == loads + 1
     assert (driver.device(), driver.depth()) == (2, 1)
 
@@ -547,7 +554,7 @@ def test_threads_that_launch_at_the_same_time_do_not_share_arguments(driver, bac
         driver.set_device(0)
         start.wait()
         for _ in range(each):
-            backend.apply(x, gamma, beta, mean, rstd, None, True, y)
+            backend.apply(x, gamma, beta, mean, rstd, None, "relu", y)
 
     def all_of_them():
         running = [threading.Thread(target=work, args=pair) for pair in pairs]

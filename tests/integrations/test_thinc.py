@@ -375,7 +375,7 @@ def test_a_network_learns():
         (
             lambda _: BatchNorm(3, activation="gelu").initialize().predict(drawn(0)),
             ValueError,
-            "activation must be None or 'relu', got 'gelu'",
+            "activation must be None, an `nbnorm.activation` or one of .*, got 'elu'",
         ),
         (
             lambda _: BatchNorm(3, eps=-1.0).initialize().predict(drawn(0)),

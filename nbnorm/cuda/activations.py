@@ -1,0 +1,69 @@
+"""Activations in kernels on the GPU, from the table that the CPU's are built from.
+
+Each activation has kernels of its own, with its parameters as constants.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from numba import cuda
+
+from nbnorm.cpu.activations import Activation, Math
+from nbnorm.cuda.jit import device
+from nbnorm.cuda.values import masked, normalised, rectified
+
+
+@lru_cache(maxsize=2)
+def math_of(real: Any) -> Math:
+    """Return functions of one dtype; CUDA's library errs by 2 units in the last place at most."""
+    half, root = real(0.5), real(math.sqrt(0.5))
+
+    @device
+    def multiply_add(a, b, c):
+        return cuda.fma(a, b, c)
+
+    @device
+    def decay(a):
+        return real(math.exp(-a))
+
+    @device
+    def tanh(v):
+        return real(math.tanh(v))
+
+    @device
+    def bell(a):
+        square = a * a
+        rest = cuda.fma(a, a, -square)
+        return real(math.exp(-half * square)) * cuda.fma(-half, rest, real(1))
+
+    @device
+    def tail(a):
+        return half * real(math.erfc(a * root))
+
+    return Math(real, multiply_add, decay, tanh, bell, tail, device)
+
+
+def activation_functions(activation: Activation | None, real: Any) -> tuple[Any, Any]:
+    """Return what kernels do with v, and with dy: `rectified` and `masked` without activation."""
+    if activation is None:
+        return rectified, masked
+    functions = (getattr(f, "py_func", f) for f in activation.on(math_of(real)))
+    value, derivative = map(device, functions)
+
+    @device
+    def activate(v, floor):
+        """act(v); `floor` is not read."""
+        return real(value(v))
+
+    @device
+    def through(g, x, y, hi, u, a, b, mask, threshold, zero):
+        """dy act'(v), v recomputed from x (mask = 1), or from x and the residual y (mask = 2)."""
+        v = normalised(x, hi, u, a, b)
+        if mask == 2:
+            v += y
+        return g * real(derivative(v))
+
+    return activate, through
