@@ -313,8 +313,10 @@ def finite(value: Any, name: str) -> float:
 
 def activation(given: Any) -> Fused:
     """Return None, "relu" or another activation; raise if there is none of this name."""
-    if given is None or (type(given) is str and given == "relu"):
-        return given
+    if given is None:
+        return None
+    if isinstance(given, str) and given == "relu":
+        return "relu"
     if isinstance(given, Activation):
         return "relu" if given.name == "relu" and given.functions is None else given
     if isinstance(given, str) and given in TABLE:

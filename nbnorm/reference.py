@@ -290,7 +290,8 @@ def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
 # The normal distribution is that of the C library, in float64.
 _MATH = Math(
     np.longdouble, lambda a, b, c: a * b + c, lambda a: np.exp(-a), np.tanh,
-    lambda a: np.exp(-a * a / 2), lambda a: np.longdouble(math.erfc(a / math.sqrt(2)) / 2), lambda function: function,
+    lambda a: np.exp(-a * a / 2), lambda a: np.longdouble(math.erfc(a / math.sqrt(2)) / 2),
+    lambda function: function,
 )  # fmt: skip
 
 
@@ -304,7 +305,8 @@ def _activate(v: NDArray, activation: Activation, derivative: bool = False) -> N
     assert isinstance(act, Activation_)
     function = act.on(_MATH)[derivative]
     function = getattr(function, "py_func", function)
-    return np.vectorize(function, otypes=[np.longdouble])(v.astype(np.longdouble)).astype(v.dtype)
+    result = np.vectorize(function, otypes=[np.longdouble])(v.astype(np.longdouble))
+    return np.asarray(result.astype(v.dtype))
 
 
 def _through_activation(

@@ -1,4 +1,4 @@
-"""Activations other than ReLU: their functions, both passes, errors, and kernels of the user's own."""
+"""Activations other than ReLU: their functions, both passes, errors, the user's own."""
 
 import math
 
@@ -15,6 +15,8 @@ from nbnorm.cpu import functions
 from nbnorm.cpu.activations import NAMES, TABLE, Activation
 from nbnorm.cpu.intrinsics import each
 from nbnorm.cpu.jit import entry, ordered
+
+pytestmark = pytest.mark.slow  # each activation is two kernels of its own
 
 DTYPES = [np.float32, np.float64]
 
@@ -127,8 +129,8 @@ def test_loops_are_vectorised_and_call_nothing(name):
     for kernel in (values, derivatives):
         kernel(v, act, v)
         (code,) = (
-            asm for types, asm in kernel.inspect_asm().items() if types[1].instance_class is type(act)
-            and types[0].dtype is numba.float32
+            asm for types, asm in kernel.inspect_asm().items()
+            if types[0].dtype is numba.float32 and types[1].instance_class is type(act)
         )  # fmt: skip
         assert "ps" in code
         for call in ("expf", "tanhf", "erff", "erfcf", "powf"):
@@ -138,7 +140,6 @@ def test_loops_are_vectorised_and_call_nothing(name):
 # Both passes
 
 
-@pytest.mark.slow  # a hundred kernels
 @given(
     st.sampled_from(list(TABLE)),
     st.sampled_from([(7, 5), (3, 4, 6), (4, 3, 5, 5), (2, 2, 17, 17), (40, 3)]),
@@ -300,13 +301,13 @@ def test_what_the_derivative_depends_on():
     x, gamma, beta, residual, dy = drawn((5, 3), np.float32)
     y, mean, rstd = nbnorm.batch_norm_forward(x, gamma, beta, activation="silu", residual=residual)
     given_ = dy, x, gamma, mean, rstd
-    with pytest.raises(ValueError, match="^beta is not given, and the derivative of"):
+    with pytest.raises(ValueError, match=r"^beta is not given, and the derivative of"):
         nbnorm.batch_norm_backward(*given_, activation="silu")
-    with pytest.raises(ValueError, match="^y does not give the derivative of"):
+    with pytest.raises(ValueError, match=r"^y does not give the derivative of"):
         nbnorm.batch_norm_backward(*given_, beta=beta, activation="silu", y=y)
-    with pytest.raises(ValueError, match="^residual does not give the mask of activation='relu'"):
+    with pytest.raises(ValueError, match=r"^residual does not give the mask of activation='relu'"):
         nbnorm.batch_norm_backward(*given_, beta=beta, activation="relu", residual=residual)
-    with pytest.raises(ValueError, match="^residual has shape"):
+    with pytest.raises(ValueError, match=r"^residual has shape"):
         nbnorm.batch_norm_backward(*given_, beta=beta, activation="silu", residual=residual[:4])
 
 

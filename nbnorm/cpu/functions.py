@@ -113,7 +113,7 @@ def _polynomial(coefficients, real):
 
 
 @cache
-def math_of(real: type) -> Math:
+def math_of(real: Any) -> Math:
     """Functions of one dtype, float32 or float64."""
     k = CONSTANTS[real]
     integer, mantissa, bias = k.integer, k.integer(k.mantissa), k.integer(k.bias)
