@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm._typing import Array, Axis, NDArray
-from nbnorm.cpu.activations import NAMES, TABLE, Activation, Fused
+from nbnorm.activations import NAMES, TABLE, Activation, Fused
 
 Shape = tuple[int, ...]
 

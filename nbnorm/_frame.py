@@ -13,7 +13,7 @@ from nbnorm import _checks, cpu
 from nbnorm._arrays import cuda_backend, home_of, place_of, take, take_floating
 from nbnorm._layout import Layout, fits, layout_of
 from nbnorm._typing import Array, Axis, NDArray
-from nbnorm.cpu.activations import Fused
+from nbnorm.activations import Fused
 
 
 class Out(NamedTuple):

@@ -1,13 +1,246 @@
-"""`activation`: what batch normalization applies last, by name or as a user's own functions."""
+"""Activations: one table of functions of one value and their derivatives.
+
+The kernels of both backends and the reference are built from the table, each with its own exp(-a),
+tanh and normal distribution (`Math`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from nbnorm.cpu.activations import NAMES, TABLE, Activation, Pair
+Scalar = Any
+Function = Callable[..., Any]
+
+
+class Math(NamedTuple):
+    """What the functions of the table are built from, for one dtype and one target.
+
+    `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `decay(a)` is exp(-a) for
+    a >= 0, `bell(a)` is exp(-a^2 / 2), `tail(a)` is the probability that a standard normal variable
+    exceeds a >= 0, and `compiled` makes a function one of the target's.
+    """
+
+    real: Callable[[float], Scalar]
+    multiply_add: Function
+    decay: Function
+    tanh: Function
+    bell: Function
+    tail: Function
+    compiled: Callable[[Function], Function]
+
+
+class Pair(NamedTuple):
+    """A function of v, the value before the activation, and its derivative."""
+
+    value: Function
+    derivative: Function
+
+
+def _leaky_relu(m: Math) -> Pair:
+    """max(v, 0) + slope min(v, 0)."""
+    zero, one = m.real(0), m.real(1)
+
+    def value(v: Scalar, slope: Scalar) -> Scalar:
+        return v * slope if v <= zero else v
+
+    def derivative(v: Scalar, slope: Scalar) -> Scalar:
+        return one if v > zero else slope
+
+    return Pair(value, derivative)
+
+
+def _relu6(m: Math) -> Pair:
+    """min(max(v, 0), 6)."""
+    zero, one, six = m.real(0), m.real(1), m.real(6)
+
+    def value(v: Scalar) -> Scalar:
+        v = zero if v <= zero else v
+        return six if v >= six else v
+
+    def derivative(v: Scalar) -> Scalar:
+        return one if (v > zero) & (v < six) else zero
+
+    return Pair(value, derivative)
+
+
+def _hardswish(m: Math) -> Pair:
+    """v min(max(v + 3, 0), 6) / 6 (Howard et al. 2019)."""
+    zero, half, one, three, six = (m.real(c) for c in (0, 0.5, 1, 3, 6))
+    third, sixth = m.real(1 / 3), m.real(1 / 6)
+
+    def value(v: Scalar) -> Scalar:
+        u = v + three
+        gate = zero if u <= zero else u
+        gate = six if gate >= six else gate
+        below = zero if u <= zero else v  # no Inf times 0
+        return below * (gate * sixth)
+
+    def derivative(v: Scalar) -> Scalar:
+        d = v * third + half
+        d = zero if v <= -three else d
+        return one if v >= three else d
+
+    return Pair(value, derivative)
+
+
+def _sigmoid(m: Math) -> Pair:
+    """1 / (1 + exp(-v)), from e = exp(-|v|), which does not overflow."""
+    zero, one, decay = m.real(0), m.real(1), m.decay
+
+    def value(v: Scalar) -> Scalar:
+        e = decay(abs(v))
+        return (e if v < zero else one) / (one + e)
+
+    def derivative(v: Scalar) -> Scalar:
+        e = decay(abs(v))
+        return e / ((one + e) * (one + e))
+
+    return Pair(value, derivative)
+
+
+def _tanh(m: Math) -> Pair:
+    """tanh(v), and 1 - tanh(v)^2 without the difference."""
+    one, two, four, decay, tanh = m.real(1), m.real(2), m.real(4), m.decay, m.tanh
+
+    def value(v: Scalar) -> Scalar:
+        return tanh(v)
+
+    def derivative(v: Scalar) -> Scalar:
+        e = decay(two * abs(v))
+        return four * e / ((one + e) * (one + e))
+
+    return Pair(value, derivative)
+
+
+def _silu(m: Math) -> Pair:
+    """v sigmoid(v), or swish (Elfwing, Uchibe & Doya 2018)."""
+    value_of, derivative_of = map(m.compiled, _sigmoid(m))
+    far = m.real(800)
+
+    def value(v: Scalar) -> Scalar:
+        return (-far if v < -far else v) * value_of(v)  # no Inf times 0
+
+    def derivative(v: Scalar) -> Scalar:
+        w = far if v > far else (-far if v < -far else v)
+        return value_of(w) + w * derivative_of(w)
+
+    return Pair(value, derivative)
+
+
+def _gelu(m: Math) -> Pair:
+    """v P(Z <= v) for a standard normal Z (Hendrycks & Gimpel 2016)."""
+    zero, one, far = m.real(0), m.real(1), m.real(40)
+    density, bell, tail = m.real(1 / np.sqrt(2 * np.pi)), m.bell, m.tail
+
+    def probability(v: Scalar) -> Scalar:
+        above = tail(abs(v))
+        return above if v < zero else one - above
+
+    probability = m.compiled(probability)
+
+    def value(v: Scalar) -> Scalar:
+        return (-far if v < -far else v) * probability(v)  # no Inf times 0
+
+    def derivative(v: Scalar) -> Scalar:
+        w = far if v > far else (-far if v < -far else v)
+        return probability(w) + w * (density * bell(w))
+
+    return Pair(value, derivative)
+
+
+def _gelu_tanh(m: Math) -> Pair:
+    """v (1 + tanh(u / 2)) / 2 = v sigmoid(u) with u = sqrt(8 / pi) (v + 0.044715 v^3)."""
+    value_of, derivative_of = map(m.compiled, _sigmoid(m))
+    far, root = m.real(40), np.sqrt(8 / np.pi)
+    scale, cubic, cubic3 = m.real(root), m.real(root * 0.044715), m.real(3 * root * 0.044715)
+    multiply_add = m.multiply_add
+
+    def value(v: Scalar) -> Scalar:
+        w = far if v > far else (-far if v < -far else v)
+        return (w if v < w else v) * value_of(w * multiply_add(cubic, w * w, scale))
+
+    def derivative(v: Scalar) -> Scalar:
+        w = far if v > far else (-far if v < -far else v)
+        u = w * multiply_add(cubic, w * w, scale)
+        return value_of(u) + w * multiply_add(cubic3, w * w, scale) * derivative_of(u)
+
+    return Pair(value, derivative)
+
+
+class Definition(NamedTuple):
+    """A row of the table: what makes the functions, and the parameters with their defaults."""
+
+    of: Callable[[Math], Pair]
+    parameters: dict[str, float]
+
+
+# ReLU is no row: the kernels have it as a lower bound of y, and its derivative as a mask.
+TABLE = {
+    "leaky_relu": Definition(_leaky_relu, {"slope": 0.01}),
+    "relu6": Definition(_relu6, {}),
+    "hardswish": Definition(_hardswish, {}),
+    "silu": Definition(_silu, {}),
+    "gelu": Definition(_gelu, {}),
+    "gelu_tanh": Definition(_gelu_tanh, {}),
+    "sigmoid": Definition(_sigmoid, {}),
+    "tanh": Definition(_tanh, {}),
+}
+NAMES = ("relu", *TABLE)
+
+
+class Activation:
+    """A function that batch normalization applies last, made by `activation`.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the table, or that of a function of the user.
+    parameters : tuple of float
+        Such as the slope of leaky_relu.
+    functions : Pair or None
+        The user's functions; None for a name of the table.
+    """
+
+    __slots__ = ("functions", "name", "parameters")
+
+    def __init__(
+        self, name: str, parameters: tuple[float, ...] = (), functions: Pair | None = None
+    ) -> None:
+        self.name, self.parameters, self.functions = name, parameters, functions
+
+    def __repr__(self) -> str:
+        names = TABLE[self.name].parameters if self.name in TABLE else ()
+        given = (f"{name}={value:g}" for name, value in zip(names, self.parameters, strict=True))
+        return f"activation({', '.join([repr(self.name), *given])})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Activation):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.name, self.parameters, self.functions
+
+    def on(self, math: Math) -> Pair:
+        """Return the functions of v alone, for one target."""
+        if self.functions is not None:
+            return self.functions
+        value, derivative = TABLE[self.name].of(math)
+        given = tuple(map(math.real, self.parameters))
+        if not given:
+            return Pair(value, derivative)
+        value, derivative = math.compiled(value), math.compiled(derivative)
+        return Pair(lambda v: value(v, *given), lambda v: derivative(v, *given))
+
+
+# What backends take: no activation, ReLU, or one of the table or of the user.
+Fused = Activation | Literal["relu"] | None
 
 
 def activation(

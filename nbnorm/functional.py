@@ -14,7 +14,7 @@ from nbnorm._arrays import on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
-from nbnorm.cpu.activations import Fused
+from nbnorm.activations import Fused
 from nbnorm.moments import Moments
 
 

@@ -32,8 +32,8 @@ import numpy as np
 from nbnorm import _checks
 from nbnorm._checks import NOT_GIVEN, given
 from nbnorm._typing import Activation, Axis, NDArray
-from nbnorm.cpu.activations import Activation as Activation_
-from nbnorm.cpu.activations import Math
+from nbnorm.activations import Activation as Activation_
+from nbnorm.activations import Math
 from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
 

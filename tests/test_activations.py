@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import nbnorm
 from nbnorm import reference
+from nbnorm.activations import NAMES, TABLE, Activation
 from nbnorm.cpu import functions
-from nbnorm.cpu.activations import NAMES, TABLE, Activation
 from nbnorm.cpu.intrinsics import each
 from nbnorm.cpu.jit import entry, ordered
 

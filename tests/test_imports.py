@@ -24,11 +24,11 @@ LAYERS = (
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.functional",),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
-    ("nbnorm._arrays", "nbnorm.activations"),
+    ("nbnorm._arrays",),
     ("nbnorm._checks",),
     ("nbnorm.cpu", "nbnorm.cuda"),
     ("nbnorm.cpu.*", "nbnorm.cuda.*"),
-    ("nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
+    ("nbnorm._layout", "nbnorm._running", "nbnorm.activations", "nbnorm.pool"),
     ("nbnorm._typing", "nbnorm._version"),
 )
 

@@ -21,9 +21,9 @@ from nbnorm.cpu import sources as sources  # isort: split
 
 from nbnorm import _running
 from nbnorm._typing import NDArray
+from nbnorm.activations import Activation, Fused
 from nbnorm.cpu import functions, kernels
 from nbnorm.cpu import memory as memory
-from nbnorm.cpu.activations import Activation, Fused
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count

@@ -7,6 +7,8 @@ A kernel gets an activation as a named tuple of its parameters, and is compiled 
 class. `value_at` and `derivative_at` find the functions by that class.
 """
 
+import marshal
+import zlib
 from collections import namedtuple
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from nbnorm.cpu.activations import TABLE, Activation, Math, Pair
+from nbnorm.activations import TABLE, Activation, Math, Pair
 from nbnorm.cpu.disk import OF_A_USER
 from nbnorm.cpu.jit import inlined, inlined_by_types
 
@@ -169,13 +171,21 @@ def math_of(real: Any) -> Math:
     return Math(real, multiply_add, decay, tanh, bell, tail, inlined)
 
 
+# Part of the classes' names, so that no kernel is loaded from disk that was compiled from another
+# table: the table lies outside the folder whose source is part of the key.
+_STATE = f"{zlib.crc32(b''.join(marshal.dumps(row.of.__code__) for row in TABLE.values())):08x}"
+
+
 def _class_of(name: str, parameters: tuple[str, ...]) -> Any:
     """Return a named tuple; Numba cannot take an empty one."""
     return namedtuple(name, parameters or ("nothing",), module=__name__)  # noqa: PYI024
 
 
-CLASSES = {name: _class_of(name, tuple(row.parameters)) for name, row in TABLE.items()}
-globals().update(CLASSES)  # where a kernel that is loaded from disk finds them
+CLASSES = {
+    name: _class_of(f"{name}_{_STATE}", tuple(row.parameters)) for name, row in TABLE.items()
+}
+_NAMES = {of: name for name, of in CLASSES.items()}
+globals().update((of.__name__, of) for of in _NAMES)  # for kernels that are loaded from disk
 
 _of_users: dict[Any, Pair] = {}
 
@@ -199,7 +209,7 @@ def _functions(of: Any, real: type) -> tuple[Pair, int]:
     """Return the compiled functions of a class, and how many parameters they take."""
     if of in _of_users:
         return _of_users[of], 0
-    row = TABLE[of.__name__]
+    row = TABLE[_NAMES[of]]
     return Pair(*map(inlined, row.of(math_of(real)))), len(row.parameters)
 
 

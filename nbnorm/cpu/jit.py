@@ -24,8 +24,9 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 # Modules whose functions handle one value or channel and run inside loops.
-_INNERMOST = tuple(
-    f"nbnorm.cpu.{name}" for name in ("activations", "channel", "element", "functions", "storage")
+_INNERMOST = (
+    "nbnorm.activations",
+    *(f"nbnorm.cpu.{name}" for name in ("channel", "element", "functions", "storage")),
 )
 
 

@@ -19,7 +19,7 @@ import numba_cuda  # noqa: F401  # replaces Numba's own, older `numba.cuda`
 from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
 from nbnorm._typing import Array
-from nbnorm.cpu.activations import Activation, Fused
+from nbnorm.activations import Activation, Fused
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, plan, residence

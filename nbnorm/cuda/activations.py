@@ -11,7 +11,7 @@ from typing import Any
 
 from numba import cuda
 
-from nbnorm.cpu.activations import Activation, Math
+from nbnorm.activations import Activation, Math
 from nbnorm.cuda.jit import device
 from nbnorm.cuda.values import masked, normalised, rectified
 

@@ -20,7 +20,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from nbnorm.cpu.activations import Activation
+from nbnorm.activations import Activation
 from nbnorm.cuda.activations import activation_functions
 from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient

@@ -11,7 +11,7 @@ from typing import Any
 
 from numba.cuda import types
 
-from nbnorm.cpu.activations import Activation
+from nbnorm.activations import Activation
 from nbnorm.cuda import channel, columns, rows
 from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
 from nbnorm.cuda.values import block_barrier

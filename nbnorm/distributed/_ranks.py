@@ -13,7 +13,7 @@ import numpy as np
 from nbnorm._arrays import DTYPES
 from nbnorm._frame import Frame
 from nbnorm._typing import NDArray
-from nbnorm.cpu.activations import NAMES, Activation, Fused
+from nbnorm.activations import NAMES, Activation, Fused
 
 _T = TypeVar("_T")
 
