@@ -27,7 +27,8 @@ from tolerances import (
     y_tolerance,
 )
 
-from nbnorm import reference
+from nbnorm import activation, reference
+from nbnorm.activations import TABLE
 
 THREADS, CHUNK, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
 backend = simulator.load(THREADS=THREADS, CHUNK=CHUNK)
@@ -745,6 +746,36 @@ def test_a_large_gamma_takes_no_dy_out_of_range(arena, values, dy, gamma, by_row
 
 
 # -- per-channel numbers ---------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("name", TABLE)
+def test_activations_of_the_table(arena, shape, name, added):
+    rng = np.random.default_rng(3)
+    x, dy, residual = (arena.given(rng.normal(0, 2, shape).astype(np.float32)) for _ in range(3))
+    gamma, beta = rng.normal(1, 1, (2, shape[1])).astype(np.float32)
+    residual = residual if added else None
+    act = activation(name)
+
+    def both_passes():
+        y, dx, dresidual = arena.wanted(x), arena.wanted(x), arena.wanted(x) if added else None
+        mean, _, rstd = call("forward", x, gamma, beta, 1e-5, residual, act, y)
+        sums = call("backward", dy, x, gamma, mean, rstd, beta, residual, dx, dresidual, act)
+        return y, dx, dresidual, mean, rstd, sums
+
+    y, dx, dresidual, mean, rstd, sums = both_passes()
+    options = {"residual": residual, "activation": act}
+    expected = reference.batch_norm_apply(x, gamma, beta, mean, rstd, **options)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    grads = reference.batch_norm_backward(dy, x, gamma, mean, rstd, beta=beta, **options)
+    np.testing.assert_allclose(dx, grads.dx, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sums, [grads.dbeta, grads.dgamma], rtol=1e-4, atol=1e-3)
+    if added:
+        np.testing.assert_allclose(dresidual, grads.dresidual, rtol=1e-5, atol=1e-5)
+    with fused():
+        for one, other in zip(both_passes(), (y, dx, dresidual, mean, rstd, sums), strict=True):
+            assert one is other is None or assert_same_bits(one, other) is None
 
 
 @pytest.mark.parametrize("C", [1, 63, 64, 65, 200])
