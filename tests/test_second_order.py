@@ -150,7 +150,7 @@ def case(recipe, layout="C"):
 def overflowing(values, dtype):
     """Return values with Inf for those that are beyond a dtype."""
     greatest = float(ml_dtypes.finfo(dtype).max)
-    return np.where(np.abs(values) > greatest, np.sign(values) * np.inf, values)
+    return np.where(np.abs(values) > greatest, np.copysign(np.inf, values), values)
 
 
 def check_double_backward(arguments, axis, training):

@@ -237,6 +237,12 @@ def add_second_row(j, ddx, dy, x, hi, scale, sums):
 
 
 @ordered
+def pairwise(p, q, r, s):
+    """p + q + r + s, in pairs."""
+    return (p + q) + (r + s)
+
+
+@ordered
 def add_second_rows(j, ddx, dy, x, hi, scale, sums):
     """`add_second_row` of four rows."""
     d0, dt0, g0, gt0, dg0 = products(j, ddx[0], dy[0], x[0], hi, scale)
@@ -244,11 +250,11 @@ def add_second_rows(j, ddx, dy, x, hi, scale, sums):
     d2, dt2, g2, gt2, dg2 = products(j, ddx[2], dy[2], x[2], hi, scale)
     d3, dt3, g3, gt3, dg3 = products(j, ddx[3], dy[3], x[3], hi, scale)
     s_d, s_dt, s_g, s_gt, s_dg = sums
-    s_d[j] += (d0 + d1) + (d2 + d3)
-    s_dt[j] += (dt0 + dt1) + (dt2 + dt3)
-    s_g[j] += (g0 + g1) + (g2 + g3)
-    s_gt[j] += (gt0 + gt1) + (gt2 + gt3)
-    s_dg[j] += (dg0 + dg1) + (dg2 + dg3)
+    s_d[j] += pairwise(d0, d1, d2, d3)
+    s_dt[j] += pairwise(dt0, dt1, dt2, dt3)
+    s_g[j] += pairwise(g0, g1, g2, g3)
+    s_gt[j] += pairwise(gt0, gt1, gt2, gt3)
+    s_dg[j] += pairwise(dg0, dg1, dg2, dg3)
 
 
 @ordered
