@@ -25,6 +25,12 @@ from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, update_running_stats
 from nbnorm.pool import set_pool_limit
 from nbnorm.population import population_stats, recalibrate
+from nbnorm.second_order import (
+    BatchNormDoubleBackward,
+    batch_norm_backward_statistics,
+    batch_norm_double_backward,
+    batch_norm_jvp,
+)
 
 if _TYPE_CHECKING:
     from nbnorm import conventions as conventions
@@ -37,6 +43,7 @@ _register()  # for compiled functions that call those above
 __all__ = [
     "BatchNorm",
     "BatchNormBackward",
+    "BatchNormDoubleBackward",
     "BatchNormForward",
     "Moments",
     "activation",
@@ -44,8 +51,11 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_backward_apply",
     "batch_norm_backward_reduce",
+    "batch_norm_backward_statistics",
+    "batch_norm_double_backward",
     "batch_norm_forward",
     "batch_norm_inference",
+    "batch_norm_jvp",
     "batch_norm_stats",
     "fold_batch_norm",
     "fold_into_conv",

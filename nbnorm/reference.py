@@ -36,6 +36,7 @@ from nbnorm.activations import Activation as Activation_
 from nbnorm.activations import Math
 from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
+from nbnorm.second_order import BatchNormDoubleBackward
 
 OptArray = NDArray | None
 
@@ -208,6 +209,61 @@ def batch_norm_backward_apply(
 
 
 @_quiet
+def batch_norm_jvp(
+    tx: OptArray, tgamma: OptArray, tbeta: OptArray, x: NDArray, gamma: OptArray, mean: NDArray,
+    rstd: NDArray, *, training: bool = True, axis: Axis = 1,
+) -> NDArray:  # fmt: skip
+    """Derivative of y along (tx, tgamma, tbeta), by the product rule (docs/math.md); returns ty."""
+    xhat = _normalise(x, mean, rstd, axis)
+    txhat = _tangent(tx, x, rstd, xhat, training, axis)
+    # dy_i = gamma dx_hat_i + dgamma x_hat_i + dbeta
+    ty: NDArray = _spread(gamma, x, axis) * txhat + _or_zero(tgamma, x, axis) * xhat
+    return ty + _or_zero(tbeta, x, axis)
+
+
+@_quiet
+def batch_norm_double_backward(
+    ddx: OptArray, ddgamma: OptArray, ddbeta: OptArray, dy: NDArray, x: NDArray, gamma: OptArray,
+    mean: NDArray, rstd: NDArray, *, training: bool = True, axis: Axis = 1,
+) -> BatchNormDoubleBackward[NDArray]:  # fmt: skip
+    """Gradients of sum ddx dx + sum ddgamma dgamma + sum ddbeta dbeta (docs/math.md).
+
+    The first is linear in dy, with the transpose of the gradient, the directional derivative. The
+    others follow from sum_i ddx_i dx_i = gamma sum_i dy_i dx_hat_i, where dx_hat is the derivative
+    of x_hat along ddx.
+    """
+    m, over, _ = _reduction(x, axis)
+    dy, xhat, r = _wide(dy, x), _normalise(x, mean, rstd, axis), _spread(rstd, x, axis)
+    e, factor = _or_zero(ddgamma, x, axis), _spread(gamma, x, axis)
+    ddy = batch_norm_jvp(ddx, ddgamma, ddbeta, x, gamma, mean, rstd, training=training, axis=axis)
+    txhat = _tangent(ddx, x, rstd, xhat, training, axis)
+    dgamma = np.sum(dy * txhat, axis=over)
+    if not training:
+        return BatchNormDoubleBackward(ddy, e * r * dy, dgamma)
+    d = np.zeros_like(xhat) if ddx is None else _wide(ddx, x)
+    mean_xhat = np.sum(d * xhat, axis=over, keepdims=True) / max(m, 1)
+    # The loss is gamma r sum_i dy_i (d_i - mean(d) - x_hat_i mean(d x_hat)) + e sum_i dy_i x_hat_i.
+    # Its derivative with respect to x_hat_j, and, times dr/dx_j = -r^2 x_hat_j / m, that to r:
+    g_xhat = np.sum(dy * xhat, axis=over, keepdims=True) / max(m, 1)
+    of_xhat = (e - factor * r * mean_xhat) * dy - factor * r * g_xhat * d
+    of_r_times_r = factor * np.sum(dy * txhat, axis=over, keepdims=True)
+    # dx_hat_j/dx_i = r (delta_ij - 1/m - x_hat_i x_hat_j / m), as in the gradient itself.
+    dx = _tangent(of_xhat, x, rstd, xhat, training, axis) - of_r_times_r * r * xhat / max(m, 1)
+    return BatchNormDoubleBackward(ddy, dx, dgamma)
+
+
+@_quiet
+def batch_norm_backward_statistics(
+    sum_dy: NDArray, sum_dy_xhat: NDArray, gamma: OptArray, rstd: NDArray,
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """Section 3, dl/dmean and dl/dvar, with mean and var as arguments of their own."""
+    scale = _long(rstd) if gamma is None else _long(gamma) * _long(rstd)
+    # dl/dmean = sum_i dl/dx_hat_i (-1) / sqrt(var + eps)
+    # dl/dvar = sum_i dl/dx_hat_i (x_i - mean) (-1/2) (var + eps)^(-3/2)
+    return -scale * _long(sum_dy), -scale * _long(rstd) * _long(sum_dy_xhat) / 2
+
+
+@_quiet
 def fold_batch_norm(
     gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
@@ -285,6 +341,25 @@ def _rstd(var: NDArray, eps: float) -> NDArray:
 def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
     """Return x_hat = (x - mean) rstd."""
     return (_wide(x, x) - _spread(mean, x, axis)) * _spread(rstd, x, axis)
+
+
+def _tangent(
+    tx: OptArray, x: NDArray, rstd: NDArray, xhat: NDArray, training: bool, axis: Axis
+) -> NDArray:
+    """Return the derivative of x_hat along tx: r (tx - mean(tx) - x_hat mean(tx x_hat))."""
+    if tx is None:
+        return np.zeros_like(xhat)
+    _, over, _ = _reduction(x, axis)
+    t = _wide(tx, x)
+    if training and x.size:
+        t_xhat = np.mean(t * xhat, axis=over, keepdims=True)
+        t = t - np.mean(t, axis=over, keepdims=True) - xhat * t_xhat
+    return t * _spread(rstd, x, axis)
+
+
+def _or_zero(values: OptArray, x: NDArray, axis: Axis) -> NDArray:
+    """Return `_spread` of an argument for which None means 0."""
+    return _wide(np.zeros(()), x) if values is None else _spread(values, x, axis)
 
 
 # The normal distribution is that of the C library, in float64.

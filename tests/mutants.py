@@ -45,6 +45,44 @@ LAYOUT = of(
     ),
 )
 
+SECOND_ORDER = [
+    *of(
+        "second_order",
+        (
+            "test_second_order.py",
+            ("if ddx_ is not None:", "if True:"),
+            (
+                "            if training:\n                backend.backward(",
+                "            if True:\n                backend.backward(",
+            ),
+        ),
+    ),
+    *of(
+        "cpu/second_order",
+        (
+            "test_second_order.py::test_numbers_beyond_float32_within",
+            ("if second_lost(partial, k, c, grid, hi):", "if False:"),
+            ("return some and abs(s_dg)", "return False and abs(s_dg)"),
+            ("or not all_set(fits):", "or False:"),
+            ("if fits[c - c0]:", "if True:"),
+        ),
+    ),
+    *of(
+        "cpu/channel",
+        (
+            "test_second_order.py",
+            ("return 0.0 if count == np.inf else total / count", "return total / count"),
+            (
+                "along = a_c * (mean_of(sum_dg[c], count) - 2 * d_xhat",
+                "along = a_c * (mean_of(sum_dg[c], count) - d_xhat",
+            ),
+            ("t[c] = -(b_c * l + p_c * l_g) - lo * s_c", "t[c] = -(b_c * l) - lo * s_c"),
+            ("q[c] = tbeta[c] - a_c * l - lo * p_c", "q[c] = tbeta[c] - a_c * l"),
+        ),
+    ),
+]
+
+
 FRAME = of(
     "_frame",
     (
@@ -798,5 +836,5 @@ MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
     *(*STORAGE, *MOMENTS, *RUNNING, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
-    *(*LAUNCH, *HOST, *THREADS),
+    *(*LAUNCH, *HOST, *THREADS, *SECOND_ORDER),
 ]

@@ -96,6 +96,31 @@ VALID = {
         "activation": "relu",
         "out": target(),
     },
+    "batch_norm_double_backward": lambda: {
+        "ddx": data(),
+        "ddgamma": per_channel(),
+        "ddbeta": per_channel(),
+        "dy": data(),
+        "x": data(),
+        "gamma": per_channel(),
+        "mean": per_channel("float64"),
+        "rstd": per_channel("float64"),
+    },
+    "batch_norm_jvp": lambda: {
+        "tx": data(),
+        "tgamma": per_channel(),
+        "tbeta": per_channel(),
+        "x": data(),
+        "gamma": per_channel(),
+        "mean": per_channel("float64"),
+        "rstd": per_channel("float64"),
+    },
+    "batch_norm_backward_statistics": lambda: {
+        "sum_dy": per_channel("float64"),
+        "sum_dy_xhat": per_channel("float64"),
+        "gamma": per_channel(),
+        "rstd": per_channel("float64"),
+    },
     "update_running_stats": lambda: {
         "running_mean": per_channel(),
         "running_var": per_channel(),
@@ -125,9 +150,9 @@ VALID = {
     },
 }
 OVER_X = [name for name, make in VALID.items() if "x" in make()]
-LARGE = ("x", "dy", "residual", "y", "out")
+LARGE = ("x", "dy", "residual", "y", "out", "ddx", "tx")
 SMALL = ("gamma", "beta", "running_mean", "running_var", "mean", "var", "rstd", "sum_dy")
-SMALL += ("sum_dy_xhat", "bias")
+SMALL += ("sum_dy_xhat", "bias", "ddgamma", "ddbeta", "tgamma", "tbeta")
 
 
 def takers(*arguments, functions=tuple(VALID)):

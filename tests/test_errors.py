@@ -73,7 +73,9 @@ def test_x_that_is_not_floating(function, dtype):
     refuses(function, TypeError, rf"^x has dtype {np.dtype(dtype).name}", **spoiled)
 
 
-@pytest.mark.parametrize(("function", "argument"), takers("dy", "residual", "y", "out"))
+@pytest.mark.parametrize(
+    ("function", "argument"), takers("dy", "residual", "y", "out", "ddx", "tx")
+)
 @pytest.mark.parametrize("dtype", ["float64", "int32", "float16"])
 def test_arrays_of_another_dtype_than_x(function, argument, dtype):
     refuses(
@@ -202,7 +204,9 @@ def test_parameters_of_another_shape_than_several_channel_axes(shape):
         nbnorm.batch_norm_forward(x, np.ones(shape), axis=(3, 1))
 
 
-@pytest.mark.parametrize(("function", "argument"), takers("dy", "residual", "y", "out"))
+@pytest.mark.parametrize(
+    ("function", "argument"), takers("dy", "residual", "y", "out", "ddx", "tx")
+)
 @pytest.mark.parametrize(
     "shape", [(2, 8, 4, 5), (2, 8, 16), (1, 8, 4, 4), (2, 8, 4, 4, 1), (8,), ()]
 )
@@ -407,7 +411,7 @@ def test_momentum_outside_of_0_and_1_extrapolates(momentum, mean, var):
     assert np.isnan(frozen).all() == (var < 0)  # no such variance, and NaN shows it
 
 
-BACKWARD = [name for name in OVER_X if "backward" in name]
+BACKWARD = [name for name in taking("activation") if "backward" in name]
 
 
 @pytest.mark.parametrize("function", BACKWARD)

@@ -130,6 +130,68 @@ def sums_tolerance(dy, x, mean, rstd, *, axis):
     )
 
 
+def ty_tolerance(tx, tgamma, tbeta, x, gamma, mean, rstd, *, axis, training=True):
+    """Four units at the greatest terms of ty (and ddy), the means being of absolute values.
+
+    The terms are gamma * rstd * (tx - mean - xhat * mean), tgamma * xhat and tbeta.
+    """
+    xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
+    scale = np.zeros((1,) * x.ndim, np.longdouble)
+    if tx is not None:
+        t, mean_t, mean_t_xhat = _centred(tx, xhat, axis, training)
+        scale = np.abs(factor) * (t + mean_t + _most(xhat, axis) * mean_t_xhat)
+    if tgamma is not None:
+        scale = scale + np.abs(spread(tgamma, x, axis)) * _most(xhat, axis)
+    if tbeta is not None:
+        scale = scale + np.abs(spread(tbeta, x, axis))
+    return UNITS * one_unit(scale, x.dtype)
+
+
+def second_dx_tolerance(ddx, ddgamma, dy, x, gamma, mean, rstd, *, axis, training=True):
+    """Four units at the greatest terms of the second derivative's dx (docs/math.md).
+
+    The terms are b (ddx - mean), p (dy - mean) and xhat times sums of products, with all sums
+    replaced by those of absolute values.
+    """
+    xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
+    r, factor = np.abs(spread(rstd, x, axis)), np.abs(factor)
+    e = np.longdouble(0) if ddgamma is None else np.abs(spread(ddgamma, x, axis))
+    g, mean_g, mean_g_xhat = _centred(dy, xhat, axis, training)
+    scale = e * (g + mean_g + _most(xhat, axis) * mean_g_xhat)
+    if ddx is not None and training:
+        d, mean_d, mean_d_xhat = _centred(ddx, xhat, axis, training)
+        mean_dg = np.mean(
+            np.abs(widened(ddx) * widened(dy)), axis=reduced_axes(x.ndim, axis), keepdims=True
+        )
+        along_xhat = mean_dg + mean_d * mean_g + 3 * mean_d_xhat * mean_g_xhat
+        scale = scale + factor * (
+            mean_g_xhat * (d + mean_d) + mean_d_xhat * (g + mean_g) + _most(xhat, axis) * along_xhat
+        )
+    return UNITS * one_unit(r * scale, x.dtype)
+
+
+def second_dgamma_tolerance(ddx, dy, x, mean, rstd, *, axis, training=True):
+    """Four units at the sum of absolute terms, as of dgamma itself."""
+    xhat, _, _ = terms_of(x, None, mean, rstd, axis)
+    over = reduced_axes(x.ndim, axis)
+    _, mean_d, mean_d_xhat = _centred(ddx, xhat, axis, training)
+    _, mean_g, mean_g_xhat = _centred(dy, xhat, axis, training)
+    terms = np.abs(widened(ddx) * widened(dy)) + mean_d * mean_g + mean_d_xhat * mean_g_xhat
+    scale = np.sum(terms * np.abs(spread(rstd, x, axis)), axis=over)
+    return UNITS * one_unit(scale, computed(x.dtype))
+
+
+def _centred(values, xhat, axis, training):
+    """Return the greatest magnitude, mean |v| and mean |v xhat|; means are 0 if not training."""
+    v = np.abs(widened(values))
+    zero = np.zeros((1,) * v.ndim, np.longdouble)
+    if not training:
+        return _most(v, axis), zero, zero
+    over = reduced_axes(v.ndim, axis)
+    means = (np.mean(u, axis=over, keepdims=True) for u in (v, v * np.abs(xhat)))
+    return _most(v, axis), *means
+
+
 def mean_tolerance(moments, dtype):
     """Four units at the standard deviation, and the rounding of the mean to float64."""
     std = np.sqrt(moments.m2 / max(moments.count, 1))

@@ -8,6 +8,7 @@ checked here. `nbnorm.cuda` has the same functions with the same signatures.
 The backward functions mask dy by ReLU if they get beta or y: with beta they recompute the mask
 from x, with y they read it (y > 0). With another activation they get beta, and as y the residual or
 None: they recompute v, the value before the activation.
+`double_backward` and `jvp` have no activation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nbnorm.cpu import sources as sources  # isort: split
 from nbnorm import _running
 from nbnorm._typing import NDArray
 from nbnorm.activations import Activation, Fused
-from nbnorm.cpu import functions, kernels
+from nbnorm.cpu import functions, kernels, second_order
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
@@ -213,6 +214,82 @@ def backward(
             dresidual_,
         )
     return sums
+
+
+def jvp(
+    tx: NDArray,
+    x: NDArray,
+    gamma: NDArray,
+    mean: NDArray,
+    rstd: NDArray,
+    tgamma: NDArray,
+    tbeta: NDArray,
+    training: bool,
+    ty: NDArray,
+) -> None:
+    """ty = gamma rstd (tx - mean(tx) - x_hat mean(tx x_hat)) + tgamma x_hat + tbeta.
+
+    Without both means if not `training`. gamma, tgamma and tbeta are float64.
+    """
+    cut, _ = _cut(x, 3)
+    run = second_order.rows if cut.traversal == "rows" else second_order.columns
+    tx_, x_, ty_ = _view(tx), _view(x), _view(ty)
+    count = float(x.shape[0] * x.shape[2]) if training else np.inf
+    partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.zeros((2, cut.grid.C))
+    with turn(cut.parallel):
+        run.jvp(
+            tx_,
+            x_,
+            tuple(cut.grid),
+            kernels.work_for(cut),
+            (mean, rstd, gamma, None),
+            (tgamma, tbeta),
+            count,
+            partial,
+            sums,
+            ty_,
+        )
+
+
+def double_backward(
+    ddx: NDArray,
+    dy: NDArray,
+    x: NDArray,
+    gamma: NDArray,
+    mean: NDArray,
+    rstd: NDArray,
+    ddgamma: NDArray,
+    ddbeta: NDArray,
+    training: bool,
+    ddy: NDArray,
+    dx: NDArray,
+) -> NDArray:
+    """Write ddy and dx; return the gradient of gamma, shape (C,).
+
+    gamma, ddgamma and ddbeta are float64. Statistics are constants if not `training`.
+    """
+    cut, _ = _cut(x, 5)
+    run = second_order.rows if cut.traversal == "rows" else second_order.columns
+    ddx_, dy_, x_, ddy_, dx_ = _view(ddx), _view(dy), _view(x), _view(ddy), _view(dx)
+    count = float(x.shape[0] * x.shape[2]) if training else np.inf
+    partial, sums = np.empty((5, cut.chunks, cut.grid.C)), np.empty((5, cut.grid.C))
+    with turn(cut.parallel):
+        run.double_backward(
+            ddx_,
+            dy_,
+            x_,
+            tuple(cut.grid),
+            kernels.work_for(cut),
+            (mean, rstd, gamma, None),
+            (ddgamma, ddbeta),
+            count,
+            partial,
+            sums,
+            ddy_,
+            dx_,
+        )
+    dgamma: NDArray = rstd * sums[4]
+    return dgamma
 
 
 def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:

@@ -332,3 +332,152 @@ def pairwise_sum(runs, width):
         upper = piece((runs, 0, 0), 0, 0, half * width, (n - half) * width)
         each(upper.size, add_other, (runs, upper))
         n = half
+
+
+@ordered
+def add_chunks(partial, i, c0, c1, total):
+    """total = partial[i, :, c0:c1] added up over all chunks in order."""
+    clear(total)
+    for k in range(partial.shape[1]):
+        each(total.size, add_other, (total, of_chunk(partial, i, k, c0, c1)))
+
+
+@ordered
+def mean_of(total, count):
+    """total / count; 0 if count is Inf, which stands for statistics that do not depend on x."""
+    return 0.0 if count == np.inf else total / count
+
+
+@ordered
+def finish_second_channel(c, sum_d, sum_d_xhat, sum_g, sum_g_xhat, count, sum_dg):
+    """Turn sum d g into sum d (g - mean(g) - x_hat mean(g x_hat)), in place."""
+    sum_dg[c] -= sum_d[c] * mean_of(sum_g[c], count) + sum_d_xhat[c] * mean_of(sum_g_xhat[c], count)
+
+
+@ordered
+def finish_second_sums(partial, norm, c0, c1, x, count, sums):
+    """Sums of channels c0 <= c < c1 from those of the chunks; see `second_coefficients`."""
+    size = c1 - c0
+    mean, rstd = part(norm[0], c0, c1), part(norm[1], c0, c1)
+    sum_d, sum_d_xhat = part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1)
+    sum_g, sum_g_xhat = part(row(sums, 2), c0, c1), part(row(sums, 3), c0, c1)
+    sum_dg = part(row(sums, 4), c0, c1)
+    add_chunks(partial, 0, c0, c1, sum_d)
+    add_chunks(partial, 1, c0, c1, sum_d_xhat)
+    add_chunks(partial, 2, c0, c1, sum_g)
+    add_chunks(partial, 3, c0, c1, sum_g_xhat)
+    add_chunks(partial, 4, c0, c1, sum_dg)
+    each(size, finish_sums_channel, (mean, rstd, computed(x), sum_d, sum_d_xhat))
+    each(size, finish_sums_channel, (mean, rstd, computed(x), sum_g, sum_g_xhat))
+    each(size, finish_second_channel, (sum_d, sum_d_xhat, sum_g, sum_g_xhat, count, sum_dg))
+
+
+@ordered
+def center_channel(c, mean, rstd, hi, scale):
+    """hi and scale of channel c; see `centers`."""
+    hi[c], _ = split(mean[c], hi)
+    scale[c] = rstd_power(rstd[c], hi)
+
+
+@ordered
+def centers(norm, c0, c1, like):
+    """hi and scale, one per channel: (x - hi) scale is exact and has the size of x_hat."""
+    hi, scale = news(2, c1 - c0, like.dtype)
+    each(hi.size, center_channel, (part(norm[0], c0, c1), part(norm[1], c0, c1), hi, scale))
+    return hi, scale
+
+
+@ordered
+def normal(value, like):
+    """Whether a factor keeps its digits in the dtype of `like`; so do 0, Inf and NaN."""
+    tiny, greatest = limits(like)
+    return not (0 < abs(value) < tiny or greatest < abs(value) < np.inf)
+
+
+@ordered
+def subtractable(value, like):
+    """Whether x - value is finite for every finite x; NaN passes."""
+    _, greatest = limits(like)
+    return not abs(value) >= greatest * epsilon(like) / 8
+
+
+@ordered
+def tangent_channel(
+    c, mean, rstd, gamma, tgamma, tbeta, sum_t, sum_t_xhat, count, hi, a, h, p, q, fits
+):
+    """Coefficients of channel c; see `tangent_coefficients`."""
+    hi[c], lo = split(mean[c], hi)
+    a_c = gamma[c] * rstd[c]
+    mean_t = mean_of(sum_t[c], count)
+    h[c], l = split(mean_t, hi)
+    p_c = rstd[c] * (tgamma[c] - a_c * mean_of(sum_t_xhat[c], count))
+    a[c] = a_c
+    p[c] = p_c
+    q[c] = tbeta[c] - a_c * l - lo * p_c
+    fits[c] = (
+        normal(a_c, hi) and normal(p_c, hi) and subtractable(mean[c], hi)
+        and subtractable(mean_t, hi)
+    )  # fmt: skip
+
+
+@ordered
+def tangent_coefficients(norm, tangents, sums, count, c0, c1, like):
+    """hi, (a, h, p, q) of ty = a (tx - h) + ((x - hi) p + q), one per channel, and which fit.
+
+    The right side is gamma rstd (tx - mean(tx) - x_hat mean(tx x_hat)) + tgamma x_hat + tbeta, with
+    both means split like that of x. A channel whose coefficients do not fit in the dtype of `like`
+    is computed in float64.
+    """
+    mean, rstd, gamma, _ = norm
+    tgamma, tbeta = tangents
+    size = c1 - c0
+    hi, a, h, p, q = news(5, size, like.dtype)
+    fits = new(size, np.uint8)
+    args = (
+        part(mean, c0, c1), part(rstd, c0, c1), part(gamma, c0, c1), part(tgamma, c0, c1),
+        part(tbeta, c0, c1), part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1), count,
+    )  # fmt: skip
+    each(size, tangent_channel, (*args, hi, a, h, p, q, fits))
+    return hi, (a, h, p, q), fits
+
+
+@ordered
+def curvature_channel(
+    c, mean, rstd, gamma, ddgamma, sum_d, sum_d_xhat, sum_g, sum_g_xhat, sum_dg, count,
+    b, k, s, t, fits,
+):  # fmt: skip
+    """Coefficients of channel c; see `curvature_coefficients`."""
+    _, lo = split(mean[c], b)
+    a_c = gamma[c] * rstd[c]
+    _, l = split(mean_of(sum_d[c], count), b)
+    mean_g = mean_of(sum_g[c], count)
+    k[c], l_g = split(mean_g, b)
+    d_xhat, g_xhat = mean_of(sum_d_xhat[c], count), mean_of(sum_g_xhat[c], count)
+    p_c = rstd[c] * (ddgamma[c] - a_c * d_xhat)
+    b_c = -rstd[c] * a_c * g_xhat
+    along = a_c * (mean_of(sum_dg[c], count) - 2 * d_xhat * g_xhat) + ddgamma[c] * g_xhat
+    s_c = -rstd[c] * rstd[c] * along
+    b[c] = b_c
+    s[c] = s_c
+    t[c] = -(b_c * l + p_c * l_g) - lo * s_c
+    fits[c] &= normal(b_c, b) and normal(s_c, b) and subtractable(mean_g, b)
+
+
+@none_without("dy")
+def curvature_coefficients(dy, norm, tangents, sums, count, c0, c1, like, fits):
+    """(b, k, s, t) of dx = b (ddx - h) + p (dy - k) + ((x - hi) s + t), one per channel.
+
+    h, p and hi are those of `tangent_coefficients`. docs/math.md derives the right side. `sums` has
+    sum d, sum d x_hat, sum g, sum g x_hat and sum d (g - mean(g) - x_hat mean(g x_hat)) of d = ddx
+    and g = dy. Returns None, and leaves `fits`, if dy is None.
+    """
+    mean, rstd, gamma, _ = norm
+    size = c1 - c0
+    b, k, s, t = news(4, size, like.dtype)
+    args = (
+        part(mean, c0, c1), part(rstd, c0, c1), part(gamma, c0, c1), part(tangents[0], c0, c1),
+        part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1), part(row(sums, 2), c0, c1),
+        part(row(sums, 3), c0, c1), part(row(sums, 4), c0, c1), count,
+    )  # fmt: skip
+    each(size, curvature_channel, (*args, b, k, s, t, fits))
+    return b, k, s, t

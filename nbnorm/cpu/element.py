@@ -247,3 +247,71 @@ def backward_apply_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual)
     d1 = centred(j, g1, x[1], hi, u, hpq, v)
     store_gradients(j, g0, d0, f, dx[0], dresidual[0])
     store_gradients(j, g1, d1, f, dx[1], dresidual[1])
+
+
+@ordered
+def products(j, ddx, dy, x, hi, scale):
+    """d, d t, g, g t and d g, where d = ddx, g = dy and t = (x - hi) scale."""
+    d, g = load(ddx, j), load(dy, j)
+    t = deviation(load(x, j), at(hi, j), None) * at(scale, j)
+    return d, d * t, g, g * t, d * g
+
+
+@ordered
+def add_second_row(j, ddx, dy, x, hi, scale, sums):
+    """Add `products` to the five sums."""
+    d, dt, g, gt, dg = products(j, ddx, dy, x, hi, scale)
+    s_d, s_dt, s_g, s_gt, s_dg = sums
+    s_d[j] += d
+    s_dt[j] += dt
+    s_g[j] += g
+    s_gt[j] += gt
+    s_dg[j] += dg
+
+
+@ordered
+def pairwise(p, q, r, s):
+    """p + q + r + s, in pairs."""
+    return (p + q) + (r + s)
+
+
+@ordered
+def add_second_rows(j, ddx, dy, x, hi, scale, sums):
+    """`add_second_row` of four rows."""
+    d0, dt0, g0, gt0, dg0 = products(j, ddx[0], dy[0], x[0], hi, scale)
+    d1, dt1, g1, gt1, dg1 = products(j, ddx[1], dy[1], x[1], hi, scale)
+    d2, dt2, g2, gt2, dg2 = products(j, ddx[2], dy[2], x[2], hi, scale)
+    d3, dt3, g3, gt3, dg3 = products(j, ddx[3], dy[3], x[3], hi, scale)
+    s_d, s_dt, s_g, s_gt, s_dg = sums
+    s_d[j] += pairwise(d0, d1, d2, d3)
+    s_dt[j] += pairwise(dt0, dt1, dt2, dt3)
+    s_g[j] += pairwise(g0, g1, g2, g3)
+    s_gt[j] += pairwise(gt0, gt1, gt2, gt3)
+    s_dg[j] += pairwise(dg0, dg1, dg2, dg3)
+
+
+@ordered
+def tangent(j, tx, x, hi, ahpq):
+    """ty = a (tx - h) + ((x - hi) p + q), also for tx = ddx and ty = ddy."""
+    a, h, p, q = ahpq
+    along = at(a, j) * (load(tx, j) - at(h, j))
+    return along + normalised(load(x, j), at(hi, j), None, at(p, j), at(q, j))
+
+
+@none_without("bkst")
+def curvature(j, ddx, dy, x, hi, ahpq, bkst):
+    """dx = b (ddx - h) + p (dy - k) + ((x - hi) s + t); None without coefficients."""
+    _, h, p, _ = ahpq
+    b, k, s, t = bkst
+    along = at(b, j) * (load(ddx, j) - at(h, j)) + at(p, j) * (load(dy, j) - at(k, j))
+    return along + normalised(load(x, j), at(hi, j), None, at(s, j), at(t, j))
+
+
+@ordered
+def second_apply(j, ddx, dy, x, hi, ahpq, bkst, ddy, dx):
+    """ddy (or ty) = `tangent` and, with its coefficients, dx = `curvature`."""
+    first = tangent(j, ddx, x, hi, ahpq)
+    second = curvature(j, ddx, dy, x, hi, ahpq, bkst)
+    store(ddy, j, first)
+    if dx is not None:
+        store(dx, j, second)
