@@ -24,6 +24,13 @@ from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, update_running_stats
 from nbnorm.pool import set_pool_limit
 from nbnorm.population import population_stats, recalibrate
+from nbnorm.renorm import (
+    BatchRenormForward,
+    Ramp,
+    Renorm,
+    batch_renorm_backward,
+    batch_renorm_forward,
+)
 
 if _TYPE_CHECKING:
     from nbnorm import conventions as conventions
@@ -37,7 +44,10 @@ __all__ = [
     "BatchNorm",
     "BatchNormBackward",
     "BatchNormForward",
+    "BatchRenormForward",
     "Moments",
+    "Ramp",
+    "Renorm",
     "batch_norm_apply",
     "batch_norm_backward",
     "batch_norm_backward_apply",
@@ -45,6 +55,8 @@ __all__ = [
     "batch_norm_forward",
     "batch_norm_inference",
     "batch_norm_stats",
+    "batch_renorm_backward",
+    "batch_renorm_forward",
     "fold_batch_norm",
     "fold_into_conv",
     "fold_into_linear",

@@ -14,6 +14,7 @@ from nbnorm._arrays import DTYPES, device_of, moved_to, on_host, overwrite, take
 from nbnorm._typing import Activation, Array, NDArray, X
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, Pairwise, update_running_stats
+from nbnorm.renorm import Renorm, batch_renorm_backward, batch_renorm_forward
 
 
 class Saved(NamedTuple):
@@ -25,6 +26,7 @@ class Saved(NamedTuple):
     y: Array | None  # only if the ReLU mask depends on a residual
     residual: bool
     training: bool
+    renorm: list[Array]  # r and d, or nothing
 
 
 class BatchNorm:
@@ -54,6 +56,9 @@ class BatchNorm:
         reduce.
     activation : None or "relu", default None
         Fused activation, applied last.
+    renorm : Renorm, optional
+        Batch renormalization (Ioffe 2017) in training, with these bounds of r and d. Needs
+        running statistics.
     dtype : floating dtype, default float32
         Dtype of parameters and running statistics, independent of the inputs' dtype.
 
@@ -76,9 +81,10 @@ class BatchNorm:
     Raises
     ------
     TypeError
-        `dtype` is not one of the four floating dtypes.
+        `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
-        `num_features` is negative or does not fit `axis`. `forward` and `backward` check the other
+        `num_features` is negative or does not fit `axis`; there is `renorm` without
+        `track_running_stats`. `forward` and `backward` check the other
         options.
 
     Examples
@@ -110,12 +116,17 @@ class BatchNorm:
         correction: int = 1,
         axis: int | tuple[int, ...] = 1,
         activation: Activation = None,
+        renorm: Renorm | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         shape = _channel_shape(num_features, axis)
         dtype = np.dtype(dtype)
         if dtype.name not in DTYPES or not dtype.isnative:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(renorm, Renorm | None):
+            raise TypeError(f"renorm must be an nbnorm.Renorm or None, got {renorm!r}")
+        if renorm is not None and not track_running_stats:
+            raise ValueError("renorm corrects towards running statistics: track_running_stats=True")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -124,6 +135,7 @@ class BatchNorm:
         self.correction = correction
         self.axis = axis
         self.activation = activation
+        self.renorm = renorm
         self.dtype = dtype
         self.training = True
         self.parameters: dict[str, NDArray] = {}
@@ -168,8 +180,11 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
+        normalise = self._collect if collecting else self._normalise
+        if self.renorm is not None and training and not collecting:
+            normalise = self._renormalise
         y: X
-        y, mean, rstd, values = (self._collect if collecting else self._normalise)(
+        y, mean, rstd, *renorm, values = normalise(
             x,
             training,
             gamma=self.parameters.get("weight"),
@@ -186,7 +201,9 @@ class BatchNorm:
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
         keep_y = residual is not None and self.activation is not None
-        self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
+        self._saved = Saved(
+            x, mean, rstd, y if keep_y else None, residual is not None, training, renorm
+        )
         return y
 
     def __call__(self, x: X, residual: Array | None = None) -> X:
@@ -204,18 +221,22 @@ class BatchNorm:
         self.parameters.update(moved)
         self._device = device
 
-    def _normalise(
-        self, x: Array, training: bool, **options: Any
-    ) -> tuple[Array, Array, Array, int]:
+    def _normalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Return y, mean, rstd and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
+
+    def _renormalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
+        """Return y, mean, rstd, r, d and the number of values in the batch."""
+        assert self.renorm is not None
+        bounds = self.renorm.bounds(self.num_batches_tracked)
+        return *batch_renorm_forward(x, **bounds, **options), math.prod(x.shape)
 
     @contextmanager
     def _collecting(self) -> Iterator[Pairwise]:
         """Collect the moments of batches inside the block; do not update running statistics.
 
-        Batches are normalised as in training, whatever the layer's mode.
+        Batches are normalised as in training, whatever the layer's mode, but without renorm.
         """
         seen = Pairwise()
         try:  # starts before the assignment, as an interrupt may come at any line
@@ -224,7 +245,7 @@ class BatchNorm:
         finally:
             self._seen = None
 
-    def _collect(self, x: Array, training: bool, **options: Any) -> tuple[Array, Array, Array, int]:
+    def _collect(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Call `_normalise` and add the moments of the batch to those collected."""
         assert self.running_mean is not None
         assert self._seen is not None
@@ -288,7 +309,11 @@ class BatchNorm:
         return dx, dy if saved.y is None else dresidual
 
     def _differentiate(self, dy: Array, saved: "Saved", **options: Any) -> tuple[Array | None, ...]:
-        """Return the result of `batch_norm_backward`."""
+        """Return the result of `batch_norm_backward`, or of `batch_renorm_backward`."""
+        if saved.renorm:
+            return batch_renorm_backward(
+                dy, saved.x, options.pop("gamma"), saved.mean, saved.rstd, *saved.renorm, **options
+            )
         return batch_norm_backward(
             dy, saved.x, mean=saved.mean, rstd=saved.rstd, training=saved.training, **options
         )
@@ -421,11 +446,12 @@ class BatchNorm:
         return arrays
 
     def __repr__(self) -> str:
+        extras = "" if self.renorm is None else f"renorm={self.renorm}, "
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
             f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
-            f"dtype={self.dtype}, training={self.training})"
+            f"{extras}dtype={self.dtype}, training={self.training})"
         )
 
 

@@ -33,6 +33,7 @@ from nbnorm._checks import NOT_GIVEN, given
 from nbnorm._typing import Activation, Axis, NDArray
 from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
+from nbnorm.renorm import BatchRenormForward
 
 OptArray = NDArray | None
 
@@ -164,14 +165,7 @@ def batch_norm_apply(
 ) -> NDArray:  # fmt: skip
     """Algorithm 1, lines 3 and 4, then the residual and the activation; returns y."""
     xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
-    y = _spread(gamma, x, axis) * xhat  # y_i = gamma x_hat_i + beta
-    if beta is not None:
-        y = y + _spread(beta, x, axis)
-    if residual is not None:
-        y = y + _wide(residual, x)
-    if activation == "relu":
-        y = np.maximum(y, 0)  # NaN passes
-    return _store(y, out)
+    return _store(_scaled(xhat, x, gamma, beta, axis, residual, activation), out)
 
 
 @_quiet
@@ -202,6 +196,62 @@ def batch_norm_backward_apply(
     factor = _spread(gamma, x, axis) * _spread(rstd, x, axis)
     # dl/dx_i = gamma / sqrt(var + eps) (dl/dy_i - mean of dl/dy - x_hat_i mean of dl/dy x_hat)
     return _store(factor * (dy - mean_dy - xhat * mean_dy_xhat), out)
+
+
+@_quiet
+def batch_renorm_forward(
+    x: NDArray, gamma: OptArray, beta: OptArray, running_mean: NDArray, running_var: NDArray, *,
+    r_max: float = 3.0, d_max: float = 5.0, momentum: float = 0.1, eps: float = 1e-5,
+    correction: int = 1, axis: Axis = 1, residual: OptArray = None, activation: Activation = None,
+    out: OptArray = None,
+) -> BatchRenormForward[NDArray]:  # fmt: skip
+    """Algorithm 1 of Ioffe (2017), "Batch Renormalization"; returns (y, mean, rstd, r, d)."""
+    batch = batch_norm_stats(x, axis=axis)
+    mean, var = batch.mean, batch.m2 / max(batch.count, 1)
+    rstd, r, d = np.zeros_like(var), np.ones_like(var), np.zeros_like(var)
+    if batch.count > 0:
+        rstd, std = _rstd(var, eps), np.sqrt(var + eps)
+        running_std = np.sqrt(_wide(running_var, x) + eps)
+        # r = clip_[1/r_max, r_max](std / running_std), d = clip_d_max((mean - running_mean) / ...)
+        r = np.clip(_ratio(std, running_std, 1), 1 / r_max, r_max)
+        d = np.clip(_ratio(mean - _wide(running_mean, x), running_std, 0), -d_max, d_max)
+    xhat = _normalise(x, mean, rstd, axis) * _spread(r, x, axis) + _spread(d, x, axis)
+    y = _scaled(xhat, x, gamma, beta, axis, residual, activation)  # y_i = gamma x_hat_i + beta
+    update_running_stats(running_mean, running_var, batch, momentum=momentum, correction=correction)
+    return BatchRenormForward(_store(y, out), mean, rstd, r, d)
+
+
+@_quiet
+def batch_renorm_backward(
+    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, r: NDArray,
+    d: NDArray, *, beta: OptArray = NOT_GIVEN, y: OptArray = None, axis: Axis = 1,
+    activation: Activation = None,
+    output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
+) -> BatchNormBackward[NDArray]:  # fmt: skip
+    """Section 3 of Ioffe (2017), "the gradients of loss l", in the order of the paper."""
+    m, over, _ = _reduction(x, axis)
+    deviation, r_ = _wide(x, x) - _spread(mean, x, axis), _spread(r, x, axis)
+    xhat = deviation * _spread(rstd, x, axis) * r_ + _spread(d, x, axis)
+    dy = _wide(dy, x)
+    if activation == "relu":
+        if y is None:
+            beta = given(beta, "beta", needed=True)
+            y = _scaled(xhat, x, gamma, beta, axis, None, None)
+        dy = np.where(y > 0, dy, 0)
+    dxhat = dy * _spread(gamma, x, axis)  # dl/dx_hat_i = dl/dy_i gamma
+    s = _spread(rstd, x, axis)  # 1 / sigma_B
+    # dl/dsigma_B = sum_i dl/dx_hat_i (x_i - mean) (-r) / sigma_B^2
+    dsigma = np.sum(dxhat * deviation, axis=over, keepdims=True) * (-r_ * s**2)
+    # dl/dmean = sum_i dl/dx_hat_i (-r) / sigma_B
+    dmean = np.sum(dxhat, axis=over, keepdims=True) * (-r_ * s)
+    # dl/dx_i = dl/dx_hat_i r / sigma_B + dl/dsigma_B (x_i - mean) / (m sigma_B) + dl/dmean / m
+    dx = dxhat * r_ * s + dsigma * deviation * s / m + dmean / m
+    return BatchNormBackward(
+        _store(dx, out) if output_mask[0] else None,
+        np.sum(dy * xhat, axis=over) if output_mask[1] else None,  # sum_i dl/dy_i x_hat_i
+        np.sum(dy, axis=over) if output_mask[2] else None,  # sum_i dl/dy_i
+        dy if output_mask[3] and y is not None else None,
+    )
 
 
 @_quiet
@@ -274,6 +324,11 @@ def _long(values: NDArray) -> NDArray:
     return values.astype(np.longdouble)
 
 
+def _ratio(a: NDArray, b: NDArray, neither: float) -> NDArray:
+    """Return a / b, or `neither` where both are 0."""
+    return np.where((a == 0) & (b == 0), neither, a / b)
+
+
 def _rstd(var: NDArray, eps: float) -> NDArray:
     """Return 1 / sqrt(var + eps), or 0 where var + eps is 0."""
     return np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
@@ -282,6 +337,21 @@ def _rstd(var: NDArray, eps: float) -> NDArray:
 def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
     """Return x_hat = (x - mean) rstd."""
     return (_wide(x, x) - _spread(mean, x, axis)) * _spread(rstd, x, axis)
+
+
+def _scaled(
+    xhat: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, axis: Axis, residual: OptArray,
+    activation: Activation,
+) -> NDArray:  # fmt: skip
+    """Return y_i = gamma x_hat_i + beta, then the residual and the activation."""
+    y = _spread(gamma, x, axis) * xhat
+    if beta is not None:
+        y = y + _spread(beta, x, axis)
+    if residual is not None:
+        y = y + _wide(residual, x)
+    if activation == "relu":
+        y = np.maximum(y, 0)  # NaN passes
+    return y
 
 
 def _through_activation(

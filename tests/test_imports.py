@@ -22,6 +22,7 @@ LAYERS = (
     ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
     # The last is what compiled calls of functional's go to; it lies with the kernels that it calls.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
+    ("nbnorm.renorm",),
     ("nbnorm.functional",),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
     ("nbnorm._arrays",),
