@@ -7,6 +7,7 @@ normalization with gamma' = gamma r and beta' = beta + gamma d.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ from nbnorm.moments import Moments
 Schedule = float | Callable[[int], float]
 
 
-class Ramp(NamedTuple):
+@dataclass(frozen=True)
+class Ramp:
     """A number that changes linearly between two batches, and is constant before and after.
 
     Attributes
@@ -90,7 +92,7 @@ class Renorm(NamedTuple):
     r_max: Schedule = Ramp(5_000, 40_000, 1.0, 3.0)
     d_max: Schedule = Ramp(5_000, 25_000, 0.0, 5.0)
 
-    def bounds(self, batch: int) -> dict[str, float]:
+    def bounds(self, batch: int) -> dict[str, Any]:
         """Return r_max and d_max at a batch, as keywords of `batch_renorm_forward`."""
         return {
             name: value(batch) if callable(value) else value
@@ -337,9 +339,12 @@ def _corrections(
     with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
         std, running_std = np.sqrt(var + eps), np.sqrt(running_var + eps)
         off = mean - running_mean
-        r = np.where((std == 0) & (running_std == 0), 1.0, std / running_std)
-        d = np.where((off == 0) & (running_std == 0), 0.0, off / running_std)
-        return np.clip(r, 1 / r_max, r_max), np.clip(d, -d_max, d_max)
+        r = np.where(np.logical_and(std == 0, running_std == 0), 1.0, std / running_std)
+        d = np.where(np.logical_and(off == 0, running_std == 0), 0.0, off / running_std)
+        return (
+            np.minimum(np.maximum(r, 1 / r_max), r_max),
+            np.minimum(np.maximum(d, -d_max), d_max),
+        )
 
 
 def _folded(

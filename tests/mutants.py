@@ -410,6 +410,31 @@ RUNNING = of(
     ),
 )
 
+RENORM = of(
+    "renorm",
+    (
+        "test_renorm.py",
+        ("if batch <= self.begin:", "if batch < self.begin:"),
+        ('raise ValueError(f"{name} is None; batch', 'return None  # (f"{name} is None; batch'),
+        ("    if not bound >= least:", "    if bound < least:"),
+        ("np.where(np.logical_and(std == 0, running_std == 0), 1.0,", "np.where(False, 1.0,"),
+        ("np.where(np.logical_and(off == 0, running_std == 0), 0.0,", "np.where(False, 0.0,"),
+        ("np.maximum(r, 1 / r_max)", "np.maximum(r, 0)"),
+        ("r_ * frame.statistic(take", "frame.statistic(take"),
+        (" + d_ * sum_dy", ""),
+        ("scale, shift = wide * r, wide * d", "scale, shift = wide * r, d"),
+        (
+            "sums = wanted.dgamma, wanted.dgamma or wanted.dbeta",
+            "sums = wanted.dgamma, wanted.dbeta",
+        ),
+        (
+            '    _checks.enough_values(frame.m, call.correction, "x',
+            '    _checks.enough_values(2, 1, "x',
+        ),
+        ('    frame.out(out, inplace="dy")\n', ""),
+    ),
+)
+
 INTRINSICS = of(
     "cpu/intrinsics",
     (
@@ -796,7 +821,7 @@ THREADS = of(
 
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *RUNNING, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
+    *(*STORAGE, *MOMENTS, *RUNNING, *RENORM, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*LAUNCH, *HOST, *THREADS),
 ]

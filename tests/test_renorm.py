@@ -349,7 +349,7 @@ def test_a_refused_batch_leaves_the_layer_alone():
     layer = BatchNorm(3, renorm=Renorm(lambda batch: 0.5 if batch else 3.0, 1))
     layer.forward(case()[0])
     before = layer.state_dict()
-    with pytest.raises(ValueError, match="r_max must be at least 1, got 0.5"):
+    with pytest.raises(ValueError, match=r"r_max must be at least 1, got 0\.5"):
         layer.forward(case()[0])
     for name, value in layer.state_dict().items():
         assert_array_equal(value, before[name])
