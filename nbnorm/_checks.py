@@ -292,6 +292,17 @@ def finite(value: Any, name: str) -> float:
     return number_
 
 
+def batches(value: Any) -> int:
+    """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"num_batches_tracked must be an integer, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"num_batches_tracked must not be negative, got {count}")
+    return count
+
+
 def relu(activation: str | None) -> bool:
     """Return True if the activation is ReLU; raise if it is unknown."""
     if activation is None:

@@ -13,7 +13,7 @@ from nbnorm import _checks
 from nbnorm._arrays import DTYPES, device_of, moved_to, on_host, overwrite, take_floating
 from nbnorm._typing import Activation, Array, NDArray, X
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
-from nbnorm.moments import Moments, Pairwise, update_running_stats
+from nbnorm.moments import Moments, Pairwise, debiased, update_running_stats
 from nbnorm.renorm import Renorm, batch_renorm_backward, batch_renorm_forward
 
 
@@ -45,6 +45,10 @@ class BatchNorm:
         (E[x] = E_B[mean_B], Var[x] = m/(m-1) E_B[var_B]) and PyTorch. That weights all batches
         equally and omits the variance between batch means; for the exact statistics of a data
         set, merge moments and call `set_statistics`.
+    debias : bool, default False
+        Whether the running average is debiased, as Adam's are: it then owes nothing to the initial
+        values 0 and 1, and the first batch replaces them. Momentum must be in (0, 1], or None,
+        which has no bias in any case.
     affine : bool, default True
         Whether the layer has the parameters gamma ("weight") and beta ("bias").
     track_running_stats : bool, default True
@@ -111,6 +115,7 @@ class BatchNorm:
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        debias: bool = False,
         affine: bool = True,
         track_running_stats: bool = True,
         correction: int = 1,
@@ -130,6 +135,7 @@ class BatchNorm:
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.debias = debias
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.correction = correction
@@ -180,6 +186,8 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
+        elif self.debias and training and self.running_mean is not None:
+            momentum = debiased(momentum, self.num_batches_tracked)
         normalise = self._collect if collecting else self._normalise
         if self.renorm is not None and training and not collecting:
             normalise = self._renormalise
@@ -427,7 +435,7 @@ class BatchNorm:
             if taken[name].shape != array.shape:
                 raise ValueError(f"{name} has shape {taken[name].shape}, expected {array.shape}")
         if self.track_running_stats:
-            self.num_batches_tracked = _batch_count(state["num_batches_tracked"])
+            self.num_batches_tracked = _checks.batches(state["num_batches_tracked"])
         for name, array in arrays.items():
             overwrite(array, taken[name])
 
@@ -446,7 +454,8 @@ class BatchNorm:
         return arrays
 
     def __repr__(self) -> str:
-        extras = "" if self.renorm is None else f"renorm={self.renorm}, "
+        extras = "debias=True, " * self.debias
+        extras += "" if self.renorm is None else f"renorm={self.renorm}, "
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
@@ -469,14 +478,3 @@ def _channel_shape(
     if any(operator.index(length) < 0 for length in shape):
         raise ValueError(f"num_features must not be negative, got {num_features}")
     return shape
-
-
-def _batch_count(value: Any) -> int:
-    """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"num_batches_tracked must be an integer, got {value!r}") from None
-    if count < 0:
-        raise ValueError(f"num_batches_tracked must not be negative, got {count}")
-    return count

@@ -140,19 +140,23 @@ def batch_norm_stats(x: NDArray, *, axis: Axis = 1) -> Moments:
 @_quiet
 def update_running_stats(
     running_mean: NDArray, running_var: NDArray, moments: Moments, *, momentum: float = 0.1,
-    correction: int = 1, inplace: bool = True,
+    correction: int = 1, inplace: bool = True, num_batches_tracked: int | None = None,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3.1, the moving average in place of Algorithm 2, line 10.
 
     Averages the variance m/(m - 1) var if ``correction=1``. Returns the arrays passed in or, with
     ``inplace=False``, new ones that are not rounded. An empty batch does not change the values.
+    With `num_batches_tracked`, the average divided by 1 - (1 - momentum)^t (Kingma & Ba, 2014).
     """
     new_mean, new_var = _long(running_mean), _long(running_var)
     if moments.count > 0:
         var = _long(moments.m2) / (moments.count - correction)
-        weight = np.longdouble(momentum)
-        new_mean = (1 - weight) * new_mean + weight * _long(moments.mean)
-        new_var = (1 - weight) * new_var + weight * var
+        weight, before, after = np.longdouble(momentum), np.longdouble(1), np.longdouble(1)
+        if num_batches_tracked is not None:
+            before = 1 - (1 - weight) ** num_batches_tracked
+            after = 1 - (1 - weight) ** (num_batches_tracked + 1)
+        new_mean = ((1 - weight) * (new_mean * before) + weight * _long(moments.mean)) / after
+        new_var = ((1 - weight) * (new_var * before) + weight * var) / after
     if not inplace:
         return new_mean, new_var
     return _store(new_mean, running_mean), _store(new_var, running_var)

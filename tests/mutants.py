@@ -400,6 +400,26 @@ MOMENTS = of(
         ("[array.copy() for array in running.values()]", "list(running.values())"),
         ("    if count < 0:\n", "    if False:\n"),
     ),
+    (
+        "test_averages.py",
+        ("    if not 0 < alpha <= 1:", "    if not 0 <= alpha <= 1:"),
+        ("if batches == 0 or alpha == 1:", "if alpha == 1:"),
+        ("(batches + 1) * math.log1p(-alpha)", "batches * math.log1p(-alpha)"),
+        ("if num_batches_tracked is not None:", "if num_batches_tracked:"),
+    ),
+)
+
+LAYER = of(
+    "layer",
+    (
+        "test_averages.py",
+        ("elif self.debias and training and self.running_mean is not None:", "elif self.debias:"),
+    ),
+    (
+        "test_renorm.py",
+        ("is not None and training and not collecting:", "is not None and training:"),
+        ("if renorm is not None and not track_running_stats:", "if False:"),
+    ),
 )
 
 RUNNING = of(
@@ -821,7 +841,19 @@ THREADS = of(
 
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *RUNNING, *RENORM, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
+    *(
+        *STORAGE,
+        *MOMENTS,
+        *RUNNING,
+        *LAYER,
+        *RENORM,
+        *INTRINSICS,
+        *POOL,
+        *DISK,
+        *ARRAYS,
+        *TORCH,
+        *ON_GPU,
+    ),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*LAUNCH, *HOST, *THREADS),
 ]

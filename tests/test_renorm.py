@@ -393,3 +393,21 @@ def test_arrays_of_other_libraries(library):
     assert type(got.y) is type(grads.dx) is type(grads.dgamma) is type(x)
     for a, b in zip((*got, *grads[:3]), (*ref, *expected[:3]), strict=True):
         assert_array_equal(np.from_dlpack(a), b)
+
+
+def test_one_value_per_channel_is_refused():
+    match = r"expected more than 1 value per channel when training, got x of shape \(1, 8\)"
+    one = {"x": np.ones((1, 8), "f4"), "residual": None, "out": None}
+    refuses("batch_renorm_forward", ValueError, match, **one)
+    mean, var = per_channel(), per_channel()
+    nbnorm.batch_renorm_forward(np.ones((1, 8), "f4"), None, None, mean, var, correction=0)
+
+
+def test_dx_over_a_correction_is_refused():
+    memory = np.ones(2 * 8 * 4 * 4 + 16)
+    out = memory[: 2 * 8 * 4 * 4].reshape(2, 8, 4, 4)
+    wide = {name: np.ones((2, 8, 4, 4)) for name in ("dy", "x", "y")}
+    refuses(
+        "batch_renorm_backward", ValueError, "^out overlaps d in memory",
+        **wide, d=memory[250:258], out=out,
+    )  # fmt: skip

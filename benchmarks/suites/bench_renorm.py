@@ -28,3 +28,17 @@ class Renorm:
 
     def time_op(self, op, kind, name):
         self.call()
+
+
+class Debias:
+    """An update of running statistics, debiased or not."""
+
+    params = ([None, 3],)
+    param_names = ("num_batches_tracked",)
+
+    def setup(self, batches):
+        self.running = np.zeros(512, np.float32), np.ones(512, np.float32)
+        self.moments = nbnorm.batch_norm_stats(np.random.default_rng(0).normal(size=(32, 512)))
+
+    def time_update(self, batches):
+        nbnorm.update_running_stats(*self.running, self.moments, num_batches_tracked=batches)

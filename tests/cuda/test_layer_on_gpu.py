@@ -91,7 +91,8 @@ assert isinstance(there.running_var, cupy.ndarray)
 
 # Renormalisation, with bounds that clip and bounds that do not.
 for bounds in ((1.1, 0.2), (10.0, 10.0)):
-    here, there = (nbnorm.BatchNorm(5, renorm=nbnorm.Renorm(*bounds)) for _ in range(2))
+    options = {"renorm": nbnorm.Renorm(*bounds), "debias": True}
+    here, there = (nbnorm.BatchNorm(5, **options) for _ in range(2))
     for device in (0, None, 1):
         given, back = (a if device is None else on(device, a) for a in (x, dy))
         near(there.forward(given), here.forward(x))
