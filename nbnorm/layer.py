@@ -4,13 +4,21 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from nbnorm import _checks
-from nbnorm._arrays import DTYPES, device_of, moved_to, on_host, overwrite, take_floating
+from nbnorm._arrays import (
+    DTYPES,
+    device_of,
+    moved_to,
+    on_host,
+    ones_like,
+    overwrite,
+    take_floating,
+)
 from nbnorm._typing import Activation, Array, NDArray, X
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 from nbnorm.moments import Moments, Pairwise, debiased, update_running_stats
@@ -49,8 +57,8 @@ class BatchNorm:
         Whether the running average is debiased, as Adam's are: it then owes nothing to the initial
         values 0 and 1, and the first batch replaces them. Momentum must be in (0, 1], or None,
         which has no bias in any case.
-    affine : bool, default True
-        Whether the layer has the parameters gamma ("weight") and beta ("bias").
+    affine : bool, "gamma" or "beta", default True
+        Whether the layer has the parameters gamma ("weight") and beta ("bias"), or which of them.
     track_running_stats : bool, default True
         Whether the layer keeps running statistics. If not, evaluation uses batch statistics too.
     correction : int, default 1
@@ -69,7 +77,7 @@ class BatchNorm:
     Attributes
     ----------
     parameters : dict of str to ndarray
-        "weight" (gamma, initially 1) and "bias" (beta, initially 0); empty without `affine`.
+        "weight" (gamma, initially 1) and "bias" (beta, initially 0), as far as `affine` has them.
         Parameters and running statistics are NumPy arrays until `forward` gets an x on a GPU. They
         then move there as CuPy arrays, and back with the next x in CPU memory.
     grads : dict of str to array
@@ -87,9 +95,8 @@ class BatchNorm:
     TypeError
         `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
-        `num_features` is negative or does not fit `axis`; there is `renorm` without
-        `track_running_stats`. `forward` and `backward` check the other
-        options.
+        `num_features` is negative or does not fit `axis`; `affine` is something else; there is
+        `renorm` without `track_running_stats`. `forward` and `backward` check the other options.
 
     Examples
     --------
@@ -116,7 +123,7 @@ class BatchNorm:
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         debias: bool = False,
-        affine: bool = True,
+        affine: bool | Literal["gamma", "beta"] = True,
         track_running_stats: bool = True,
         correction: int = 1,
         axis: int | tuple[int, ...] = 1,
@@ -124,7 +131,7 @@ class BatchNorm:
         renorm: Renorm | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        shape = _channel_shape(num_features, axis)
+        shape, names = _channel_shape(num_features, axis), names_of(affine)
         dtype = np.dtype(dtype)
         if dtype.name not in DTYPES or not dtype.isnative:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
@@ -144,9 +151,9 @@ class BatchNorm:
         self.renorm = renorm
         self.dtype = dtype
         self.training = True
-        self.parameters: dict[str, NDArray] = {}
-        if affine:
-            self.parameters = {"weight": np.ones(shape, dtype), "bias": np.zeros(shape, dtype)}
+        self.parameters: dict[str, NDArray] = {
+            name: np.full(shape, _INITIAL[name], dtype) for name in names
+        }
         self.grads: dict[str, Array] = {
             name: np.zeros_like(parameter) for name, parameter in self.parameters.items()
         }
@@ -300,18 +307,20 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("backward called before forward")
         saved = self._saved
+        gamma, beta = (self.parameters.get(name) for name in _INITIAL)
         dx, dgamma, dbeta, dresidual = self._differentiate(
             dy,
             saved,
-            gamma=self.parameters.get("weight"),
-            beta=self.parameters.get("bias"),
+            gamma=ones_like(beta) if gamma is None and beta is not None else gamma,
+            beta=beta,
             y=saved.y,
             axis=self.axis,
             activation=self.activation,
-            output_mask=(True, self.affine, self.affine, saved.y is not None),
+            output_mask=(True, gamma is not None, beta is not None, saved.y is not None),
         )
-        if self.affine:
-            self.grads["weight"], self.grads["bias"] = dgamma, dbeta
+        for name, gradient in zip(_INITIAL, (dgamma, dbeta), strict=True):
+            if gradient is not None:
+                self.grads[name] = gradient
         if not saved.residual:
             return dx
         return dx, dy if saved.y is None else dresidual
@@ -385,8 +394,8 @@ class BatchNorm:
         Returns
         -------
         dict of str to ndarray
-            Arrays in CPU memory: "weight" and "bias" with `affine`; "running_mean", "running_var"
-            and "num_batches_tracked" (int64, 0-d) with `track_running_stats`.
+            Arrays in CPU memory: "weight" and "bias", as far as `affine` has them; "running_mean",
+            "running_var" and "num_batches_tracked" (int64, 0-d) with `track_running_stats`.
 
         Examples
         --------
@@ -458,10 +467,22 @@ class BatchNorm:
         extras += "" if self.renorm is None else f"renorm={self.renorm}, "
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"affine={self.affine!r}, track_running_stats={self.track_running_stats}, "
             f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
             f"{extras}dtype={self.dtype}, training={self.training})"
         )
+
+
+_INITIAL = {"weight": 1, "bias": 0}
+_NAMES = {True: ("weight", "bias"), False: (), "gamma": ("weight",), "beta": ("bias",)}
+
+
+def names_of(affine: Any) -> tuple[str, ...]:
+    """Return the names of the parameters; raise if `affine` is not valid."""
+    try:
+        return _NAMES[affine]
+    except (KeyError, TypeError):
+        raise ValueError(f"affine must be a bool, 'gamma' or 'beta', got {affine!r}") from None
 
 
 def _channel_shape(

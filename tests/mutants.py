@@ -412,6 +412,12 @@ MOMENTS = of(
 LAYER = of(
     "layer",
     (
+        "test_alone.py",
+        ("gamma=ones_like(beta) if gamma is None and beta is not None else gamma", "gamma=gamma"),
+        ("gamma is not None, beta is not None, saved.y", "True, True, saved.y"),
+        ("except (KeyError, TypeError):", "except KeyError:"),
+    ),
+    (
         "test_averages.py",
         ("elif self.debias and training and self.running_mean is not None:", "elif self.debias:"),
     ),

@@ -100,6 +100,15 @@ for bounds in ((1.1, 0.2), (10.0, 10.0)):
         for name, gradient in there.grads.items():
             near(gradient, here.grads[name])
         same_state()
+
+# One parameter alone.
+for affine in ("gamma", "beta"):
+    here, there = (nbnorm.BatchNorm(5, affine=affine) for _ in range(2))
+    near(there.forward(on(1, x)), here.forward(x))
+    near(there.backward(on(1, dy)), here.backward(dy))
+    [(name, gradient)] = there.grads.items()
+    near(gradient, here.grads[name])
+    same_state()
 mean, var = (on(0, np.full(5, value, "float32")) for value in (1.0, 2.0))
 saved = nbnorm.batch_renorm_forward(on(0, x), None, None, mean, var)
 assert all(isinstance(array, cupy.ndarray) for array in saved)
