@@ -25,6 +25,13 @@ from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, update_running_stats
 from nbnorm.pool import set_pool_limit
 from nbnorm.population import population_stats, recalibrate
+from nbnorm.renorm import (
+    BatchRenormForward,
+    Ramp,
+    Renorm,
+    batch_renorm_backward,
+    batch_renorm_forward,
+)
 from nbnorm.second_order import (
     BatchNormDoubleBackward,
     batch_norm_backward_statistics,
@@ -45,7 +52,10 @@ __all__ = [
     "BatchNormBackward",
     "BatchNormDoubleBackward",
     "BatchNormForward",
+    "BatchRenormForward",
     "Moments",
+    "Ramp",
+    "Renorm",
     "activation",
     "batch_norm_apply",
     "batch_norm_backward",
@@ -57,6 +67,8 @@ __all__ = [
     "batch_norm_inference",
     "batch_norm_jvp",
     "batch_norm_stats",
+    "batch_renorm_backward",
+    "batch_renorm_forward",
     "fold_batch_norm",
     "fold_into_conv",
     "fold_into_linear",

@@ -129,6 +129,16 @@ def on_host(array: Array) -> NDArray:
     return copied
 
 
+def ones_like(array: NDArray) -> NDArray:
+    """Return ones with the shape and dtype of a parameter, on its device.
+
+    As gamma they give dbeta the dtype of a beta that stands alone; with None it would have x's.
+    """
+    ones = np.zeros_like(array)
+    ones[...] = 1
+    return ones
+
+
 def overwrite(array: Array, values: NDArray) -> None:
     """Round values to an array's dtype and write them to it; the array may be on a GPU."""
     with np.errstate(all="ignore"):  # a statistic may overflow the dtype

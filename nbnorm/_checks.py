@@ -311,6 +311,17 @@ def finite(value: Any, name: str) -> float:
     return number_
 
 
+def batches(value: Any) -> int:
+    """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"num_batches_tracked must be an integer, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"num_batches_tracked must not be negative, got {count}")
+    return count
+
+
 def activation(given: Any) -> Fused:
     """Return None, "relu" or another activation; raise if there is none of this name."""
     if given is None:

@@ -21,6 +21,9 @@ from nbnorm.layer import BatchNorm
 __all__ = ["CONVENTIONS", "Convention", "dump", "load"]
 
 _IDENTITY = {"weight": 1, "bias": 0}
+_AFFINE: dict[tuple[str, ...], bool | Literal["gamma", "beta"]] = {
+    ("weight", "bias"): True, ("weight",): "gamma", ("bias",): "beta", (): False,
+}  # fmt: skip
 _STATISTICS = ("running_mean", "running_var")
 _OURS = (*_IDENTITY, *_STATISTICS, "num_batches_tracked")
 
@@ -219,8 +222,9 @@ def load(
     -------
     BatchNorm
         Layer in training mode, like every new layer. It has the dtype of the arrays, or the widest
-        if they differ. Parameters that the framework's layer lacks are 1 and 0. The layer has no
-        activation; set ``layer.activation`` if needed.
+        if they differ. It has the parameters that the framework's layer has: ``affine`` is
+        "gamma" or "beta" if that is one of them. A gamma that the framework ignores
+        (``fix_gamma``) is 1. The layer has no activation; set ``layer.activation`` if needed.
 
     Raises
     ------
@@ -282,7 +286,7 @@ def load(
         shape if isinstance(axis, tuple) else shape[0],
         eps=eps,
         momentum=momentum,
-        affine=not values.keys().isdisjoint(_IDENTITY),
+        affine=_AFFINE[tuple(name for name in _IDENTITY if name in values)],
         track_running_stats=not values.keys().isdisjoint(_STATISTICS),
         correction=convention.correction,
         axis=axis,
@@ -363,7 +367,10 @@ def dump(
     if len(shape) > 1 and not convention.several_axes:
         raise ValueError(f"{framework} has one channel axis, but the layer has axis={layer.axis}")
     state = layer.state_dict()
-    chosen = {keyword: names[0] in state for keyword, names in convention.leaves_out.items()}
+    chosen = {
+        keyword: not state.keys().isdisjoint(names)
+        for keyword, names in convention.leaves_out.items()
+    }
     if convention.fixes_gamma is not None:
         keyword, fixed = convention.fixes_gamma
         chosen[keyword] = fixed if "weight" not in state else not fixed

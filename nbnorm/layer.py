@@ -4,16 +4,25 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from nbnorm import _checks
-from nbnorm._arrays import DTYPES, device_of, moved_to, on_host, overwrite, take_floating
+from nbnorm._arrays import (
+    DTYPES,
+    device_of,
+    moved_to,
+    on_host,
+    ones_like,
+    overwrite,
+    take_floating,
+)
 from nbnorm._typing import Activation, Array, NDArray, X
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
-from nbnorm.moments import Moments, Pairwise, update_running_stats
+from nbnorm.moments import Moments, Pairwise, debiased, update_running_stats
+from nbnorm.renorm import Renorm, batch_renorm_backward, batch_renorm_forward
 
 
 class Saved(NamedTuple):
@@ -26,6 +35,7 @@ class Saved(NamedTuple):
     added: Array | None  # the residual, only if the derivative of the activation depends on it
     residual: bool
     training: bool
+    renorm: list[Array]  # r and d, or nothing
 
 
 class BatchNorm:
@@ -44,8 +54,12 @@ class BatchNorm:
         (E[x] = E_B[mean_B], Var[x] = m/(m-1) E_B[var_B]) and PyTorch. That weights all batches
         equally and omits the variance between batch means; for the exact statistics of a data
         set, merge moments and call `set_statistics`.
-    affine : bool, default True
-        Whether the layer has the parameters gamma ("weight") and beta ("bias").
+    debias : bool, default False
+        Whether the running average is debiased, as Adam's are: it then owes nothing to the initial
+        values 0 and 1, and the first batch replaces them. Momentum must be in (0, 1], or None,
+        which has no bias in any case.
+    affine : bool, "gamma" or "beta", default True
+        Whether the layer has the parameters gamma ("weight") and beta ("bias"), or which of them.
     track_running_stats : bool, default True
         Whether the layer keeps running statistics. If not, evaluation uses batch statistics too.
     correction : int, default 1
@@ -55,13 +69,16 @@ class BatchNorm:
         reduce.
     activation : None, str or Activation, default None
         Fused activation, applied last, as in `batch_norm_forward`.
+    renorm : Renorm, optional
+        Batch renormalization (Ioffe 2017) in training, with these bounds of r and d. Needs
+        running statistics.
     dtype : floating dtype, default float32
         Dtype of parameters and running statistics, independent of the inputs' dtype.
 
     Attributes
     ----------
     parameters : dict of str to ndarray
-        "weight" (gamma, initially 1) and "bias" (beta, initially 0); empty without `affine`.
+        "weight" (gamma, initially 1) and "bias" (beta, initially 0), as far as `affine` has them.
         Parameters and running statistics are NumPy arrays until `forward` gets an x on a GPU. They
         then move there as CuPy arrays, and back with the next x in CPU memory.
     grads : dict of str to array
@@ -77,10 +94,10 @@ class BatchNorm:
     Raises
     ------
     TypeError
-        `dtype` is not one of the four floating dtypes.
+        `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
-        `num_features` is negative or does not fit `axis`. `forward` and `backward` check the other
-        options.
+        `num_features` is negative or does not fit `axis`; `affine` is something else; there is
+        `renorm` without `track_running_stats`. `forward` and `backward` check the other options.
 
     Examples
     --------
@@ -106,30 +123,38 @@ class BatchNorm:
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
+        debias: bool = False,
+        affine: bool | Literal["gamma", "beta"] = True,
         track_running_stats: bool = True,
         correction: int = 1,
         axis: int | tuple[int, ...] = 1,
         activation: Activation = None,
+        renorm: Renorm | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        shape = _channel_shape(num_features, axis)
+        shape, names = _channel_shape(num_features, axis), names_of(affine)
         dtype = np.dtype(dtype)
         if dtype.name not in DTYPES or not dtype.isnative:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(renorm, Renorm | None):
+            raise TypeError(f"renorm must be an nbnorm.Renorm or None, got {renorm!r}")
+        if renorm is not None and not track_running_stats:
+            raise ValueError("renorm corrects towards running statistics: track_running_stats=True")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.debias = debias
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.correction = correction
         self.axis = axis
         self.activation = activation
+        self.renorm = renorm
         self.dtype = dtype
         self.training = True
-        self.parameters: dict[str, NDArray] = {}
-        if affine:
-            self.parameters = {"weight": np.ones(shape, dtype), "bias": np.zeros(shape, dtype)}
+        self.parameters: dict[str, NDArray] = {
+            name: np.full(shape, _INITIAL[name], dtype) for name in names
+        }
         self.grads: dict[str, Array] = {
             name: np.zeros_like(parameter) for name, parameter in self.parameters.items()
         }
@@ -169,8 +194,13 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
+        elif self.debias and training and self.running_mean is not None:
+            momentum = debiased(momentum, self.num_batches_tracked)
+        normalise = self._collect if collecting else self._normalise
+        if self.renorm is not None and training and not collecting:
+            normalise = self._renormalise
         y: X
-        y, mean, rstd, values = (self._collect if collecting else self._normalise)(
+        y, mean, rstd, *renorm, values = normalise(
             x,
             training,
             gamma=self.parameters.get("weight"),
@@ -189,7 +219,7 @@ class BatchNorm:
         fused = residual is not None and self.activation is not None
         relu = fused and _checks.activation(self.activation) == "relu"
         kept = y if relu else None, residual if fused and not relu else None
-        self._saved = Saved(x, mean, rstd, *kept, residual is not None, training)
+        self._saved = Saved(x, mean, rstd, *kept, residual is not None, training, renorm)
         return y
 
     def __call__(self, x: X, residual: Array | None = None) -> X:
@@ -207,18 +237,22 @@ class BatchNorm:
         self.parameters.update(moved)
         self._device = device
 
-    def _normalise(
-        self, x: Array, training: bool, **options: Any
-    ) -> tuple[Array, Array, Array, int]:
+    def _normalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Return y, mean, rstd and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
         return y, mean, rstd, math.prod(x.shape)
+
+    def _renormalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
+        """Return y, mean, rstd, r, d and the number of values in the batch."""
+        assert self.renorm is not None
+        bounds = self.renorm.bounds(self.num_batches_tracked)
+        return *batch_renorm_forward(x, **bounds, **options), math.prod(x.shape)
 
     @contextmanager
     def _collecting(self) -> Iterator[Pairwise]:
         """Collect the moments of batches inside the block; do not update running statistics.
 
-        Batches are normalised as in training, whatever the layer's mode.
+        Batches are normalised as in training, whatever the layer's mode, but without renorm.
         """
         seen = Pairwise()
         try:  # starts before the assignment, as an interrupt may come at any line
@@ -227,7 +261,7 @@ class BatchNorm:
         finally:
             self._seen = None
 
-    def _collect(self, x: Array, training: bool, **options: Any) -> tuple[Array, Array, Array, int]:
+    def _collect(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Call `_normalise` and add the moments of the batch to those collected."""
         assert self.running_mean is not None
         assert self._seen is not None
@@ -274,25 +308,31 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("backward called before forward")
         saved = self._saved
+        gamma, beta = (self.parameters.get(name) for name in _INITIAL)
         dx, dgamma, dbeta, dresidual = self._differentiate(
             dy,
             saved,
-            gamma=self.parameters.get("weight"),
-            beta=self.parameters.get("bias"),
+            gamma=ones_like(beta) if gamma is None and beta is not None else gamma,
+            beta=beta,
             y=saved.y,
             residual=saved.added,
             axis=self.axis,
             activation=self.activation,
-            output_mask=(True, self.affine, self.affine, saved.residual),
+            output_mask=(True, gamma is not None, beta is not None, saved.residual),
         )
-        if self.affine:
-            self.grads["weight"], self.grads["bias"] = dgamma, dbeta
+        for name, gradient in zip(_INITIAL, (dgamma, dbeta), strict=True):
+            if gradient is not None:
+                self.grads[name] = gradient
         if not saved.residual:
             return dx
         return dx, dy if dresidual is None else dresidual
 
     def _differentiate(self, dy: Array, saved: "Saved", **options: Any) -> tuple[Array | None, ...]:
-        """Return the result of `batch_norm_backward`."""
+        """Return the result of `batch_norm_backward`, or of `batch_renorm_backward`."""
+        if saved.renorm:
+            return batch_renorm_backward(
+                dy, saved.x, options.pop("gamma"), saved.mean, saved.rstd, *saved.renorm, **options
+            )
         return batch_norm_backward(
             dy, saved.x, mean=saved.mean, rstd=saved.rstd, training=saved.training, **options
         )
@@ -356,8 +396,8 @@ class BatchNorm:
         Returns
         -------
         dict of str to ndarray
-            Arrays in CPU memory: "weight" and "bias" with `affine`; "running_mean", "running_var"
-            and "num_batches_tracked" (int64, 0-d) with `track_running_stats`.
+            Arrays in CPU memory: "weight" and "bias", as far as `affine` has them; "running_mean",
+            "running_var" and "num_batches_tracked" (int64, 0-d) with `track_running_stats`.
 
         Examples
         --------
@@ -406,7 +446,7 @@ class BatchNorm:
             if taken[name].shape != array.shape:
                 raise ValueError(f"{name} has shape {taken[name].shape}, expected {array.shape}")
         if self.track_running_stats:
-            self.num_batches_tracked = _batch_count(state["num_batches_tracked"])
+            self.num_batches_tracked = _checks.batches(state["num_batches_tracked"])
         for name, array in arrays.items():
             overwrite(array, taken[name])
 
@@ -425,12 +465,26 @@ class BatchNorm:
         return arrays
 
     def __repr__(self) -> str:
+        extras = "debias=True, " * self.debias
+        extras += "" if self.renorm is None else f"renorm={self.renorm}, "
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"affine={self.affine!r}, track_running_stats={self.track_running_stats}, "
             f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
-            f"dtype={self.dtype}, training={self.training})"
+            f"{extras}dtype={self.dtype}, training={self.training})"
         )
+
+
+_INITIAL = {"weight": 1, "bias": 0}
+_NAMES = {True: ("weight", "bias"), False: (), "gamma": ("weight",), "beta": ("bias",)}
+
+
+def names_of(affine: Any) -> tuple[str, ...]:
+    """Return the names of the parameters; raise if `affine` is not valid."""
+    try:
+        return _NAMES[affine]
+    except (KeyError, TypeError):
+        raise ValueError(f"affine must be a bool, 'gamma' or 'beta', got {affine!r}") from None
 
 
 def _channel_shape(
@@ -447,14 +501,3 @@ def _channel_shape(
     if any(operator.index(length) < 0 for length in shape):
         raise ValueError(f"num_features must not be negative, got {num_features}")
     return shape
-
-
-def _batch_count(value: Any) -> int:
-    """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"num_batches_tracked must be an integer, got {value!r}") from None
-    if count < 0:
-        raise ValueError(f"num_batches_tracked must not be negative, got {count}")
-    return count

@@ -1,5 +1,6 @@
 """`Moments`: count, mean and M2 per channel, which can be merged; running statistics from them."""
 
+import math
 import operator
 from typing import Any, NamedTuple, TypeVar
 
@@ -219,6 +220,49 @@ def rstd_of(var: NDArray, eps: float) -> NDArray:
         return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
 
 
+def debiased(momentum: float, batches: int) -> float:
+    """Return the weight of the next batch in a debiased average of so many batches.
+
+    With a = momentum and t = batches + 1, the average avg <- (1 - w) avg + w batch of weights
+    w = a / (1 - (1 - a)^t) is at every t the moving average that starts at 0, divided by
+    1 - (1 - a)^t (Kingma & Ba 2014).
+
+    Parameters
+    ----------
+    momentum : float
+        Weight of a batch in the moving average, in (0, 1].
+    batches : int
+        Number of batches in the average so far.
+
+    Returns
+    -------
+    float
+        Weight of the next batch: 1 for the first, momentum in the limit.
+
+    Raises
+    ------
+    TypeError
+        momentum is not a number, or batches not an integer.
+    ValueError
+        momentum is not in (0, 1]; batches is negative.
+
+    Examples
+    --------
+    >>> from nbnorm.moments import debiased
+    >>> [round(debiased(0.1, batches), 3) for batches in (0, 1, 2, 100)]
+    [1.0, 0.526, 0.369, 0.1]
+    """
+    batches, alpha = _checks.batches(batches), _checks.number(momentum, "momentum")
+    if not 0 < alpha <= 1:
+        raise ValueError(
+            f"momentum must be in (0, 1] for a debiased average, got {momentum}; "
+            "the average with equal weights is momentum=None in BatchNorm"
+        )
+    if batches == 0 or alpha == 1:
+        return 1.0
+    return min(alpha / -math.expm1((batches + 1) * math.log1p(-alpha)), 1.0)
+
+
 @on_its_device("running_mean")
 def update_running_stats(
     running_mean: Mean,
@@ -228,6 +272,7 @@ def update_running_stats(
     momentum: float = 0.1,
     correction: int = 1,
     inplace: bool = True,
+    num_batches_tracked: int | None = None,
 ) -> tuple[Mean, Var]:
     """Update running statistics with those of a batch.
 
@@ -251,6 +296,10 @@ def update_running_stats(
     inplace : bool, default True
         If True, write to the given arrays. If False, return new arrays of the same library and
         dtype, as read-only arrays (JAX) require.
+    num_batches_tracked : int, optional
+        If given, debias the averages: the number of batches, not empty, that they already hold.
+        At 0 the batch replaces their initial values, if these are finite. Requires a momentum in
+        (0, 1].
 
     Returns
     -------
@@ -260,11 +309,19 @@ def update_running_stats(
     Raises
     ------
     TypeError
-        A statistic is not a floating array; momentum or correction is not a number.
+        A statistic is not a floating array; momentum or correction is not a number;
+        num_batches_tracked is not an integer.
     ValueError
-        ``0 < count <= correction``; momentum or correction is not finite; an array does not have
-        the shape of the moments; with ``inplace=True``, an array is read-only or shares memory
-        with the other or with the moments. Nothing is written then.
+        ``0 < count <= correction``; momentum or correction is not finite; num_batches_tracked is
+        negative, or given with a momentum outside (0, 1]; an array does not have the shape of the
+        moments; with ``inplace=True``, an array is read-only or shares memory with the other or
+        with the moments. Nothing is written then.
+
+    Notes
+    -----
+    A moving average that starts at 0 is too small by 1 - (1 - momentum)^t after t batches, and
+    Adam divides by that (Kingma & Ba 2014). Here the running statistics hold the quotient: with
+    `num_batches_tracked`, batch t is given the weight momentum / (1 - (1 - momentum)^t).
 
     Examples
     --------
@@ -292,6 +349,8 @@ def update_running_stats(
         batch = {f"moments.{n}": take_floating(getattr(moments, n), n) for n in ("mean", "m2")}
         _checks.running_to_update(running | batch, instead)
     momentum = _checks.finite(momentum, "momentum")
+    if num_batches_tracked is not None:
+        momentum = debiased(momentum, num_batches_tracked)
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if count > 0:

@@ -143,10 +143,10 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     """Collect the layers' input statistics inside the block; store them on exit.
 
     Inside the ``with`` block, every forward call of a layer normalises with the statistics of its
-    batch, as in training, whatever the layer's mode. If the block ends without an exception, the
-    running statistics of each layer become those of all values it has seen, with batches weighted
-    by their sizes. Until then they do not change. A layer that has seen no values keeps its
-    running statistics.
+    batch, as in training, whatever the layer's mode, and without `renorm`. If the block ends
+    without an exception, the running statistics of each layer become those of all values it has
+    seen, with batches weighted by their sizes. Until then they do not change. A layer that has
+    seen no values keeps its running statistics.
 
     Parameters
     ----------

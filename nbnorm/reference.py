@@ -36,6 +36,7 @@ from nbnorm.activations import Activation as Activation_
 from nbnorm.activations import Math
 from nbnorm.functional import BatchNormBackward, BatchNormForward
 from nbnorm.moments import Moments
+from nbnorm.renorm import BatchRenormForward
 from nbnorm.second_order import BatchNormDoubleBackward
 
 OptArray = NDArray | None
@@ -144,19 +145,23 @@ def batch_norm_stats(x: NDArray, *, axis: Axis = 1) -> Moments:
 @_quiet
 def update_running_stats(
     running_mean: NDArray, running_var: NDArray, moments: Moments, *, momentum: float = 0.1,
-    correction: int = 1, inplace: bool = True,
+    correction: int = 1, inplace: bool = True, num_batches_tracked: int | None = None,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3.1, the moving average in place of Algorithm 2, line 10.
 
     Averages the variance m/(m - 1) var if ``correction=1``. Returns the arrays passed in or, with
     ``inplace=False``, new ones that are not rounded. An empty batch does not change the values.
+    With `num_batches_tracked`, the average divided by 1 - (1 - momentum)^t (Kingma & Ba, 2014).
     """
     new_mean, new_var = _long(running_mean), _long(running_var)
     if moments.count > 0:
         var = _long(moments.m2) / (moments.count - correction)
-        weight = np.longdouble(momentum)
-        new_mean = (1 - weight) * new_mean + weight * _long(moments.mean)
-        new_var = (1 - weight) * new_var + weight * var
+        weight, before, after = np.longdouble(momentum), np.longdouble(1), np.longdouble(1)
+        if num_batches_tracked is not None:
+            before = 1 - (1 - weight) ** num_batches_tracked
+            after = 1 - (1 - weight) ** (num_batches_tracked + 1)
+        new_mean = ((1 - weight) * (new_mean * before) + weight * _long(moments.mean)) / after
+        new_var = ((1 - weight) * (new_var * before) + weight * var) / after
     if not inplace:
         return new_mean, new_var
     return _store(new_mean, running_mean), _store(new_var, running_var)
@@ -169,12 +174,7 @@ def batch_norm_apply(
 ) -> NDArray:  # fmt: skip
     """Algorithm 1, lines 3 and 4, then the residual and the activation; returns y."""
     xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
-    y = _spread(gamma, x, axis) * xhat  # y_i = gamma x_hat_i + beta
-    if beta is not None:
-        y = y + _spread(beta, x, axis)
-    if residual is not None:
-        y = y + _wide(residual, x)
-    return _store(_activate(y, activation), out)
+    return _store(_scaled(xhat, x, gamma, beta, axis, residual, activation), out)
 
 
 @_quiet
@@ -264,6 +264,63 @@ def batch_norm_backward_statistics(
 
 
 @_quiet
+def batch_renorm_forward(
+    x: NDArray, gamma: OptArray, beta: OptArray, running_mean: NDArray, running_var: NDArray, *,
+    r_max: float = 3.0, d_max: float = 5.0, momentum: float = 0.1, eps: float = 1e-5,
+    correction: int = 1, axis: Axis = 1, residual: OptArray = None, activation: Activation = None,
+    out: OptArray = None,
+) -> BatchRenormForward[NDArray]:  # fmt: skip
+    """Algorithm 1 of Ioffe (2017), "Batch Renormalization"; returns (y, mean, rstd, r, d)."""
+    batch = batch_norm_stats(x, axis=axis)
+    mean, var = batch.mean, batch.m2 / max(batch.count, 1)
+    rstd, r, d = np.zeros_like(var), np.ones_like(var), np.zeros_like(var)
+    if batch.count > 0:
+        rstd, std = _rstd(var, eps), np.sqrt(var + eps)
+        running_std = np.sqrt(_wide(running_var, x) + eps)
+        # r = clip_[1/r_max, r_max](std / running_std), d = clip_d_max((mean - running_mean) / ...)
+        r = np.clip(_ratio(std, running_std, 1), 1 / r_max, r_max)
+        d = np.clip(_ratio(mean - _wide(running_mean, x), running_std, 0), -d_max, d_max)
+    xhat = _normalise(x, mean, rstd, axis) * _spread(r, x, axis) + _spread(d, x, axis)
+    y = _scaled(xhat, x, gamma, beta, axis, residual, activation)  # y_i = gamma x_hat_i + beta
+    update_running_stats(running_mean, running_var, batch, momentum=momentum, correction=correction)
+    return BatchRenormForward(_store(y, out), mean, rstd, r, d)
+
+
+@_quiet
+def batch_renorm_backward(
+    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, r: NDArray,
+    d: NDArray, *, beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
+    axis: Axis = 1, activation: Activation = None,
+    output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
+) -> BatchNormBackward[NDArray]:  # fmt: skip
+    """Section 3 of Ioffe (2017), "the gradients of loss l", in the order of the paper."""
+    m, over, _ = _reduction(x, axis)
+    deviation, r_ = _wide(x, x) - _spread(mean, x, axis), _spread(r, x, axis)
+    xhat = deviation * _spread(rstd, x, axis) * r_ + _spread(d, x, axis)
+    dy = _wide(dy, x)
+    act = _checks.activation(activation)
+    if act == "relu" and y is not None:
+        dy = np.where(y > 0, dy, 0)
+    elif act is not None:
+        v = _scaled(xhat, x, gamma, given(beta, "beta", act, None), axis, residual, None)
+        dy = dy * _activate(v, act, derivative=True)
+    dxhat = dy * _spread(gamma, x, axis)  # dl/dx_hat_i = dl/dy_i gamma
+    s = _spread(rstd, x, axis)  # 1 / sigma_B
+    # dl/dsigma_B = sum_i dl/dx_hat_i (x_i - mean) (-r) / sigma_B^2
+    dsigma = np.sum(dxhat * deviation, axis=over, keepdims=True) * (-r_ * s**2)
+    # dl/dmean = sum_i dl/dx_hat_i (-r) / sigma_B
+    dmean = np.sum(dxhat, axis=over, keepdims=True) * (-r_ * s)
+    # dl/dx_i = dl/dx_hat_i r / sigma_B + dl/dsigma_B (x_i - mean) / (m sigma_B) + dl/dmean / m
+    dx = dxhat * r_ * s + dsigma * deviation * s / m + dmean / m
+    return BatchNormBackward(
+        _store(dx, out) if output_mask[0] else None,
+        np.sum(dy * xhat, axis=over) if output_mask[1] else None,  # sum_i dl/dy_i x_hat_i
+        np.sum(dy, axis=over) if output_mask[2] else None,  # sum_i dl/dy_i
+        dy if output_mask[3] and (y is not None or residual is not None) else None,
+    )
+
+
+@_quiet
 def fold_batch_norm(
     gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
@@ -333,6 +390,11 @@ def _long(values: NDArray) -> NDArray:
     return values.astype(np.longdouble)
 
 
+def _ratio(a: NDArray, b: NDArray, neither: float) -> NDArray:
+    """Return a / b, or `neither` where both are 0."""
+    return np.where((a == 0) & (b == 0), neither, a / b)
+
+
 def _rstd(var: NDArray, eps: float) -> NDArray:
     """Return 1 / sqrt(var + eps), or 0 where var + eps is 0."""
     return np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
@@ -382,6 +444,19 @@ def _activate(v: NDArray, activation: Activation, derivative: bool = False) -> N
     function = getattr(function, "py_func", function)
     result = np.vectorize(function, otypes=[np.longdouble])(v.astype(np.longdouble))
     return np.asarray(result.astype(v.dtype))
+
+
+def _scaled(
+    xhat: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, axis: Axis, residual: OptArray,
+    activation: Activation,
+) -> NDArray:  # fmt: skip
+    """Return y_i = gamma x_hat_i + beta, then the residual and the activation."""
+    y = _spread(gamma, x, axis) * xhat
+    if beta is not None:
+        y = y + _spread(beta, x, axis)
+    if residual is not None:
+        y = y + _wide(residual, x)
+    return _activate(y, activation)
 
 
 def _through_activation(

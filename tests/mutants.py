@@ -438,6 +438,32 @@ MOMENTS = of(
         ("[array.copy() for array in running.values()]", "list(running.values())"),
         ("    if count < 0:\n", "    if False:\n"),
     ),
+    (
+        "test_averages.py",
+        ("    if not 0 < alpha <= 1:", "    if not 0 <= alpha <= 1:"),
+        ("if batches == 0 or alpha == 1:", "if alpha == 1:"),
+        ("(batches + 1) * math.log1p(-alpha)", "batches * math.log1p(-alpha)"),
+        ("if num_batches_tracked is not None:", "if num_batches_tracked:"),
+    ),
+)
+
+LAYER = of(
+    "layer",
+    (
+        "test_alone.py",
+        ("gamma=ones_like(beta) if gamma is None and beta is not None else gamma", "gamma=gamma"),
+        ("gamma is not None, beta is not None, saved.y", "True, True, saved.y"),
+        ("except (KeyError, TypeError):", "except KeyError:"),
+    ),
+    (
+        "test_averages.py",
+        ("elif self.debias and training and self.running_mean is not None:", "elif self.debias:"),
+    ),
+    (
+        "test_renorm.py",
+        ("is not None and training and not collecting:", "is not None and training:"),
+        ("if renorm is not None and not track_running_stats:", "if False:"),
+    ),
 )
 
 RUNNING = of(
@@ -445,6 +471,31 @@ RUNNING = of(
     (
         "test_moments.py",
         ("(1.0 - momentum) * old.astype(np.float64)", "old.astype(np.float64)"),
+    ),
+)
+
+RENORM = of(
+    "renorm",
+    (
+        "test_renorm.py",
+        ("if batch <= self.begin:", "if batch < self.begin:"),
+        ('raise ValueError(f"{name} is None; batch', 'return None  # (f"{name} is None; batch'),
+        ("    if not bound >= least:", "    if bound < least:"),
+        ("np.where(np.logical_and(std == 0, running_std == 0), 1.0,", "np.where(False, 1.0,"),
+        ("np.where(np.logical_and(off == 0, running_std == 0), 0.0,", "np.where(False, 0.0,"),
+        ("np.maximum(r, 1 / r_max)", "np.maximum(r, 0)"),
+        ("r_ * frame.statistic(take", "frame.statistic(take"),
+        (" + d_ * sum_dy", ""),
+        ("scale, shift = wide * r, wide * d", "scale, shift = wide * r, d"),
+        (
+            "sums = wanted.dgamma, wanted.dgamma or wanted.dbeta",
+            "sums = wanted.dgamma, wanted.dbeta",
+        ),
+        (
+            '    _checks.enough_values(frame.m, call.correction, "x',
+            '    _checks.enough_values(2, 1, "x',
+        ),
+        ('    frame.out(out, inplace="dy")\n', ""),
     ),
 )
 
@@ -834,7 +885,19 @@ THREADS = of(
 
 MUTANTS = [
     *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
-    *(*STORAGE, *MOMENTS, *RUNNING, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
+    *(
+        *STORAGE,
+        *MOMENTS,
+        *RUNNING,
+        *LAYER,
+        *RENORM,
+        *INTRINSICS,
+        *POOL,
+        *DISK,
+        *ARRAYS,
+        *TORCH,
+        *ON_GPU,
+    ),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*LAUNCH, *HOST, *THREADS, *SECOND_ORDER),
 ]

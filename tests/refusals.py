@@ -96,6 +96,28 @@ VALID = {
         "activation": "relu",
         "out": target(),
     },
+    "batch_renorm_forward": lambda: {
+        "x": data(),
+        "gamma": per_channel(),
+        "beta": per_channel(),
+        "running_mean": per_channel(),
+        "running_var": per_channel(),
+        "residual": data(),
+        "out": target(),
+    },
+    "batch_renorm_backward": lambda: {
+        "dy": data(),
+        "x": data(),
+        "gamma": per_channel(),
+        "mean": per_channel("float64"),
+        "rstd": per_channel("float64"),
+        "r": per_channel("float64"),
+        "d": per_channel("float64"),
+        "beta": per_channel(),
+        "y": data(),
+        "activation": "relu",
+        "out": target(),
+    },
     "batch_norm_double_backward": lambda: {
         "ddx": data(),
         "ddgamma": per_channel(),
@@ -152,7 +174,7 @@ VALID = {
 OVER_X = [name for name, make in VALID.items() if "x" in make()]
 LARGE = ("x", "dy", "residual", "y", "out", "ddx", "tx")
 SMALL = ("gamma", "beta", "running_mean", "running_var", "mean", "var", "rstd", "sum_dy")
-SMALL += ("sum_dy_xhat", "bias", "ddgamma", "ddbeta", "tgamma", "tbeta")
+SMALL += ("sum_dy_xhat", "bias", "ddgamma", "ddbeta", "tgamma", "tbeta", "r", "d")
 
 
 def takers(*arguments, functions=tuple(VALID)):

@@ -95,6 +95,8 @@ def valid_arguments(function, rng, keep):
             "count": 9,
             **out,
         },
+        "batch_renorm_forward": {"x": large(), "residual": large(), **common, **running, **out},
+        "batch_renorm_backward": {**gradient, **common, "r": small(), "d": small(), **out},
         "update_running_stats": {**running, "moments": moments},
         "fold_batch_norm": fold,
         "fold_into_linear": {
@@ -182,7 +184,16 @@ def extra_options(function, rng):
             "output_mask": [(True,) * 3, (False,) * 4, (True, False, True, False), None, 3],
             "training": [True, False],
         },
-        "update_running_stats": {"correction": [0, 1, 2, 10**9], "inplace": [True, False]},
+        "batch_renorm_forward": {
+            "eps": eps,
+            "r_max": [1.0, 3.0, np.inf, 0.5, np.nan, None],
+            "d_max": [0.0, 5.0, np.inf, -1.0, np.nan, None],
+        },
+        "update_running_stats": {
+            "correction": [0, 1, 2, 10**9],
+            "inplace": [True, False],
+            "num_batches_tracked": [None, 0, 3, -1, 0.5],
+        },
         "fold_into_conv": {"groups": [1, 0, 2, 3, -1, None], "transposed": [True, False]},
     }.get(function, {})
     return {name: c[rng.integers(len(c))] for name, c in choices.items() if rng.random() < 0.3}

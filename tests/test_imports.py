@@ -22,6 +22,7 @@ LAYERS = (
     ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
     # The last is called by compiled calls of functional; it lies with the kernels that it calls.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
+    ("nbnorm.renorm",),
     ("nbnorm.functional", "nbnorm.second_order"),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
     ("nbnorm._arrays",),

@@ -242,6 +242,18 @@ def running_tolerance(moments, running_mean, running_var, *, momentum, correctio
     )
 
 
+def renorm_tolerance(moments, running_var, r, d, dtype, eps):
+    """Errors of r and d: those of the standard deviation and of the mean, over the running one.
+
+    Clipping magnifies neither. Each is rounded three times in float64: root, root and quotient of
+    r; difference, root and quotient of d, whose running variance is exact.
+    """
+    running_std = np.sqrt(running_var.astype(np.longdouble) + np.longdouble(eps))
+    of_r = (_relative_spread_tolerance(moments, dtype) + 3 * relative_unit(np.float64)) * np.abs(r)
+    of_d = mean_tolerance(moments, dtype) / running_std + 3 * one_unit(d, np.float64)
+    return of_r, of_d
+
+
 def stored(tolerance, expected, dtype):
     """Add to a tolerance the rounding of storing `expected` in this dtype."""
     return tolerance + one_unit(np.asarray(expected), dtype)

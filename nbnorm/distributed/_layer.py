@@ -39,7 +39,7 @@ class SyncBatchNorm(BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        As in `BatchNorm`; comm is not a communicator.
+        As in `BatchNorm`; comm is not a communicator; `renorm` is given, which is not synchronised.
 
     Notes
     -----
@@ -66,13 +66,13 @@ class SyncBatchNorm(BatchNorm):
         self, num_features: int | tuple[int, ...], *, comm: Communicator, **options: Any
     ) -> None:
         super().__init__(num_features, **options)
+        if self.renorm is not None:
+            raise ValueError("renorm must be None: SyncBatchNorm has no batch renormalization")
         Ranks(comm)
         self.comm = comm
         self._count: int | None = None  # count of the last forward; None if not synchronised
 
-    def _normalise(
-        self, x: Array, training: bool, **options: Any
-    ) -> tuple[Array, Array, Array, int]:
+    def _normalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         if not self.training and self._seen is None:
             alone = super()._normalise(x, training, **options)
             self._count = None

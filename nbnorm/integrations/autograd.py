@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from autograd.extend import defvjp_argnums, primitive
 from autograd.tracer import getval, isbox
 
+from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
@@ -170,7 +171,7 @@ def _gradients(
     dx, dgamma, dbeta, dresidual = batch_norm_backward(
         dy,
         x,
-        gamma,
+        ones_like(beta) if gamma is None and beta is not None else gamma,
         mean,
         rstd,
         beta=beta,

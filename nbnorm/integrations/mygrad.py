@@ -6,6 +6,7 @@ import numpy as np
 from mygrad import Tensor, execute_op
 from mygrad.operation_base import Operation
 
+from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Axis, NDArray
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
@@ -152,13 +153,14 @@ class _BatchNorm(Operation):
         of_x, of_gamma, of_beta, of_residual = (
             not constant.get(name, True) for name in ("x", "gamma", "beta", "residual")
         )
+        gamma, beta = arrays.get("gamma"), arrays.get("beta")
         dx, dgamma, dbeta, dresidual = batch_norm_backward(
             grad,
             x,
-            arrays.get("gamma"),
+            ones_like(beta) if gamma is None and beta is not None else gamma,
             self._mean,
             self._rstd,
-            beta=arrays.get("beta"),
+            beta=beta,
             y=self._y,
             **self._options,
             output_mask=(of_x, of_gamma, of_beta, of_residual),

@@ -2,14 +2,17 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any, Literal
 
 from thinc.api import Model, registry
 from thinc.types import FloatsXd
 from thinc.util import is_xp_array
 
 from nbnorm import _checks
+from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.layer import names_of
 
 __all__ = ["BatchNorm"]
 
@@ -22,6 +25,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     momentum: float = 0.1,
     axis: int = -1,
     activation: Activation = None,
+    affine: bool | Literal["gamma", "beta"] = True,
 ) -> Model[FloatsXd, FloatsXd]:
     """Create a batch normalization layer for thinc (Ioffe & Szegedy 2015).
 
@@ -41,6 +45,8 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
         last axis, is the width of thinc's arrays.
     activation : {None, "relu"}
         Applied last, in the same pass over memory.
+    affine : bool, "gamma" or "beta", default True
+        Whether the layer has the parameters "G" and "b", or which of them.
 
     Returns
     -------
@@ -55,8 +61,8 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
         not floating, or a gradient does not have X's dtype.
     ValueError
         In `Model.initialize`: the width of X or Y is not nO, X or Y has a single axis, or none of
-        nO, X and Y is given. In calls: an array does not fit the parameters, or a channel has a
-        single value in training.
+        nO, X and Y is given; affine is something else. In calls: an array does not fit the
+        parameters, or a channel has a single value in training.
 
     Notes
     -----
@@ -100,21 +106,25 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
         axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an int, got {axis!r}") from None
+    names = [_PARAMETERS[name] for name in names_of(affine)]
     return Model(
         "batchnorm",
         _forward,
         init=_init,
         dims={"nO": nO, "nI": nO},
-        params={"G": None, "b": None, "running_mean": None, "running_var": None},
+        params=dict.fromkeys([*names, "running_mean", "running_var"]),
         attrs={"eps": eps, "momentum": momentum, "axis": axis, "activation": activation},
     )
+
+
+_PARAMETERS = {"weight": "G", "bias": "b"}
 
 
 def _forward(
     model: Model[FloatsXd, FloatsXd], X: FloatsXd, is_train: bool
 ) -> tuple[FloatsXd, Callable[[FloatsXd], FloatsXd]]:
     """Return Y and the callback that maps dY to dX."""
-    gamma, beta = model.get_param("G"), model.get_param("b")
+    gamma, beta = (model.get_param(name) if _has(model, name) else None for name in ("G", "b"))
     options = {"axis": model.attrs["axis"], "activation": model.attrs["activation"]}
     Y, mean, rstd = batch_norm_forward(
         X,
@@ -130,10 +140,20 @@ def _forward(
 
     def backprop(dY: FloatsXd) -> FloatsXd:
         dX, dgamma, dbeta, _ = batch_norm_backward(
-            dY, X, gamma, mean, rstd, beta=beta, training=is_train, **options
+            dY,
+            X,
+            ones_like(beta) if gamma is None and beta is not None else gamma,
+            mean,
+            rstd,
+            beta=beta,
+            training=is_train,
+            output_mask=(True, gamma is not None, beta is not None, False),
+            **options,
         )
-        model.inc_grad("G", dgamma)
-        model.inc_grad("b", dbeta)
+        if gamma is not None:
+            model.inc_grad("G", dgamma)
+        if beta is not None:
+            model.inc_grad("b", dbeta)
         return dX
 
     return Y, backprop
@@ -150,10 +170,17 @@ def _init(
         model.set_dim("nO", width)
         model.set_dim("nI", width)
     nO = model.get_dim("nO")
-    model.set_param("G", model.ops.alloc1f(nO) + 1)
-    model.set_param("b", model.ops.alloc1f(nO))
+    if _has(model, "G"):
+        model.set_param("G", model.ops.alloc1f(nO) + 1)
+    if _has(model, "b"):
+        model.set_param("b", model.ops.alloc1f(nO))
     model.set_param("running_mean", model.ops.alloc1f(nO))
     model.set_param("running_var", model.ops.alloc1f(nO) + 1)
+
+
+def _has(model: Model[Any, Any], name: str) -> bool:
+    """Return True if a model has a parameter, set or not."""
+    return name in model.param_names
 
 
 def _width(sample: FloatsXd, axis: int) -> int:

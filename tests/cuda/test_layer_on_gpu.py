@@ -88,6 +88,32 @@ there.load_state_dict({**state, "weight": on(1, state["weight"])})
 here.load_state_dict(state)
 same_state()
 assert isinstance(there.running_var, cupy.ndarray)
+
+# Renormalisation, with bounds that clip and bounds that do not.
+for bounds in ((1.1, 0.2), (10.0, 10.0)):
+    options = {"renorm": nbnorm.Renorm(*bounds), "debias": True}
+    here, there = (nbnorm.BatchNorm(5, **options) for _ in range(2))
+    for device in (0, None, 1):
+        given, back = (a if device is None else on(device, a) for a in (x, dy))
+        near(there.forward(given), here.forward(x))
+        near(there.backward(back), here.backward(dy))
+        for name, gradient in there.grads.items():
+            near(gradient, here.grads[name])
+        same_state()
+
+# One parameter alone.
+for affine in ("gamma", "beta"):
+    here, there = (nbnorm.BatchNorm(5, affine=affine) for _ in range(2))
+    near(there.forward(on(1, x)), here.forward(x))
+    near(there.backward(on(1, dy)), here.backward(dy))
+    [(name, gradient)] = there.grads.items()
+    near(gradient, here.grads[name])
+    same_state()
+mean, var = (on(0, np.full(5, value, "float32")) for value in (1.0, 2.0))
+saved = nbnorm.batch_renorm_forward(on(0, x), None, None, mean, var)
+assert all(isinstance(array, cupy.ndarray) for array in saved)
+empty = nbnorm.batch_renorm_forward(on(0, x[:0]), None, None, mean, var)
+near(empty.r, np.ones(5))
 print("done")
 """
 

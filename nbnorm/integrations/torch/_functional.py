@@ -162,6 +162,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """Save what the gradient needs."""
     x, weight, bias, _, _, residual, training, _, _, relu = inputs
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # the gradients have its dtype
     by_y = relu and residual is not None  # x alone does not determine the ReLU mask then
     ctx.save_for_backward(
         x, weight, bias if relu and not by_y else None, mean, rstd, y if by_y else None
