@@ -67,16 +67,16 @@ def kept_not_reduced(axis: int | Shape, others: Shape) -> str:
     )
 
 
-def same_shape(array: NDArray, name: str, x: NDArray) -> None:
-    """Raise if an array does not have x's shape."""
+def same_shape(array: NDArray, name: str, x: NDArray, of: str = "x") -> None:
+    """Raise if an array does not have x's shape; `of` is the name of the argument x."""
     if array.shape != x.shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {x.shape}, the shape of x")
+        raise ValueError(f"{name} has shape {array.shape}, expected {x.shape}, the shape of {of}")
 
 
-def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
-    """Raise if an array does not have x's dtype."""
+def same_dtype(array: NDArray, name: str, x: NDArray, of: str = "x") -> None:
+    """Raise if an array does not have x's dtype; `of` is the name of the argument x."""
     if array.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of {of}")
 
 
 def same_place(place: str, name: str, expected: str) -> None:
@@ -249,19 +249,65 @@ class _NotGiven:
 NOT_GIVEN: Any = _NotGiven()
 
 
-def given(array: Any, name: str, needed: bool) -> Any:
-    """Return a parameter of the ReLU mask, or None if it was omitted.
+def given(array: Any, name: str, needed: bool, instead: str = "y") -> Any:
+    """Return a parameter of the ReLU mask or of x_hat, or None if it was omitted.
 
-    Raise if the mask is `needed` and the parameter was omitted: the mask would be wrong.
+    Raise if it is `needed` and was omitted: the result would be wrong. `instead` is the argument
+    that would do as well: y for the mask, x for x_hat.
     """
     if array is not NOT_GIVEN:
         return array
     if needed:
+        what = "the mask of activation='relu'" if instead == "y" else "x_hat, without x,"
         raise ValueError(
-            f"{name} is not given, and the mask of activation='relu' depends on it; "
-            f"pass the forward's {name}= ({name}=None if it had none), or its y="
+            f"{name} is not given, and {what} depends on it; "
+            f"pass the forward's {name}= ({name}=None if it had none), or its {instead}="
         )
     return None
+
+
+def invertible(activation: str | None, remedy: str = "pass x") -> None:
+    """Raise if y does not determine the value before the activation."""
+    if activation is not None:
+        raise ValueError(
+            f"activation={activation!r} cannot be inverted, so y does not determine x_hat; {remedy}"
+        )
+
+
+def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -> None:
+    """Raise if x_hat = (y - beta) / gamma cannot be computed; arrays are in CPU memory.
+
+    gamma and gamma rstd must be numbers with reciprocals in the range of the dtype that kernels
+    compute x's `dtype` in (in float64, so must their product). NaN and Inf pass, as in x.
+    """
+    bits = 510 if dtype == np.float64 else 126
+    scale = gamma.astype(np.float64)
+    _in_range(scale, "gamma", scale, bits)
+    if rstd is not None:
+        with np.errstate(invalid="ignore"):  # Inf times 0
+            _in_range(np.where(rstd == 0, 1, scale * rstd), "rstd", rstd, bits)
+
+
+def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
+    """Raise for the first factor that is not of a size from 2^-bits to 2^bits, NaN or Inf."""
+    size = np.abs(factor)
+    wrong = np.argwhere((size < 2.0**-bits) | ((size > 2.0**bits) & (size < np.inf)))
+    if wrong.size:
+        where = tuple(map(int, wrong[0]))
+        channel = where[0] if len(where) == 1 else where
+        raise ValueError(
+            f"{name} is {values[where]:g} in channel {channel}, for which "
+            "x_hat = (y - beta) / gamma cannot be computed from y; pass x"
+        )
+
+
+def kept(x: NDArray, y: NDArray) -> None:
+    """Raise if y lies in the memory of x: the forward has written it over x."""
+    x, y = _mirror(x), _mirror(y)
+    if np.may_share_memory(x, y) and _overlap(x, y):
+        raise ValueError(
+            "x and y share memory, so y was written over x; pass a copy of x made before, or x=None"
+        )
 
 
 def epsilon(eps: float) -> float:

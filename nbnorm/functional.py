@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import on_its_device, untraced
+from nbnorm._arrays import on_host, on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
@@ -111,9 +111,9 @@ def batch_norm_forward(
     activation : {None, "relu"}
         Applied last. NaN passes through.
     out : array of x's shape and dtype, optional
-        Array to write y to. It may be x itself, but x is then **overwritten** and
-        `batch_norm_backward` needs it: in training, copy x first or use another `out`. It must
-        not overlap an input in any other way.
+        Array to write y to. It may be x itself, which is then **overwritten**: pass
+        ``None, ..., y=y`` to `batch_norm_backward` instead of x. It must not overlap an input in
+        any other way.
 
     Returns
     -------
@@ -408,9 +408,9 @@ def batch_norm_apply(
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
-        Array to write y to. It may be x itself, but x is then **overwritten** and the backward
-        functions need it: in training, copy x first or use another `out`. It must not overlap an
-        input in any other way.
+        Array to write y to. It may be x itself, which is then **overwritten**: pass
+        ``None, ..., y=y`` to the backward functions instead of x. It must not overlap an input in
+        any other way.
 
     Returns
     -------
@@ -513,24 +513,28 @@ def batch_norm_backward(
     """Compute the gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
-    with x_hat = (x - mean) rstd. With ReLU, dy is first set to 0 wherever y > 0 is false.
+    with x_hat = (x - mean) rstd or, without x, x_hat = (y - beta) / gamma. With ReLU, dy is first
+    set to 0 wherever y > 0 is false.
 
     Parameters
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
+        overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
+        be 0, and the forward call must have had no activation and no residual.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
         As returned by the forward call.
     beta : array of the shape of the channel axes, or None
         As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
-        if the forward call had none) or `y`. Without ReLU it may be omitted.
+        if the forward call had none) or `y`. Without ReLU it may be omitted, unless x is None.
     y : array of x's shape and dtype, optional
         Result of the forward call, required if that added a residual: the ReLU mask is then y > 0,
-        and dresidual is returned. Without `y` the mask is recomputed from x.
+        and dresidual is returned. Without `y` the mask is recomputed from x. If x is None, x_hat is
+        computed from `y`.
     training : bool, default True
         If False, mean and rstd are constants (frozen statistics) and dx = gamma rstd dy.
     axis : int or tuple of int, default 1
@@ -556,13 +560,20 @@ def batch_norm_backward(
         floating.
     ValueError
         A shape, axis, activation, output_mask or out is invalid; an activation is given with
-        neither beta nor y.
+        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation is
+        given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
+        magnitude (2^-510 and 2^510 if y is float64).
 
     Notes
     -----
     Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch collected. Blocks
     of a few hundred gradients are summed in the dtype of the computation, so float32 gradients
     beyond 1e35 can overflow to Inf or NaN even if their total would not.
+
+    Backward from y follows Rota Bulo, Porzi & Kontschieder, "In-Place Activated BatchNorm for
+    Memory-Optimized Training of DNNs" (2018). y is rounded to its dtype, which leaves x_hat an
+    error of half a unit in the last place of y, divided by gamma: if gamma is small against beta,
+    digits are lost. On a GPU this form waits for the device, to check gamma.
 
     Examples
     --------
@@ -577,6 +588,13 @@ def batch_norm_backward(
     (array([-1.225]), array([1.]))
     >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
+
+    In place: y is written over x, and backward needs y alone.
+
+    >>> y, mean, rstd = nbnorm.batch_norm_forward(x, gamma, out=x)
+    >>> same = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, beta=None, y=y)
+    >>> np.allclose(same.dx, grads.dx)
+    True
     """
     if type(x) is np.ndarray and (beta is not NOT_GIVEN or activation is None or y is not None):
         done = _shortcut.backward(
@@ -586,16 +604,22 @@ def batch_norm_backward(
         if done is not None:
             return BatchNormBackward(*done)
     return _backward(
-        training, output_mask, out, dy, x, gamma, mean, rstd, beta, y, axis, activation
+        training, output_mask, out, dy, x, gamma, mean, rstd, beta, axis, activation, y=y
     )
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def _backward(
-    training: bool, output_mask: Mask, out: Array | None, dy: Array, x: X, *arguments: Any
+    training: bool,
+    output_mask: Mask,
+    out: Array | None,
+    dy: Array,
+    x: X,
+    *arguments: Any,
+    y: Array | None,
 ) -> BatchNormBackward[X]:
     """`batch_norm_backward` for arrays of any library; from `dy` on in `check_backward`'s order."""
-    call = check_backward(dy, x, *arguments)
+    call = check_backward(dy, x, *arguments, y=y)
     frame, wanted = call.frame, call.wanted(output_mask)
     out_ = frame.out(out, inplace="dy")
     dx = frame.target(out_) if wanted.dx else None
@@ -629,7 +653,10 @@ class Wanted(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """Checked arguments common to all backward functions, with NumPy or CuPy arrays."""
+    """Checked arguments common to all backward functions, with NumPy or CuPy arrays.
+
+    With `from_y`, there is no x: the frame is y's, and x_hat = (y - beta) / gamma.
+    """
 
     frame: Frame
     dy: NDArray
@@ -639,6 +666,7 @@ class BackwardCall(NamedTuple):
     beta: NDArray | None
     y: NDArray | None
     relu: bool
+    from_y: bool = False
 
     def wanted(self, output_mask: Mask) -> Wanted:
         """Check `output_mask` and return it; dresidual also requires y."""
@@ -648,9 +676,24 @@ class BackwardCall(NamedTuple):
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
         """Return (dy, x, gamma, mean, rstd) and the ReLU mask's (beta, y), for the backend."""
         frame = self.frame
+        if self.from_y:
+            return (frame.view(self.dy), frame.view(frame.x), *self._inverse()), (None, None)
         gamma, *mask = frame.scale_and_mask(self.relu, self.gamma, self.beta, self.y)
         statistics = frame.statistic(self.mean), frame.statistic(self.rstd)
         return (frame.view(self.dy), frame.view(frame.x), gamma, *statistics), tuple(mask)
+
+    def _inverse(self) -> tuple[NDArray, NDArray, NDArray]:
+        """Return gamma, mean and rstd that make the kernels compute with y in place of x.
+
+        x_hat = (y - mean) rstd is (y - beta) / gamma with beta as mean and 1 / gamma as rstd;
+        gamma rstd keeps its value with gamma^2 rstd as gamma. Where rstd is 0, x_hat is 0.
+        """
+        frame, rstd = self.frame, self.frame.statistic(self.rstd)
+        gamma, beta = (
+            array.astype(np.float64) for array in frame.scale_and_shift(self.gamma, self.beta)
+        )
+        with np.errstate(invalid="ignore"):  # NaN and Inf in a channel are not worth a warning
+            return gamma * gamma * rstd, beta, (rstd != 0) / gamma
 
 
 def check_backward(
@@ -660,22 +703,32 @@ def check_backward(
     mean: Array,
     rstd: Array,
     beta: Array | None,
-    y: Array | None,
     axis: Axis,
     activation: Activation,
+    *,
+    y: Array | None,
 ) -> BackwardCall:
     """Check and convert the arguments common to all backward functions; compute nothing."""
-    frame = Frame(x, axis)
+    from_y = x is None and y is not None
+    frame = Frame(y, axis, "y") if from_y else Frame(x, axis)
     relu = _checks.relu(activation)
-    gamma = _checks.given(gamma, "gamma", relu and y is None)
-    beta = _checks.given(beta, "beta", relu and y is None)
-    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    if from_y:
+        _checks.invertible(activation)
+    needed, instead = from_y or (relu and y is None), "x" if from_y else "y"
+    gamma = _checks.given(gamma, "gamma", needed, instead)
+    beta = _checks.given(beta, "beta", needed, instead)
+    dy_, y_ = frame.required_like_x(dy, "dy"), None if from_y else frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu)
+    if y_ is not None:
+        _checks.kept(frame.x, y_)
+    if from_y:
+        scale = np.ones(rstd_.shape) if gamma_ is None else on_host(gamma_)
+        _checks.divisor(scale, frame.x.dtype, on_host(rstd_))
+    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, relu, from_y)
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def batch_norm_backward_reduce(
     dy: Array,
     x: Array,
@@ -694,15 +747,18 @@ def batch_norm_backward_reduce(
     ----------
     dy : array of x's shape and dtype
         Gradient of y.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
+        `batch_norm_backward`.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     gamma, beta : array of the shape of the channel axes, or None
         As in the forward call. With ``activation="relu"`` the mask depends on them, so pass both
-        (None if the forward call had none) or `y`. Without ReLU they may be omitted.
+        (None if the forward call had none) or `y`. Without ReLU they may be omitted, unless x is
+        None.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required for the ReLU mask if that added a residual.
+        Result of the forward call, required for the ReLU mask if that added a residual, and for
+        x_hat if x is None.
     activation : {None, "relu"}
         As in the forward call.
     axis : int or tuple of int, default 1
@@ -730,7 +786,7 @@ def batch_norm_backward_reduce(
     >>> nbnorm.batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
     (array([1.5]), array([-0.5]))
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+    call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y)
     frame = call.frame
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
@@ -740,7 +796,7 @@ def batch_norm_backward_reduce(
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def batch_norm_backward_apply(
     dy: Array,
     x: X,
@@ -765,8 +821,9 @@ def batch_norm_backward_apply(
     ----------
     dy : array of x's shape and dtype
         Gradient of y.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
+        `batch_norm_backward`.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -777,9 +834,10 @@ def batch_norm_backward_apply(
         Number of values per channel in all parts together.
     beta : array of the shape of the channel axes, or None
         As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
-        if the forward call had none) or `y`. Without ReLU it may be omitted.
+        if the forward call had none) or `y`. Without ReLU it may be omitted, unless x is None.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required for the ReLU mask if that added a residual.
+        Result of the forward call, required for the ReLU mask if that added a residual, and for
+        x_hat if x is None.
     activation : {None, "relu"}
         As in the forward call.
     axis : int or tuple of int, default 1
@@ -812,7 +870,7 @@ def batch_norm_backward_apply(
     array([[ 0.09375],
            [-0.09375]])
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, axis, activation)
+    call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y)
     frame = call.frame
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")

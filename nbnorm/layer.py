@@ -19,10 +19,10 @@ from nbnorm.moments import Moments, Pairwise, update_running_stats
 class Saved(NamedTuple):
     """What `backward` needs from the last `forward`: references, not copies."""
 
-    x: Array
+    x: Array | None  # None if y was written over it
     mean: Array
     rstd: Array
-    y: Array | None  # only if the ReLU mask depends on a residual
+    y: Array | None  # only if the ReLU mask depends on a residual, or x_hat on y
     residual: bool
     training: bool
 
@@ -56,6 +56,10 @@ class BatchNorm:
         Fused activation, applied last.
     dtype : floating dtype, default float32
         Dtype of parameters and running statistics, independent of the inputs' dtype.
+    inplace : bool, default False
+        Whether `forward` writes y **over x**; `backward` then computes x_hat from y, and the layer
+        keeps one tensor alive instead of two. In training no gamma may be 0, and small ones cost
+        digits (see `batch_norm_backward`). Activations and residuals are refused.
 
     Attributes
     ----------
@@ -78,8 +82,8 @@ class BatchNorm:
     TypeError
         `dtype` is not one of the four floating dtypes.
     ValueError
-        `num_features` is negative or does not fit `axis`. `forward` and `backward` check the other
-        options.
+        `num_features` is negative or does not fit `axis`; an activation with `inplace`. `forward`
+        and `backward` check the other options.
 
     Examples
     --------
@@ -111,8 +115,11 @@ class BatchNorm:
         axis: int | tuple[int, ...] = 1,
         activation: Activation = None,
         dtype: DTypeLike = np.float32,
+        inplace: bool = False,
     ) -> None:
         shape = _channel_shape(num_features, axis)
+        if inplace:
+            _checks.invertible(activation, "use inplace=False")
         dtype = np.dtype(dtype)
         if dtype.name not in DTYPES or not dtype.isnative:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
@@ -125,6 +132,7 @@ class BatchNorm:
         self.axis = axis
         self.activation = activation
         self.dtype = dtype
+        self.inplace = inplace
         self.training = True
         self.parameters: dict[str, NDArray] = {}
         if affine:
@@ -147,7 +155,8 @@ class BatchNorm:
         x : array
             Any floating dtype; the channel axes have the shape of the parameters. The layer keeps
             a reference until the next `forward`: do not modify x or the parameters before
-            `backward`.
+            `backward`. With `inplace`, x becomes y: it must be writable, and y must not be
+            modified before `backward`.
         residual : array shaped like x, optional
             Added before the activation.
 
@@ -160,7 +169,11 @@ class BatchNorm:
         ------
         TypeError, ValueError
             As in `batch_norm_forward`; the running statistics do not change then.
+        ValueError
+            With `inplace`: a residual, a gamma of 0 in training, or an x that is read-only.
         """
+        if self.inplace:
+            self._check_inplace(x, residual)
         if type(x) is not np.ndarray or self._device is not None:
             self._follow(x)
         collecting = self._seen is not None
@@ -182,16 +195,29 @@ class BatchNorm:
             axis=self.axis,
             residual=residual,
             activation=self.activation,
+            out=x if self.inplace else None,
         )
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
-        keep_y = residual is not None and self.activation is not None
-        self._saved = Saved(x, mean, rstd, y if keep_y else None, residual is not None, training)
+        added = residual is not None
+        keep_y = self.inplace or (added and self.activation is not None)
+        kept_x = None if self.inplace else x
+        self._saved = Saved(kept_x, mean, rstd, y if keep_y else None, added, training)
         return y
 
     def __call__(self, x: X, residual: Array | None = None) -> X:
         """Call `forward`."""
         return self.forward(x, residual)
+
+    def _check_inplace(self, x: Array, residual: Array | None) -> None:
+        """Raise if y must not be written over x, or would not determine x_hat."""
+        if residual is not None:
+            raise ValueError("residual is given, and y does not determine x_hat with inplace=True")
+        _checks.mutable(x, "x", _OVERWRITTEN)
+        taken = take_floating(x, "x")
+        _checks.writable(taken, "x", _OVERWRITTEN)
+        if self.training and self.affine:
+            _checks.divisor(on_host(self.parameters["weight"]), taken.dtype)
 
     def _follow(self, x: Array) -> None:
         """Move parameters and statistics to the device of x, if they are elsewhere."""
@@ -279,7 +305,7 @@ class BatchNorm:
             y=saved.y,
             axis=self.axis,
             activation=self.activation,
-            output_mask=(True, self.affine, self.affine, saved.y is not None),
+            output_mask=(True, self.affine, self.affine, saved.y is not None and saved.residual),
         )
         if self.affine:
             self.grads["weight"], self.grads["bias"] = dgamma, dbeta
@@ -425,8 +451,11 @@ class BatchNorm:
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
             f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
-            f"dtype={self.dtype}, training={self.training})"
+            f"dtype={self.dtype}, {'inplace=True, ' * self.inplace}training={self.training})"
         )
+
+
+_OVERWRITTEN = "inplace=True writes y over it"
 
 
 def _channel_shape(

@@ -8,8 +8,8 @@ them.
 
 The module is meant for reading and testing. It is slow, takes only NumPy arrays, does not check its
 arguments, and shares no arithmetic with the kernels. It computes in float64, or in longdouble if x
-is float64 or there is no x (folding, running statistics), and returns results in that dtype. Only
-`out` and running statistics updated in place are rounded to their own dtypes.
+is float64 or there is no x (folding, running statistics, backward from y), and returns results in
+that dtype. Only `out` and running statistics updated in place are rounded to their own dtypes.
 
 Examples
 --------
@@ -86,7 +86,7 @@ def batch_norm_inference(
 
 @_quiet
 def batch_norm_backward(
-    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
+    dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, training: bool = True, axis: Axis = 1,
     activation: Activation = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
@@ -94,8 +94,9 @@ def batch_norm_backward(
     """Section 3, "the gradients of loss l": the six equations in the order of the paper.
 
     Returns dx and dresidual, with x's shape, and dgamma and dbeta, with that of the channel axes.
-    Gradients not in `output_mask` are None, as is dresidual if `y` is not given.
+    Gradients not in `output_mask` are None, as is dresidual unless both x and `y` are given.
     """
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     m, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
     deviation = _wide(x, x) - _spread(mean, x, axis)
@@ -176,13 +177,14 @@ def batch_norm_apply(
 
 @_quiet
 def batch_norm_backward_reduce(
-    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
+    dy: NDArray, x: OptArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, activation: Activation = None, axis: Axis = 1,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
     Returns (sum_dy, sum_dy_xhat), with the shape of the channel axes.
     """
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     _, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
     return np.sum(dy, axis=over), np.sum(dy * _normalise(x, mean, rstd, axis), axis=over)
@@ -190,11 +192,12 @@ def batch_norm_backward_reduce(
 
 @_quiet
 def batch_norm_backward_apply(
-    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
+    dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
     sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
     activation: Activation = None, axis: Axis = 1, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i combined (docs/math.md); returns dx."""
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, activation, axis)
     xhat = _normalise(x, mean, rstd, axis)
     mean_dy = _spread(sum_dy, x, axis) / count
@@ -282,6 +285,24 @@ def _rstd(var: NDArray, eps: float) -> NDArray:
 def _normalise(x: NDArray, mean: NDArray, rstd: NDArray, axis: Axis) -> NDArray:
     """Return x_hat = (x - mean) rstd."""
     return (_wide(x, x) - _spread(mean, x, axis)) * _spread(rstd, x, axis)
+
+
+def _input(
+    x: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, y: OptArray,
+    axis: Axis,
+) -> tuple[NDArray, NDArray, OptArray]:  # fmt: skip
+    """Return x, mean and y; if x is None, solve y = gamma (x - mean) rstd + beta for x - mean.
+
+    The mean is then 0. Where rstd is 0, x - mean is 0 too.
+    """
+    if x is not None:
+        return x, mean, y
+    assert y is not None
+    gamma, beta = given(gamma, "gamma", needed=True), given(beta, "beta", needed=True)
+    y = _long(y)
+    r = _spread(rstd, y, axis)
+    xhat = (y if beta is None else y - _spread(beta, y, axis)) / _spread(gamma, y, axis)
+    return np.where(r == 0, 0, xhat / r), np.zeros_like(mean), None
 
 
 def _through_activation(

@@ -58,6 +58,42 @@ FRAME = of(
     ),
 )
 
+FROM_Y = of(
+    "functional",
+    (
+        "test_from_y.py",
+        ("        _checks.kept(frame.x, y_)", "        pass"),
+        ("        _checks.divisor(scale, frame.x.dtype, on_host(rstd_))", "        pass"),
+        ("return gamma * gamma * rstd", "return gamma * rstd"),
+        ("beta, (rstd != 0) / gamma", "beta, 1 / gamma"),
+        ("        _checks.invertible(activation)", "        pass"),
+        ("needed, instead = from_y or (relu", "needed, instead = (relu"),
+        ('Frame(y, axis, "y") if from_y', "Frame(y, axis) if from_y"),
+    ),
+) + of(
+    "_checks",
+    (
+        "test_from_y.py",
+        ("bits = 510 if dtype == np.float64 else 126", "bits = 510"),
+        ("np.where(rstd == 0, 1, scale * rstd)", "scale * rstd"),
+        ("(size > 2.0**bits) & (size < np.inf)", "size > 2.0**bits"),
+        ("(size < 2.0**-bits) |", "(size == 0) |"),
+    ),
+) + of(
+    "layer",
+    (
+        "test_from_y.py",
+        ("out=x if self.inplace else None", "out=None"),
+        ("kept_x = None if self.inplace else x", "kept_x = x"),
+        ("if self.training and self.affine:", "if self.affine:"),
+        ('_checks.writable(taken, "x", _OVERWRITTEN)', "pass"),
+    ),
+) + of(
+    "cpu/ordinary",
+    ("test_from_y.py::test_y_in_the_memory_of_x",
+     ("        and apart(bytes_of(x, site, size), bytes_of(y, site, size))", "        # ")),
+)  # fmt: skip
+
 FUNCTIONAL = of(
     "functional",
     (
@@ -795,7 +831,7 @@ THREADS = of(
 )
 
 MUTANTS = [
-    *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
+    *(*LAYOUT, *FRAME, *FROM_Y, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
     *(*STORAGE, *MOMENTS, *RUNNING, *INTRINSICS, *POOL, *DISK, *ARRAYS, *TORCH, *ON_GPU),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*LAUNCH, *HOST, *THREADS),

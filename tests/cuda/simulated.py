@@ -18,6 +18,7 @@ from tolerances import (
     assert_same_bits,
     assert_within,
     dx_tolerance,
+    inverse,
     m2_tolerance,
     mean_tolerance,
     relative_unit,
@@ -274,6 +275,30 @@ def test_results_are_the_oracles(arena, shape, dtype, mode):
 def test_gamma_and_beta_may_be_float64(arena, shape, dtype, mode):
     recipe = Recipe(shape, 1, dtype, gamma_dtype="float64", beta_dtype="float64")
     Run(arena, recipe, mode).check()
+
+
+@dtypes
+@both
+def test_backward_from_y(arena, shape, dtype):
+    """y in place of x, with parameters of both signs; what `functional` passes to the backend."""
+    recipe = Recipe(shape, 1, dtype, offset=3.0)
+    gamma, beta = recipe.gamma(), recipe.beta()
+    y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta)
+    y, dy = arena.given(y.astype(dtype_of(dtype))), arena.given(recipe.like_x(5))
+    dx, frozen = arena.wanted(y), arena.wanted(y)
+    center, over_gamma, factor = inverse(gamma, beta, rstd.astype(np.float64), mean)
+    rest = dy, y, factor, center, over_gamma
+    sums = call("backward", *rest, None, None, dx, None)
+    call("backward_apply", *rest, None, 1, None, None, frozen, None)
+    for training, got in ((True, dx), (False, frozen)):
+        ref = reference.batch_norm_backward(
+            dy, None, gamma, mean, rstd, beta=beta, y=y, training=training
+        )
+        error = dx_tolerance(dy, y, *rest[2:], axis=1, training=training)
+        assert_within(got, ref.dx, error, "dx")
+    dbeta_error, dgamma_error = sums_tolerance(dy, y, center, over_gamma, axis=1)
+    assert_within(sums[0], ref.dbeta, dbeta_error, "sum dy")
+    assert_within(sums[1], ref.dgamma, dgamma_error, "sum dy x_hat")
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 255), (9, 3, 144), (40, 260, 1), (3, 2, 256)], ids=str)
