@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -380,6 +381,55 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
         raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
     if running_mean is None and not training:
         raise ValueError("running_mean and running_var are required with training=False")
+
+
+def segments(groups: Any, offsets: Any, shape: Shape, first: int, name: str) -> list[int]:
+    """Return where the parts of axis `first` begin, and the end of the last."""
+    length, where = shape[first], f"axis {first} of {name} of shape {shape}"
+    if groups is not None and offsets is not None:
+        raise ValueError("groups and offsets are both given, expected one of them")
+    if offsets is None:
+        try:
+            number = operator.index(groups)
+        except TypeError:
+            raise TypeError(f"groups must be an int, got {groups!r}") from None
+        if number < 1 or length % number:
+            raise ValueError(f"groups is {number}, expected a divisor of {length}, of {where}")
+        return list(range(0, length + 1, length // number)) if length else [0] * (number + 1)
+    if offsets.dtype.kind not in "iu":
+        raise TypeError(f"offsets has dtype {offsets.dtype}, expected integers")
+    if offsets.ndim != 1 or offsets.size < 2:
+        raise ValueError(f"offsets has shape {offsets.shape}, expected (parts + 1,)")
+    ends = [int(end) for end in offsets]
+    if ends[0] != 0 or ends[-1] != length:
+        raise ValueError(
+            f"offsets go from {ends[0]} to {ends[-1]}, expected 0 to {length}: {where}"
+        )
+    if any(end < begin for begin, end in pairwise(ends)):
+        raise ValueError("offsets decrease, expected the beginnings of consecutive parts")
+    return ends
+
+
+def counts(values: NDArray, expected: Shape, own: list[int]) -> list[int]:
+    """Return the counts of parts; raise unless all channels of each have one positive count."""
+    if values.shape != expected:
+        raise ValueError(f"count has shape {values.shape}, expected {expected}, or an int")
+    found = []
+    for row, m in zip(values.reshape(len(own), -1), own, strict=True):
+        value = float(row[0]) if row.size else 1.0
+        if (row != value).any() or value != int(value) or value < (m > 0):
+            raise ValueError(
+                "count must be a whole positive number, the same for all channels of a part, "
+                f"got {row}"
+            )
+        found.append(int(value))
+    return found
+
+
+def same_parts(gamma: NDArray | None, beta: NDArray | None) -> None:
+    """Raise if only one of gamma and beta has a row for each part: their gradients look alike."""
+    if gamma is not None and beta is not None and gamma.shape != beta.shape:
+        raise ValueError(f"beta has shape {beta.shape}, expected {gamma.shape}, the shape of gamma")
 
 
 def count(value: Any, x: NDArray) -> int:

@@ -85,6 +85,7 @@ class Frame:
 
     backend: ModuleType = cpu
     memory: Any = cpu.memory
+    part = "x of shape {}"  # what has m values per channel
 
     def __init__(self, x: Array, axis: Axis, name: str = "x") -> None:
         self.x = taken = take_floating(x, name)
@@ -144,6 +145,25 @@ class Frame:
         _checks.same_place(place_of(taken), name, place_of(self.x))
         if self.backend is cpu:  # on a GPU, the place already names the device
             _checks.same_device(given, name, self._given)
+
+    def count(self) -> Any:
+        """Return the number of values per channel."""
+        return self.m
+
+    def counted(self, count: Any) -> Any:
+        """Check the `count` of a backward pass."""
+        return _checks.count(count, self.x)
+
+    def move(
+        self,
+        running: tuple[NDArray, NDArray],
+        mean: NDArray,
+        m2: NDArray,
+        momentum: float,
+        correction: float,
+    ) -> None:
+        """Update running statistics, which may have any strides, from a batch's mean and M2."""
+        self.backend.move(*running, mean, m2, momentum, self.m - correction)
 
     def view(self, array: NDArray | None) -> NDArray | None:
         """Return an array of x's shape as an (N, C, S) view, or as a copy if there is none."""

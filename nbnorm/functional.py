@@ -13,6 +13,7 @@ from nbnorm import _checks, _shortcut
 from nbnorm._arrays import on_host, on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
+from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.moments import Moments
 
@@ -68,6 +69,8 @@ def batch_norm_forward(
     axis: Axis = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormForward[X]:
     """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
@@ -110,6 +113,12 @@ def batch_norm_forward(
         Added before the activation.
     activation : {None, "relu"}
         Applied last. NaN passes through.
+    groups : int, optional
+        Divide x into so many equal consecutive parts along its first reduced axis, each with
+        statistics of its own: mean and rstd have the shape (parts, *channel axes), gamma and beta
+        that or the shape of the channel axes.
+    offsets : array of int, optional
+        The same for parts of any length: part i is from offsets[i] to offsets[i + 1].
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, which is then **overwritten**: pass
         ``None, ..., y=y`` to `batch_norm_backward` instead of x. It must not overlap an input in
@@ -129,11 +138,14 @@ def batch_norm_forward(
         A shape, axis, eps, activation or out is invalid; momentum is not finite; only one running
         statistic is given, or none with ``training=False``; in training, a running statistic is
         read-only or shares memory with another array of the call, or a channel has a single value
-        and ``correction=1``.
+        and ``correction=1``. groups does not divide its axis, or offsets do not go from 0 to its
+        length or decrease.
 
     Notes
     -----
     Implements Algorithm 1 of Ioffe & Szegedy (2015), with a moving average in place of Algorithm 2.
+    With segments, running statistics move once, with the parts' means and variances averaged by
+    count.
     Statistics are summed around a shift and merged in float64 with the formula of Chan, Golub &
     LeVeque (1983), so a mean of 1e6 standard deviations costs no digits. Results are bitwise
     independent of the number of threads. An empty batch does not change the running statistics. A
@@ -151,7 +163,7 @@ def batch_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    if type(x) is np.ndarray:
+    if type(x) is np.ndarray and groups is None and offsets is None:
         done = _shortcut.forward(
             x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
             residual, activation, out,
@@ -160,19 +172,19 @@ def batch_norm_forward(
             return BatchNormForward(*done)
     return _forward(
         x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
-        residual, activation, out,
+        residual, activation, out, groups=groups, offsets=offsets,
     )  # fmt: skip
 
 
 @on_its_device("x")
-def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
+def _forward(x: X, *arguments: Any, **segments: Any) -> BatchNormForward[X]:
     """`batch_norm_forward` for arrays of any library; arguments in `check_forward`'s order."""
-    call = check_forward(x, *arguments)
+    call = check_forward(x, *arguments, **segments)
     frame = call.frame
     if not call.training:
         assert call.running is not None
         running_mean, running_var = call.running
-        mean = running_mean.astype(np.float64).reshape(-1)
+        mean = frame.statistic(running_mean.astype(np.float64))
         rstd = frame.backend.rstd(frame.statistic(running_var), call.eps)
         y = call.apply(mean, rstd)
     elif frame.empty:
@@ -189,7 +201,7 @@ def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
             y.written,
         )
         if call.running is not None:
-            frame.backend.move(*call.running, mean, m2, call.momentum, frame.m - call.correction)
+            frame.move(call.running, mean, m2, call.momentum, call.correction)
     return BatchNormForward(
         frame.settle(y),
         frame.home(frame.unflat(mean)),
@@ -247,13 +259,15 @@ def check_forward(
     activation: Activation,
     out: Array | None,
     *,
+    groups: int | None = None,
+    offsets: Array | None = None,
     alone: bool = True,
 ) -> ForwardCall:
     """Check and convert the arguments of a forward call; compute nothing.
 
     With ``alone=False``, x is only part of the batch, and the caller checks the number of values.
     """
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     _checks.running_pair(running_mean, running_var, training)
     mean_ = frame.per_channel(running_mean, "running_mean")
@@ -265,7 +279,7 @@ def check_forward(
     running = None if mean_ is None or var_ is None else (mean_, var_)
     if training:
         if alone:
-            _checks.enough_values(frame.m, correction_, "x of shape {}", frame.x.shape)
+            _checks.enough_values(frame.m, correction_, frame.part, frame.x.shape)
         if running is not None:
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)
@@ -295,6 +309,8 @@ def batch_norm_inference(
     axis: Axis = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Normalise x with population statistics.
@@ -317,6 +333,8 @@ def batch_norm_inference(
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself; it must not overlap an input in any other way.
 
@@ -344,12 +362,14 @@ def batch_norm_inference(
     array([[-1.],
            [ 1.]])
     """
-    if type(x) is np.ndarray:
+    if type(x) is np.ndarray and groups is None and offsets is None:
         done = _shortcut.inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
         if done is not None:
             y: X = done[0]
             return y
-    return _inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
+    return _inference(
+        x, gamma, beta, mean, var, eps, axis, residual, activation, out, groups, offsets
+    )
 
 
 @on_its_device("x")
@@ -364,9 +384,11 @@ def _inference(
     residual: Array | None,
     activation: Activation,
     out: Array | None,
+    groups: int | None,
+    offsets: Array | None,
 ) -> X:
     """`batch_norm_inference` for arrays of any library."""
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
@@ -388,6 +410,8 @@ def batch_norm_apply(
     axis: Axis = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Normalise x with a given mean and rstd: the second half of the training forward pass.
@@ -407,6 +431,8 @@ def batch_norm_apply(
         Added before the activation.
     activation : {None, "relu"}
         Applied last.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, which is then **overwritten**: pass
         ``None, ..., y=y`` to the backward functions instead of x. It must not overlap an input in
@@ -436,7 +462,7 @@ def batch_norm_apply(
     array([[-1.],
            [ 1.]])
     """
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     residual_ = frame.like_x(residual, "residual")
@@ -447,7 +473,9 @@ def batch_norm_apply(
 
 
 @on_its_device("x")
-def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
+def batch_norm_stats(
+    x: Array, *, axis: Axis = 1, groups: int | None = None, offsets: Array | None = None
+) -> Moments:
     """Compute count, mean and M2 per channel: the first half of the training forward pass.
 
     Parameters
@@ -456,11 +484,14 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
         Any dtype that `batch_norm_forward` accepts.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
 
     Returns
     -------
     Moments
-        (count, mean, m2): an int and two float64 arrays with the shape of the channel axes.
+        (count, mean, m2): an int and two float64 arrays with the shape of the channel axes. With
+        segments the arrays have a row for each part; with offsets, count is such an array, too.
         Merging the moments of several chunks, ``first.merge(second, third)``, is as accurate as
         one pass over all of them.
 
@@ -481,9 +512,9 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     >>> nbnorm.batch_norm_stats(np.array([[1.0], [3.0]]))
     Moments(count=2, mean=array([2.]), m2=array([2.]))
     """
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     mean, m2 = flat_stats(frame)
-    return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
+    return Moments(frame.count(), frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
 
 
 def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
@@ -507,6 +538,8 @@ def batch_norm_backward(
     training: bool = True,
     axis: Axis = 1,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     output_mask: Mask = _shortcut.ALL,
     out: Array | None = None,
 ) -> BatchNormBackward[X]:
@@ -541,6 +574,8 @@ def batch_norm_backward(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     activation : {None, "relu"}
         As in the forward call.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
     out : array of x's shape and dtype, optional
@@ -551,7 +586,8 @@ def batch_norm_backward(
     -------
     BatchNormBackward
         (dx, dgamma, dbeta, dresidual), arrays of x's library. dgamma and dbeta are float64 sums
-        rounded once to gamma's dtype, or to x's if gamma is None.
+        rounded once to gamma's dtype, or to x's if gamma is None. With segments they are those of
+        all parts together, unless gamma has a row for each part.
 
     Raises
     ------
@@ -596,7 +632,9 @@ def batch_norm_backward(
     >>> np.allclose(same.dx, grads.dx)
     True
     """
-    if type(x) is np.ndarray and (beta is not NOT_GIVEN or activation is None or y is not None):
+    plain = groups is None and offsets is None
+    given = beta is not NOT_GIVEN or activation is None or y is not None
+    if type(x) is np.ndarray and plain and given:
         done = _shortcut.backward(
             dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
             activation, output_mask, out,
@@ -604,8 +642,9 @@ def batch_norm_backward(
         if done is not None:
             return BatchNormBackward(*done)
     return _backward(
-        training, output_mask, out, dy, x, gamma, mean, rstd, beta, axis, activation, y=y
-    )
+        training, output_mask, out, dy, x, gamma, mean, rstd, beta, axis, activation,
+        y=y, groups=groups, offsets=offsets,
+    )  # fmt: skip
 
 
 @on_its_device("x", instead="y")
@@ -617,9 +656,10 @@ def _backward(
     x: X,
     *arguments: Any,
     y: Array | None,
+    **segments: Any,
 ) -> BatchNormBackward[X]:
     """`batch_norm_backward` for arrays of any library; from `dy` on in `check_backward`'s order."""
-    call = check_backward(dy, x, *arguments, y=y)
+    call = check_backward(dy, x, *arguments, y=y, **segments)
     frame, wanted = call.frame, call.wanted(output_mask)
     out_ = frame.out(out, inplace="dy")
     dx = frame.target(out_) if wanted.dx else None
@@ -707,10 +747,13 @@ def check_backward(
     activation: Activation,
     *,
     y: Array | None,
+    groups: int | None = None,
+    offsets: Array | None = None,
 ) -> BackwardCall:
     """Check and convert the arguments common to all backward functions; compute nothing."""
     from_y = x is None and y is not None
-    frame = Frame(y, axis, "y") if from_y else Frame(x, axis)
+    large, name = (y, "y") if from_y else (x, "x")
+    frame = frame_of(large, axis, groups, offsets, name)
     relu = _checks.relu(activation)
     if from_y:
         _checks.invertible(activation)
@@ -720,6 +763,7 @@ def check_backward(
     dy_, y_ = frame.required_like_x(dy, "dy"), None if from_y else frame.like_x(y, "y")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    _checks.same_parts(gamma_, beta_)
     if y_ is not None:
         _checks.kept(frame.x, y_)
     if from_y:
@@ -740,6 +784,8 @@ def batch_norm_backward_reduce(
     y: Array | None = None,
     activation: Activation = None,
     axis: Axis = 1,
+    groups: int | None = None,
+    offsets: Array | None = None,
 ) -> tuple[Array, Array]:
     """Compute sum dy and sum dy x_hat per channel: the first half of the training backward pass.
 
@@ -763,6 +809,8 @@ def batch_norm_backward_reduce(
         As in the forward call.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
 
     Returns
     -------
@@ -786,7 +834,9 @@ def batch_norm_backward_reduce(
     >>> nbnorm.batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
     (array([1.5]), array([-0.5]))
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y)
+    call = check_backward(
+        dy, x, gamma, mean, rstd, beta, axis, activation, y=y, groups=groups, offsets=offsets
+    )
     frame = call.frame
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
@@ -811,6 +861,8 @@ def batch_norm_backward_apply(
     y: Array | None = None,
     activation: Activation = None,
     axis: Axis = 1,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Compute the gradient of x from the two sums: the second half of the training backward pass.
@@ -831,7 +883,8 @@ def batch_norm_backward_apply(
     sum_dy, sum_dy_xhat : array of the shape of the channel axes
         Sums returned by `batch_norm_backward_reduce`, added over all parts of the batch.
     count : int
-        Number of values per channel in all parts together.
+        Number of values per channel in all parts together. With segments, that of each, or an
+        array shaped like `sum_dy`.
     beta : array of the shape of the channel axes, or None
         As in the forward call. With ``activation="relu"`` the mask depends on it, so pass it (None
         if the forward call had none) or `y`. Without ReLU it may be omitted, unless x is None.
@@ -842,6 +895,8 @@ def batch_norm_backward_apply(
         As in the forward call.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write dx to. It may be dy itself; it must not overlap an input in any other way.
 
@@ -870,11 +925,13 @@ def batch_norm_backward_apply(
     array([[ 0.09375],
            [-0.09375]])
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y)
+    call = check_backward(
+        dy, x, gamma, mean, rstd, beta, axis, activation, y=y, groups=groups, offsets=offsets
+    )
     frame = call.frame
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
-    m = _checks.count(count, frame.x)
+    m = frame.counted(count)
     target = frame.target(frame.out(out, inplace="dy"))
     if not frame.empty:
         operands, mask = call.operands()

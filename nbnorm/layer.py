@@ -25,6 +25,7 @@ class Saved(NamedTuple):
     y: Array | None  # only if the ReLU mask depends on a residual, or x_hat on y
     residual: bool
     training: bool
+    segments: dict[str, Any]  # groups or offsets, if given
 
 
 class BatchNorm:
@@ -147,7 +148,14 @@ class BatchNorm:
         self._saved: Saved | None = None
         self._seen: Pairwise | None = None  # moments of batches, inside `_collecting`
 
-    def forward(self, x: X, residual: Array | None = None) -> X:
+    def forward(
+        self,
+        x: X,
+        residual: Array | None = None,
+        *,
+        groups: int | None = None,
+        offsets: Array | None = None,
+    ) -> X:
         """Normalise x with its own statistics in training, with the running ones in evaluation.
 
         Parameters
@@ -159,6 +167,8 @@ class BatchNorm:
             modified before `backward`.
         residual : array shaped like x, optional
             Added before the activation.
+        groups, offsets : int, or array of int, optional
+            Parts of x with statistics of their own, as in `batch_norm_forward`.
 
         Returns
         -------
@@ -181,6 +191,8 @@ class BatchNorm:
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
+        given = {"groups": groups, "offsets": offsets}
+        segments = {name: value for name, value in given.items() if value is not None}
         y: X
         y, mean, rstd, values = (self._collect if collecting else self._normalise)(
             x,
@@ -196,18 +208,20 @@ class BatchNorm:
             residual=residual,
             activation=self.activation,
             out=x if self.inplace else None,
+            **segments,
         )
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
         added = residual is not None
         keep_y = self.inplace or (added and self.activation is not None)
         kept_x = None if self.inplace else x
-        self._saved = Saved(kept_x, mean, rstd, y if keep_y else None, added, training)
+        kept_y = y if keep_y else None
+        self._saved = Saved(kept_x, mean, rstd, kept_y, added, training, segments)
         return y
 
-    def __call__(self, x: X, residual: Array | None = None) -> X:
+    def __call__(self, x: X, residual: Array | None = None, **segments: Any) -> X:
         """Call `forward`."""
-        return self.forward(x, residual)
+        return self.forward(x, residual, **segments)
 
     def _check_inplace(self, x: Array, residual: Array | None) -> None:
         """Raise if y must not be written over x, or would not determine x_hat."""
@@ -306,6 +320,7 @@ class BatchNorm:
             axis=self.axis,
             activation=self.activation,
             output_mask=(True, self.affine, self.affine, saved.y is not None and saved.residual),
+            **saved.segments,
         )
         if self.affine:
             self.grads["weight"], self.grads["bias"] = dgamma, dbeta
