@@ -286,7 +286,7 @@ def update_running_stats(
         "running_mean": take_floating(running_mean, "running_mean"),
         "running_var": take_floating(running_var, "running_var"),
     }
-    segments = mean.ndim == running["running_mean"].ndim + 1
+    segments = mean.ndim > 1 and all(a.shape == mean.shape[1:] for a in running.values())
     for name, array in running.items():
         if array.shape != mean.shape[segments:]:
             raise ValueError(
@@ -304,9 +304,7 @@ def update_running_stats(
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if segments:
         mean, var = _average(count, mean), _average(count, var)
-    if isinstance(count, int) and count == 0:
-        pass
-    elif isinstance(count, int) or bool((count > 0).any()):
+    if bool(np.any(count > 0)):
         move(targets, (mean, var), momentum)
     if inplace:
         return running_mean, running_var

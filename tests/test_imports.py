@@ -23,6 +23,7 @@ LAYERS = (
     # The last is what compiled calls of functional's go to; it lies with the kernels that it calls.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.functional",),
+    ("nbnorm._segments",),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
     ("nbnorm._arrays",),
     ("nbnorm._checks",),
