@@ -3,7 +3,8 @@
 `SegmentedFrame` is the frame of such a call. In it, arrays of statistics have a row for each part:
 (parts, *channel axes), flattened to (parts * C,). Its backend, `Segmented`, runs every pass part by
 part, on slices of the (N, C, S) views. If each part is one sample, (part, channel) are the channels
-of one (1, parts * C, S) view instead, and one pass does all.
+of one (1, parts * C, S) view instead, and one pass does all. On the CPU threads share the parts if
+there are enough.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks
+from nbnorm import _checks, cpu
 from nbnorm._arrays import on_host, take
 from nbnorm._frame import Frame
-from nbnorm._layout import fits, layout_beginning
+from nbnorm._layout import PLANE, fits, layout_beginning
 from nbnorm._typing import Array, Axis, NDArray
+from nbnorm.cpu import segments
+from nbnorm.cpu.plan import SERIAL_BELOW
+from nbnorm.cpu.threads import count as thread_count
+from nbnorm.cpu.threads import turn
 
 
 def frame_of(x: Array, axis: Axis, groups: Any, offsets: Any, name: str = "x") -> Frame:
@@ -53,7 +58,8 @@ class SegmentedFrame(Frame):
             fitting = fits(self._layout, shape, strides, self.x.itemsize)
             self._fitting = strides if fitting else None
         rows = self._layout.shape[0] // max(shape[first], 1)
-        self.backend = Segmented(  # type: ignore[assignment]
+        kind = Threaded if self.backend is cpu else Segmented
+        self.backend = kind(  # type: ignore[assignment]
             self.backend, self.memory, [end * rows for end in ends], self.channels, self._counts
         )
         self._of_part = self.channel_shape
@@ -126,6 +132,7 @@ class Segmented:
     ) -> None:
         self._backend, self._memory, self._C, self._counts = backend, memory, C, counts
         self._parts = list(pairwise(rows))
+        self._ends = np.array(rows)
         self._single = all(end - begin == 1 for begin, end in self._parts)
         self.rstd = backend.rstd
 
@@ -229,3 +236,107 @@ class Segmented:
         """Return this many arrays of shape (parts * C,)."""
         zeros: NDArray = self._memory.zeros((number, self._C * len(self._parts)))
         return zeros
+
+
+class Threaded(Segmented):
+    """`Segmented` on the CPU, where each thread takes whole parts: `nbnorm.cpu.segments`.
+
+    If there are few parts, all threads take one together. Either way a part has the same bits; as
+    the planes of single samples would not, `nbnorm.cpu.segments` takes these always.
+    """
+
+    def _kernels(self, *tensors: NDArray | None) -> tuple[Any, tuple[int, ...], bool] | None:
+        """Return kernels, their numbers and whether they use threads, or None for other calls."""
+        present = [t for t in tensors if t is not None]
+        x = present[0]
+        large = x.shape[2] >= PLANE
+        if large and self._single and all(t.flags.c_contiguous for t in present):
+            return None  # merged into one call
+        threads = 1 if x.size < SERIAL_BELOW else thread_count()
+        if (large or not self._single) and len(self._parts) < 2 * threads:
+            return None
+        return segments.kernels_for(x, self._single, len(present), threads)
+
+    def stats(self, x: NDArray) -> tuple[NDArray, NDArray]:
+        """Return mean and M2."""
+        if (found := self._kernels(x)) is None:
+            return super().stats(x)
+        run, numbers, parallel = found
+        mean, m2, rstd = self._zeros(3)
+        with turn(parallel):
+            run.stats(cpu._view(x), self._ends, numbers, mean, m2, rstd)
+        return mean, m2
+
+    def apply(
+        self, x: NDArray, gamma: NDArray, beta: NDArray, mean: NDArray, rstd: NDArray,
+        residual: NDArray | None, relu: bool, y: NDArray,
+    ) -> None:  # fmt: skip
+        """y = act(gamma (x - mean) rstd + beta [+ residual])."""
+        if (found := self._kernels(x, residual, y)) is None:
+            super().apply(x, gamma, beta, mean, rstd, residual, relu, y)
+            return
+        run, numbers, parallel = found
+        views, norm = (cpu._view(x), cpu._view(residual)), (mean, rstd, gamma, beta)
+        with turn(parallel):
+            run.apply(*views, self._ends, numbers, norm, cpu._floor(relu), cpu._view(y))
+
+    def forward(
+        self, x: NDArray, gamma: NDArray, beta: NDArray, eps: float, residual: NDArray | None,
+        relu: bool, y: NDArray,
+    ) -> tuple[NDArray, NDArray, NDArray]:  # fmt: skip
+        """Normalise x with the parts' statistics into y; return mean, M2 and rstd."""
+        if (found := self._kernels(x, residual, y)) is None:
+            return super().forward(x, gamma, beta, eps, residual, relu, y)
+        run, numbers, parallel = found
+        mean, m2, rstd = self._zeros(3)
+        views, norm = (cpu._view(x), cpu._view(residual)), (mean, rstd, gamma, beta)
+        with turn(parallel):
+            run.forward(*views, self._ends, numbers, norm, eps, cpu._floor(relu), m2, cpu._view(y))
+        return mean, m2, rstd
+
+    def backward_reduce(
+        self, dy: NDArray, x: NDArray, gamma: NDArray, mean: NDArray, rstd: NDArray,
+        beta: NDArray | None, y: NDArray | None,
+    ) -> NDArray:  # fmt: skip
+        """Return sum dy and sum dy x_hat, shape (2, parts * C)."""
+        if (found := self._kernels(dy, x, y)) is None:
+            return super().backward_reduce(dy, x, gamma, mean, rstd, beta, y)
+        run, numbers, parallel = found
+        views, norm = map(cpu._view, (dy, x, y)), (mean, rstd, gamma, beta)
+        sums = np.zeros((len(self._parts), 2, self._C))
+        with turn(parallel):
+            run.backward_reduce(*views, self._ends, numbers, norm, sums)
+        return sums.swapaxes(0, 1).reshape(2, -1)
+
+    def backward_apply(
+        self, dy: NDArray, x: NDArray, gamma: NDArray, mean: NDArray, rstd: NDArray,
+        sums: NDArray | None, count: Any, beta: NDArray | None, y: NDArray | None,
+        dx: NDArray | None, dresidual: NDArray | None,
+    ) -> None:  # fmt: skip
+        """Write dx and dresidual, each if given; `count` has a number for each part."""
+        if (found := self._kernels(dy, x, y, dx, dresidual)) is None:
+            super().backward_apply(dy, x, gamma, mean, rstd, sums, count, beta, y, dx, dresidual)
+            return
+        run, numbers, parallel = found
+        views, norm = map(cpu._view, (dy, x, y)), (mean, rstd, gamma, beta)
+        counts = np.array(self._counts if sums is None else count, np.float64)
+        if sums is not None:
+            sums = np.ascontiguousarray(sums.reshape(2, -1, self._C).swapaxes(0, 1))
+        written = cpu._view(dx), cpu._view(dresidual)
+        with turn(parallel):
+            run.backward_apply(*views, self._ends, numbers, norm, sums, counts, *written)
+
+    def backward(
+        self, dy: NDArray, x: NDArray, gamma: NDArray, mean: NDArray, rstd: NDArray,
+        beta: NDArray | None, y: NDArray | None, dx: NDArray | None, dresidual: NDArray | None,
+    ) -> NDArray:  # fmt: skip
+        """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
+        if (found := self._kernels(dy, x, y, dx, dresidual)) is None:
+            return super().backward(dy, x, gamma, mean, rstd, beta, y, dx, dresidual)
+        run, numbers, parallel = found
+        views, norm = map(cpu._view, (dy, x, y)), (mean, rstd, gamma, beta)
+        sums = np.zeros((len(self._parts), 2, self._C))
+        written = cpu._view(dx), cpu._view(dresidual)
+        with turn(parallel):
+            run.backward(*views, self._ends, numbers, norm, sums, *written)
+        return sums.swapaxes(0, 1).reshape(2, -1)
