@@ -150,11 +150,12 @@ def overwrite(array: Array, values: NDArray) -> None:
             array.set(rounded)
 
 
-def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def on_its_device(name: str, instead: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Run a function on the device of its argument `name`, on its library's current stream.
 
-    Has no effect for arrays in CPU memory. The device of moments is that of their mean. Also tells
-    torch.compile to call the function instead of tracing it.
+    Has no effect for arrays in CPU memory. If the argument is None, the keyword `instead` takes its
+    place. The device of moments is that of their mean. Also tells torch.compile to call the
+    function instead of tracing it.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -175,6 +176,7 @@ def on_its_device(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             x = args[position] if len(args) > position else kwargs.get(name)
+            x = kwargs.get(instead) if x is None else x
             x = getattr(x, "mean", x) if name == "self" else x
             if not gpu(x):
                 return function(*args, **kwargs)

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -68,16 +69,16 @@ def kept_not_reduced(axis: int | Shape, others: Shape) -> str:
     )
 
 
-def same_shape(array: NDArray, name: str, x: NDArray) -> None:
-    """Raise if an array does not have x's shape."""
+def same_shape(array: NDArray, name: str, x: NDArray, of: str = "x") -> None:
+    """Raise if an array does not have x's shape; `of` is the name of the argument x."""
     if array.shape != x.shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {x.shape}, the shape of x")
+        raise ValueError(f"{name} has shape {array.shape}, expected {x.shape}, the shape of {of}")
 
 
-def same_dtype(array: NDArray, name: str, x: NDArray) -> None:
-    """Raise if an array does not have x's dtype."""
+def same_dtype(array: NDArray, name: str, x: NDArray, of: str = "x") -> None:
+    """Raise if an array does not have x's dtype; `of` is the name of the argument x."""
     if array.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of {of}")
 
 
 def same_place(place: str, name: str, expected: str) -> None:
@@ -250,17 +251,20 @@ class _NotGiven:
 NOT_GIVEN: Any = _NotGiven()
 
 
-def given(array: Any, name: str, activation: Fused, y: Any) -> Any:
+def given(array: Any, name: str, activation: Fused, y: Any, from_y: bool = False) -> Any:
     """Return a parameter, or None if it was omitted.
 
-    Raise if it was omitted and the derivative of the activation depends on it.
+    Raise if it was omitted and the derivative of the activation depends on it, or x_hat, which is
+    computed from y without x.
     """
     if array is not NOT_GIVEN:
         return array
-    if activation == "relu" and y is None:
+    if from_y or (activation == "relu" and y is None):
+        what = "x_hat, without x," if from_y else "the mask of activation='relu'"
+        instead = "x" if from_y else "y"
         raise ValueError(
-            f"{name} is not given, and the mask of activation='relu' depends on it; "
-            f"pass the forward's {name}= ({name}=None if it had none), or its y="
+            f"{name} is not given, and {what} depends on it; "
+            f"pass the forward's {name}= ({name}=None if it had none), or its {instead}="
         )
     if isinstance(activation, Activation):
         raise ValueError(
@@ -280,6 +284,50 @@ def for_derivative(activation: Fused, y: Any, residual: Any) -> None:
     if activation == "relu" and residual is not None and y is None:
         raise ValueError(
             "residual does not give the mask of activation='relu'; pass the forward's y= too"
+        )
+
+
+def invertible(activation: Any, remedy: str = "pass x") -> None:
+    """Raise if y does not determine the value before the activation."""
+    if activation is not None:
+        raise ValueError(
+            f"activation={activation!r} cannot be inverted, so y does not determine x_hat; {remedy}"
+        )
+
+
+def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -> None:
+    """Raise if x_hat = (y - beta) / gamma cannot be computed; arrays are in CPU memory.
+
+    gamma and gamma rstd must be numbers with reciprocals in the range of the dtype that kernels
+    compute x's `dtype` in (in float64, so must their product). NaN and Inf pass, as in x.
+    """
+    bits = 510 if dtype == np.float64 else 126
+    scale = gamma.astype(np.float64)
+    _in_range(scale, "gamma", scale, bits)
+    if rstd is not None:
+        with np.errstate(invalid="ignore"):  # Inf times 0
+            _in_range(np.where(rstd == 0, 1, scale * rstd), "rstd", rstd, bits)
+
+
+def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
+    """Raise for the first factor that is not of a size from 2^-bits to 2^bits, NaN or Inf."""
+    size = np.abs(factor)
+    wrong = np.argwhere((size < 2.0**-bits) | ((size > 2.0**bits) & (size < np.inf)))
+    if wrong.size:
+        where = tuple(map(int, wrong[0]))
+        channel = where[0] if len(where) == 1 else where
+        raise ValueError(
+            f"{name} is {values[where]:g} in channel {channel}, for which "
+            "x_hat = (y - beta) / gamma cannot be computed from y; pass x"
+        )
+
+
+def kept(x: NDArray, y: NDArray) -> None:
+    """Raise if y lies in the memory of x: the forward has written it over x."""
+    x, y = _mirror(x), _mirror(y)
+    if np.may_share_memory(x, y) and _overlap(x, y):
+        raise ValueError(
+            "x and y share memory, so y was written over x; pass a copy of x made before, or x=None"
         )
 
 
@@ -371,6 +419,55 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
         raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
     if running_mean is None and not training:
         raise ValueError("running_mean and running_var must not be None with training=False")
+
+
+def segments(groups: Any, offsets: Any, shape: Shape, first: int, name: str) -> list[int]:
+    """Return where the parts of axis `first` begin, and the end of the last."""
+    length, where = shape[first], f"axis {first} of {name} of shape {shape}"
+    if groups is not None and offsets is not None:
+        raise ValueError("groups and offsets are both given, expected one of them")
+    if offsets is None:
+        try:
+            number = operator.index(groups)
+        except TypeError:
+            raise TypeError(f"groups must be an int, got {groups!r}") from None
+        if number < 1 or length % number:
+            raise ValueError(f"groups is {number}, expected a divisor of {length}, of {where}")
+        return list(range(0, length + 1, length // number)) if length else [0] * (number + 1)
+    if offsets.dtype.kind not in "iu":
+        raise TypeError(f"offsets has dtype {offsets.dtype}, expected integers")
+    if offsets.ndim != 1 or offsets.size < 2:
+        raise ValueError(f"offsets has shape {offsets.shape}, expected (parts + 1,)")
+    ends = [int(end) for end in offsets]
+    if ends[0] != 0 or ends[-1] != length:
+        raise ValueError(
+            f"offsets go from {ends[0]} to {ends[-1]}, expected 0 to {length}: {where}"
+        )
+    if any(end < begin for begin, end in pairwise(ends)):
+        raise ValueError("offsets decrease, expected the beginnings of consecutive parts")
+    return ends
+
+
+def counts(values: NDArray, expected: Shape, own: list[int]) -> list[int]:
+    """Return the counts of parts; raise unless all channels of each have one positive count."""
+    if values.shape != expected:
+        raise ValueError(f"count has shape {values.shape}, expected {expected}, or an int")
+    found = []
+    for row, m in zip(values.reshape(len(own), -1), own, strict=True):
+        value = float(row[0]) if row.size else 1.0
+        if (row != value).any() or value != int(value) or value < (m > 0):
+            raise ValueError(
+                "count must be a whole positive number, the same for all channels of a part, "
+                f"got {row}"
+            )
+        found.append(int(value))
+    return found
+
+
+def same_parts(gamma: NDArray | None, beta: NDArray | None) -> None:
+    """Raise if only one of gamma and beta has a row for each part: their gradients look alike."""
+    if gamma is not None and beta is not None and gamma.shape != beta.shape:
+        raise ValueError(f"beta has shape {beta.shape}, expected {gamma.shape}, the shape of gamma")
 
 
 def count(value: Any, x: NDArray) -> int:

@@ -48,10 +48,14 @@ class Geometry(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def geometry_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, given: tuple[int, ...]
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    itemsize: int,
+    given: tuple[int, ...],
+    name: str,
 ) -> Geometry:
     """Return the `Geometry` of x; raise ValueError if `given` are not channel axes of its shape."""
-    axes, channels, m = _checks.channel_axes(shape, given)
+    axes, channels, m = _checks.channel_axes(shape, given, name)
     layout = layout_of(shape, strides, itemsize, axes)
     fitting = strides if fits(layout, shape, strides, itemsize) else None
     return Geometry(channels, prod(channels), m, prod(shape) == 0, layout, fitting)
@@ -59,6 +63,8 @@ def geometry_of(
 
 class Frame:
     """View of x as (N, C, S), with the other arrays of the call, which must match x.
+
+    In a backward call without x, y takes its place, with `name` "y".
 
     Attributes
     ----------
@@ -80,19 +86,21 @@ class Frame:
 
     backend: ModuleType = cpu
     memory: Any = cpu.memory
+    part = "x of shape {}"  # what has m values per channel
 
-    def __init__(self, x: Array, axis: Axis) -> None:
-        self.x = taken = take_floating(x, "x")
+    def __init__(self, x: Array, axis: Axis, name: str = "x") -> None:
+        self.x = taken = take_floating(x, name)
         self._given = x
-        self.inputs = {"x": taken}
+        self._name = name
+        self.inputs = {name: taken}
         if type(taken) is not np.ndarray:
-            self.backend = cuda_backend("x")
+            self.backend = cuda_backend(name)
             self.memory = self.backend.memory
         self.home = home_of(x)
         self._axis = axis
         given = (axis,) if type(axis) is int else _checks.axes(axis)
         self.channel_shape, self.channels, self.m, self.empty, self._layout, self._fitting = (
-            geometry_of(taken.shape, taken.strides, taken.itemsize, given)
+            geometry_of(taken.shape, taken.strides, taken.itemsize, given, name)
         )
 
     def required_like_x(self, array: Array, name: str) -> NDArray:
@@ -100,8 +108,8 @@ class Frame:
         taken = take(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
-        _checks.same_dtype(taken, name, self.x)
-        _checks.same_shape(taken, name, self.x)
+        _checks.same_dtype(taken, name, self.x, self._name)
+        _checks.same_shape(taken, name, self.x, self._name)
         self.inputs[name] = taken
         return taken
 
@@ -138,6 +146,25 @@ class Frame:
         _checks.same_place(place_of(taken), name, place_of(self.x))
         if self.backend is cpu:  # on a GPU, the place already names the device
             _checks.same_device(given, name, self._given)
+
+    def count(self) -> Any:
+        """Return the number of values per channel."""
+        return self.m
+
+    def counted(self, count: Any) -> Any:
+        """Check the `count` of a backward pass."""
+        return _checks.count(count, self.x)
+
+    def move(
+        self,
+        running: tuple[NDArray, NDArray],
+        mean: NDArray,
+        m2: NDArray,
+        momentum: float,
+        correction: float,
+    ) -> None:
+        """Update running statistics, which may have any strides, from a batch's mean and M2."""
+        self.backend.move(*running, mean, m2, momentum, self.m - correction)
 
     def view(self, array: NDArray | None) -> NDArray | None:
         """Return an array of x's shape as an (N, C, S) view, or as a copy if there is none."""

@@ -54,6 +54,19 @@ def layout_of(shape: Axes, strides: Axes, itemsize: int, channel_axes: Axes) -> 
     return layout
 
 
+@lru_cache(maxsize=1024)
+def layout_beginning(layout: Layout, shape: Axes, channel_axes: Axes, first: int) -> Layout:
+    """Return the layout of x, or of a copy, whose outermost axis is `first`, not a channel axis."""
+    if layout.groups[0][:1] == (first,):
+        return layout
+    inside = tuple(i for i in range(len(shape)) if i != first and i not in channel_axes)
+    order = (first, *channel_axes, *inside)
+    channels, planes = (tuple(i for i in axes if shape[i] > 1) for axes in (channel_axes, inside))
+    groups = (first,), channels, planes
+    N, C, S = (prod(shape[i] for i in axes) for axes in groups)
+    return Layout(order, order == tuple(range(len(shape))), groups, (N, C, S), layout.dense)
+
+
 @lru_cache(maxsize=4096)
 def fits(layout: Layout, shape: Axes, strides: Axes, itemsize: int) -> bool:
     """Return True if an array with these strides, viewed by `layout`, is what kernels need."""

@@ -10,9 +10,10 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import on_its_device, untraced
+from nbnorm._arrays import on_host, on_its_device, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
+from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.activations import Fused
 from nbnorm.moments import Moments
@@ -70,6 +71,8 @@ def batch_norm_forward(
     axis: Axis = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormForward[X]:
     """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
@@ -113,10 +116,16 @@ def batch_norm_forward(
     activation : None, str or Activation, default None
         Applied last: "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh",
         "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
+    groups : int, optional
+        Divide x into so many equal consecutive parts along its first reduced axis, each with
+        statistics of its own: mean and rstd have the shape (parts, *channel axes), gamma and beta
+        that or the shape of the channel axes.
+    offsets : array of int, optional
+        The same for parts of any length: part i is from offsets[i] to offsets[i + 1].
     out : array of x's shape and dtype, optional
-        Array to write y to. It may be x itself, but x is then **overwritten** and
-        `batch_norm_backward` needs it: in training, copy x first or use another `out`. It must
-        not overlap an input in any other way.
+        Array to write y to. It may be x itself, which is then **overwritten**: pass
+        ``None, ..., y=y`` to `batch_norm_backward` instead of x. It must not overlap an input in
+        any other way.
 
     Returns
     -------
@@ -132,11 +141,14 @@ def batch_norm_forward(
         A shape, axis, eps, activation or out is invalid; momentum is not finite; only one running
         statistic is given, or none with ``training=False``; in training, a running statistic is
         read-only or shares memory with another array of the call, or a channel has a single value
-        and ``correction=1``.
+        and ``correction=1``. groups does not divide its axis, or offsets do not go from 0 to its
+        length or decrease.
 
     Notes
     -----
     Implements Algorithm 1 of Ioffe & Szegedy (2015), with a moving average in place of Algorithm 2.
+    With segments, running statistics move once, with the parts' means and variances averaged by
+    count.
     Statistics are summed around a shift and merged in float64 with the formula of Chan, Golub &
     LeVeque (1983), so a mean of 1e6 standard deviations costs no digits. Results are bitwise
     independent of the number of threads. An empty batch does not change the running statistics. A
@@ -154,7 +166,7 @@ def batch_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    if type(x) is np.ndarray:
+    if type(x) is np.ndarray and groups is None and offsets is None:
         done = _shortcut.forward(
             x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
             residual, activation, out,
@@ -163,19 +175,19 @@ def batch_norm_forward(
             return BatchNormForward(*done)
     return _forward(
         x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
-        residual, activation, out,
+        residual, activation, out, groups=groups, offsets=offsets,
     )  # fmt: skip
 
 
 @on_its_device("x")
-def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
+def _forward(x: X, *arguments: Any, **segments: Any) -> BatchNormForward[X]:
     """`batch_norm_forward` for arrays of any library; arguments in `check_forward`'s order."""
-    call = check_forward(x, *arguments)
+    call = check_forward(x, *arguments, **segments)
     frame = call.frame
     if not call.training:
         assert call.running is not None
         running_mean, running_var = call.running
-        mean = running_mean.astype(np.float64).reshape(-1)
+        mean = frame.statistic(running_mean.astype(np.float64))
         rstd = frame.backend.rstd(frame.statistic(running_var), call.eps)
         y = call.apply(mean, rstd)
     elif frame.empty:
@@ -192,7 +204,7 @@ def _forward(x: X, *arguments: Any) -> BatchNormForward[X]:
             y.written,
         )
         if call.running is not None:
-            frame.backend.move(*call.running, mean, m2, call.momentum, frame.m - call.correction)
+            frame.move(call.running, mean, m2, call.momentum, call.correction)
     return BatchNormForward(
         frame.settle(y),
         frame.home(frame.unflat(mean)),
@@ -250,13 +262,15 @@ def check_forward(
     activation: Activation,
     out: Array | None,
     *,
+    groups: int | None = None,
+    offsets: Array | None = None,
     alone: bool = True,
 ) -> ForwardCall:
     """Check and convert the arguments of a forward call; compute nothing.
 
     With ``alone=False``, x is only part of the batch, and the caller checks the number of values.
     """
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     _checks.running_pair(running_mean, running_var, training)
     mean_ = frame.per_channel(running_mean, "running_mean")
@@ -268,7 +282,7 @@ def check_forward(
     running = None if mean_ is None or var_ is None else (mean_, var_)
     if training:
         if alone:
-            _checks.enough_values(frame.m, correction_, "x of shape {}", frame.x.shape)
+            _checks.enough_values(frame.m, correction_, frame.part, frame.x.shape)
         if running is not None:
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)
@@ -308,6 +322,8 @@ def batch_norm_inference(
     axis: Axis = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Normalise x with population statistics.
@@ -330,6 +346,8 @@ def batch_norm_inference(
         Added before the activation.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself; it must not overlap an input in any other way.
 
@@ -357,12 +375,14 @@ def batch_norm_inference(
     array([[-1.],
            [ 1.]])
     """
-    if type(x) is np.ndarray:
+    if type(x) is np.ndarray and groups is None and offsets is None:
         done = _shortcut.inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
         if done is not None:
             y: X = done[0]
             return y
-    return _inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
+    return _inference(
+        x, gamma, beta, mean, var, eps, axis, residual, activation, out, groups, offsets
+    )
 
 
 @on_its_device("x")
@@ -377,9 +397,11 @@ def _inference(
     residual: Array | None,
     activation: Activation,
     out: Array | None,
+    groups: int | None,
+    offsets: Array | None,
 ) -> X:
     """`batch_norm_inference` for arrays of any library."""
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
@@ -401,6 +423,8 @@ def batch_norm_apply(
     axis: Axis = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Normalise x with a given mean and rstd: the second half of the training forward pass.
@@ -420,10 +444,12 @@ def batch_norm_apply(
         Added before the activation.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
-        Array to write y to. It may be x itself, but x is then **overwritten** and the backward
-        functions need it: in training, copy x first or use another `out`. It must not overlap an
-        input in any other way.
+        Array to write y to. It may be x itself, which is then **overwritten**: pass
+        ``None, ..., y=y`` to the backward functions instead of x. It must not overlap an input in
+        any other way.
 
     Returns
     -------
@@ -449,7 +475,7 @@ def batch_norm_apply(
     array([[-1.],
            [ 1.]])
     """
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     residual_ = frame.like_x(residual, "residual")
@@ -460,7 +486,9 @@ def batch_norm_apply(
 
 
 @on_its_device("x")
-def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
+def batch_norm_stats(
+    x: Array, *, axis: Axis = 1, groups: int | None = None, offsets: Array | None = None
+) -> Moments:
     """Compute count, mean and M2 per channel: the first half of the training forward pass.
 
     Parameters
@@ -469,11 +497,14 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
         Any dtype that `batch_norm_forward` accepts.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
 
     Returns
     -------
     Moments
-        (count, mean, m2): an int and two float64 arrays with the shape of the channel axes.
+        (count, mean, m2): an int and two float64 arrays with the shape of the channel axes. With
+        segments the arrays have a row for each part; with offsets, count is such an array, too.
         Merging the moments of several chunks, ``first.merge(second, third)``, is as accurate as
         one pass over all of them.
 
@@ -494,9 +525,9 @@ def batch_norm_stats(x: Array, *, axis: Axis = 1) -> Moments:
     >>> nbnorm.batch_norm_stats(np.array([[1.0], [3.0]]))
     Moments(count=2, mean=array([2.]), m2=array([2.]))
     """
-    frame = Frame(x, axis)
+    frame = frame_of(x, axis, groups, offsets)
     mean, m2 = flat_stats(frame)
-    return Moments(frame.m, frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
+    return Moments(frame.count(), frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
 
 
 def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
@@ -521,31 +552,37 @@ def batch_norm_backward(
     training: bool = True,
     axis: Axis = 1,
     activation: Activation = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
     output_mask: Mask = _shortcut.ALL,
     out: Array | None = None,
 ) -> BatchNormBackward[X]:
     """Compute the gradients of `batch_norm_forward`.
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
-    with x_hat = (x - mean) rstd. With an activation, dy is first multiplied by its derivative; ReLU
-    sets it to 0 wherever y > 0 is false.
+    with x_hat = (x - mean) rstd or, without x, x_hat = (y - beta) / gamma. With an activation, dy
+    is first multiplied by its derivative; ReLU sets it to 0 wherever y > 0 is false.
 
     Parameters
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
+        overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
+        be 0, and the forward call must have had no activation and no residual.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
         As returned by the forward call.
     beta : array of the shape of the channel axes, or None
         As in the forward call. The derivative of an activation depends on it, so pass it (None if
-        the forward call had none); with ReLU `y` will do. Without activation it may be omitted.
+        the forward call had none); with ReLU `y` will do. Without activation it may be omitted,
+        unless x is None.
     y : array of x's shape and dtype, optional
         Result of the forward call, required with ReLU if that added a residual: the mask is then
-        y > 0, and dresidual is returned. Without `y` the mask is recomputed from x.
+        y > 0, and dresidual is returned. Without `y` the mask is recomputed from x. If x is None,
+        x_hat is computed from `y`.
     residual : array of x's shape and dtype, optional
         Residual of the forward call, required with another activation, whose derivative is
         recomputed from x; dresidual is then returned.
@@ -555,6 +592,8 @@ def batch_norm_backward(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     activation : None, str or Activation, default None
         As in the forward call.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
     out : array of x's shape and dtype, optional
@@ -565,7 +604,8 @@ def batch_norm_backward(
     -------
     BatchNormBackward
         (dx, dgamma, dbeta, dresidual), arrays of x's library. dgamma and dbeta are float64 sums
-        rounded once to gamma's dtype, or to x's if gamma is None.
+        rounded once to gamma's dtype, or to x's if gamma is None. With segments they are those of
+        all parts together, unless gamma has a row for each part.
 
     Raises
     ------
@@ -574,13 +614,20 @@ def batch_norm_backward(
         floating.
     ValueError
         A shape, axis, activation, output_mask or out is invalid; an activation is given with
-        neither beta nor y.
+        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation is
+        given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
+        magnitude (2^-510 and 2^510 if y is float64).
 
     Notes
     -----
     Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch collected. Blocks
     of a few hundred gradients are summed in the dtype of the computation, so float32 gradients
     beyond 1e35 can overflow to Inf or NaN even if their total would not.
+
+    Backward from y follows Rota Bulo, Porzi & Kontschieder, "In-Place Activated BatchNorm for
+    Memory-Optimized Training of DNNs" (2018). y is rounded to its dtype, which leaves x_hat an
+    error of half a unit in the last place of y, divided by gamma: if gamma is small against beta,
+    digits are lost. On a GPU this form waits for the device, to check gamma.
 
     Examples
     --------
@@ -595,9 +642,17 @@ def batch_norm_backward(
     (array([-1.225]), array([1.]))
     >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
+
+    In place: y is written over x, and backward needs y alone.
+
+    >>> y, mean, rstd = nbnorm.batch_norm_forward(x, gamma, out=x)
+    >>> same = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, beta=None, y=y)
+    >>> np.allclose(same.dx, grads.dx)
+    True
     """
+    plain = groups is None and offsets is None and residual is None
     shown = beta is not NOT_GIVEN or activation is None or y is not None
-    if type(x) is np.ndarray and residual is None and shown:
+    if type(x) is np.ndarray and plain and shown:
         done = _shortcut.backward(
             dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
             activation, output_mask, out,
@@ -605,16 +660,25 @@ def batch_norm_backward(
         if done is not None:
             return BatchNormBackward(*done)
     return _backward(
-        training, output_mask, out, dy, x, gamma, mean, rstd, beta, y, residual, axis, activation
-    )
+        training, output_mask, out, dy, x, gamma, mean, rstd, beta, axis, activation,
+        y=y, residual=residual, groups=groups, offsets=offsets,
+    )  # fmt: skip
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def _backward(
-    training: bool, output_mask: Mask, out: Array | None, dy: Array, x: X, *arguments: Any
+    training: bool,
+    output_mask: Mask,
+    out: Array | None,
+    dy: Array,
+    x: X,
+    *arguments: Any,
+    y: Array | None,
+    residual: Array | None,
+    **segments: Any,
 ) -> BatchNormBackward[X]:
     """`batch_norm_backward` for arrays of any library; from `dy` on in `check_backward`'s order."""
-    call = check_backward(dy, x, *arguments)
+    call = check_backward(dy, x, *arguments, y=y, residual=residual, **segments)
     frame, wanted = call.frame, call.wanted(output_mask)
     out_ = frame.out(out, inplace="dy")
     dx = frame.target(out_) if wanted.dx else None
@@ -648,7 +712,10 @@ class Wanted(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """Checked arguments common to all backward functions, with NumPy or CuPy arrays."""
+    """Checked arguments common to all backward functions, with NumPy or CuPy arrays.
+
+    With `from_y`, there is no x: the frame is y's, and x_hat = (y - beta) / gamma.
+    """
 
     frame: Frame
     dy: NDArray
@@ -659,6 +726,7 @@ class BackwardCall(NamedTuple):
     y: NDArray | None
     residual: NDArray | None
     activation: Fused
+    from_y: bool = False
 
     def wanted(self, output_mask: Mask) -> Wanted:
         """Check `output_mask` and return it; dresidual also requires y or the residual."""
@@ -674,11 +742,26 @@ class BackwardCall(NamedTuple):
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
         """Return (dy, x, gamma, mean, rstd) and the derivative's (beta, y), for the backend."""
         frame = self.frame
+        if self.from_y:
+            return (frame.view(self.dy), frame.view(frame.x), *self._inverse()), (None, None)
         gamma, *mask = frame.scale_and_mask(
             self.activation, self.gamma, self.beta, self.y, self.residual
         )
         statistics = frame.statistic(self.mean), frame.statistic(self.rstd)
         return (frame.view(self.dy), frame.view(frame.x), gamma, *statistics), tuple(mask)
+
+    def _inverse(self) -> tuple[NDArray, NDArray, NDArray]:
+        """Return gamma, mean and rstd that make the kernels compute with y in place of x.
+
+        x_hat = (y - mean) rstd is (y - beta) / gamma with beta as mean and 1 / gamma as rstd;
+        gamma rstd keeps its value with gamma^2 rstd as gamma. Where rstd is 0, x_hat is 0.
+        """
+        frame, rstd = self.frame, self.frame.statistic(self.rstd)
+        gamma, beta = (
+            array.astype(np.float64) for array in frame.scale_and_shift(self.gamma, self.beta)
+        )
+        with np.errstate(invalid="ignore"):  # NaN and Inf in a channel are not worth a warning
+            return gamma * gamma * rstd, beta, (rstd != 0) / gamma
 
 
 def check_backward(
@@ -688,25 +771,41 @@ def check_backward(
     mean: Array,
     rstd: Array,
     beta: Array | None,
-    y: Array | None,
-    residual: Array | None,
     axis: Axis,
     activation: Activation,
+    *,
+    y: Array | None,
+    residual: Array | None = None,
+    groups: int | None = None,
+    offsets: Array | None = None,
 ) -> BackwardCall:
     """Check and convert the arguments common to all backward functions; compute nothing."""
-    frame = Frame(x, axis)
+    from_y = x is None and y is not None
+    large, name = (y, "y") if from_y else (x, "x")
+    frame = frame_of(large, axis, groups, offsets, name)
     activation = _checks.activation(activation)
-    _checks.for_derivative(activation, y, residual)
-    gamma = _checks.given(gamma, "gamma", activation, y)
-    beta = _checks.given(beta, "beta", activation, y)
-    dy_, y_ = frame.required_like_x(dy, "dy"), frame.like_x(y, "y")
+    if from_y:
+        _checks.invertible(activation)
+        if residual is not None:
+            raise ValueError("residual is given, and y does not determine x_hat; pass x")
+    else:
+        _checks.for_derivative(activation, y, residual)
+    gamma = _checks.given(gamma, "gamma", activation, y, from_y)
+    beta = _checks.given(beta, "beta", activation, y, from_y)
+    dy_, y_ = frame.required_like_x(dy, "dy"), None if from_y else frame.like_x(y, "y")
     residual_ = frame.like_x(residual, "residual")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
-    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, residual_, activation)
+    _checks.same_parts(gamma_, beta_)
+    if y_ is not None:
+        _checks.kept(frame.x, y_)
+    if from_y:
+        scale = np.ones(rstd_.shape) if gamma_ is None else on_host(gamma_)
+        _checks.divisor(scale, frame.x.dtype, on_host(rstd_))
+    return BackwardCall(frame, dy_, gamma_, mean_, rstd_, beta_, y_, residual_, activation, from_y)
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def batch_norm_backward_reduce(
     dy: Array,
     x: Array,
@@ -719,6 +818,8 @@ def batch_norm_backward_reduce(
     residual: Array | None = None,
     activation: Activation = None,
     axis: Axis = 1,
+    groups: int | None = None,
+    offsets: Array | None = None,
 ) -> tuple[Array, Array]:
     """Compute sum dy and sum dy x_hat per channel: the first half of the training backward pass.
 
@@ -726,21 +827,26 @@ def batch_norm_backward_reduce(
     ----------
     dy : array of x's shape and dtype
         Gradient of y.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
+        `batch_norm_backward`.
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     gamma, beta : array of the shape of the channel axes, or None
         As in the forward call. With ``activation="relu"`` the mask depends on them, so pass both
-        (None if the forward call had none) or `y`. Without ReLU they may be omitted.
+        (None if the forward call had none) or `y`. Without ReLU they may be omitted, unless x is
+        None.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required for the ReLU mask if that added a residual.
+        Result of the forward call, required for the ReLU mask if that added a residual, and for
+        x_hat if x is None.
     residual : array of x's shape and dtype, optional
         Residual of the forward call, required with an activation other than ReLU.
     activation : None, str or Activation, default None
         As in the forward call.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
 
     Returns
     -------
@@ -764,7 +870,10 @@ def batch_norm_backward_reduce(
     >>> nbnorm.batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
     (array([1.5]), array([-0.5]))
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
+    call = check_backward(
+        dy, x, gamma, mean, rstd, beta, axis, activation,
+        y=y, residual=residual, groups=groups, offsets=offsets,
+    )  # fmt: skip
     frame = call.frame
     if frame.empty:
         sums = frame.memory.zeros((2, frame.channels))
@@ -774,7 +883,7 @@ def batch_norm_backward_reduce(
     return frame.home(frame.unflat(sums[0])), frame.home(frame.unflat(sums[1]))
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def batch_norm_backward_apply(
     dy: Array,
     x: X,
@@ -790,6 +899,8 @@ def batch_norm_backward_apply(
     residual: Array | None = None,
     activation: Activation = None,
     axis: Axis = 1,
+    groups: int | None = None,
+    offsets: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Compute the gradient of x from the two sums: the second half of the training backward pass.
@@ -800,8 +911,9 @@ def batch_norm_backward_apply(
     ----------
     dy : array of x's shape and dtype
         Gradient of y.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
+        `batch_norm_backward`.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -809,18 +921,23 @@ def batch_norm_backward_apply(
     sum_dy, sum_dy_xhat : array of the shape of the channel axes
         Sums returned by `batch_norm_backward_reduce`, added over all parts of the batch.
     count : int
-        Number of values per channel in all parts together.
+        Number of values per channel in all parts together. With segments, that of each, or an
+        array shaped like `sum_dy`.
     beta : array of the shape of the channel axes, or None
         As in the forward call. The derivative of an activation depends on it, so pass it (None if
-        the forward call had none); with ReLU `y` will do. Without activation it may be omitted.
+        the forward call had none); with ReLU `y` will do. Without activation it may be omitted,
+        unless x is None.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required for the ReLU mask if that added a residual.
+        Result of the forward call, required for the ReLU mask if that added a residual, and for
+        x_hat if x is None.
     residual : array of x's shape and dtype, optional
         Residual of the forward call, required with an activation other than ReLU.
     activation : None, str or Activation, default None
         As in the forward call.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
+    groups, offsets : int, or array of int, optional
+        Parts of x with statistics of their own, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write dx to. It may be dy itself; it must not overlap an input in any other way.
 
@@ -849,11 +966,14 @@ def batch_norm_backward_apply(
     array([[ 0.09375],
            [-0.09375]])
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
+    call = check_backward(
+        dy, x, gamma, mean, rstd, beta, axis, activation,
+        y=y, residual=residual, groups=groups, offsets=offsets,
+    )  # fmt: skip
     frame = call.frame
     sum_dy_ = frame.required(sum_dy, "sum_dy")
     sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
-    m = _checks.count(count, frame.x)
+    m = frame.counted(count)
     target = frame.target(frame.out(out, inplace="dy"))
     if not frame.empty:
         operands, mask = call.operands()

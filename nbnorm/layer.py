@@ -28,14 +28,15 @@ from nbnorm.renorm import Renorm, batch_renorm_backward, batch_renorm_forward
 class Saved(NamedTuple):
     """What `backward` needs from the last `forward`: references, not copies."""
 
-    x: Array
+    x: Array | None  # None if y was written over it
     mean: Array
     rstd: Array
-    y: Array | None  # only if the ReLU mask depends on a residual
+    y: Array | None  # only if the ReLU mask depends on a residual, or x_hat on y
     added: Array | None  # the residual, only if the derivative of the activation depends on it
     residual: bool
     training: bool
     renorm: list[Array]  # r and d, or nothing
+    segments: dict[str, Any]  # groups or offsets, if given
 
 
 class BatchNorm:
@@ -74,6 +75,10 @@ class BatchNorm:
         running statistics.
     dtype : floating dtype, default float32
         Dtype of parameters and running statistics, independent of the inputs' dtype.
+    inplace : bool, default False
+        Whether `forward` writes y **over x**; `backward` then computes x_hat from y, and the layer
+        keeps one tensor alive instead of two. In training no gamma may be 0, and small ones cost
+        digits (see `batch_norm_backward`). Activations and residuals are refused.
 
     Attributes
     ----------
@@ -97,7 +102,8 @@ class BatchNorm:
         `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
         `num_features` is negative or does not fit `axis`; `affine` is something else; there is
-        `renorm` without `track_running_stats`. `forward` and `backward` check the other options.
+        `renorm` without `track_running_stats`; an activation or `renorm` with `inplace`. `forward`
+        and `backward` check the other options.
 
     Examples
     --------
@@ -131,8 +137,13 @@ class BatchNorm:
         activation: Activation = None,
         renorm: Renorm | None = None,
         dtype: DTypeLike = np.float32,
+        inplace: bool = False,
     ) -> None:
         shape, names = _channel_shape(num_features, axis), names_of(affine)
+        if inplace:
+            _checks.invertible(activation, "use inplace=False")
+            if renorm is not None:
+                raise ValueError("renorm needs x in backward; use inplace=False")
         dtype = np.dtype(dtype)
         if dtype.name not in DTYPES or not dtype.isnative:
             raise TypeError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
@@ -151,6 +162,7 @@ class BatchNorm:
         self.activation = activation
         self.renorm = renorm
         self.dtype = dtype
+        self.inplace = inplace
         self.training = True
         self.parameters: dict[str, NDArray] = {
             name: np.full(shape, _INITIAL[name], dtype) for name in names
@@ -165,7 +177,14 @@ class BatchNorm:
         self._saved: Saved | None = None
         self._seen: Pairwise | None = None  # moments of batches, inside `_collecting`
 
-    def forward(self, x: X, residual: Array | None = None) -> X:
+    def forward(
+        self,
+        x: X,
+        residual: Array | None = None,
+        *,
+        groups: int | None = None,
+        offsets: Array | None = None,
+    ) -> X:
         """Normalise x with its own statistics in training, with the running ones in evaluation.
 
         Parameters
@@ -173,9 +192,12 @@ class BatchNorm:
         x : array
             Any floating dtype; the channel axes have the shape of the parameters. The layer keeps
             a reference until the next `forward`: do not modify x or the parameters before
-            `backward`.
+            `backward`. With `inplace`, x becomes y: it must be writable, and y must not be
+            modified before `backward`.
         residual : array shaped like x, optional
             Added before the activation.
+        groups, offsets : int, or array of int, optional
+            Parts of x with statistics of their own, as in `batch_norm_forward`.
 
         Returns
         -------
@@ -186,7 +208,11 @@ class BatchNorm:
         ------
         TypeError, ValueError
             As in `batch_norm_forward`; the running statistics do not change then.
+        ValueError
+            With `inplace`: a residual, a gamma of 0 in training, or an x that is read-only.
         """
+        if self.inplace:
+            self._check_inplace(x, residual)
         if type(x) is not np.ndarray or self._device is not None:
             self._follow(x)
         collecting = self._seen is not None
@@ -196,8 +222,12 @@ class BatchNorm:
             momentum = 1 / (self.num_batches_tracked + 1)
         elif self.debias and training and self.running_mean is not None:
             momentum = debiased(momentum, self.num_batches_tracked)
+        given = {"groups": groups, "offsets": offsets}
+        segments = {name: value for name, value in given.items() if value is not None}
         normalise = self._collect if collecting else self._normalise
         if self.renorm is not None and training and not collecting:
+            if segments:
+                raise ValueError(f"{', '.join(segments)} cannot be combined with renorm")
             normalise = self._renormalise
         y: X
         y, mean, rstd, *renorm, values = normalise(
@@ -213,18 +243,34 @@ class BatchNorm:
             axis=self.axis,
             residual=residual,
             activation=self.activation,
+            out=x if self.inplace else None,
+            **segments,
         )
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
-        fused = residual is not None and self.activation is not None
+        added, fused = residual is not None, self.activation is not None
         relu = fused and _checks.activation(self.activation) == "relu"
-        kept = y if relu else None, residual if fused and not relu else None
-        self._saved = Saved(x, mean, rstd, *kept, residual is not None, training, renorm)
+        kept_x = None if self.inplace else x
+        kept_y = y if self.inplace or (added and relu) else None
+        kept_residual = residual if fused and not relu else None
+        self._saved = Saved(
+            kept_x, mean, rstd, kept_y, kept_residual, added, training, renorm, segments
+        )
         return y
 
-    def __call__(self, x: X, residual: Array | None = None) -> X:
+    def __call__(self, x: X, residual: Array | None = None, **segments: Any) -> X:
         """Call `forward`."""
-        return self.forward(x, residual)
+        return self.forward(x, residual, **segments)
+
+    def _check_inplace(self, x: Array, residual: Array | None) -> None:
+        """Raise if y must not be written over x, or would not determine x_hat."""
+        if residual is not None:
+            raise ValueError("residual is given, and y does not determine x_hat with inplace=True")
+        _checks.mutable(x, "x", _OVERWRITTEN)
+        taken = take_floating(x, "x")
+        _checks.writable(taken, "x", _OVERWRITTEN)
+        if self.training and "weight" in self.parameters:
+            _checks.divisor(on_host(self.parameters["weight"]), taken.dtype)
 
     def _follow(self, x: Array) -> None:
         """Move parameters and statistics to the device of x, if they are elsewhere."""
@@ -319,6 +365,7 @@ class BatchNorm:
             axis=self.axis,
             activation=self.activation,
             output_mask=(True, gamma is not None, beta is not None, saved.residual),
+            **saved.segments,
         )
         for name, gradient in zip(_INITIAL, (dgamma, dbeta), strict=True):
             if gradient is not None:
@@ -471,10 +518,12 @@ class BatchNorm:
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine!r}, track_running_stats={self.track_running_stats}, "
             f"correction={self.correction}, axis={self.axis}, activation={self.activation!r}, "
-            f"{extras}dtype={self.dtype}, training={self.training})"
+            f"{extras}dtype={self.dtype}, {'inplace=True, ' * self.inplace}"
+            f"training={self.training})"
         )
 
 
+_OVERWRITTEN = "inplace=True writes y over it"
 _INITIAL = {"weight": 1, "bias": 0}
 _NAMES = {True: ("weight", "bias"), False: (), "gamma": ("weight",), "beta": ("bias",)}
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import home_of, on_its_device, take_floating
+from nbnorm._arrays import home_of, on_host, on_its_device, take_floating
 from nbnorm._running import move
 from nbnorm._typing import Array, NDArray
 
@@ -25,8 +25,9 @@ class Moments(NamedTuple):
 
     Attributes
     ----------
-    count : int
-        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0.
+    count : int or array of float64
+        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0. An array shaped
+        like `mean` where it differs: segments from ``offsets``.
     mean : array of float64
         Mean, with the shape of the channel axes: ``(C,)`` for one axis.
     m2 : array of float64
@@ -86,7 +87,9 @@ class Moments(NamedTuple):
         parts = [_taken(other, expected=mean.shape) for other in others]
         with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
             for count_b, mean_b, m2_b in parts:
-                if count == 0:
+                if not (isinstance(count, int) and isinstance(count_b, int)):
+                    count, mean, m2 = _merged(count, mean, m2, count_b, mean_b, m2_b)
+                elif count == 0:
                     count, mean, m2 = count_b, mean_b, m2_b
                 elif count_b > 0:
                     total = count + count_b
@@ -95,7 +98,7 @@ class Moments(NamedTuple):
                     m2 = m2 + m2_b + d * d * (count * count_b / total)
                     count = total
         home = home_of(self.mean)
-        return Moments(count, home(mean), home(m2))
+        return Moments(count if isinstance(count, int) else home(count), home(mean), home(m2))
 
     @on_its_device("self")
     def var(self, correction: int = 0) -> Array:
@@ -158,7 +161,9 @@ class Moments(NamedTuple):
         count, _, m2 = _taken(self)
         rstd = rstd_of(_var(count, m2, 0), eps)
         rstd = np.where(m2 == np.inf, np.nan, rstd)
-        return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
+        if isinstance(count, int):
+            return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
+        return home_of(self.mean)(np.where(count > 0, rstd, 0.0))
 
 
 class Pairwise:
@@ -283,7 +288,8 @@ def update_running_stats(
     ----------
     running_mean, running_var : array of shape moments.mean.shape
         float32, float64, float16 or bfloat16; the two dtypes may differ. NumPy arrays or any
-        objects with ``__dlpack__``.
+        objects with ``__dlpack__``. Moments of segments have an axis more, the first: running
+        statistics then move once, with the parts' means and variances averaged by count.
     moments : Moments
         Moments of a batch, or of several batches merged.
     momentum : float, default 0.1
@@ -337,10 +343,12 @@ def update_running_stats(
         "running_mean": take_floating(running_mean, "running_mean"),
         "running_var": take_floating(running_var, "running_var"),
     }
+    segments = mean.ndim > 1 and all(a.shape == mean.shape[1:] for a in running.values())
     for name, array in running.items():
-        if array.shape != mean.shape:
+        if array.shape != mean.shape[segments:]:
             raise ValueError(
-                f"{name} has shape {array.shape}, expected {mean.shape}, the shape of the moments"
+                f"{name} has shape {array.shape}, expected {mean.shape[segments:]}, "
+                "the shape of the moments"
             )
     if inplace:
         instead = "update_running_stats(..., inplace=False) returns new ones"
@@ -353,16 +361,43 @@ def update_running_stats(
         momentum = debiased(momentum, num_batches_tracked)
     var = _var(count, m2, correction)
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
-    if count > 0:
+    if segments:
+        mean, var = _average(count, mean), _average(count, var)
+    if bool(np.any(count > 0)):
         move(targets, (mean, var), momentum)
     if inplace:
         return running_mean, running_var
     return home_of(running_mean)(targets[0]), home_of(running_var)(targets[1])
 
 
-def _var(count: int, m2: NDArray, correction: float) -> NDArray:
+def _merged(
+    count: Any, mean: NDArray, m2: NDArray, count_b: Any, mean_b: NDArray, m2_b: NDArray
+) -> tuple[Any, NDArray, NDArray]:
+    """Return merged moments of which a count is an array."""
+    total = count + count_b
+    d, share = mean_b - mean, count_b / np.where(total == 0, 1, total)
+    mean = np.where(count == 0, mean_b, np.where(count_b == 0, mean, mean + d * share))
+    between = np.where((count == 0) | (count_b == 0), 0, d * d * (count * share))
+    return total, mean, m2 + m2_b + between
+
+
+def _average(count: Any, values: NDArray) -> NDArray:
+    """Return the average of values over the first axis, weighted by count; 0 without values."""
+    if isinstance(count, int):
+        equal: NDArray = values.mean(axis=0)
+        return equal
+    total = count.sum(axis=0)
+    average: NDArray = (count / np.where(total == 0, 1, total) * values).sum(axis=0)
+    return average
+
+
+def _var(count: Any, m2: NDArray, correction: float) -> NDArray:
     """Return M2 / (count - correction), or 0 without values; raise if there are too few."""
     correction = _checks.finite(correction, "correction")
+    if not isinstance(count, int):
+        least = int(min(on_host(count[count > 0]), default=0))
+        _checks.enough_values(least, correction, "{}", least)
+        return np.where(count > 0, m2 / np.where(count > 0, count - correction, 1), 0.0)
     if count == 0:
         return np.zeros_like(m2)
     _checks.enough_values(count, correction, "{}", count)
@@ -371,22 +406,34 @@ def _var(count: int, m2: NDArray, correction: float) -> NDArray:
 
 def _taken(
     moments: Moments, expected: tuple[int, ...] | None = None
-) -> tuple[int, NDArray, NDArray]:
-    """Return count, mean and M2 as an int and two float64 arrays of the same shape."""
+) -> tuple[Any, NDArray, NDArray]:
+    """Return count, mean and M2 as an int and two float64 arrays of the same shape.
+
+    The count is a third such array where it differs.
+    """
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be nbnorm.Moments, got {type(moments).__qualname__}")
-    try:
-        count = operator.index(moments.count)
-    except TypeError:
-        raise TypeError(f"moments.count must be an int, got {moments.count!r}") from None
-    if count < 0:
-        raise ValueError(f"moments.count must not be negative, got {count}")
     mean = take_floating(moments.mean, "moments.mean").astype(np.float64)
     m2 = take_floating(moments.m2, "moments.m2").astype(np.float64)
-    for name, array in (("moments.mean", mean), ("moments.m2", m2)):
+    arrays = [("moments.mean", mean), ("moments.m2", m2)]
+    if len(getattr(moments.count, "shape", ())) > 0:
+        count: Any = take_floating(moments.count, "moments.count").astype(np.float64)
+        arrays.append(("moments.count", count))
+    else:
+        count = _whole(moments.count)
+    if bool(np.any(count < 0)):
+        raise ValueError(f"moments.count must not be negative, got {count}")
+    for name, array in arrays:
         if array.shape != (mean.shape if expected is None else expected):
             raise ValueError(
                 f"{name} has shape {array.shape}, "
                 f"expected {mean.shape if expected is None else expected}"
             )
     return count, mean, m2
+
+
+def _whole(count: Any) -> int:
+    try:
+        return operator.index(count)
+    except TypeError:
+        raise TypeError(f"moments.count must be an int, got {count!r}") from None

@@ -8,8 +8,8 @@ them.
 
 The module is meant for reading and testing. It is slow, takes only NumPy arrays, does not check its
 arguments, and shares no arithmetic with the kernels. It computes in float64, or in longdouble if x
-is float64 or there is no x (folding, running statistics), and returns results in that dtype. Only
-`out` and running statistics updated in place are rounded to their own dtypes.
+is float64 or there is no x (folding, running statistics, backward from y), and returns results in
+that dtype. Only `out` and running statistics updated in place are rounded to their own dtypes.
 
 Examples
 --------
@@ -26,6 +26,8 @@ BatchNormBackward(dx=array([[0.],
 """
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -50,22 +52,36 @@ def batch_norm_forward(
     x: NDArray, gamma: OptArray = None, beta: OptArray = None, running_mean: OptArray = None,
     running_var: OptArray = None, *, training: bool = True, momentum: float = 0.1,
     eps: float = 1e-5, correction: int = 1, axis: Axis = 1, residual: OptArray = None,
-    activation: Activation = None, out: OptArray = None,
+    activation: Activation = None, groups: int | None = None, offsets: OptArray = None,
+    out: OptArray = None,
 ) -> BatchNormForward[NDArray]:  # fmt: skip
     """Algorithm 1; with ``training=False``, the same map with the running statistics.
 
     Returns y, with x's shape, and mean and rstd = 1/sqrt(var + eps), with that of the channel axes.
     """
+    parts: Any = {"groups": groups, "offsets": offsets}
     if training:
-        batch = batch_norm_stats(x, axis=axis)
-        mean, var = batch.mean, batch.m2 / max(batch.count, 1)
-        rstd = _rstd(var, eps) if batch.count > 0 else np.zeros_like(var)
+        batch = batch_norm_stats(x, axis=axis, **parts)
+        mean, var = batch.mean, batch.m2 / np.maximum(batch.count, 1)
+        rstd = np.where(np.equal(batch.count, 0), 0, _rstd(var, eps))
     else:
         assert running_mean is not None
         assert running_var is not None
         mean, rstd = _wide(running_mean, x), _rstd(_wide(running_var, x), eps)
+        if groups is not None or offsets is not None:  # the same for each part
+            number = len(_ends(x, axis, groups, offsets)) - 1
+            mean, rstd = np.stack([mean] * number), np.stack([rstd] * number)
     y = batch_norm_apply(
-        x, gamma, beta, mean, rstd, axis=axis, residual=residual, activation=activation, out=out
+        x,
+        gamma,
+        beta,
+        mean,
+        rstd,
+        axis=axis,
+        residual=residual,
+        activation=activation,
+        **parts,
+        out=out,
     )
     if training and running_mean is not None and running_var is not None:
         update_running_stats(
@@ -77,7 +93,8 @@ def batch_norm_forward(
 @_quiet
 def batch_norm_inference(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
-    axis: Axis = 1, residual: OptArray = None, activation: Activation = None, out: OptArray = None,
+    axis: Axis = 1, residual: OptArray = None, activation: Activation = None,
+    groups: int | None = None, offsets: OptArray = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Algorithm 2, line 11, before rearranging it to scale and shift (`fold_batch_norm`).
 
@@ -85,23 +102,31 @@ def batch_norm_inference(
     """
     rstd = _rstd(_wide(var, x), eps)
     return batch_norm_apply(
-        x, gamma, beta, mean, rstd, axis=axis, residual=residual, activation=activation, out=out
-    )
+        x, gamma, beta, mean, rstd, axis=axis, residual=residual, activation=activation,
+        groups=groups, offsets=offsets, out=out,
+    )  # fmt: skip
 
 
 @_quiet
 def batch_norm_backward(
-    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
+    dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     training: bool = True, axis: Axis = 1, activation: Activation = None,
+    groups: int | None = None, offsets: OptArray = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
 ) -> BatchNormBackward[NDArray]:  # fmt: skip
     """Section 3, "the gradients of loss l": the six equations in the order of the paper.
 
     Returns dx and dresidual, with x's shape, and dgamma and dbeta, with that of the channel axes.
-    Gradients not in `output_mask` are None, as is dresidual if neither `y` nor `residual`
-    is given.
+    Gradients not in `output_mask` are None, as is dresidual unless `y` is given with x, or
+    `residual`.
     """
+    if groups is not None or offsets is not None:
+        parts = _each(batch_norm_backward, locals())
+        dgamma, dbeta = (_gradient(parts, name, gamma) for name in ("dgamma", "dbeta"))
+        dx, dresidual = (_joined(parts, name, x, y, axis) for name in ("dx", "dresidual"))
+        return BatchNormBackward(dx, dgamma, dbeta, dresidual)
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     m, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     deviation = _wide(x, x) - _spread(mean, x, axis)
@@ -127,11 +152,19 @@ def batch_norm_backward(
 
 
 @_quiet
-def batch_norm_stats(x: NDArray, *, axis: Axis = 1) -> Moments:
+def batch_norm_stats(
+    x: NDArray, *, axis: Axis = 1, groups: int | None = None, offsets: OptArray = None,
+) -> Moments:  # fmt: skip
     """Algorithm 1, lines 1 and 2: mean and M2 = m var; both 0 if there are no values.
 
     Returns the count m and two arrays with the shape of the channel axes.
     """
+    if groups is not None or offsets is not None:
+        parts = _each(batch_norm_stats, locals())
+        means = np.stack([part.mean for part in parts])
+        counts = np.reshape([float(part.count) for part in parts], (-1,) + (1,) * (means.ndim - 1))
+        count: Any = parts[0].count if offsets is None else counts + np.zeros(means.shape)
+        return Moments(count, means, np.stack([part.m2 for part in parts]))
     m, over, kept = _reduction(x, axis)
     values = _wide(x, x)
     mean = np.sum(values, axis=over, keepdims=True) / max(m, 1)  # mean = 1/m sum_i x_i
@@ -154,13 +187,19 @@ def update_running_stats(
     With `num_batches_tracked`, the average divided by 1 - (1 - momentum)^t (Kingma & Ba, 2014).
     """
     new_mean, new_var = _long(running_mean), _long(running_var)
-    if moments.count > 0:
-        var = _long(moments.m2) / (moments.count - correction)
+    count, mean, m2 = np.asarray(moments.count), _long(moments.mean), _long(moments.m2)
+    if np.any(count > 0):
+        var = np.where(count > 0, m2 / (count - correction), 0)
+        if mean.ndim > running_mean.ndim:  # segments: mean and var averaged by count
+            share = _long(np.broadcast_to(count, mean.shape)) / np.sum(
+                np.broadcast_to(count, mean.shape), axis=0
+            )
+            mean, var = np.sum(share * mean, axis=0), np.sum(share * var, axis=0)
         weight, before, after = np.longdouble(momentum), np.longdouble(1), np.longdouble(1)
         if num_batches_tracked is not None:
             before = 1 - (1 - weight) ** num_batches_tracked
             after = 1 - (1 - weight) ** (num_batches_tracked + 1)
-        new_mean = ((1 - weight) * (new_mean * before) + weight * _long(moments.mean)) / after
+        new_mean = ((1 - weight) * (new_mean * before) + weight * mean) / after
         new_var = ((1 - weight) * (new_var * before) + weight * var) / after
     if not inplace:
         return new_mean, new_var
@@ -170,23 +209,32 @@ def update_running_stats(
 @_quiet
 def batch_norm_apply(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, *, axis: Axis = 1,
-    residual: OptArray = None, activation: Activation = None, out: OptArray = None,
+    residual: OptArray = None, activation: Activation = None, groups: int | None = None,
+    offsets: OptArray = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Algorithm 1, lines 3 and 4, then the residual and the activation; returns y."""
+    if groups is not None or offsets is not None:
+        y = _joined(_each(batch_norm_apply, locals()), None, x, None, axis)
+        return y if out is None else out
     xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
     return _store(_scaled(xhat, x, gamma, beta, axis, residual, activation), out)
 
 
 @_quiet
 def batch_norm_backward_reduce(
-    dy: NDArray, x: NDArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
+    dy: NDArray, x: OptArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     activation: Activation = None, axis: Axis = 1,
+    groups: int | None = None, offsets: OptArray = None,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
     Returns (sum_dy, sum_dy_xhat), with the shape of the channel axes.
     """
+    if groups is not None or offsets is not None:
+        sum_dy, sum_dy_xhat = zip(*_each(batch_norm_backward_reduce, locals()), strict=True)
+        return np.stack(sum_dy), np.stack(sum_dy_xhat)
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     _, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     return np.sum(dy, axis=over), np.sum(dy * _normalise(x, mean, rstd, axis), axis=over)
@@ -194,11 +242,16 @@ def batch_norm_backward_reduce(
 
 @_quiet
 def batch_norm_backward_apply(
-    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
+    dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
     sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
-    residual: OptArray = None, activation: Activation = None, axis: Axis = 1, out: OptArray = None,
+    residual: OptArray = None, activation: Activation = None, axis: Axis = 1,
+    groups: int | None = None, offsets: OptArray = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i combined (docs/math.md); returns dx."""
+    if groups is not None or offsets is not None:
+        dx = _joined(_each(batch_norm_backward_apply, locals()), None, x, y, axis)
+        return dx if out is None else out
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     xhat = _normalise(x, mean, rstd, axis)
     mean_dy = _spread(sum_dy, x, axis) / count
@@ -459,6 +512,24 @@ def _scaled(
     return _activate(y, activation)
 
 
+def _input(
+    x: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, y: OptArray,
+    axis: Axis,
+) -> tuple[NDArray, NDArray, OptArray]:  # fmt: skip
+    """Return x, mean and y; if x is None, solve y = gamma (x - mean) rstd + beta for x - mean.
+
+    The mean is then 0. Where rstd is 0, x - mean is 0 too.
+    """
+    if x is not None:
+        return x, mean, y
+    assert y is not None
+    gamma, beta = (given(a, n, None, y, True) for a, n in ((gamma, "gamma"), (beta, "beta")))
+    y = _long(y)
+    r = _spread(rstd, y, axis)
+    xhat = (y if beta is None else y - _spread(beta, y, axis)) / _spread(gamma, y, axis)
+    return np.where(r == 0, 0, xhat / r), np.zeros_like(mean), None
+
+
 def _through_activation(
     dy: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
     y: OptArray, residual: OptArray, activation: Activation, axis: Axis,
@@ -474,6 +545,52 @@ def _through_activation(
     v = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, residual=residual)
     slope = _activate(v, act, derivative=True)
     return np.where(slope, dy, 0) if act == "relu" else dy * slope
+
+
+# Segments: every function calls itself for each part of x, as for a batch of its own.
+_LIKE_X = ("dy", "x", "residual", "y", "out")
+
+
+def _ends(x: NDArray, axis: Axis, groups: int | None, offsets: Any) -> list[int]:
+    """Return where the parts of the first reduced axis begin, and the end of the last."""
+    length = x.shape[_reduction(x, axis)[1][0]]
+    return [length * g // groups for g in range(groups + 1)] if groups else list(offsets)
+
+
+def _each(function: Any, arguments: dict[str, Any]) -> list[Any]:
+    """Call a function for each part of x; parameters may have a row for each part."""
+    axis = arguments["axis"]
+    x: NDArray = arguments["x"] if arguments["x"] is not None else arguments["y"]
+    first, kept = _reduction(x, axis)[1][0], x.ndim - len(_reduction(x, axis)[1])
+    results = []
+    for g, ends in enumerate(pairwise(_ends(x, axis, arguments["groups"], arguments["offsets"]))):
+        part = {}
+        for name, value in arguments.items():
+            if name in ("groups", "offsets"):
+                continue
+            if name in _LIKE_X and value is not None:
+                value = value[(slice(None),) * first + (slice(*ends),)]
+            elif isinstance(value, np.ndarray) and value.ndim > kept:
+                value = value[g]
+            part[name] = value.flat[0] if name == "count" and np.ndim(value) else value
+        results.append(function(**part))
+    return results
+
+
+def _joined(parts: list[Any], name: str | None, x: OptArray, y: OptArray, axis: Axis) -> Any:
+    """Return results of x's shape, or those of this name, as one array; None if they are None."""
+    arrays = [part if name is None else getattr(part, name) for part in parts]
+    large = y if x is None else x
+    assert large is not None
+    return None if arrays[0] is None else np.concatenate(arrays, _reduction(large, axis)[1][0])
+
+
+def _gradient(parts: list[Any], name: str, gamma: OptArray) -> OptArray:
+    """Return the parts' gradients of a parameter, added unless gamma has a row for each part."""
+    rows = [getattr(part, name) for part in parts]
+    if rows[0] is None:
+        return None
+    return np.stack(rows) if gamma is not None and gamma.ndim > rows[0].ndim else sum(rows)
 
 
 def _store(values: NDArray, out: OptArray) -> NDArray:

@@ -309,7 +309,7 @@ def batch_renorm_backward(
     >>> grads.dgamma, grads.dbeta
     (array([0.5]), array([1.5]))
     """
-    call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
+    call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y, residual=residual)
     frame, wanted = call.frame, call.wanted(output_mask)
     r_, d_ = (frame.statistic(frame.required(a, name)) for a, name in ((r, "r"), (d, "d")))
     frame.out(out, inplace="dy")

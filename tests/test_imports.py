@@ -24,6 +24,7 @@ LAYERS = (
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.renorm",),
     ("nbnorm.functional", "nbnorm.second_order"),
+    ("nbnorm._segments",),
     ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
     ("nbnorm._arrays",),
     ("nbnorm._checks",),

@@ -120,6 +120,35 @@ def dx_tolerance(dy, x, gamma, mean, rstd, *, axis, training=True):
     return UNITS * one_unit(np.abs(factor) * scale, x.dtype)
 
 
+def inverse(gamma, beta, rstd, like):
+    """Return (mean, rstd, gamma) with which y, in place of x, has the same x_hat and gamma rstd.
+
+    They are beta, 1 / gamma and gamma^2 rstd. `like` has the shape of a parameter.
+    """
+    gamma = np.ones(like.shape) if gamma is None else gamma.astype(np.float64)
+    beta = np.zeros(like.shape) if beta is None else beta.astype(np.float64)
+    return beta, (rstd != 0) / gamma, gamma * gamma * rstd
+
+
+def from_y_tolerance(dy, x, gamma, beta, mean, rstd, *, axis, training=True):
+    """Return how far dx and dgamma from y may be from those from x, beside the usual errors.
+
+    A y that is off by e makes x_hat off by e / |gamma|, and so the sum of dy x_hat by e / |gamma|
+    times the sum of |dy|. In dx / (gamma rstd), x_hat mean(dy x_hat) is off by the products of
+    one factor with the error of the other, and of both errors.
+    """
+    over = reduced_axes(x.ndim, axis)
+    xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
+    error = y_tolerance(x, gamma, beta, mean, rstd, axis=axis) / np.abs(spread(gamma, x, axis))
+    error = np.broadcast_to(error, x.shape).max(axis=over, keepdims=True, initial=0)
+    dy = widened(dy)
+    mean_error = np.mean(np.abs(dy), axis=over, keepdims=True) * error
+    mean_dy_xhat = np.mean(dy * xhat, axis=over, keepdims=True)
+    product = _most(xhat, axis) * mean_error + error * (np.abs(mean_dy_xhat) + mean_error)
+    count = dy.size // max(mean_error.size, 1)
+    return np.abs(factor) * product * training, mean_error.reshape(mean.shape) * count
+
+
 def sums_tolerance(dy, x, mean, rstd, *, axis):
     """Four units at the sum of absolute terms, for sum_dy and sum_dy_xhat."""
     xhat = terms_of(x, None, mean, rstd, axis).xhat

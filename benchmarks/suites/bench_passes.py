@@ -4,6 +4,7 @@
 steps return new results, as in users' programs.
 """
 
+import nbnorm
 from benchmarks.peers import OPS, PEERS, Batch
 from benchmarks.shapes import SHAPES, name_of, shape_of
 
@@ -72,3 +73,26 @@ class Dtypes:
 
     def time_op(self, op, name, layout, dtype):
         self.call()
+
+
+class Segments:
+    """Training forward and backward with statistics for all of x, for 32 parts and per sample."""
+
+    params = (["32x256x56x56", "128x256x14x14", "8192x256"], [1, 32, "samples"])
+    param_names = ("shape", "groups")
+
+    def setup(self, name, groups):
+        batch = Batch(shape_of(name))
+        self.x, self.dy = batch.x, batch.dy
+        self.groups = len(self.x) if groups == "samples" else groups
+        if self.x[0].size == self.x.shape[1] and groups == "samples":
+            raise NotImplementedError("a sample has one value per channel")
+        self.time_forward(name, groups)
+        self.time_backward(name, groups)
+
+    def time_forward(self, name, groups):
+        result = nbnorm.batch_norm_forward(self.x, groups=self.groups)
+        self.mean, self.rstd = result.mean, result.rstd
+
+    def time_backward(self, name, groups):
+        nbnorm.batch_norm_backward(self.dy, self.x, None, self.mean, self.rstd, groups=self.groups)

@@ -177,10 +177,12 @@ def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
     """Whether a backward call is ordinary; out is None if dx goes to a new array."""
     site = site_of(numbers)
     form = form_of(numbers, site)
+    size = site.N * site.C * site.S
     if not (
         like_x(x, site, form, ALIGNED)
         and like_x(dy, site, form, ALIGNED)
         and like_or_none(y, site, form)
+        and apart(bytes_of(x, site, size), bytes_of(y, site, size))  # else y was written over x
         and parameter(gamma, site, site.dtype, ALIGNED)
         and parameter(beta, site, site.dtype, ALIGNED)
         and given(mean, site)
@@ -193,7 +195,7 @@ def backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
         return True
     if not writable_apart(out, dy, (x, y), (gamma, beta), site, form):
         return False
-    there = bytes_of(out, site, site.N * site.C * site.S)
+    there = bytes_of(out, site, size)
     return apart(there, (data(mean), data(mean) + 8 * site.C)) and (
         apart(there, (data(rstd), data(rstd) + 8 * site.C))
     )

@@ -96,9 +96,9 @@ def sync_batch_norm_forward(
     activation : None, str or Activation, default None
         Applied last.
     out : array of x's shape and dtype, optional
-        Array to write y to. It may be x itself, but x is then **overwritten** and the backward
-        pass needs it: in training, copy x first or use another `out`. It must not overlap an input
-        in any other way.
+        Array to write y to. It may be x itself, which is then **overwritten**: pass
+        ``None, ..., y=y`` to the backward function instead of x. It must not overlap an input in
+        any other way.
 
     Returns
     -------
@@ -244,9 +244,9 @@ def sync_batch_norm_backward(
     ----------
     dy : array of x's shape and dtype
         Gradient of this rank's y. Any strides, including broadcast ones.
-    x : array, at least 2-d
-        This rank's input of the forward call. If that wrote y over it (``out=x``), pass a copy
-        made before.
+    x : array, at least 2-d, or None
+        This rank's input of the forward call. If that wrote y over it (``out=x``), pass None and
+        `y`, as in `batch_norm_backward`.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -258,10 +258,11 @@ def sync_batch_norm_backward(
         As in the forward call.
     beta : array of the shape of the channel axes, or None
         As in the forward call. The derivative of an activation depends on it, so pass it (None if
-        the forward call had none); with ReLU `y` will do. Without activation it may be omitted.
+        the forward call had none); with ReLU `y` will do. Without activation it may be omitted,
+        unless x is None.
     y : array of x's shape and dtype, optional
         Result of the forward call, required with ReLU if that added a residual: the mask is then
-        y > 0, and dresidual is returned.
+        y > 0, and dresidual is returned. If x is None, x_hat is computed from `y`.
     residual : array of x's shape and dtype, optional
         Residual of the forward call, required with another activation; dresidual is then returned.
     training : bool, default True
@@ -325,7 +326,9 @@ def sync_batch_norm_backward(
 
     def check() -> tuple[tuple[BackwardCall, Wanted, Out | None, int], Header]:
         """Check the arguments, including count; add what the ranks must agree on."""
-        call = check_backward(dy, x, gamma, mean, rstd, beta, y, residual, axis, activation)
+        call = check_backward(
+            dy, x, gamma, mean, rstd, beta, axis, activation, y=y, residual=residual
+        )
         wanted, out_ = call.wanted(output_mask), call.frame.out(out, inplace="dy")
         m = _checks.count(count, call.frame.x)
         common = common_fields(call.frame, call.activation)

@@ -77,6 +77,8 @@ class SyncBatchNorm(BatchNorm):
             alone = super()._normalise(x, training, **options)
             self._count = None
             return alone
+        if not {"groups", "offsets"}.isdisjoint(options):
+            raise ValueError("groups and offsets are not supported in a synchronised batch")
         y, mean, rstd, self._count = sync_batch_norm_forward(x, comm=self.comm, **options)
         # Count the values of all ranks: a batch that is empty on this rank still counts as one.
         return y, mean, rstd, self._count * math.prod(mean.shape)

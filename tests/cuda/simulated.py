@@ -6,6 +6,7 @@ Blocks have two warps and chunks few values, so that small shapes have many of b
 import inspect
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ from tolerances import (
     assert_same_bits,
     assert_within,
     dx_tolerance,
+    inverse,
     m2_tolerance,
     mean_tolerance,
     relative_unit,
@@ -275,6 +277,64 @@ def test_results_are_the_oracles(arena, shape, dtype, mode):
 def test_gamma_and_beta_may_be_float64(arena, shape, dtype, mode):
     recipe = Recipe(shape, 1, dtype, gamma_dtype="float64", beta_dtype="float64")
     Run(arena, recipe, mode).check()
+
+
+@both
+@pytest.mark.parametrize("ends", [(0, 1, 1, 4), None], ids=["parts", "samples"])
+def test_segments(arena, shape, ends):
+    """Slices of N, and parts of one sample each, which are channels of one array."""
+    from nbnorm._segments import Segmented  # imports the CPU's kernels
+
+    recipe = Recipe((4, *shape[1:]), 1, offset=3.0)
+    ends = list(range(5)) if ends is None else list(ends)
+    G, C, counts = len(ends) - 1, shape[1], [n * shape[2] for n in np.diff(ends)]
+    memory = SimpleNamespace(zeros=np.zeros, contiguous=np.ascontiguousarray)
+    segmented = Segmented(backend, memory, ends, C, counts)
+    x, dy = arena.given(recipe.x()), arena.given(recipe.like_x(5))
+    gamma, beta = (np.tile(a, G) for a in (recipe.gamma(), recipe.beta()))
+    y, applied, dx, split = (arena.wanted(x) for _ in range(4))
+    mean, m2, rstd = segmented.forward(x, gamma, beta, recipe.eps, None, False, y)
+    assert_same_bits(segmented.stats(x)[1], m2, "M2")
+    segmented.apply(x, gamma, beta, mean, rstd, None, False, applied)
+    assert_same_bits(applied, y, "y")
+    sums = segmented.backward(dy, x, gamma, mean, rstd, None, None, dx, None)
+    assert_same_bits(segmented.backward_reduce(dy, x, gamma, mean, rstd, None, None), sums, "sums")
+    rest = dy, x, gamma, mean, rstd
+    segmented.backward_apply(*rest, sums, counts, None, None, split, None)
+    assert_same_bits(split, dx, "dx")
+    for g in range(G):
+        n, c = slice(ends[g], ends[g + 1]), slice(g * C, (g + 1) * C)
+        if counts[g]:
+            ref = reference.batch_norm_forward(x[n], gamma[c], beta[c], eps=recipe.eps)
+            error = y_tolerance(x[n], gamma[c], beta[c], ref.mean, ref.rstd, axis=1)
+            assert_within(y[n], ref.y, error, "y")
+            back = dy[n], x[n], gamma[c], mean[c], rstd[c]
+            assert_within(dx[n], reference.batch_norm_backward(*back).dx,
+                          dx_tolerance(*back, axis=1), "dx")  # fmt: skip
+
+
+@dtypes
+@both
+def test_backward_from_y(arena, shape, dtype):
+    """y in place of x, with parameters of both signs; what `functional` passes to the backend."""
+    recipe = Recipe(shape, 1, dtype, offset=3.0)
+    gamma, beta = recipe.gamma(), recipe.beta()
+    y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta)
+    y, dy = arena.given(y.astype(dtype_of(dtype))), arena.given(recipe.like_x(5))
+    dx, frozen = arena.wanted(y), arena.wanted(y)
+    center, over_gamma, factor = inverse(gamma, beta, rstd.astype(np.float64), mean)
+    rest = dy, y, factor, center, over_gamma
+    sums = call("backward", *rest, None, None, dx, None)
+    call("backward_apply", *rest, None, 1, None, None, frozen, None)
+    for training, got in ((True, dx), (False, frozen)):
+        ref = reference.batch_norm_backward(
+            dy, None, gamma, mean, rstd, beta=beta, y=y, training=training
+        )
+        error = dx_tolerance(dy, y, *rest[2:], axis=1, training=training)
+        assert_within(got, ref.dx, error, "dx")
+    dbeta_error, dgamma_error = sums_tolerance(dy, y, center, over_gamma, axis=1)
+    assert_within(sums[0], ref.dbeta, dbeta_error, "sum dy")
+    assert_within(sums[1], ref.dgamma, dgamma_error, "sum dy x_hat")
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 255), (9, 3, 144), (40, 260, 1), (3, 2, 256)], ids=str)
