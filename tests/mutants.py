@@ -109,7 +109,7 @@ FROM_Y = of(
         ("return gamma * gamma * rstd", "return gamma * rstd"),
         ("beta, (rstd != 0) / gamma", "beta, 1 / gamma"),
         ("        _checks.invertible(activation)", "        pass"),
-        ("needed, instead = from_y or (relu", "needed, instead = (relu"),
+        ("\"beta\", activation, y, from_y)", "\"beta\", activation, y)"),
         ('large, name = (y, "y") if from_y', 'large, name = (y, "x") if from_y'),
     ),
 ) + of(
@@ -127,7 +127,7 @@ FROM_Y = of(
         "test_from_y.py",
         ("out=x if self.inplace else None", "out=None"),
         ("kept_x = None if self.inplace else x", "kept_x = x"),
-        ("if self.training and self.affine:", "if self.affine:"),
+        ("if self.training and \"weight\" in", "if \"weight\" in"),
         ('_checks.writable(taken, "x", _OVERWRITTEN)', "pass"),
     ),
 ) + of(
@@ -531,7 +531,7 @@ LAYER = of(
     (
         "test_alone.py",
         ("gamma=ones_like(beta) if gamma is None and beta is not None else gamma", "gamma=gamma"),
-        ("gamma is not None, beta is not None, saved.y", "True, True, saved.y"),
+        ("gamma is not None, beta is not None, saved.residual", "True, True, saved.residual"),
         ("except (KeyError, TypeError):", "except KeyError:"),
     ),
     (
@@ -623,7 +623,7 @@ DISK = of(
         ("*_VERSIONS, sources.IMPORTED)", "*_VERSIONS)"),
         ("(self._name, str(sig),", "(str(sig),"),
         ("sha256(key + content)", "sha256(content)"),
-        ("if sources.now() != sources.IMPORTED or not", "if not"),
+        ("in str(sig) or sources.now() != sources.IMPORTED:", "in str(sig):"),
         (
             "                part.replace(path)",
             "                path.write_bytes(part.read_bytes())",
@@ -962,6 +962,27 @@ THREADS = of(
     ),
 )
 
+ACTIVATIONS = of(
+    "activations",
+    (
+        "test_activations.py",
+        ("return one if v > zero else slope", "return one if v >= zero else slope"),
+        ("below = zero if u <= zero else v", "below = v"),
+        ("if not np.isfinite(number):", "if False:"),
+        ("if name not in known:", "if False:"),
+    ),
+)
+
+FUNCTIONS = of(
+    "cpu/functions",
+    (
+        "test_activations.py",
+        ("return zero if a > most else e", "return e"),
+        ("a = flat if a > flat else a", "a = a"),
+        ("multiply_add(-half, rest, one)", "one"),
+    ),
+)
+
 MUTANTS = [
     *(
         *LAYOUT,
@@ -990,5 +1011,5 @@ MUTANTS = [
         *ON_GPU,
     ),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
-    *(*LAUNCH, *HOST, *THREADS, *SECOND_ORDER),
+    *(*LAUNCH, *HOST, *THREADS, *SECOND_ORDER, *ACTIVATIONS, *FUNCTIONS),
 ]
