@@ -2,19 +2,21 @@
 
 The forward pass runs once, outside the trace. autograd records a primitive that only returns the
 result, so statistics are computed and updated once however many traces there are. The gradient of
-that primitive is one backward pass for all requested arguments. It is itself a primitive, so that a
-second derivative raises an error.
+that primitive is one backward pass for all requested arguments. It is itself a primitive, and so is
+its own gradient, the second derivative. A third raises an error.
 """
 
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 from autograd.extend import defvjp_argnums, primitive
 from autograd.tracer import getval, isbox
 
 from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import batch_norm_apply, batch_norm_backward, batch_norm_forward
+from nbnorm.second_order import batch_norm_double_backward
 
 __all__ = ["batch_norm"]
 
@@ -77,7 +79,7 @@ def batch_norm(
     ValueError
         As in `nbnorm.batch_norm_forward`.
     RuntimeError
-        A second derivative is requested; it is not implemented.
+        A third derivative is requested.
     NotImplementedError
         Forward mode is requested (`autograd.make_jvp`).
 
@@ -86,6 +88,7 @@ def batch_norm(
     Implements Algorithm 1 and the gradients in section 3 of Ioffe & Szegedy (2015). One backward
     pass computes the requested gradients and no others. It reuses mean and rstd from the forward
     pass and keeps x, and y if ReLU follows a residual. Each gradient has its argument's dtype.
+    Second derivatives are those of `nbnorm.batch_norm_double_backward`.
 
     Tools that evaluate a function twice update its running statistics twice:
     `autograd.checkpoint`, `autograd.test_util.check_grads`.
@@ -133,10 +136,10 @@ def _batch_norm(
 
 
 def _differentiate(
-    argnums: tuple[int, ...], y: Array, arguments: tuple[Any, ...], _: dict[str, Any]
+    argnums: tuple[int, ...], _: Array, arguments: tuple[Any, ...], __: dict[str, Any]
 ) -> Callable[[Array], tuple[Array, ...]]:
     """Return a function that maps dy to the gradients of the arguments in `argnums`."""
-    x, gamma, beta, residual, _, mean, rstd, training, axis, activation = arguments
+    x, gamma, beta, residual, y, mean, rstd, training, axis, activation = arguments
     of_x, of_gamma, of_beta, of_residual = (i in argnums for i in range(4))
     added = residual is not None and activation is None  # the residual's gradient is dy
     mask = of_x, of_gamma, of_beta, of_residual and not added
@@ -186,15 +189,76 @@ def _gradients(
     return tuple(grad for grad in (dx, dgamma, dbeta, dresidual) if grad is not None)
 
 
-def _no_second_derivative(*_: object) -> Callable[[Array], NoReturn]:
+def _differentiate_gradients(
+    argnums: tuple[int, ...], _: Any, arguments: tuple[Any, ...], __: dict[str, Any]
+) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
+    """Return a function that maps gradients of `_gradients` to those of its arguments."""
+    *given, mask = arguments
+
+    def gradients(grads: tuple[Array, ...]) -> tuple[Array, ...]:
+        of_results = iter(grads)
+        directions = [next(of_results) if wanted else None for wanted in mask]
+        found = _second(*directions, *given)
+        return tuple(found[i] for i in argnums)
+
+    return gradients
+
+
+@primitive
+def _second(
+    ddx: NDArray | None,
+    ddgamma: NDArray | None,
+    ddbeta: NDArray | None,
+    ddresidual: NDArray | None,
+    dy: NDArray,
+    x: NDArray,
+    gamma: NDArray | None,
+    beta: NDArray | None,
+    mean: NDArray,
+    rstd: NDArray,
+    y: NDArray | None,
+    training: bool,
+    axis: Axis,
+    activation: Activation,
+) -> tuple[NDArray, ...]:
+    """Return the gradients of dy, x, gamma and beta, on which `_gradients` depends.
+
+    ReLU passes or stops gradients, which does not depend on how large its input is. So beta, which
+    only shifts that, has a gradient of 0.
+    """
+    passed: Any = True
+    if activation is not None:
+        if y is None:
+            y = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, activation=activation)
+        passed = y > 0
+    ddy, dx, dgamma = batch_norm_double_backward(
+        None if ddx is None else ddx.astype(x.dtype, copy=False),
+        ddgamma,
+        ddbeta,
+        np.where(passed, dy, np.zeros_like(dy)),
+        x,
+        gamma,
+        mean,
+        rstd,
+        training=training,
+        axis=axis,
+    )
+    if ddresidual is not None:
+        ddy = ddy + ddresidual
+    dbeta = dgamma if beta is None else np.zeros_like(beta)
+    return np.where(passed, ddy, np.zeros_like(ddy)), dx, dgamma, dbeta
+
+
+def _no_third_derivative(*_: object) -> Callable[[Array], NoReturn]:
     def refuse(_: Array) -> NoReturn:
         raise RuntimeError(
-            "nbnorm's batch_norm has no second derivative; for Hessians or gradient penalties "
-            "compose batch normalization from functions of autograd.numpy"
+            "nbnorm's batch_norm has derivatives up to the second; for a third compose batch "
+            "normalization of autograd.numpy's functions"
         )
 
     return refuse
 
 
 defvjp_argnums(_batch_norm, _differentiate)
-defvjp_argnums(_gradients, _no_second_derivative)
+defvjp_argnums(_gradients, _differentiate_gradients)
+defvjp_argnums(_second, _no_third_derivative)

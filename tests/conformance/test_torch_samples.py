@@ -14,8 +14,8 @@ The two differ intentionally, as the tests show:
 - mean and rstd are float64 for every dtype. In evaluation nbnorm returns the statistics it used,
   PyTorch empty tensors.
 - Wrong arguments raise TypeError or ValueError where PyTorch's kernels raise RuntimeError.
-- nbnorm rejects second derivatives (RuntimeError) and forward mode (NotImplementedError), for which
-  the tables also have samples.
+- nbnorm rejects third derivatives (RuntimeError) and forward mode of forward mode
+  (NotImplementedError).
 - Running statistics that require grad raise TypeError, in PyTorch RuntimeError.
 """
 
@@ -42,7 +42,7 @@ torch = pytest.importorskip("torch", reason="PyTorch's samples need PyTorch")
 pytest.importorskip("expecttest", reason="PyTorch's internal test tables need expecttest")
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 in NumPy needs ml_dtypes")
 
-from torch.autograd import forward_ad  # noqa: E402
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db  # noqa: E402
@@ -468,17 +468,23 @@ def test_wrong_arguments_raise_in_both(spoilt, our_error, their_error):
                 assert tensor is None or tensor.equal(given[name])
 
 
-# PyTorch compiles decompositions with the deprecated torch.jit.script for the first dual tensor.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+# PyTorch compiles decompositions by torch.jit.script, deprecated by itself, for the first dual.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 @of_samples("nn.functional.batch_norm")
-def test_second_derivatives_and_forward_mode_are_refused(call):
+def test_second_derivatives_and_forward_mode(call):
+    """As PyTorch checks its own: against differences, in float64."""
     given = Call(*map(fresh, call))
-    y = integration.batch_norm(*given)
-    (dx,) = torch.autograd.grad(y.square().sum(), given.input, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    if given.input.dtype != torch.float64:
+        y = integration.batch_norm(*given)
+        (dx,) = torch.autograd.grad(y.square().sum(), given.input, create_graph=True)
         dx.sum().backward()
-    given = Call(*map(fresh, call))
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(given.input, torch.ones_like(given.input))
-        with pytest.raises(NotImplementedError, match="forward"):
-            integration.batch_norm(dual, *given[1:])
+        assert given.input.grad.isfinite().all()
+        return
+
+    def function(x, weight, bias):
+        mean, var = (fresh(t, grad=False) for t in call[1:3])
+        return integration.batch_norm(x, mean, var, weight, bias, *given[5:])
+
+    inputs = given.input, given.weight, given.bias
+    assert gradcheck(function, inputs, check_forward_ad=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True)

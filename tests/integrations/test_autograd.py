@@ -3,6 +3,7 @@
 import doctest
 import re
 import weakref
+from itertools import product
 
 import numpy as onp
 import pytest
@@ -324,30 +325,76 @@ def test_running_statistics_that_are_differentiated_are_refused(name, training):
         assert_same_bits(array, before[key])
 
 
-@pytest.mark.parametrize("name", ["x", "gamma", "beta", "residual"])
+def composed(x, gamma, beta, residual, running_mean, running_var, *, training, activation):
+    """Batch normalization of autograd.numpy's functions, for channels along axis 1."""
+    over = tuple(i for i in range(x.ndim) if i != 1)
+    shape = [-1 if i == 1 else 1 for i in range(x.ndim)]
+    mean, var = (r.reshape(shape) for r in (running_mean, running_var))
+    if training:
+        mean = np.mean(x, axis=over, keepdims=True)
+        var = np.mean((x - mean) ** 2, axis=over, keepdims=True)
+    y = np.reshape(gamma, shape) * (x - mean) / np.sqrt(var + 1e-5) + np.reshape(beta, shape)
+    y = y if residual is None else y + residual
+    return np.maximum(y, 0) if activation else y
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_a_second_derivative_is_refused(name, activation):
+@modes
+def test_second_derivatives(training, activation, with_residual):
+    """Of every pair of arguments, against batch normalization of autograd's own functions."""
     b = drawn("NC", residual=True)
-    function = function_of(b, (name,), activation=activation)
-    first = elementwise_grad(lambda array: function(array) ** 2)
-    array = b.differentiable[name]
-    first(array)
-    if name == "residual" and activation is None:  # linear, and not computed by nbnorm
-        assert_same_bits(elementwise_grad(first)(array), onp.full_like(array, 2))
-        return
-    with pytest.raises(RuntimeError, match=r"no second derivative.*autograd\.numpy"):
-        elementwise_grad(first)(array)
+    arguments = [b.x, b.gamma, b.beta, *([b.residual] if with_residual else [])]
+    options = {"training": training, "activation": activation}
+
+    def ours(x, gamma, beta, residual=None):
+        running = b.running_mean.copy(), b.running_var.copy()
+        return batch_norm(x, gamma, beta, *running, residual=residual, **options)
+
+    def theirs(x, gamma, beta, residual=None):
+        return composed(x, gamma, beta, residual, b.running_mean, b.running_var, **options)
+
+    for i, j in product(range(len(arguments)), repeat=2):
+        hessians = []
+        for function in (ours, theirs):
+
+            def loss(*given, f=function):
+                return np.sum(b.dy * f(*given) ** 3)
+
+            hessians.append(jacobian(grad(loss, i), j)(*arguments))
+        onp.testing.assert_allclose(*hessians, rtol=1e-9, atol=1e-9)
 
 
-def test_a_mixed_second_derivative_is_refused():
+def test_a_mixed_second_derivative():
     b = drawn("NC")
 
     def first(x):
         return grad(lambda gamma: np.sum(b.dy * batch_norm(x, gamma)))(b.gamma)
 
-    first(b.x)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        jacobian(first)(b.x)
+    def of_composed(x):
+        def loss(gamma):
+            y = composed(
+                x, gamma, b.beta, None, b.running_mean, b.running_var,
+                training=True, activation=None,
+            )  # fmt: skip
+            return np.sum(b.dy * y)
+
+        return grad(loss)(b.gamma)
+
+    results = (jacobian(f)(b.x) for f in (first, of_composed))
+    onp.testing.assert_allclose(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["x", "gamma"])
+def test_a_third_derivative_is_refused(name):
+    b = drawn("NC")
+    function = function_of(b, (name,))
+    first = elementwise_grad(lambda array: function(array) ** 2)
+    second = elementwise_grad(lambda array: first(array) ** 2)
+    array = b.differentiable[name]
+    second(array)
+    with pytest.raises(RuntimeError, match=r"up to the second.*autograd\.numpy"):
+        elementwise_grad(second)(array)
 
 
 def test_a_gradient_within_a_function_that_is_differentiated():

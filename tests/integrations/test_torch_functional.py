@@ -8,10 +8,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the integration of PyTorch needs PyTorch")
 
 from torch import nn  # noqa: E402
-from torch.autograd import gradcheck  # noqa: E402
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch_cases import (  # noqa: E402
     BACKWARD,
+    CLOSE,
     FORWARD,
     SHAPE,
     _seed,  # noqa: F401
@@ -359,17 +360,49 @@ def test_several_gradients_in_one_pass():
         close(ours, expected)
 
 
-def test_second_derivative_is_refused():
-    x = drawn(grad=True)
-    weight, bias = parameters(grad=True)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+def test_second_derivatives_against_differences(training, relu, with_residual):
+    x, (weight, bias) = drawn((4, 3, 5), grad=True), parameters(grad=True)
+    residual = drawn((4, 3, 5), grad=True) if with_residual else None
+    running = statistics()
+
+    def function(x, weight, bias, residual):
+        kept = (r.clone() for r in running)
+        return batch_norm(x, *kept, weight, bias, training, residual=residual, relu=relu)
+
+    inputs = x, weight, bias, residual
+    assert gradcheck(function, inputs, check_forward_ad=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (40, 3)])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_second_derivatives_in_every_dtype(dtype, shape):
+    """Against PyTorch's in float64, of the same values."""
+    drawn_ = drawn(shape), *parameters(), drawn(shape), drawn(shape)
+    given = [t.to(dtype) for t in drawn_]
+    results = []
+    for function, of in (batch_norm, dtype), (theirs, torch.float64):
+        x, weight, bias, dy, ddx = (t.to(of).requires_grad_() for t in given)
+        y = function(x, None, None, weight, bias, training=True)
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        results.append(torch.autograd.grad(dx, [x, weight, dy], ddx.detach()))
+        assert results[-1][0].dtype == of
+    for ours, expected in zip(*results, strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(ours.double() / scale, expected / scale, **CLOSE[dtype])
+
+
+def test_a_third_derivative_is_refused():
+    x, (weight, bias) = drawn(grad=True), parameters(grad=True)
     y = batch_norm(x, None, None, weight, bias, training=True)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    assert dx.requires_grad
-    with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.nn\.functional"):
-        dx.square().sum().backward()
-    # The first derivative is the same with and without its own graph.
-    y = batch_norm(x, None, None, weight, bias, training=True)
-    close(torch.autograd.grad(y.square().sum(), x)[0], dx.detach())
+    (second,) = torch.autograd.grad(dx.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"up to the second.*torch\.nn\.functional"):
+        second.sum().backward()
 
 
 def test_what_is_kept_for_backward():

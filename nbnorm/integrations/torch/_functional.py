@@ -67,9 +67,10 @@ def batch_norm(
         training, a channel has a single value, running statistics have the negative bit
         (``is_neg()``), or `torch.func.vmap` does not map over them.
     RuntimeError
-        A second derivative is requested; it is not implemented.
+        A third derivative is requested.
     NotImplementedError
-        Forward mode is requested (`torch.func.jvp`, ``jacfwd``, ``hessian``).
+        Forward mode of forward mode is requested (``jacfwd`` of ``jacfwd``), or
+        `torch.func.linearize`.
 
     Notes
     -----
@@ -77,9 +78,10 @@ def batch_norm(
     are computed in float64 for all dtypes. Autocast does not apply: if it has made input bfloat16,
     convert residual as well.
 
-    `torch.func`'s ``grad``, ``vjp``, ``jacrev`` and ``vmap`` work; ``vmap`` makes one call per
-    sample. They do not work inside `torch.compile`, which supports gradients only through
-    `torch.autograd`.
+    Second derivatives and forward mode are computed by `nbnorm.batch_norm_double_backward` and
+    `nbnorm.batch_norm_jvp`. `torch.func`'s ``grad``, ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``,
+    ``hessian`` and ``vmap`` work; ``vmap`` makes one call per sample. ``grad`` and ``vmap`` also
+    work inside `torch.compile`.
 
     The backward pass keeps input, weight, and the float64 mean and rstd; with ReLU also bias, or
     the result if ReLU follows a residual.
@@ -145,12 +147,48 @@ def normalise(
         y = _Eager.apply(*arguments, seen)  # type: ignore[no-untyped-call]
         return y
     if _tensors.transformed():
-        y, *_ = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_dynamo_compiling():
+            # torch.compile would trace the Function, whose forward mode and vmap it does not know.
+            from torch._dynamo.comptime import comptime
+
+            comptime(_keep_in_graph)
+        y = _transformed(*arguments)
     else:
         y, *_ = _operators.record(*arguments)
     if seen:  # the operators do not return M2
         _operators.see(input, seen)
     return y
+
+
+def _transformed(*arguments: Any) -> Tensor:
+    """Compute `batch_norm` within a `torch.func` transform."""
+    y: Tensor
+    y, *_ = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _keep_in_graph(_: Any) -> None:
+    """Let torch.compile call `_transformed` as it is, from its graph.
+
+    Done at the first trace, since `torch._dynamo` takes longer to import than the rest of PyTorch.
+    """
+    torch._dynamo.allow_in_graph(_transformed)
+
+
+def _by_function(*arguments: Any) -> bool:
+    """Return True if a derivative is computed by a Function, which can be transformed.
+
+    The alternative is an operator, which PyTorch records in graphs and maps over a batch of
+    gradients (``is_grads_batched=True``).
+    """
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    batched = any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+    return _tensors.transformed() or (_tensors.direct(*tensors) and not batched)
+
+
+def _may_have_tangents() -> bool:
+    """Return True if a call may be in forward mode; `torch.func` in a graph does not tell."""
+    return _operators.in_forward_mode() or _tensors.transformed()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,14 +198,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """Save what the gradient needs."""
+    """Save what the gradient and the tangent need."""
     x, weight, bias, _, _, residual, training, _, _, relu = inputs
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # the gradients have its dtype
     by_y = relu and residual is not None  # x alone does not determine the ReLU mask then
-    ctx.save_for_backward(
-        x, weight, bias if relu and not by_y else None, mean, rstd, y if by_y else None
-    )
+    saved = x, weight, bias if relu and not by_y else None, mean, rstd
+    ctx.save_for_backward(*saved, y if by_y else None)
+    if _may_have_tangents():
+        # Detached, or y would hold on to itself.
+        ctx.save_for_forward(*saved, y.detach() if by_y else None)
     ctx.training, ctx.relu = training, relu
 
 
@@ -177,31 +217,77 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     if dy is not None:
         mask = [of_x, of_weight, of_bias, of_residual and ctx.relu]
         if any(mask):
-            arguments = (dy, *ctx.saved_tensors, ctx.training, ctx.relu, mask)
+            arguments: tuple[Any, ...] = (dy, *ctx.saved_tensors, ctx.training, ctx.relu)
+            recorded = torch.is_grad_enabled() or _operators.in_forward_mode()
             batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
-            if _tensors.eager(*arguments[:7]) and not torch.is_grad_enabled() and not batched:
-                grads = _operators.gradients(*arguments)
+            if _tensors.eager(*arguments[:7]) and not recorded and not batched:
+                grads = _operators.gradients(*arguments, mask)
             else:
-                if _tensors.transformed():
-                    found = _TransformedBackward.apply(*arguments[:-1], *mask)  # type: ignore[no-untyped-call]
-                else:
-                    found = _operators.backward(*arguments)
-                grads = [g if wanted else None for g, wanted in zip(found, mask, strict=True)]
+                grads = _gradients_of(*arguments, mask)
         if of_residual and not ctx.relu:
             grads[3] = dy
     dx, dweight, dbias, dresidual = grads
     return dx, dweight, dbias, None, None, dresidual, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise RuntimeError(
-        "nbnorm's batch_norm has no second derivative; for gradient penalties or Hessians use "
-        "torch.nn.functional.batch_norm"
-    )
+def _gradients_of(*arguments: Any) -> list[Tensor | None]:
+    """Return `_operators.gradients`, which can be differentiated once more."""
+    *given, mask = arguments
+    if _by_function(*given):
+        found = _Gradient.apply(*given, *mask)  # type: ignore[no-untyped-call]
+    else:
+        found = _operators.backward(*given, mask)
+    return [g if wanted else None for g, wanted in zip(found, mask, strict=True)]
+
+
+def _second_of(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return `_operators.second`: the gradients of dy, x and, if there is one, weight."""
+    second = _Second.apply if _by_function(*arguments) else _operators.double_backward
+    ddy, dx, dweight = second(*arguments)  # type: ignore[no-untyped-call]
+    return ddy, dx, None if arguments[6] is None else dweight
+
+
+def _push_forward(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+    """Return the tangent of y."""
+    tx, tweight, tbias, _, _, tresidual, *_ = tangents
+    directions = tx, tweight, tbias, tresidual
+    if all(t is None for t in directions):
+        return None
+    arguments = (*directions, *ctx.saved_tensors, ctx.training, ctx.relu)
+    ty, *_ = _Tangent.apply(*arguments)  # type: ignore[no-untyped-call]
+    return ty  # type: ignore[no-any-return]
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7])
+    if _may_have_tangents():
+        ctx.save_for_forward(*inputs[:7])
+    ctx.training, ctx.relu, *mask = inputs[7:]
+    ctx.mask = mask[0] if len(mask) == 1 else mask  # the operator gets a list
+    ctx.mark_non_differentiable(*(g for g, w in zip(output, ctx.mask, strict=True) if not w))
+
+
+def _differentiate_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    ddy, dx, dweight = None, None, None
+    if any(g is not None for g in gradients):
+        ddy, dx, dweight = _second_of(*gradients, *ctx.saved_tensors, ctx.training, ctx.relu)
+    return ddy, dx, dweight, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+_BEYOND = (
+    "nbnorm's batch_norm has derivatives up to the second; for a third use "
+    "torch.nn.functional.batch_norm"
+)
+
+
+def _no_third_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError(_BEYOND)
 
 
 _operators.forward.register_autograd(_differentiate, setup_context=_save)
-_operators.backward.register_autograd(_no_second_derivative)
+_operators.backward.register_autograd(_differentiate_gradient, setup_context=_save_gradient)
+_operators.double_backward.register_autograd(_no_third_derivative)
 
 
 class _Eager(torch.autograd.Function):
@@ -212,10 +298,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, mean, rstd = _operators.compute(*inputs)
-        running, training = inputs[3:5], inputs[6]
-        if training and running[0] is not None and not running[0].is_inference():
-            torch.autograd.graph.increment_version(running)
+        y, mean, rstd = _operators.compute_and_count(*inputs)
         _keep(ctx, inputs[:10], y, mean, rstd)
         return y
 
@@ -223,13 +306,11 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         return *_differentiate(ctx, *grads), None
 
-    jvp = staticmethod(_operators.no_forward_mode)
+    jvp = staticmethod(_push_forward)
 
 
 class _Transform(torch.autograd.Function):
     """Base of the operators under `torch.func`, which ignores a custom operator's derivative."""
-
-    jvp = staticmethod(_operators.no_forward_mode)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -250,7 +331,7 @@ class _Transform(torch.autograd.Function):
 class _Transformed(_Transform):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _operators.record(*inputs)
+        return _operators.computed(_operators.compute_and_count, _operators.record, *inputs)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -261,17 +342,94 @@ class _Transformed(_Transform):
             )
         return super().vmap(info, in_dims, *inputs)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _push_forward(ctx, *tangents), None, None
+
     setup_context = staticmethod(_save)
     backward = staticmethod(_differentiate)
 
 
-class _TransformedBackward(_Transform):
+class _Gradient(_Transform):
+    """`_operators.backward`, differentiable once more, in reverse and in forward mode."""
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _operators.backward(*inputs[:9], inputs[9:])
+        return _operators.computed(
+            _operators.filled_gradients, _operators.backward, *inputs[:9], inputs[9:]
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the tangents of the gradients.
+
+        They are linear in dy. The derivative with respect to x and weight is a Hessian, hence
+        symmetric, so the second derivative serves in forward mode, too.
+        """
+        tdy, tx, tweight, *_ = tangents
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        dy, rest = saved[0], (*saved[1:], ctx.training, ctx.relu)
+        tdy = torch.zeros_like(dy) if tdy is None else tdy
+        found = _gradients_of(tdy, *rest, ctx.mask)
+        if tx is not None or tweight is not None:
+            _, *more = _second_of(tx, tweight, None, None, dy, *rest)
+            for i, (first, added) in enumerate(zip(found[:2], more, strict=True)):
+                found[i] = None if first is None or added is None else first + added
+        return tuple(found)
+
+    setup_context = staticmethod(_save_gradient)
+    backward = staticmethod(_differentiate_gradient)
+
+
+class _Second(_Transform):
+    """`_operators.double_backward`, the derivative of `_Gradient`."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _operators.computed(_operators.second, _operators.double_backward, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Save nothing: there is no second derivative."""
+        """Save nothing: there is no third derivative."""
 
-    backward = staticmethod(_no_second_derivative)
+    backward = jvp = staticmethod(_no_third_derivative)
+
+
+class _Tangent(_Transform):
+    """The tangent of y, differentiable in reverse mode.
+
+    As a function of the tangents, its gradient is that of batch_norm itself, and as a function of x
+    and weight it is the second derivative, with the tangents in place of ddx, ddweight and ddbias.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _operators.computed(_operators.tangent, _operators.jvp, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:10])
+        ctx.training, ctx.relu = inputs[10:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (c,) = grads
+        if c is None:
+            return (None,) * 12
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        tx, tweight, tbias, tresidual = saved[:4]
+        rest = (*saved[4:], ctx.training, ctx.relu)
+        given = [t is not None for t in (tx, tweight, tbias, tresidual)]
+        *first, of_residual = _gradients_of(c, *rest, [*given[:3], given[3] and ctx.relu])
+        if given[3] and not ctx.relu:
+            of_residual = c
+        _, dx, dweight = _second_of(tx, tweight, tbias, None, c, *rest)
+        return *first, of_residual, dx, dweight, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise NotImplementedError(
+            "nbnorm's batch_norm has no forward mode of forward mode (jacfwd of jacfwd); "
+            "use reverse mode (jacrev) for one of them"
+        )

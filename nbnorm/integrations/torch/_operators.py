@@ -1,6 +1,7 @@
 """The custom operators that appear in PyTorch's graphs, and the functions that they call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
@@ -9,9 +10,15 @@ from torch.autograd import forward_ad
 
 from nbnorm import _checks
 from nbnorm._arrays import take
-from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
-from nbnorm.integrations.torch._tensors import array_of, laid_out, tensor_of
+from nbnorm.functional import (
+    batch_norm_apply,
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_norm_stats,
+)
+from nbnorm.integrations.torch._tensors import array_of, direct, laid_out, tensor_of
 from nbnorm.moments import Moments, Pairwise
+from nbnorm.second_order import batch_norm_double_backward, batch_norm_jvp
 
 
 def compute(
@@ -55,6 +62,15 @@ def compute(
     return laid_out(y, x), tensor_of(mean), tensor_of(rstd)
 
 
+def compute_and_count(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `compute`, and tell autograd that the running statistics have been written to."""
+    found = compute(*inputs)
+    running, training = inputs[3:5], inputs[6]
+    if training and running[0] is not None and not running[0].is_inference():
+        torch.autograd.graph.increment_version(running)
+    return found
+
+
 def see(x: Tensor, seen: Sequence[Pairwise]) -> None:
     """Compute the moments of a batch in an extra pass and add them to each item of `seen`."""
     collect(batch_norm_stats(array_of(x)), seen)
@@ -70,15 +86,37 @@ def collect(moments: Moments, seen: Sequence[Pairwise]) -> None:
 def no_forward_mode(*_: Any) -> NoReturn:
     """Raise: forward mode is not implemented."""
     raise NotImplementedError(
-        "nbnorm's batch_norm has no forward-mode derivative; for jvp or jacfwd use "
-        "torch.nn.functional.batch_norm"
+        "nbnorm's operators have no forward mode, and would lose the tangents; for one call "
+        "nbnorm.integrations.torch.batch_norm (jvp, jacfwd), without linearize"
     )
+
+
+def in_forward_mode() -> bool:
+    """Return True if tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
+_tangents_are_seen: ContextVar[bool] = ContextVar("_tangents_are_seen", default=False)
 
 
 def _refuse_forward_mode() -> None:
     """Raise in forward mode: a custom operator does not see tangents and would drop them."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode() and not _tangents_are_seen.get():
         no_forward_mode()
+
+
+def computed(function: Any, operator: Any, *inputs: Any) -> Any:
+    """Return what an operator returns; without the dispatcher if all inputs hold values.
+
+    For the forward pass of a Function that has a forward mode of its own.
+    """
+    if direct(*(t for t in inputs if isinstance(t, Tensor))):
+        return function(*inputs)
+    before = _tangents_are_seen.set(True)
+    try:
+        return operator(*inputs)
+    finally:
+        _tangents_are_seen.reset(before)
 
 
 def refuse_shared(**tensors: Tensor | None) -> None:
@@ -218,6 +256,13 @@ def gradients(
     ]
 
 
+def filled_gradients(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `gradients`, with empty tensors in place of None."""
+    grads = gradients(dy, x, *others)
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dweight, dbias, dresidual
+
+
 @torch.library.custom_op("nbnorm::batch_norm_backward", mutates_args=())
 def backward(
     dy: Tensor,
@@ -233,9 +278,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `gradients`, with empty tensors in place of None."""
     _refuse_forward_mode()
-    grads = gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
-    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
-    return dx, dweight, dbias, dresidual
+    return filled_gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
 
 
 @backward.register_fake
@@ -257,3 +300,153 @@ def _(
         torch.empty_like(like) if wanted else x.new_empty(0)
         for like, wanted in zip((x, parameter, parameter, x), output_mask, strict=True)
     )
+
+
+def passed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    relu: bool,
+) -> Callable[[Tensor | None], Tensor | None]:
+    """Return a function that sets a gradient to 0 wherever ReLU did; the identity without ReLU."""
+    if not relu:
+        return lambda gradient: gradient
+    if y is None:
+        arrays = map(array_of, (x, weight, bias, mean, rstd))
+        y = tensor_of(batch_norm_apply(*arrays, activation="relu"))
+    stopped = ~(y > 0)
+    return lambda gradient: None if gradient is None else gradient.masked_fill(stopped, 0)
+
+
+def second(
+    ddx: Tensor | None,
+    ddweight: Tensor | None,
+    ddbias: Tensor | None,
+    ddresidual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `gradients` with respect to dy, x and weight (empty for None)."""
+    masked = passed(x, weight, bias, mean, rstd, y, relu)
+    ddy, dx, dweight = batch_norm_double_backward(
+        array_of(ddx),
+        array_of(ddweight),
+        array_of(ddbias),
+        array_of(masked(dy)),
+        array_of(x),
+        array_of(weight),
+        array_of(mean),
+        array_of(rstd),
+        training=training,
+    )
+    of_dy = laid_out(ddy, x)
+    if ddresidual is not None:
+        of_dy = of_dy + ddresidual
+    of_dy = masked(of_dy)
+    return of_dy, laid_out(dx, x), x.new_empty(0) if weight is None else tensor_of(dweight)
+
+
+@torch.library.custom_op("nbnorm::batch_norm_double_backward", mutates_args=())
+def double_backward(
+    ddx: Tensor | None,
+    ddweight: Tensor | None,
+    ddbias: Tensor | None,
+    ddresidual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `second`."""
+    _refuse_forward_mode()
+    return second(
+        ddx, ddweight, ddbias, ddresidual, dy, x, weight, bias, mean, rstd, y, training, relu
+    )
+
+
+@double_backward.register_fake
+def _(
+    ddx: Tensor | None,
+    ddweight: Tensor | None,
+    ddbias: Tensor | None,
+    ddresidual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    _refuse_forward_mode()
+    of_weight = x.new_empty(0) if weight is None else torch.empty_like(weight)
+    return torch.empty_like(x), torch.empty_like(x), of_weight
+
+
+def tangent(
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tbias: Tensor | None,
+    tresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+) -> tuple[Tensor]:
+    """Return the derivative of y along tangents of x, weight, bias and residual."""
+    arrays = map(array_of, (tx, tweight, tbias, x, weight, mean, rstd))
+    ty = laid_out(batch_norm_jvp(*arrays, training=training), x)
+    if tresidual is not None:
+        ty = ty + tresidual
+    found = passed(x, weight, bias, mean, rstd, y, relu)(ty)
+    assert found is not None
+    return (found,)
+
+
+@torch.library.custom_op("nbnorm::batch_norm_jvp", mutates_args=())
+def jvp(
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tbias: Tensor | None,
+    tresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    relu: bool,
+) -> tuple[Tensor]:
+    """Return `tangent`."""
+    _refuse_forward_mode()
+    return tangent(tx, tweight, tbias, tresidual, x, weight, bias, mean, rstd, y, training, relu)
+
+
+@jvp.register_fake
+def _(
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    tbias: Tensor | None,
+    tresidual: Tensor | None,
+    x: Tensor,
+    *_: Any,
+) -> tuple[Tensor]:
+    _refuse_forward_mode()
+    return (torch.empty_like(x),)

@@ -11,11 +11,15 @@ _PLAIN = (Tensor, nn.Parameter, type(None))
 
 def eager(*tensors: Tensor | None) -> bool:
     """Return True if all tensors hold values and no tracer or transform records the call."""
+    return direct(*tensors) and not torch._C._are_functorch_transforms_active()
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Return True if all tensors hold values and no tracer records the call."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
         or any(
             type(tensor) not in _PLAIN or (tensor is not None and tensor.is_meta)
             for tensor in tensors
@@ -25,7 +29,7 @@ def eager(*tensors: Tensor | None) -> bool:
 
 def transformed() -> bool:
     """Return True inside a `torch.func` transform."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()  # type: ignore[no-any-return]
 
 
 _NUMPYS = (torch.float32, torch.float64)
