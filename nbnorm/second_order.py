@@ -136,7 +136,7 @@ def batch_norm_double_backward(
             )  # fmt: skip
         else:  # what is left is linear: ddgamma takes the place of gamma
             e, b = _scale_and_shift(frame, ddgamma_, ddbeta_)
-            backend.apply(x_, e, b, *statistics, None, False, ddy.written)
+            backend.apply(x_, e, b, *statistics, None, None, ddy.written)
             if training:
                 backend.backward(g, x_, e, *statistics, None, None, dx.written, None)
             else:
@@ -225,7 +225,7 @@ def batch_norm_jvp(
             )  # fmt: skip
         else:
             a, b = _scale_and_shift(frame, tgamma_, tbeta_)
-            frame.backend.apply(x_, a, b, *statistics, None, False, ty.written)
+            frame.backend.apply(x_, a, b, *statistics, None, None, ty.written)
     result: X = frame.settle(ty)
     return result
 
