@@ -47,6 +47,25 @@ LAYOUT = of(
 
 SECOND_ORDER = [
     *of(
+        "integrations/torch/_functional",
+        (
+            "integrations/test_torch_functional.py",
+            (
+                "_second_of(tx, tweight, tbias, None, c, *rest)",
+                "_second_of(tx, None, tbias, None, c, *rest)",
+            ),
+            ("None if first is None or added is None else first + added", "first"),
+        ),
+    ),
+    *of(
+        "integrations/autograd",
+        (
+            "integrations/test_autograd.py",
+            ("np.where(passed, dy, np.zeros_like(dy)),", "dy,"),
+            ("ddy = ddy + ddresidual", "pass"),
+        ),
+    ),
+    *of(
         "second_order",
         (
             "test_second_order.py",

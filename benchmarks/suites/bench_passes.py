@@ -4,6 +4,8 @@
 steps return new results, as in users' programs.
 """
 
+import numpy as np
+
 import nbnorm
 from benchmarks.peers import OPS, PEERS, Batch
 from benchmarks.shapes import SHAPES, name_of, shape_of
@@ -55,6 +57,28 @@ class StepWithRelu(_Op):
 
 class StepWithAddRelu(_Op):
     op = "add+relu"
+
+
+class SecondOrder:
+    """The second derivative, and forward mode, in float32."""
+
+    params = tuple(map(name_of, SHAPES))
+    param_names = ("shape",)
+
+    def setup(self, name):
+        shape, rng = shape_of(name), np.random.default_rng(0)
+        self.x, self.dy, self.ddx = (rng.standard_normal(shape, np.float32) for _ in range(3))
+        _, *self.statistics = nbnorm.batch_norm_forward(self.x)
+        self.time_double_backward(name)
+        self.time_jvp(name)
+
+    def time_double_backward(self, name):
+        nbnorm.batch_norm_double_backward(
+            self.ddx, None, None, self.dy, self.x, None, *self.statistics
+        )
+
+    def time_jvp(self, name):
+        nbnorm.batch_norm_jvp(self.ddx, None, None, self.x, None, *self.statistics)
 
 
 class Dtypes:

@@ -5,7 +5,8 @@ and one dtype, in a layout that `_layout` accepts. Per-channel arrays have shape
 contiguous float64; gamma and beta may both be float32 instead. Nothing is checked here, and nothing
 waits for the device. CuPy allocates all memory, on its current stream.
 
-The backward functions mask dy by ReLU if they get beta or y, as on the CPU.
+The backward functions mask dy by ReLU if they get beta or y, as on the CPU; `double_backward` and
+`jvp` have no ReLU.
 """
 
 from __future__ import annotations
@@ -206,6 +207,80 @@ def backward(
         fused, x, tensors, mean, rstd, gamma, beta_, partial, sums, float(N * S), mask, outs,
     )  # fmt: skip
     return sums
+
+
+def jvp(
+    tx: Array,
+    x: Array,
+    gamma: Array,
+    mean: Array,
+    rstd: Array,
+    tgamma: Array,
+    tbeta: Array,
+    training: bool,
+    ty: Array,
+) -> None:
+    """ty = gamma rstd (tx - mean(tx) - x_hat mean(tx x_hat)) + tgamma x_hat + tbeta.
+
+    Without both means if not `training`. gamma, tgamma and tbeta are float64.
+    """
+    if training:
+        sums = backward_reduce(tx, x, gamma, mean, rstd, None, None)
+    else:
+        sums = memory.empty((2, x.shape[1]))
+        sums.fill(0.0)
+    statistics = mean, rstd, gamma, tgamma, tbeta
+    table, _ = _second_table(statistics, sums, _count(x, training), False)
+    tensors = tx, None, x, ty, None
+    _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, False)
+
+
+def double_backward(
+    ddx: Array,
+    dy: Array,
+    x: Array,
+    gamma: Array,
+    mean: Array,
+    rstd: Array,
+    ddgamma: Array,
+    ddbeta: Array,
+    training: bool,
+    ddy: Array,
+    dx: Array,
+) -> Array:
+    """Write ddy and dx; return the gradient of gamma, shape (C,).
+
+    gamma, ddgamma and ddbeta are float64. Statistics are constants if not `training`.
+    """
+    C = x.shape[1]
+    read, count = (ddx, dy, x), _count(x, training)
+    ready = _pass("second_reduce", x, gamma, *read)
+    partial, sums = memory.empty((5, C, ready.chunks)), memory.empty((5, C))
+    _run(ready, x, read, mean, rstd, partial)
+    dtype = ready.dtype
+    args = partial, C, ready.chunks, count, mean, rstd, sums
+    launch.run(kernels.finish_second_sums(dtype), dtype, dtype, _warps(C), THREADS, *args)
+    table, dgamma = _second_table((mean, rstd, gamma, ddgamma, ddbeta), sums, count, True)
+    tensors = ddx, dy, x, ddy, dx
+    _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, True)
+    return dgamma
+
+
+def _count(x: Array, training: bool) -> float:
+    """Return the values per channel; Inf if statistics are constants."""
+    return float(x.shape[0] * x.shape[2]) if training else inf
+
+
+def _second_table(
+    statistics: tuple[Array, ...], sums: Array, count: float, curved: bool
+) -> tuple[Array, Array]:
+    """Return what `second_apply` reads of each channel, and the gradient of gamma if `curved`."""
+    C = statistics[0].size
+    table, dgamma = memory.empty((7, C)), memory.empty(C)
+    args = *statistics, sums, count, curved, C, table, dgamma
+    blocks = _ceil(C, THREADS)
+    launch.run(kernels.second_coefficients, "float64", "float64", blocks, THREADS, *args)
+    return table, dgamma
 
 
 def _own(activation: Fused) -> Activation | None:

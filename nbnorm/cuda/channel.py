@@ -261,3 +261,123 @@ def finish_sums(computed: Any) -> Any:
             finish_sums_channel(partial, c, C, chunks, mean, rstd, sums)
 
     return finish_sums
+
+
+@device
+def mean_of(total, count):
+    """total / count; 0 if count is Inf, which stands for statistics that do not depend on x."""
+    return 0.0 if count == math.inf else total / count
+
+
+def finish_second_sums(computed: Any) -> Any:
+    """Return the kernel that follows `second_reduce`."""
+    finish_sums_channel = finish_sums_channel_of(computed)
+
+    @kernel()
+    def finish_second_sums(partial, C, chunks, count, mean, rstd, sums):
+        """Sums of all channels, one warp for each; see the CPU's `curvature_coefficients`."""
+        c = types.int64(cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP)
+        if c < C:
+            s_dg = chunk_sum(partial, (4 * C + c) * chunks, chunks)
+            finish_sums_channel(partial, c, C, chunks, mean, rstd, sums)
+            s_g = chunk_sum(partial, (2 * C + c) * chunks, chunks)
+            s_gt = chunk_sum(partial, (3 * C + c) * chunks, chunks)
+            if cuda.threadIdx.x % WARP == 0:
+                lo = mean[c] - types.float64(computed(mean[c]))
+                s_gt = rstd[c] * cuda.fma(-lo, s_g, s_gt * power_of(-rstd_exponent(rstd[c])))
+                sums[2 * C + c] = s_g
+                sums[3 * C + c] = s_gt
+                rest = cuda.fma(-sums[c], mean_of(s_g, count), s_dg)
+                sums[4 * C + c] = cuda.fma(-sums[C + c], mean_of(s_gt, count), rest)
+
+    return finish_second_sums
+
+
+@kernel()
+def second_coefficients(mean, rstd, gamma, tgamma, tbeta, sums, count, curved, C, table, dgamma):
+    """Rows of `table`: a, mean(d), p, tbeta of ddy, and b, mean(g), s of dx, and dgamma.
+
+    ddy = a (d - mean(d)) + ((x - mean) p + tbeta) and, if `curved`,
+    dx = b (d - mean(d)) + p (g - mean(g)) + (x - mean) s; see the CPU's `curvature_coefficients`.
+    """
+    c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if c < C:
+        r, e = rstd[c], tgamma[c]
+        a = gamma[c] * r
+        d_xhat = mean_of(sums[C + c], count)
+        table[c] = a
+        table[C + c] = mean_of(sums[c], count)
+        table[2 * C + c] = r * cuda.fma(-a, d_xhat, e)
+        table[3 * C + c] = tbeta[c]
+        if curved:
+            g_xhat = mean_of(sums[3 * C + c], count)
+            inner = cuda.fma(-2.0 * d_xhat, g_xhat, mean_of(sums[4 * C + c], count))
+            table[4 * C + c] = -r * a * g_xhat
+            table[5 * C + c] = mean_of(sums[2 * C + c], count)
+            table[6 * C + c] = -r * r * cuda.fma(a, inner, e * g_xhat)
+            dgamma[c] = r * sums[4 * C + c]
+
+
+def second_functions(computed: Any) -> SimpleNamespace:
+    """Return functions of the rows of `table` for one channel, with results of dtype `computed`."""
+    limits = np.finfo(np.float32 if computed == types.float32 else np.float64)
+    tiny, greatest = float(limits.tiny), float(limits.max)
+    far = greatest * float(limits.eps) / 8
+
+    @device
+    def fits(factor, center):
+        """Whether a factor keeps its digits in the dtype, and x - center is finite for all x."""
+        size = abs(factor)
+        lost = 0.0 < size < tiny or greatest < size < math.inf
+        return not lost and not abs(center) >= far
+
+    @device
+    def tangent_of(mean, table, C, c):
+        """hi, a, h, p, q of ddy = a (d - h) + ((x - hi) p + q), and whether they fit."""
+        a, mean_d, p = table[c], table[C + c], table[2 * C + c]
+        hi, h = computed(mean[c]), computed(mean_d)
+        q = cuda.fma(-a, mean_d - types.float64(h), table[3 * C + c])
+        q = cuda.fma(-p, mean[c] - types.float64(hi), q)
+        plain = fits(a, mean[c]) and fits(p, mean_d)
+        return hi, computed(a), h, computed(p), computed(q), plain
+
+    @device
+    def curvature_of(mean, table, C, c):
+        """b, k, s, t of dx = b (d - h) + p (g - k) + ((x - hi) s + t), and whether they fit."""
+        b, mean_g, s = table[4 * C + c], table[5 * C + c], table[6 * C + c]
+        mean_d, p = table[C + c], table[2 * C + c]
+        k = computed(mean_g)
+        t = -b * (mean_d - types.float64(computed(mean_d)))
+        t = cuda.fma(-p, mean_g - types.float64(k), t)
+        t = cuda.fma(-s, mean[c] - types.float64(computed(mean[c])), t)
+        plain = fits(b, mean_g) and fits(s, mean_g)
+        return computed(b), k, computed(s), computed(t), plain
+
+    @device
+    def tangent64(mean, table, C, c, d, x):
+        """ddy of one value, in float64."""
+        x_c = types.float64(x) - mean[c]
+        rest = cuda.fma(x_c, table[2 * C + c], table[3 * C + c])
+        return computed(cuda.fma(table[c], types.float64(d) - table[C + c], rest))
+
+    @device
+    def curvature64(mean, table, C, c, d, g, x):
+        """dx of one value, in float64."""
+        rest = (types.float64(x) - mean[c]) * table[6 * C + c]
+        rest = cuda.fma(table[2 * C + c], types.float64(g) - table[5 * C + c], rest)
+        return computed(cuda.fma(table[4 * C + c], types.float64(d) - table[C + c], rest))
+
+    @device
+    def tangent(d, x, hi, a, h, p, q):
+        """a (d - h) + ((x - hi) p + q)."""
+        return cuda.fma(a, d - h, cuda.fma(x - hi, p, q))
+
+    @device
+    def curvature(d, g, x, hi, h, p, b, k, s, t):
+        """b (d - h) + p (g - k) + ((x - hi) s + t)."""
+        return cuda.fma(b, d - h, cuda.fma(p, g - k, cuda.fma(x - hi, s, t)))
+
+    return SimpleNamespace(
+        tangent_of=tangent_of, curvature_of=curvature_of, tangent64=tangent64,
+        curvature64=curvature64, tangent=tangent, curvature=curvature,
+    )  # fmt: skip

@@ -22,7 +22,12 @@ from numba.cuda import types
 
 from nbnorm.activations import Activation
 from nbnorm.cuda.activations import activation_functions
-from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
+from nbnorm.cuda.channel import (
+    channel_functions,
+    finish_moments_channel,
+    finish_sums_channel_of,
+    second_functions,
+)
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL
@@ -32,6 +37,7 @@ from nbnorm.cuda.values import (
     gradient_sums_of,
     moment_sums_of,
     normalised,
+    second_sums_of,
     warp_sum,
 )
 
@@ -548,6 +554,122 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             mine, sums, C, count, plain, hi, a, b, h, p, q, mask, training, outs,
         )  # fmt: skip
 
+    # Three tensors are read, and each column has nine coefficients or five sums.
+    least = 2 if width <= 4 else 1
+    least_size = least * width
+    second_sums = second_sums_of(computed, least, width)
+    second = second_functions(computed)
+    tangent_of, tangent64, tangent = second.tangent_of, second.tangent64, second.tangent
+    curvature_of, curvature64 = second.curvature_of, second.curvature64
+    curvature = second.curvature
+
+    @kernel(1)
+    def second_reduce(
+        ddx, ddxn, dy, dyn, x, xn, C, S, N, group, lanes, per, chunks, mean, rstd, partial,
+    ):  # fmt: skip
+        """partial[:, c, k] = sum d, d t, g, g t, d g of chunk k; d = ddx, g = dy, t from x."""
+        block = quotient(cuda.blockIdx.x, chunks)
+        k = cuda.blockIdx.x - block * chunks
+        c0, columns, row, column, at_once = located(C, S, group, lanes, block)
+        n, end = samples(N, per, k, columns, row, column, at_once)
+        shared = cuda.shared.array(cells, types.float64)
+        hi = cuda.local.array(width, computed)
+        scale = cuda.local.array(width, computed)
+        d = cuda.local.array(least_size, computed)
+        g = cuda.local.array(least_size, computed)
+        values = cuda.local.array(least_size, computed)
+        s_d = cuda.local.array(width, types.float64)
+        s_dt = cuda.local.array(width, types.float64)
+        s_g = cuda.local.array(width, types.float64)
+        s_gt = cuda.local.array(width, types.float64)
+        s_dg = cuda.local.array(width, types.float64)
+        start = c0 * S + column
+        for w in range(width):
+            s_d[w], s_dt[w], s_g[w], s_gt[w], s_dg[w] = 0.0, 0.0, 0.0, 0.0, 0.0
+            if n < end:
+                c = c0 + quotient(column + w, S)
+                hi[w], scale[w] = computed(mean[c]), scale_of(rstd, one, c)
+        while n < end:
+            count = fetch((ddx, ddxn, start), least, n, end, at_once, d)
+            fetch((dy, dyn, start), least, n, end, at_once, g)
+            fetch((x, xn, start), least, n, end, at_once, values)
+            for w in range(width):
+                more_d, more_dt, more_g, more_gt, more_dg = second_sums(
+                    d, g, values, w, count, hi[w], scale[w]
+                )
+                s_d[w] += more_d
+                s_dt[w] += more_dt
+                s_g[w] += more_g
+                s_gt[w] += more_gt
+                s_dg[w] += more_dg
+            n += least * at_once
+        store_sums(s_d, s_dt, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial)
+        store_sums(
+            s_g, s_gt, shared, S, columns, row, column, at_once, C, 2 * C + c0, k, chunks, partial
+        )
+        by_channel(
+            s_dg, shared, S, columns, row, column, at_once, chunks, (4 * C + c0) * chunks + k,
+            partial,
+        )  # fmt: skip
+
+    @kernel(1)
+    def second_apply(
+        ddx, ddxn, dy, dyn, x, xn, ddy, ddyn, dx, dxn, C, S, N, group, lanes, per, chunks,
+        mean, table, curved,
+    ):  # fmt: skip
+        """Write ddy and, if `curved`, dx, from the last block to the first; see `table`."""
+        block = cuda.gridDim.x - 1 - cuda.blockIdx.x
+        i = quotient(block, chunks)
+        c0, columns, row, column, at_once = located(C, S, group, lanes, i)
+        n, end = samples(N, per, block - i * chunks, columns, row, column, at_once)
+        hi = cuda.local.array(width, computed)
+        a = cuda.local.array(width, computed)
+        h = cuda.local.array(width, computed)
+        p = cuda.local.array(width, computed)
+        q = cuda.local.array(width, computed)
+        b = cuda.local.array(width, computed)
+        k = cuda.local.array(width, computed)
+        s = cuda.local.array(width, computed)
+        t = cuda.local.array(width, computed)
+        d = cuda.local.array(least_size, computed)
+        g = cuda.local.array(least_size, computed)
+        values = cuda.local.array(least_size, computed)
+        plain, start = True, c0 * S + column
+        if n < end:
+            for w in range(width):
+                c = c0 + quotient(column + w, S)
+                hi[w], a[w], h[w], p[w], q[w], fits = tangent_of(mean, table, C, c)
+                plain = plain and fits
+                if curved:
+                    b[w], k[w], s[w], t[w], fits = curvature_of(mean, table, C, c)
+                    plain = plain and fits
+        while n < end:
+            fetch((ddx, ddxn, start), least, n, end, at_once, d)
+            fetch((x, xn, start), least, n, end, at_once, values)
+            if curved:
+                fetch((dy, dyn, start), least, n, end, at_once, g)
+            for r in range(least):
+                i = n + r * at_once
+                if i < end:
+                    for w in range(width):
+                        j = r * width + w
+                        d_j, x_j = d[j], values[j]
+                        if plain:
+                            d[j] = tangent(d_j, x_j, hi[w], a[w], h[w], p[w], q[w])
+                            if curved:
+                                values[j] = curvature(
+                                    d_j, g[j], x_j, hi[w], h[w], p[w], b[w], k[w], s[w], t[w]
+                                )
+                        else:
+                            c = c0 + quotient(column + w, S)
+                            d[j] = tangent64(mean, table, C, c, d_j, x_j)
+                            if curved:
+                                values[j] = curvature64(mean, table, C, c, d_j, g[j], x_j)
+                    store(ddy, i * ddyn + start, d, r * width)
+                    if curved:
+                        store(dx, i * dxn + start, values, r * width)
+            n += least * at_once
+
     stats_keeping, apply_kept = stats_with(keep), apply_with(recall, recall_one)
     backward_reduce_keeping = backward_reduce_with(keep, keep_one)
     backward_apply_kept = backward_apply_with(recall, recall_one)
@@ -676,5 +798,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
         apply=apply,
         backward_reduce=backward_reduce,
         backward_apply=backward_apply,
+        second_reduce=second_reduce,
+        second_apply=second_apply,
         fused=fused,
     )

@@ -16,11 +16,11 @@ from nbnorm.cuda import channel, columns, rows
 from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
 from nbnorm.cuda.values import block_barrier
 
-_TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual"))
-_STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial"))
+_TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual", "ddx", "ddy"))
+_STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial", "table", "dgamma"))
 _FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor"))
-# gamma and beta, running statistics: float32 or float64.
-_PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var"))
+# gamma and beta, running statistics: float32 or float64. In the second order, float64.
+_PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var", "tgamma", "tbeta"))
 
 
 @lru_cache(maxsize=64)
@@ -49,6 +49,13 @@ def finish_sums(dtype: str) -> Any:
     return channel.finish_sums(STORAGE[dtype].computed)
 
 
+@lru_cache(maxsize=4)
+def finish_second_sums(dtype: str) -> Any:
+    """Return the kernel that follows `second_reduce`."""
+    return channel.finish_second_sums(STORAGE[dtype].computed)
+
+
+second_coefficients = channel.second_coefficients
 finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
 
 

@@ -19,7 +19,12 @@ from numba.cuda import types
 
 from nbnorm.activations import Activation
 from nbnorm.cuda.activations import activation_functions
-from nbnorm.cuda.channel import channel_functions, finish_moments_channel, finish_sums_channel_of
+from nbnorm.cuda.channel import (
+    channel_functions,
+    finish_moments_channel,
+    finish_sums_channel_of,
+    second_functions,
+)
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
 from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL
@@ -30,6 +35,7 @@ from nbnorm.cuda.values import (
     gradient_sums_of,
     moment_sums_of,
     normalised,
+    second_sums_of,
 )
 
 
@@ -302,6 +308,87 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             first, end, hi, u, a, b, h, p, q, v, f, mask, training, outs,
         )  # fmt: skip
 
+    second_sums = second_sums_of(computed, pair_size, 1)
+    second = second_functions(computed)
+    tangent_of, tangent64, tangent = second.tangent_of, second.tangent64, second.tangent
+    curvature_of, curvature64 = second.curvature_of, second.curvature64
+    curvature, one = second.curvature, computed(1)
+
+    @kernel(2)
+    def second_reduce(
+        ddx, ddxn, ddxc, dy, dyn, dyc, x, xn, xc, C, vectors, total, per, chunks,
+        mean, rstd, partial,
+    ):  # fmt: skip
+        """partial[:, c, k] = sum d, d t, g, g t, d g of chunk k; d = ddx, g = dy, t from x."""
+        c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
+        shared = cuda.shared.array(WARP, types.float64)
+        hi, scale = computed(mean[c]), scale_of(rstd, one, c)
+        d = cuda.local.array(pair_size, computed)
+        g = cuda.local.array(pair_size, computed)
+        values = cuda.local.array(pair_size, computed)
+        s_d, s_dt, s_g, s_gt, s_dg = 0.0, 0.0, 0.0, 0.0, 0.0
+        i = first + cuda.threadIdx.x
+        while i < end:
+            count = fetch((ddx, vectors, ddxn, c * ddxc), few, i, end, d)
+            fetch((dy, vectors, dyn, c * dyc), few, i, end, g)
+            fetch((x, vectors, xn, c * xc), few, i, end, values)
+            more_d, more_dt, more_g, more_gt, more_dg = second_sums(
+                d, g, values, 0, count, hi, scale
+            )
+            s_d += more_d
+            s_dt += more_dt
+            s_g += more_g
+            s_gt += more_gt
+            s_dg += more_dg
+            i += few * cuda.blockDim.x
+        store_sums(partial, C, c, k, chunks, s_d, s_dt, shared)
+        store_sums(partial, C, 2 * C + c, k, chunks, s_g, s_gt, shared)
+        s_dg = block_sum(s_dg, shared)
+        if cuda.threadIdx.x == 0:
+            partial[(4 * C + c) * chunks + k] = s_dg
+
+    @kernel(2)
+    def second_apply(
+        ddx, ddxn, ddxc, dy, dyn, dyc, x, xn, xc, ddy, ddyn, ddyc, dx, dxn, dxc,
+        C, vectors, total, per, chunks, mean, table, curved,
+    ):  # fmt: skip
+        """Write ddy and, if `curved`, dx, from the last block to the first; see `table`."""
+        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
+        hi, a, h, p, q, plain = tangent_of(mean, table, C, c)
+        b, k, s, t = zero, zero, zero, zero
+        if curved:
+            b, k, s, t, more = curvature_of(mean, table, C, c)
+            plain = plain and more
+        d = cuda.local.array(pair_size, computed)
+        g = cuda.local.array(pair_size, computed)
+        values = cuda.local.array(pair_size, computed)
+        i = first + cuda.threadIdx.x
+        while i < end:
+            fetch((ddx, vectors, ddxn, c * ddxc), few, i, end, d)
+            fetch((x, vectors, xn, c * xc), few, i, end, values)
+            if curved:
+                fetch((dy, vectors, dyn, c * dyc), few, i, end, g)
+            for r in range(few):
+                j = i + r * cuda.blockDim.x
+                if j < end:
+                    for w in range(r * width, (r + 1) * width):
+                        d_w, x_w = d[w], values[w]
+                        d[w] = (
+                            tangent(d_w, x_w, hi, a, h, p, q)
+                            if plain
+                            else tangent64(mean, table, C, c, d_w, x_w)
+                        )
+                        if curved:
+                            values[w] = (
+                                curvature(d_w, g[w], x_w, hi, h, p, b, k, s, t)
+                                if plain
+                                else curvature64(mean, table, C, c, d_w, g[w], x_w)
+                            )
+                    store(ddy, place((ddy, vectors, ddyn, c * ddyc), j), d, r * width)
+                    if curved:
+                        store(dx, place((dx, vectors, dxn, c * dxc), j), values, r * width)
+            i += few * cuda.blockDim.x
+
     stats_keeping, apply_kept = stats_with(keep), apply_with(recall)
     backward_reduce_keeping, backward_apply_kept = (
         backward_reduce_with(keep),
@@ -401,5 +488,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
         apply=apply,
         backward_reduce=backward_reduce,
         backward_apply=backward_apply,
+        second_reduce=second_reduce,
+        second_apply=second_apply,
         fused=fused,
     )

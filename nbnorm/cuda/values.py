@@ -171,3 +171,57 @@ def gradient_sums_of(computed: Any, number: int, step: int) -> Any:
         return types.float64(s), types.float64(t)
 
     return gradient_sums
+
+
+def second_sums_of(computed: Any, number: int, step: int) -> Any:
+    """Return `second_sums` for tiles of `number` values, `step` apart."""
+    zero = computed(0)
+    narrow = computed == types.float32
+    most, least = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny) * 2.0**30
+
+    @device
+    def second_sums64(d, g, x, start, count, hi, scale):
+        """`second_sums` in float64."""
+        hi, scale = types.float64(hi), types.float64(scale)
+        s_d, s_dt, s_g, s_gt, s_dg = 0.0, 0.0, 0.0, 0.0, 0.0
+        for i in range(number):
+            if i < count:
+                j = start + i * step
+                d_i, g_i = types.float64(d[j]), types.float64(g[j])
+                t = (types.float64(x[j]) - hi) * scale
+                s_d += d_i
+                s_g += g_i
+                s_dt = cuda.fma(d_i, t, s_dt)
+                s_gt = cuda.fma(g_i, t, s_gt)
+                s_dg = cuda.fma(d_i, g_i, s_dg)
+        return s_d, s_dt, s_g, s_gt, s_dg
+
+    @device
+    def second_sums(d, g, x, start, count, hi, scale):
+        """sum d, d t, g, g t and d g of a tile, where t = (x - hi) scale.
+
+        Taken again in float64 if one overflows, or the last of these, which may count where rstd is
+        large, underflows.
+        """
+        s_d, s_dt, s_g, s_gt, s_dg = zero, zero, zero, zero, zero
+        for i in range(number):
+            if i < count:
+                j = start + i * step
+                t = (x[j] - hi) * scale
+                s_d += d[j]
+                s_g += g[j]
+                s_dt = cuda.fma(d[j], t, s_dt)
+                s_gt = cuda.fma(g[j], t, s_gt)
+                s_dg = cuda.fma(d[j], g[j], s_dg)
+        if narrow:
+            finite = abs(s_d) <= most and abs(s_g) <= most and abs(s_dg) <= most
+            finite = finite and abs(s_dt) <= most and abs(s_gt) <= most
+            some = abs(s_d) + abs(s_dt) > zero and abs(s_g) + abs(s_gt) > zero
+            if not finite or (some and abs(s_dg) < least):
+                return second_sums64(d, g, x, start, count, hi, scale)
+        return (
+            types.float64(s_d), types.float64(s_dt), types.float64(s_g), types.float64(s_gt),
+            types.float64(s_dg),
+        )  # fmt: skip
+
+    return second_sums

@@ -25,7 +25,10 @@ from tolerances import (
     relative_unit,
     rstd_tolerance,
     running_tolerance,
+    second_dgamma_tolerance,
+    second_dx_tolerance,
     sums_tolerance,
+    ty_tolerance,
     y_tolerance,
 )
 
@@ -51,7 +54,11 @@ REACHED = {  # kernels that each function launches
     "backward_reduce": ["backward_reduce", "finish_sums"],
     "backward_apply": ["backward_apply"],
     "backward": ["backward_reduce", "finish_sums", "backward_apply"],
-}
+    "double_backward": [
+        "second_reduce", "finish_second_sums", "second_coefficients", "second_apply",
+    ],
+    "jvp": ["backward_reduce", "finish_sums", "second_coefficients", "second_apply"],
+}  # fmt: skip
 shapes = pytest.mark.parametrize("shape", ROWS + COLUMNS, ids=str)
 both = pytest.mark.parametrize("shape", [ROW, COLUMN], ids=["rows", "columns"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -805,9 +812,6 @@ def test_a_large_gamma_takes_no_dy_out_of_range(arena, values, dy, gamma, by_row
     np.testing.assert_allclose(run.dx, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
-# -- per-channel numbers ---------------------------------------------------------------------------
-
-
 @both
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("name", TABLE)
@@ -836,6 +840,79 @@ def test_activations_of_the_table(arena, shape, name, added):
     with fused():
         for one, other in zip(both_passes(), (y, dx, dresidual, mean, rstd, sums), strict=True):
             assert one is other is None or assert_same_bits(one, other) is None
+
+
+# -- second order ----------------------------------------------------------------------------------
+
+
+def check_second_order(arena, recipe, training=True, scales=(1.0, 1.0), layout=None):
+    """Call `double_backward` and `jvp`, and compare with the oracle."""
+    layout = layout or {}
+    x, gamma = recipe.x(), recipe.gamma().astype(np.float64)
+    _, mean, rstd = reference.batch_norm_forward(x, gamma, eps=recipe.eps)
+    mean, rstd = mean.astype(np.float64), rstd.astype(np.float64)
+    ddgamma, ddbeta = recipe.beta().astype(np.float64), recipe.running("float64")[0]
+    ddx, dy = (recipe.like_x(6 + i) * x.dtype.type(scale) for i, scale in enumerate(scales))
+    placed = [arena.given(values, **layout) for values in (ddx, dy, x)]
+    ddy, dx, ty = (arena.wanted(x, **layout) for _ in range(3))
+    rest = gamma, mean, rstd, ddgamma, ddbeta
+    dgamma = call("double_backward", *placed, *rest, training, ddy, dx)
+    options = {"training": training}
+    ref = reference.batch_norm_double_backward(
+        ddx, ddgamma, ddbeta, dy, x, gamma, mean, rstd, **options
+    )
+    error = ty_tolerance(ddx, ddgamma, ddbeta, x, gamma, mean, rstd, axis=1, **options)
+    assert_within(ddy, ref.ddy, error, "ddy")
+    error = second_dx_tolerance(ddx, ddgamma, dy, x, gamma, mean, rstd, axis=1, **options)
+    assert_within(dx, ref.dx, error, "dx")
+    error = second_dgamma_tolerance(ddx, dy, x, mean, rstd, axis=1, **options)
+    assert_within(dgamma, ref.dgamma, error, "dgamma")
+    if training:
+        call("jvp", placed[0], placed[2], *rest, training, ty)
+    else:  # nothing is summed
+        backend.jvp(placed[0], placed[2], *rest, training, ty)
+    error = ty_tolerance(ddx, ddgamma, ddbeta, x, gamma, mean, rstd, axis=1, **options)
+    assert_within(ty, ref.ddy, error, "ty")
+
+
+@shapes
+@pytest.mark.parametrize("training", [True, False])
+def test_second_order(arena, shape, training):
+    check_second_order(arena, Recipe(shape, 1, offset=3.0), training)
+
+
+@both
+@dtypes
+def test_second_order_in_every_dtype(arena, shape, dtype):
+    check_second_order(arena, Recipe(shape, 1, dtype=dtype, offset=3.0))
+
+
+@both
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_second_order_at_any_mean(arena, shape, offset):
+    check_second_order(arena, Recipe(shape, 1, offset=offset))
+
+
+@both
+@pytest.mark.parametrize("layout", [{"first": 1}, {"plane_gap": 3}, {"sample_gap": 5}], ids=str)
+def test_second_order_in_any_layout(arena, shape, layout):
+    if shape == COLUMN and "plane_gap" in layout:
+        pytest.skip("columns have no gaps between planes")
+    check_second_order(arena, Recipe(shape, 1), layout=layout)
+
+
+@both
+@pytest.mark.parametrize(
+    ("of_x", "of_ddx", "of_dy"),
+    [(1e-20, 1e-2, 1e-2), (1e-25, 1e-25, 1e-20), (1e25, 1e25, 1e10), (3e37, 1e10, 1e20)],
+)
+def test_second_order_beyond_float32(arena, shape, of_x, of_ddx, of_dy):
+    """Factors or sums leave float32's range, and results do not."""
+    recipe = Recipe(shape, 1, scale=of_x, eps=0.0, gamma_dtype="float64")
+    check_second_order(arena, recipe, scales=(of_ddx, of_dy))
+
+
+# -- numbers of a channel --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("C", [1, 63, 64, 65, 200])

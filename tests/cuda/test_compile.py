@@ -49,8 +49,10 @@ from nbnorm.cuda.plan import THREADS, VECTOR  # noqa: E402
 
 TRAVERSALS = ("rows", "columns")
 READ = {"stats": 1, "apply": 2, "backward_reduce": 3, "backward_apply": 3}  # tensors
+READ |= {"second_reduce": 3, "second_apply": 3}
 WRITTEN = {"stats": 0, "apply": 1, "backward_reduce": 0, "backward_apply": 2}
 ACTIVATED = ("apply", "backward_reduce", "backward_apply")
+WRITTEN |= {"second_reduce": 0, "second_apply": 2}
 KEPT_READ, KEPT_WRITTEN = {"forward": 2, "backward": 3}, {"forward": 1, "backward": 2}
 
 
@@ -59,7 +61,7 @@ def passes():
     for dtype, storage in STORAGE.items():
         for width, traversal, name in product((VECTOR // storage.itemsize, 1), TRAVERSALS, READ):
             yield traversal, name, dtype, width, "float32"
-            if dtype == "float64" and name != "stats":
+            if dtype == "float64" and name != "stats" and "second" not in name:
                 yield traversal, name, dtype, width, "float64"
 
 
@@ -153,8 +155,9 @@ def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
     separate = kernels.build(traversal, dtype, width)
     kept = kernels.fused(traversal, dtype, width, False)
     passes = [getattr(separate, name) for name in READ] + [kept.forward, kept.backward]
-    for of in (*passes, kernels.finish_moments, kernels.finish_sums(dtype)):
-        assert fused_by_choice(of, "float64" if of is kernels.finish_moments else dtype) == []
+    once = kernels.finish_moments, kernels.second_coefficients
+    for of in (*passes, *once, kernels.finish_sums(dtype), kernels.finish_second_sums(dtype)):
+        assert fused_by_choice(of, "float64" if of in once else dtype) == []
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,9 @@ def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
         (kernels.rstd_all, "float64"),
         (kernels.move, "float32"),
         (kernels.move, "float64"),
+        (kernels.second_coefficients, "float64"),
         *((kernels.finish_sums(dtype), dtype) for dtype in STORAGE),
+        *((kernels.finish_second_sums(dtype), dtype) for dtype in STORAGE),
     ],
     ids=lambda value: value if isinstance(value, str) else value.py_func.__name__,
 )

@@ -217,13 +217,13 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     if dy is not None:
         mask = [of_x, of_weight, of_bias, of_residual and ctx.relu]
         if any(mask):
-            arguments: Any = (dy, *ctx.saved_tensors, ctx.training, ctx.relu)
+            arguments = (dy, *ctx.saved_tensors, ctx.training, ctx.relu, mask)
             recorded = torch.is_grad_enabled() or _operators.in_forward_mode()
             batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
             if _tensors.eager(*arguments[:7]) and not recorded and not batched:
-                grads = _operators.gradients(*arguments, mask)  # type: ignore[call-arg]
+                grads = _operators.gradients(*arguments)
             else:
-                grads = _gradients_of(*arguments, mask)
+                grads = _gradients_of(*arguments)
         if of_residual and not ctx.relu:
             grads[3] = dy
     dx, dweight, dbias, dresidual = grads

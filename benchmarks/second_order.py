@@ -1,0 +1,82 @@
+"""Time the second derivative beside PyTorch's: `python benchmarks/second_order.py`.
+
+The two libraries take turns, each in processes of its own, so that neither's idle threads slow the
+other down. Prints the least time of all rounds, in milliseconds. PyTorch's is the time of
+`torch.autograd.grad` through the gradient of `torch.nn.functional.batch_norm`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (4096, 512)]
+SECONDS = 1.0  # per shape and round
+
+
+def nbnorm_call(x, dy, ddx, gamma):
+    """Return nbnorm's second derivative of these arrays, as a function without arguments."""
+    import nbnorm
+
+    _, mean, rstd = nbnorm.batch_norm_forward(x, gamma)
+    directions = ddx, gamma, gamma
+    return lambda: nbnorm.batch_norm_double_backward(*directions, dy, x, gamma, mean, rstd)
+
+
+def torch_call(x, dy, ddx, gamma):
+    """Return PyTorch's."""
+    import torch
+
+    x, dy, weight = (torch.from_numpy(a).requires_grad_() for a in (x, dy, gamma))
+    bias = torch.zeros_like(weight).requires_grad_()
+    y = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
+    grads = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True)
+    directions = torch.from_numpy(ddx), weight.detach(), weight.detach()
+    return lambda: torch.autograd.grad(grads, (dy, x, weight), directions, retain_graph=True)
+
+
+CALLS = {"nbnorm": nbnorm_call, "torch": torch_call}
+
+
+def times(library):
+    """Return the least time of each shape, in milliseconds."""
+    rng, found = np.random.default_rng(0), []
+    for shape in SHAPES:
+        x, dy, ddx = (rng.standard_normal(shape, np.float32) for _ in range(3))
+        call = CALLS[library](x, dy, ddx, np.ones(shape[1], np.float32))
+        call()
+        least, stop = np.inf, time.perf_counter() + SECONDS
+        while time.perf_counter() < stop:
+            start = time.perf_counter()
+            call()
+            least = min(least, time.perf_counter() - start)
+        found.append(1e3 * least)
+    return found
+
+
+def main():
+    """Print a table of all shapes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--library", choices=CALLS, help="print one round of one library as JSON")
+    arguments = parser.parse_args()
+    if arguments.library:
+        print(json.dumps(times(arguments.library)))
+        return
+    rounds = {library: [] for library in CALLS}
+    for _ in range(arguments.rounds):
+        for library, found in rounds.items():
+            command = [sys.executable, __file__, "--library", library]
+            output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+            found.append(json.loads(output))
+    ours, theirs = (np.min(rounds[library], axis=0) for library in ("nbnorm", "torch"))
+    print(f"{'shape':18} {'nbnorm':>8} {'torch':>8} {'ratio':>6}")
+    for shape, one, two in zip(SHAPES, ours, theirs, strict=True):
+        print(f"{' x '.join(map(str, shape)):18} {one:8.2f} {two:8.2f} {two / one:6.1f}")
+
+
+if __name__ == "__main__":
+    main()
