@@ -107,7 +107,7 @@ def batch_norm_forward(
         activation separately. ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`,
         `jax.nn.standardize` or `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
-        Added before the activation.
+        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
     activation : {None, "relu"}
         Applied last. NaN passes through.
     out : array of x's shape and dtype, optional
@@ -314,7 +314,7 @@ def batch_norm_inference(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation.
+        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
@@ -404,7 +404,7 @@ def batch_norm_apply(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation.
+        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
     activation : {None, "relu"}
         Applied last.
     out : array of x's shape and dtype, optional
@@ -518,7 +518,8 @@ def batch_norm_backward(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. Any strides, including broadcast ones.
+        Gradient of y. Any strides, including broadcast ones. May be
+        float32 if x is float16 or bfloat16 in CPU memory.
     x : array, at least 2-d
         Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None
@@ -693,7 +694,7 @@ def batch_norm_backward_reduce(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y.
+        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
     x : array, at least 2-d
         Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     mean, rstd : array of the shape of the channel axes
@@ -764,7 +765,7 @@ def batch_norm_backward_apply(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y.
+        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
     x : array, at least 2-d
         Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None

@@ -58,6 +58,18 @@ FRAME = of(
     ),
 )
 
+MIXED = of(
+    "_frame",
+    (
+        "test_mixed.py",
+        ('if not (wider and name != "y"):', "if not wider:"),
+        (
+            "(array.strides == self._fitting and array.itemsize == self.x.itemsize)",
+            "array.strides == self._fitting",
+        ),
+    ),
+) + of("_checks", ("test_mixed.py", ("        and a.itemsize == b.itemsize\n", "")))
+
 FUNCTIONAL = of(
     "functional",
     (
@@ -846,7 +858,7 @@ THREADS = of(
 )
 
 MUTANTS = [
-    *(*LAYOUT, *FRAME, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
+    *(*LAYOUT, *FRAME, *MIXED, *FUNCTIONAL, *CHECKS, *PLAN, *CHANNEL, *ROWS, *COLUMNS, *ELEMENT),
     *(
         *STORAGE,
         *MOMENTS,
