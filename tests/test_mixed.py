@@ -87,7 +87,7 @@ def test_nothing_of_xs_size_is_copied(dtype):
     residual, out = x.astype("f4"), np.empty_like(x)
 
     def run():
-        y, mean, rstd = nbnorm.batch_norm_forward(x, residual=residual, out=out)
+        _, mean, rstd = nbnorm.batch_norm_forward(x, residual=residual, out=out)
         nbnorm.batch_norm_backward(residual, x, None, mean, rstd, out=out)
 
     run()
