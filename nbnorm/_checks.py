@@ -230,6 +230,7 @@ def _same_view(a: NDArray, b: NDArray) -> bool:
     return (
         a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
         and a.shape == b.shape
+        and a.itemsize == b.itemsize
         and all(i == j or n <= 1 for i, j, n in zip(a.strides, b.strides, a.shape, strict=True))
     )
 

@@ -104,11 +104,17 @@ class Frame:
         )
 
     def required_like_x(self, array: Array, name: str) -> NDArray:
-        """Return dy, residual or y as an array; raise unless it has x's shape and dtype."""
+        """Return dy, residual or y as an array; raise unless it has x's shape and dtype.
+
+        dy and residual may also be float32 in CPU memory, where x is float16 or bfloat16: kernels
+        compute these in float32 anyway, and are compiled for the dtype that they load.
+        """
         taken = take(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
-        _checks.same_dtype(taken, name, self.x, self._name)
+        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32 and self.backend is cpu
+        if not (wider and name != "y"):
+            _checks.same_dtype(taken, name, self.x, self._name)
         _checks.same_shape(taken, name, self.x, self._name)
         self.inputs[name] = taken
         return taken
@@ -264,7 +270,7 @@ class Frame:
     def _fits(self, array: NDArray) -> bool:
         """Return True if an array of x's shape has the (N, C, S) view that kernels need."""
         return self.memory.aligned(array) and (
-            array.strides == self._fitting
+            (array.strides == self._fitting and array.itemsize == self.x.itemsize)
             or fits(self._layout, array.shape, array.strides, array.itemsize)
         )
 

@@ -195,6 +195,18 @@ SEGMENTS = of(
     ),
 )  # fmt: skip
 
+MIXED = of(
+    "_frame",
+    (
+        "test_mixed.py",
+        ('if not (wider and name != "y"):', "if not wider:"),
+        (
+            "(array.strides == self._fitting and array.itemsize == self.x.itemsize)",
+            "array.strides == self._fitting",
+        ),
+    ),
+) + of("_checks", ("test_mixed.py", ("        and a.itemsize == b.itemsize\n", "")))
+
 FUNCTIONAL = of(
     "functional",
     (
@@ -1006,6 +1018,7 @@ MUTANTS = [
     *(
         *LAYOUT,
         *FRAME,
+        *MIXED,
         *FROM_Y,
         *SEGMENTS,
         *FUNCTIONAL,

@@ -1,4 +1,4 @@
-"""asv: batch renormalization beside batch normalization, which takes the same sweeps."""
+"""asv: batch renormalization beside batch normalization, debiasing, and mixed precision."""
 
 import numpy as np
 
@@ -42,3 +42,22 @@ class Debias:
 
     def time_update(self, batches):
         nbnorm.update_running_stats(*self.running, self.moments, num_batches_tracked=batches)
+
+
+class MixedPrecision:
+    """BN + residual + ReLU of a float16 x, the residual in float16 or float32."""
+
+    params = (["float16", "float32"],)
+    param_names = ("residual",)
+
+    def setup(self, dtype):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(32, 64, 56, 56)).astype(np.float16)
+        residual, out = x.astype(dtype), np.empty_like(x)
+        self.call = lambda: nbnorm.batch_norm_forward(
+            x, residual=residual, activation="relu", out=out
+        )
+        self.call()
+
+    def time_forward(self, dtype):
+        self.call()

@@ -62,7 +62,7 @@ def batch_norm(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : ndarray of x's shape and dtype, or a box of one, optional
-        Added before the activation.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : {None, "relu"}
         Applied last.
 
@@ -151,7 +151,11 @@ def _differentiate(
         grads: tuple[Array, ...] = ()
         if any(mask):
             grads = _gradients(dy, x, gamma, beta, mean, rstd, y, training, axis, activation, mask)
-        return (*grads, dy) if of_residual and added else grads
+        if of_residual and added:
+            grads = *grads, dy
+        if of_residual and residual.dtype != dtype:
+            grads = *grads[:-1], grads[-1].astype(residual.dtype)
+        return grads
 
     return gradients
 

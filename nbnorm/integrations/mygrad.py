@@ -58,7 +58,7 @@ def batch_norm(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array_like of x's shape and dtype, optional
-        Added before the activation.
+        Added before the activation. May be float32 if x is float16.
     activation : {None, "relu"}
         Applied last.
     constant : bool, optional
@@ -168,6 +168,8 @@ class _BatchNorm(Operation):
         )
         if self._y is None:
             dresidual = grad  # there is no activation after the sum
+        if not constant.get("residual", True):
+            dresidual = dresidual.astype(arrays["residual"].dtype, copy=False)
         self._grads: dict[str, Any] = {
             "x": dx,
             "gamma": dgamma,

@@ -48,7 +48,8 @@ def batch_norm(
     eps : float, default 1e-5
         Added to the variance.
     residual : Tensor of input's shape and dtype, optional
-        Added before ReLU.
+        Added before ReLU. May be float32 if input is float16 or bfloat16 in CPU memory, as under
+        autocast; y has input's dtype.
     relu : bool, default False
         Whether to apply ReLU last.
 
@@ -60,7 +61,7 @@ def batch_norm(
     Raises
     ------
     TypeError
-        input is not a Tensor; a dtype is not supported; residual does not have input's dtype;
+        input is not a Tensor; a dtype is not supported; residual has another dtype;
         running statistics require grad; an argument is a ZeroTensor.
     ValueError
         A shape is invalid; only one running statistic is given, or none with ``training=False``; in
@@ -75,8 +76,8 @@ def batch_norm(
     Notes
     -----
     Implements Algorithm 1 of Ioffe & Szegedy (2015), see `nbnorm.batch_norm_forward`. Statistics
-    are computed in float64 for all dtypes. Autocast does not apply: if it has made input bfloat16,
-    convert residual as well.
+    are computed in float64 for all dtypes. Autocast does not apply: nothing
+    is cast, and y has input's dtype also if residual is float32.
 
     Second derivatives and forward mode are computed by `nbnorm.batch_norm_double_backward` and
     `nbnorm.batch_norm_jvp`. `torch.func`'s ``grad``, ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``,
