@@ -253,21 +253,21 @@ class Segmented:
 class Threaded(Segmented):
     """`Segmented` on the CPU, where each thread takes whole parts: `nbnorm.cpu.segments`.
 
-    If there are few parts, all threads take one together. Either way a part has the same bits; as
-    the planes of single samples would not, `nbnorm.cpu.segments` takes these always.
+    If there are few parts, all threads take one together. Either way a part has the same bits,
+    except `segments.few`, which `nbnorm.cpu.segments` takes always.
     """
 
     def _kernels(self, *tensors: NDArray | None) -> tuple[Any, tuple[int, ...], bool] | None:
         """Return kernels, their numbers and whether they use threads, or None for other calls."""
         present = [t for t in tensors if t is not None]
         x = present[0]
-        large = x.shape[2] >= PLANE
-        if large and self._single and all(t.flags.c_contiguous for t in present):
+        S, samples = x.shape[2], max(end - begin for begin, end in self._parts)
+        if S >= PLANE and self._single and all(t.flags.c_contiguous for t in present):
             return None  # merged into one call
         threads = 1 if x.size < SERIAL_BELOW else thread_count()
-        if (large or not self._single) and len(self._parts) < 2 * threads:
+        if len(self._parts) < 2 * threads and not (segments.few(samples, S) or self._single):
             return None
-        return segments.kernels_for(x, self._single, len(present), threads)
+        return segments.kernels_for(x, samples, len(present), threads)
 
     def stats(self, x: NDArray) -> tuple[NDArray, NDArray]:
         """Return mean and M2."""

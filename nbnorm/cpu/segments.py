@@ -21,9 +21,9 @@ from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import past_cache, serial
 from nbnorm.cpu.threads import pool
 
-# If all parts are single samples, planes are summed along themselves from this size on: down one
-# row, columns would have as many sums as values.
-PLANE_OF_ONE = 32
+# Small planes of parts with few samples are summed along themselves: down so few rows, columns
+# would have nearly as many sums as values.
+LEAST_PLANE, MOST_SAMPLES = 32, 8
 
 _CACHES = caches()
 
@@ -31,7 +31,7 @@ _CACHES = caches()
 class Parts(NamedTuple):
     """C and S of x, and how the passes over its parts run.
 
-    `planes` is 1 if parts are single samples with small planes, summed plane by plane.
+    `planes` is 1 if parts are `few`: each channel of a part is then one tile.
     """
 
     C: int
@@ -78,7 +78,7 @@ def planned(N, parts):
     C, S = parts.C, parts.S
     if parts.planes:
         one = np.int64(1)
-        return (N, C, S, (S + 15) // 16 * 16, one, one), one, C
+        return (N, C, S, (S + 15) // 16 * 16, N, one), one, C
     tile, fold, per, chunks, block, _ = serial(
         N, C, S, parts.itemsize, parts.tensors, parts.own, parts.streamed != 0
     )
@@ -220,18 +220,24 @@ _ROWS = _build("rows", kernels.rows_units)
 _COLUMNS = _build("columns", kernels.columns_units)
 
 
+def few(samples: int, S: int) -> bool:
+    """Whether parts of at most so many samples go along their planes though these are small."""
+    return LEAST_PLANE <= S < PLANE and samples <= MOST_SAMPLES
+
+
 def kernels_for(
-    x: NDArray, single: bool, tensors: int, threads: int
+    x: NDArray, samples: int, tensors: int, threads: int
 ) -> tuple[Any, tuple[int, ...], bool]:
     """Return the kernels for x, the fields of `Parts`, and whether they use threads.
 
-    With `single`, every part is one sample.
+    No part has more than so many samples.
     """
     N, C, S = x.shape
-    along = S >= PLANE or (single and S >= PLANE_OF_ONE)
+    planes = few(samples, S)
+    along = S >= PLANE or planes
     streamed = past_cache(N, C, S, x.itemsize, tensors, _CACHES.last)
     numbers = (
-        C, S, int(along and S < PLANE), x.itemsize, tensors, _CACHES.own, int(streamed),
+        C, S, int(planes), x.itemsize, tensors, _CACHES.own, int(streamed),
         pool() if threads > 1 else 0, threads,
     )  # fmt: skip
     return _ROWS if along else _COLUMNS, numbers, threads > 1
