@@ -112,7 +112,7 @@ class Frame:
         taken = take(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
-        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32 and self.backend is cpu
+        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32 and type(self.x) is np.ndarray
         if not (wider and name != "y"):
             _checks.same_dtype(taken, name, self.x, self._name)
         _checks.same_shape(taken, name, self.x, self._name)
