@@ -120,3 +120,30 @@ class Segments:
 
     def time_backward(self, name, groups):
         nbnorm.batch_norm_backward(self.dy, self.x, None, self.mean, self.rstd, groups=self.groups)
+
+
+class Activations:
+    """Forward and backward with an activation, beside those with ReLU."""
+
+    params = (["8x64x28x28", "256x1024"], ["relu", "leaky_relu", "silu", "gelu", "tanh"])
+    param_names = ("shape", "activation")
+
+    def setup(self, name, activation):
+        rng = np.random.default_rng(0)
+        shape = shape_of(name)
+        self.x, self.dy = rng.normal(size=(2, *shape)).astype(np.float32)
+        self.gamma, self.beta = np.ones((2, shape[1]), np.float32)
+        self.out = np.empty_like(self.x)
+        self.time_forward(name, activation)
+        self.time_backward(name, activation)
+
+    def time_forward(self, name, activation):
+        _, self.mean, self.rstd = nbnorm.batch_norm_forward(
+            self.x, self.gamma, self.beta, activation=activation, out=self.out
+        )
+
+    def time_backward(self, name, activation):
+        nbnorm.batch_norm_backward(
+            self.dy, self.x, self.gamma, self.mean, self.rstd,
+            beta=self.beta, activation=activation, out=self.out,
+        )  # fmt: skip
