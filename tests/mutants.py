@@ -166,13 +166,18 @@ SEGMENTS = of(
         ('if name.startswith("running") or rank', "if rank"),
         ("if self._equal:", "if True:"),
         ("if gamma is None or gamma.ndim == len(self._of_part):", "if gamma is None:"),
-        ("packed = all(t.flags.c_contiguous for t in present)", "packed = True"),
         ("and packed and len(set(counts)) == 1:", "and packed:"),
         ("            if end > begin:", "            if True:"),
         ("weight = slice(g * self._C, (g + 1) * self._C), count / total",
          "weight = slice(g * self._C, (g + 1) * self._C), 1 / len(self._counts)"),
         ("weight * (m2[c] / (count - correction))", "weight * (m2[c] / count)"),
         ("None if sums is None else count", "None"),
+    ),
+) + of(
+    "_segments",
+    (
+        "cuda/test_simulator.py::test_simulated[test_segments]",
+        ("packed = all(t.flags.c_contiguous for t in present)", "packed = True"),
     ),
 ) + of(
     "moments",

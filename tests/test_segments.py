@@ -196,6 +196,15 @@ def test_layouts(layout, axis):
     assert_same_bits(out, y)
 
 
+def test_samples_apart_in_memory():
+    """They are no channels of one array, though each part is one sample."""
+    x = np.random.default_rng(0).normal(size=(2, 6, 300)).astype(np.float32)[:, :3]
+    out = np.full((2, 6, 300), 7, np.float32)
+    y = nbnorm.batch_norm_forward(x, groups=2, out=out[:, :3]).y
+    assert_same_bits(y, nbnorm.batch_norm_forward(x.copy(), groups=2).y)
+    assert (out[:, 3:] == 7).all()
+
+
 @pytest.mark.parametrize("correction", [0, 1])
 @pytest.mark.parametrize(
     "segments", [{"groups": 3}, {"offsets": np.array([0, 2, 2, 7, 12])}], ids=str

@@ -287,8 +287,10 @@ def test_gamma_and_beta_may_be_float64(arena, shape, dtype, mode):
 
 
 @both
-@pytest.mark.parametrize("ends", [(0, 1, 1, 4), None], ids=["parts", "samples"])
-def test_segments(arena, shape, ends):
+@pytest.mark.parametrize(
+    ("ends", "gap"), [((0, 1, 1, 4), 0), (None, 0), (None, 8)], ids=["parts", "samples", "apart"]
+)
+def test_segments(arena, shape, ends, gap):
     """Slices of N, and parts of one sample each, which are channels of one array."""
     from nbnorm._segments import Segmented  # imports the CPU's kernels
 
@@ -299,7 +301,7 @@ def test_segments(arena, shape, ends):
     segmented = Segmented(backend, memory, ends, C, counts)
     x, dy = arena.given(recipe.x()), arena.given(recipe.like_x(5))
     gamma, beta = (np.tile(a, G) for a in (recipe.gamma(), recipe.beta()))
-    y, applied, dx, split = (arena.wanted(x) for _ in range(4))
+    y, applied, dx, split = (arena.wanted(x, sample_gap=gap) for _ in range(4))
     mean, m2, rstd = segmented.forward(x, gamma, beta, recipe.eps, None, False, y)
     assert_same_bits(segmented.stats(x)[1], m2, "M2")
     segmented.apply(x, gamma, beta, mean, rstd, None, False, applied)
