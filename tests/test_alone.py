@@ -13,6 +13,8 @@ import nbnorm
 from nbnorm import BatchNorm, conventions, reference
 from nbnorm.distributed import SelfComm, SyncBatchNorm
 
+pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+
 ALONE = {"gamma": ("weight", 1.5), "beta": ("bias", -0.5)}
 alone = pytest.mark.parametrize("affine", ALONE)
 SHAPE = (6, 3, 5)

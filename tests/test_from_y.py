@@ -28,6 +28,8 @@ from nbnorm.distributed import (
     sync_batch_norm_forward,
 )
 
+pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+
 BACKWARD = ("batch_norm_backward", "batch_norm_backward_reduce", "batch_norm_backward_apply")
 
 

@@ -21,6 +21,8 @@ from tolerances import (
 import nbnorm
 from nbnorm import BatchNorm, reference
 
+pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+
 halves = pytest.mark.parametrize("dtype", HALVES)
 
 

@@ -24,6 +24,8 @@ from tolerances import (
 import nbnorm
 from nbnorm import BatchNorm, Ramp, Renorm, reference
 
+pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+
 PLAIN = {"r_max": 1.0, "d_max": 0.0}
 bounds = st.fixed_dictionaries(
     {

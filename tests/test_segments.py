@@ -26,6 +26,8 @@ import nbnorm
 from nbnorm import BatchNorm, Moments, reference
 from nbnorm.distributed import SelfComm, SyncBatchNorm
 
+pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+
 BACKWARD = [name for name in OVER_X if "backward" in name]
 
 
