@@ -252,6 +252,14 @@ class _NotGiven:
 NOT_GIVEN: Any = _NotGiven()
 
 
+def relu_or_none(given: Any) -> str | None:
+    """Return None or "relu"; raise for another activation, which hosts do not differentiate."""
+    found = activation(given)
+    if isinstance(found, Activation):
+        raise ValueError(f"activation must be None or 'relu' in nbnorm.integrations, got {found!r}")
+    return found
+
+
 def given(array: Any, name: str, activation: Fused, y: Any, from_y: bool = False) -> Any:
     """Return a parameter, or None if it was omitted.
 
@@ -312,7 +320,7 @@ def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -
 
 def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
     """Raise for the first factor that is not of a size from 2^-bits to 2^bits, NaN or Inf."""
-    size = np.abs(factor)
+    size, values = np.abs(factor), np.broadcast_to(values, factor.shape)
     wrong = np.argwhere((size < 2.0**-bits) | ((size > 2.0**bits) & (size < np.inf)))
     if wrong.size:
         where = tuple(map(int, wrong[0]))

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from nbnorm import functional
+from nbnorm import _checks, functional
 from nbnorm._typing import Activation, Axis
+from nbnorm.activations import Activation as Other
 
 
 def warmup(
@@ -71,6 +72,7 @@ def warmup(
         )  # fmt: skip
         if not training:
             continue
+        other = isinstance(_checks.activation(activation), Other)
         running = [np.zeros(frozen.mean.shape, _parameters_of(x.dtype)) for _ in range(2)]
         y, mean, rstd = functional.batch_norm_forward(
             x, None, None, *running,
@@ -78,7 +80,8 @@ def warmup(
         )  # fmt: skip
         functional.batch_norm_backward(
             x, x, None, mean, rstd,
-            beta=None, axis=axis, activation=activation, y=y if residual else None,
+            beta=None, axis=axis, activation=activation, y=y if residual and not other else None,
+            residual=added if other else None,
         )  # fmt: skip
 
 

@@ -212,7 +212,8 @@ class Activation:
         self.name, self.parameters, self.functions = name, parameters, functions
 
     def __repr__(self) -> str:
-        names = TABLE[self.name].parameters if self.name in TABLE else ()
+        of_table = self.functions is None and self.name in TABLE
+        names = TABLE[self.name].parameters if of_table else ()
         given = (f"{name}={value:g}" for name, value in zip(names, self.parameters, strict=True))
         return f"activation({', '.join([repr(self.name), *given])})"
 

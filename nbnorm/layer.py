@@ -20,7 +20,7 @@ from nbnorm._arrays import (
     take_floating,
 )
 from nbnorm._typing import Activation, Array, NDArray, X
-from nbnorm.functional import batch_norm_backward, batch_norm_forward
+from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
 from nbnorm.moments import Moments, Pairwise, debiased, update_running_stats
 from nbnorm.renorm import Renorm, batch_renorm_backward, batch_renorm_forward
 
@@ -316,6 +316,9 @@ class BatchNorm:
         # all ranks together.
         mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
         options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
+        if "groups" in options or "offsets" in options:  # theirs leave out what lies between parts
+            self._seen.add(batch_norm_stats(x, axis=self.axis))
+            return self._normalise(x, training, **options)
         _, _, _, values = results = self._normalise(x, training, **options)
         if values > 0:
             count = values // math.prod(shape)
@@ -424,6 +427,8 @@ class BatchNorm:
         """
         if self.running_mean is None or self.running_var is None:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
+        if np.ndim(moments.count) > 0:
+            raise ValueError("moments.count is an array, expected one count; merge segments first")
         if moments.count == 0:
             raise ValueError("moments.count is 0, expected at least one value per channel")
         # Start from zeros: a NaN in the old statistics would survive a factor of 0.

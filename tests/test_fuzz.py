@@ -97,6 +97,20 @@ def valid_arguments(function, rng, keep):
         },
         "batch_renorm_forward": {"x": large(), "residual": large(), **common, **running, **out},
         "batch_renorm_backward": {**gradient, **common, "r": small(), "d": small(), **out},
+        "batch_norm_double_backward": {
+            **{"ddx": large(), "ddgamma": small(), "ddbeta": small(), "gamma": small()},
+            **{"dy": large(), "x": large(), "axis": axis, **statistics},
+        },
+        "batch_norm_jvp": {
+            **{"tx": large(), "tgamma": small(), "tbeta": small(), "gamma": small()},
+            **{"x": large(), "axis": axis, **statistics},
+        },
+        "batch_norm_backward_statistics": {
+            "sum_dy": small(),
+            "sum_dy_xhat": small(),
+            "gamma": small(),
+            "rstd": small(),
+        },
         "update_running_stats": {**running, "moments": moments},
         "fold_batch_norm": fold,
         "fold_into_linear": {

@@ -110,7 +110,7 @@ class TorchProcessGroup:
 class Header(NamedTuple):
     """What each rank sends before any computation; all fields but the last must agree."""
 
-    version: float = 1.0
+    version: float = 2.0
     failed: float = 0.0
     step: float = 0.0
     channels: float = 0.0

@@ -13,6 +13,7 @@ import numpy as np
 from autograd.extend import defvjp_argnums, primitive
 from autograd.tracer import getval, isbox
 
+from nbnorm import _checks
 from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray
 from nbnorm.functional import batch_norm_apply, batch_norm_backward, batch_norm_forward
@@ -110,6 +111,7 @@ def batch_norm(
                 f"{name} is an autograd box, and running statistics have no gradient; "
                 "expected an ndarray that is not an argument of the differentiated function"
             )
+    activation = _checks.relu_or_none(activation)
     y, mean, rstd = batch_norm_forward(
         getval(x),
         getval(gamma),

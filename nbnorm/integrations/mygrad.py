@@ -6,6 +6,7 @@ import numpy as np
 from mygrad import Tensor, execute_op
 from mygrad.operation_base import Operation
 
+from nbnorm import _checks
 from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Axis, NDArray
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
@@ -98,6 +99,7 @@ def batch_norm(
     """
     if not isinstance(constant, bool | None):
         raise TypeError(f"constant must be a bool or None, got {constant!r}")
+    activation = _checks.relu_or_none(activation)
     optional = {"gamma": gamma, "beta": beta, "residual": residual}
     given = {"x": x} | {name: array for name, array in optional.items() if array is not None}
     return execute_op(

@@ -106,6 +106,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
         axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an int, got {axis!r}") from None
+    _checks.relu_or_none(activation)
     names = [_PARAMETERS[name] for name in names_of(affine)]
     return Model(
         "batchnorm",
@@ -125,7 +126,8 @@ def _forward(
 ) -> tuple[FloatsXd, Callable[[FloatsXd], FloatsXd]]:
     """Return Y and the callback that maps dY to dX."""
     gamma, beta = (model.get_param(name) if _has(model, name) else None for name in ("G", "b"))
-    options = {"axis": model.attrs["axis"], "activation": model.attrs["activation"]}
+    activation = _checks.relu_or_none(model.attrs["activation"])
+    options: dict[str, Any] = {"axis": model.attrs["axis"], "activation": activation}
     Y, mean, rstd = batch_norm_forward(
         X,
         gamma,

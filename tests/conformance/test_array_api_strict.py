@@ -142,6 +142,24 @@ CASES = {
         *(a["dy"], a["x"], a["gamma"], a["mean"], a["rstd"], a["sum_dy"], a["sum_dy_xhat"], 20),
         axis=axis,
     ),
+    "batch_renorm_forward": lambda a, axis: nbnorm.batch_renorm_forward(
+        *(a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"]),
+        axis=axis,
+    ),
+    "batch_renorm_backward": lambda a, axis: nbnorm.batch_renorm_backward(
+        *(a["dy"], a["x"], a["gamma"], a["mean"], a["rstd"], a["rstd"], a["mean"]),
+        axis=axis,
+    ),
+    "batch_norm_double_backward": lambda a, axis: nbnorm.batch_norm_double_backward(
+        *(a["dy"], a["beta"], a["gamma"], a["y"], a["x"], a["gamma"], a["mean"], a["rstd"]),
+        axis=axis,
+    ),
+    "batch_norm_jvp": lambda a, axis: nbnorm.batch_norm_jvp(
+        *(a["dy"], a["beta"], a["gamma"], a["x"], a["gamma"], a["mean"], a["rstd"]), axis=axis
+    ),
+    "batch_norm_backward_statistics": lambda a, axis: nbnorm.batch_norm_backward_statistics(
+        a["sum_dy"], a["sum_dy_xhat"], a["gamma"], a["rstd"]
+    ),
     "Moments": lambda a, axis: (
         moments(a).merge(moments(a, 7), Moments(3, a["rstd"], a["m2"])),
         moments(a).var(correction=1),
@@ -174,11 +192,13 @@ CASES = {
 WRITTEN = {
     "batch_norm_forward, fused": {"running_mean", "running_var", "out"},
     "batch_norm_backward, fused": {"out"},
+    "batch_renorm_forward": {"running_mean", "running_var"},
     "update_running_stats": {"running_mean", "running_var"},
 }
 WITHOUT_ARRAYS = {
-    *("BatchNormBackward", "BatchNormForward"),  # results of other functions
-    *("set_pool_limit", "show_config", "warmup"),
+    # Results of other functions, options, and what takes no arrays.
+    *("BatchNormBackward", "BatchNormDoubleBackward", "BatchNormForward", "BatchRenormForward"),
+    *("Ramp", "Renorm", "activation", "set_pool_limit", "show_config", "warmup"),
 }
 
 
