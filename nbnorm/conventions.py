@@ -344,7 +344,7 @@ def dump(
     -----
     The running variance does not change, so outputs at inference are the same. If the layer's
     `correction` differs from the framework's, further training there uses the framework's. The
-    layer's activation is not included.
+    layer's activation, renorm and debias are not included.
 
     For Caffe the statistics are multiplied by a factor of 1 / momentum, so that Caffe weights the
     next batch as the layer does. The factor 1, which some converters write, would give the next

@@ -834,9 +834,9 @@ def batch_norm_backward_reduce(
     mean, rstd : array of the shape of the channel axes
         Statistics that normalised x.
     gamma, beta : array of the shape of the channel axes, or None
-        As in the forward call. With ``activation="relu"`` the mask depends on them, so pass both
-        (None if the forward call had none) or `y`. Without ReLU they may be omitted, unless x is
-        None.
+        As in the forward call. The derivative of an activation depends on them, so pass both (None
+        if the forward call had none); with ReLU `y` will do. Without activation they may be
+        omitted, unless x is None.
     y : array of x's shape and dtype, optional
         Result of the forward call, required for the ReLU mask if that added a residual, and for
         x_hat if x is None.

@@ -207,7 +207,8 @@ class SyncBatchNormBackward(NamedTuple, Generic[X]):
         This rank's sums, with the shape of the channel axes and the dtype of gamma. The gradients
         of gamma and beta are the totals over all ranks, which the caller must compute.
     dresidual : array or None
-        Gradient of the residual, with the shape and dtype of x. None if `y` was not given.
+        Gradient of the residual, with the shape and dtype of x. None if neither `y`
+        nor `residual` was given.
     """
 
     dx: X | OrNone

@@ -25,8 +25,9 @@ class SyncBatchNorm(BatchNorm):
     comm : Communicator
         An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
     **options
-        The other arguments of `BatchNorm`: eps, momentum, affine, track_running_stats, correction,
-        axis, activation, dtype.
+        The other arguments of `BatchNorm` but `renorm`. They must be the same on all ranks, as must
+        be what `forward` gets: options that a layer refuses by itself raise before the ranks speak
+        to each other.
 
     Attributes
     ----------
