@@ -55,8 +55,8 @@ def batch_norm_double_backward(
     Parameters
     ----------
     ddx : array of x's shape and dtype, or None
-        As dy, it may be float32 if x is float16 or bfloat16 in CPU memory.
-        Gradient of `batch_norm_backward`'s dx. None means 0.
+        Gradient of `batch_norm_backward`'s dx. None means 0. As dy, it may be float32 if x is
+        float16 or bfloat16 in CPU memory.
     ddgamma, ddbeta : array of the shape of the channel axes, or None
         Gradients of its dgamma and dbeta, any floating dtype. None means 0.
     dy : array of x's shape and dtype
