@@ -68,7 +68,7 @@ class SegmentedFrame(Frame):
         self.channels *= len(self._counts)
 
     def required(self, array: Array, name: str) -> NDArray:
-        """Return a parameter or statistic that has the shape of the channel axes, or a row a part.
+        """Return a parameter or statistic, of the shape of the channel axes or with a row per part.
 
         Running statistics do not have rows.
         """
@@ -81,7 +81,7 @@ class SegmentedFrame(Frame):
             self.channel_shape = of_all
 
     def count(self) -> Any:
-        """Return the number of values per channel: an int, or with `offsets` one per statistic."""
+        """Return the values per channel: an int, or with `offsets` an array shaped like mean."""
         if self._equal:
             return self.m
         counts = self.memory.zeros(self.channel_shape)
@@ -253,8 +253,8 @@ class Segmented:
 class Threaded(Segmented):
     """`Segmented` on the CPU, where each thread takes whole parts: `nbnorm.cpu.segments`.
 
-    If there are few parts, all threads take one together. Either way a part has the same bits,
-    except `segments.few`, which `nbnorm.cpu.segments` takes always.
+    If there are few parts, all threads take one together. Both ways give the same bits. Parts that
+    are `segments.few` would not, so they always go to `nbnorm.cpu.segments`.
     """
 
     def _kernels(self, *tensors: NDArray | None) -> tuple[Any, tuple[int, ...], bool] | None:

@@ -16,11 +16,11 @@ Function = Callable[..., Any]
 
 
 class Math(NamedTuple):
-    """What the functions of the table are built from, for one dtype and one target.
+    """Primitives from which the functions of the table are built, for one dtype and one target.
 
     `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `decay(a)` is exp(-a) for
     a >= 0, `bell(a)` is exp(-a^2 / 2), `tail(a)` is the probability that a standard normal variable
-    exceeds a >= 0, and `compiled` makes a function one of the target's.
+    exceeds a >= 0, and `compiled` compiles a function for the target.
     """
 
     real: Callable[[float], Scalar]
@@ -266,12 +266,12 @@ def activation(
     Returns
     -------
     Activation
-        Two of the same name and parameters are equal, and so are two of the same functions.
+        Activations with the same name and parameters, or the same functions, compare equal.
 
     Raises
     ------
     TypeError
-        A function is not compiled by `numba.njit`; a parameter is unknown or no number.
+        A function is not compiled by `numba.njit`; a parameter is unknown or not a number.
     ValueError
         The name is unknown; a parameter is not finite.
 

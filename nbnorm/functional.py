@@ -117,7 +117,7 @@ def batch_norm_forward(
         Applied last: "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh",
         "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
     groups : int, optional
-        Divide x into so many equal consecutive parts along its first reduced axis, each with
+        Divide x into this many equal consecutive parts along its first reduced axis, each with
         statistics of its own: mean and rstd have the shape (parts, *channel axes), gamma and beta
         that or the shape of the channel axes.
     offsets : array of int, optional

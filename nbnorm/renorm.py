@@ -1,4 +1,4 @@
-"""Batch renormalization (Ioffe 2017): training that normalises nearly as inference will.
+"""Batch renormalization (Ioffe 2017): training that normalises almost as inference does.
 
 No kernel of its own: r and d are constants per channel, so gamma (x_hat r + d) + beta is batch
 normalization with gamma' = gamma r and beta' = beta + gamma d.
@@ -77,7 +77,7 @@ class Renorm(NamedTuple):
 
     Notes
     -----
-    The defaults are section 4's of Ioffe (2017): batch normalization for 5,000 batches, then
+    The defaults follow section 4 of Ioffe (2017): batch normalization for 5,000 batches, then
     bounds that grow to r_max = 3 at 40,000 batches and d_max = 5 at 25,000. Scale these numbers
     with the length of the training.
 
@@ -339,7 +339,7 @@ def _corrections(
     r_max: float,
     d_max: float,
 ) -> tuple[NDArray, NDArray]:
-    """Return r and d in float64; 0 / 0 is no correction."""
+    """Return r and d in float64; 0 / 0 gives r = 1 and d = 0."""
     with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
         std, running_std = np.sqrt(var + eps), np.sqrt(running_var + eps)
         off = mean - running_mean

@@ -199,7 +199,8 @@ def batch_norm_jvp(
     Notes
     -----
     The product of the Jacobian, whose transpose is the gradient in section 3 of Ioffe & Szegedy
-    (2015), and the tangents; docs/math.md derives it. With ReLU, ty is 0 wherever y > 0 is false.
+    (2015), and the tangents; docs/math.md derives it. If ReLU follows, set ty to 0
+    wherever y > 0 is false.
 
     Examples
     --------

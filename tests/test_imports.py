@@ -20,7 +20,7 @@ LAYERS = (
     ("nbnorm", "nbnorm.__main__", "nbnorm.config"),
     ("nbnorm.integrations*",),
     ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
-    # The last is called by compiled calls of functional; it lies with the kernels that it calls.
+    # cpu.overloads implements functional's calls for compiled code, beside the kernels.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.renorm",),
     ("nbnorm.functional", "nbnorm.second_order"),

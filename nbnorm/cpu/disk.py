@@ -129,7 +129,7 @@ def _note_use(path: Path) -> None:
 
 
 def _tidy(path: Path) -> None:
-    """Remove what nobody needs from the folder of a file that is to be written, and its like.
+    """Before a file is written, remove unused files from its folder and others of the package.
 
     Those are Numba's folders for other places that the package lay or lies in: a new environment
     has a new one. Only files that have the form of our names are removed, and folders that this
@@ -153,7 +153,7 @@ def _tidy(path: Path) -> None:
 def _remove_unused(folder: str, state: str) -> bool:
     """Remove what killed processes left, and what is unused and of another state than this.
 
-    Return whether anything was removed; nothing is where that fails.
+    Return whether anything was removed; errors are ignored.
     """
     removed = False
     with suppress(OSError), os.scandir(folder) as entries:

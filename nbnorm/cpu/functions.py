@@ -1,7 +1,7 @@
 """Activations in kernels: exp(-a), tanh and the normal distribution, which LLVM vectorises.
 
 In the loops of kernels a call of the C library would compute one value at a time. All functions are
-made for float32 and float64 from one source; `Constants` holds what differs. NaN passes.
+made for float32 and float64 from one source; `Constants` holds what differs. NaN gives NaN.
 
 A kernel gets an activation as a named tuple of its parameters, and is compiled for the tuple's
 class. `value_at` and `derivative_at` find the functions by that class.
@@ -34,10 +34,10 @@ class Constants(NamedTuple):
     shift: float  # 1.5 units of the mantissa's range: adding it rounds to an integer
     mantissa: int  # bits
     bias: int
-    log2_high: float  # log(2), so short that small multiples are exact
+    log2_high: float  # leading bits of log(2): small multiples are exact
     log2_low: float
-    most: float  # exp of minus more is no normal number, and taken as 0
-    flat: float  # tanh of more is 1
+    most: float  # beyond it exp(-a) is not a normal number, and set to 0
+    flat: float  # beyond it tanh is 1
     q: tuple[float, ...]
     middle: float
     r: tuple[float, ...]

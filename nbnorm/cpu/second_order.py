@@ -1,4 +1,4 @@
-"""Second-order passes by rows and by columns: the derivative of the gradients, and of y.
+"""Second-order passes by rows and by columns: the gradients of backward, and forward mode.
 
 `jvp` sums tx and tx x_hat as backward does and writes ty. `double_backward` takes five sums in one
 sweep over ddx, dy and x, and writes ddy and dx in another. Both steps are divided among threads
@@ -86,7 +86,8 @@ def second_sums64(ddx, dy, x, grid, k, c, hi, scale, partial):
 def second_lost(partial, k, c, grid, like):
     """Whether a sum of chunk k of channel c overflowed, or the products d g underflowed.
 
-    Products of numbers below 1e-19 underflow in float32. They count where rstd is large.
+    Products of numbers below 1e-19 underflow in float32. With a large rstd they
+    still affect the result.
     """
     tiny, _ = limits(like)
     s_d, s_dt, s_g = partial[0, k, c], partial[1, k, c], partial[2, k, c]

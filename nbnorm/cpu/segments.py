@@ -2,7 +2,7 @@
 
 Each part is a slice of N with its own statistics, so it stays in a core's cache between the two
 steps of a pass. `ends` are the parts' ends in N, shape (parts + 1,); per-channel arrays have shape
-(parts * C,). Otherwise the functions are those of `nbnorm.cpu`; parts may be empty.
+(parts * C,). Apart from that, the functions match those of `nbnorm.cpu`. Parts may be empty.
 """
 
 from types import SimpleNamespace
@@ -21,8 +21,8 @@ from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import past_cache, serial
 from nbnorm.cpu.threads import pool
 
-# Small planes of parts with few samples are summed along themselves: down so few rows, columns
-# would have nearly as many sums as values.
+# The small planes of parts with few samples are summed along each plane. Summed down the samples,
+# they would need nearly as many sums as values.
 LEAST_PLANE, MOST_SAMPLES = 32, 8
 
 _CACHES = caches()
@@ -221,7 +221,7 @@ _COLUMNS = _build("columns", kernels.columns_units)
 
 
 def few(samples: int, S: int) -> bool:
-    """Whether parts of at most so many samples go along their planes though these are small."""
+    """Whether to sum small planes along themselves in parts of at most `samples` samples."""
     return LEAST_PLANE <= S < PLANE and samples <= MOST_SAMPLES
 
 
@@ -230,7 +230,7 @@ def kernels_for(
 ) -> tuple[Any, tuple[int, ...], bool]:
     """Return the kernels for x, the fields of `Parts`, and whether they use threads.
 
-    No part has more than so many samples.
+    `samples` is the size of the largest part.
     """
     N, C, S = x.shape
     planes = few(samples, S)

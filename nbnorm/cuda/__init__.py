@@ -284,7 +284,7 @@ def _second_table(
 
 
 def _own(activation: Fused) -> Activation | None:
-    """Return an activation that has kernels of its own, or None: those without have ReLU too."""
+    """Return an activation that has kernels of its own, else None: one kernel also has ReLU."""
     return activation if isinstance(activation, Activation) else None
 
 
