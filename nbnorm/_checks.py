@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -252,7 +252,7 @@ class _NotGiven:
 NOT_GIVEN: Any = _NotGiven()
 
 
-def relu_or_none(given: Any) -> str | None:
+def relu_or_none(given: Any) -> Literal["relu"] | None:
     """Return None or "relu"; raise for another activation, which hosts do not differentiate."""
     found = activation(given)
     if isinstance(found, Activation):

@@ -1,14 +1,22 @@
 """What arguments and results are, to readers and to type checkers."""
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+
+from nbnorm.activations import Activation as _Activation
 
 Array = Any  # numpy.ndarray, or anything with __dlpack__
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 Axis = int | tuple[int, ...]
-Activation = Any  # None, a name such as "relu", or what `nbnorm.activation` returned
+Activation = (
+    Literal[
+        "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"
+    ]
+    | _Activation
+    | None
+)
 Mask = tuple[bool, bool, bool, bool]
 
 # The type of x, and of results like it. Statistics are of x's library too, but float64 and of
