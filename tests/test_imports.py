@@ -30,8 +30,8 @@ LAYERS = (
     ("nbnorm._checks",),
     ("nbnorm.cpu", "nbnorm.cuda"),
     ("nbnorm.cpu.*", "nbnorm.cuda.*"),
-    ("nbnorm._layout", "nbnorm._running", "nbnorm.activations", "nbnorm.pool"),
-    ("nbnorm._typing", "nbnorm._version"),
+    ("nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
+    ("nbnorm._typing", "nbnorm._version", "nbnorm.activations"),
 )
 
 
