@@ -118,8 +118,8 @@ def batch_norm_forward(
         "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
     groups : int, optional
         Divide x into this many equal consecutive parts along its first reduced axis, each with
-        statistics of its own: mean and rstd have the shape (parts, *channel axes), gamma and beta
-        that or the shape of the channel axes.
+        statistics of its own: mean and rstd have the shape ``(parts, *channel axes)``, gamma and
+        beta that or the shape of the channel axes.
     offsets : array of int, optional
         The same for parts of any length: part i is from offsets[i] to offsets[i + 1].
     out : array of x's shape and dtype, optional
