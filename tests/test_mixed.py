@@ -139,7 +139,7 @@ def test_dx_over_a_wider_dy_is_refused():
     dy = np.ones((4, 3), np.float32)
     x, statistics = np.ones((4, 3), np.float16), (np.zeros(3), np.ones(3))
     out = dy.view(np.float16)[:, ::2]  # dy's address, shape and strides
-    with pytest.raises(ValueError, match=r"^out overlaps dy in memory without being it"):
+    with pytest.raises(ValueError, match=r"^out overlaps dy in memory but is not dy"):
         nbnorm.batch_norm_backward(dy, x, None, *statistics, out=out)
     assert_array_equal(dy, np.ones((4, 3)))
     with pytest.raises(ValueError, match=r"^out has dtype float32, expected float16"):
