@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
-from refusals import OVER_X, VALID, per_channel, refuses
+from refusals import VALID, per_channel, refuses, taking
 from strategies import LAYOUTS, Recipe, other_layouts, recipes
 from tolerances import (
     assert_same_bits,
@@ -28,7 +28,7 @@ from nbnorm.distributed import SelfComm, SyncBatchNorm
 
 pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
 
-BACKWARD = [name for name in OVER_X if "backward" in name]
+BACKWARD = [name for name in taking("groups") if "backward" in name]
 
 
 @st.composite
@@ -407,7 +407,8 @@ def test_a_synchronised_layer_has_no_segments():
 # What is refused
 
 
-SEGMENTED = pytest.mark.parametrize("function", OVER_X)
+OVER_PARTS = [name for name in taking("groups") if "x" in VALID[name]()]
+SEGMENTED = pytest.mark.parametrize("function", OVER_PARTS)
 
 
 @SEGMENTED
