@@ -164,7 +164,7 @@ class Run:
 
     def __init__(self, arena, recipe, mode="plain", *, x=None, dy=None, gamma=None, layouts=None):
         self._arena, self._layouts = arena, layouts or {}
-        self.eps, self.relu = recipe.eps, mode != "plain"
+        self.eps, self.activation = recipe.eps, None if mode == "plain" else "relu"
         self.gamma = recipe.gamma() if gamma is None else gamma
         self.beta = recipe.beta()
         self.x = self._given("x", recipe.x() if x is None else x)
@@ -176,7 +176,7 @@ class Run:
         if self.residual is not None:
             self._backward(None, self._given("y", self.y))
         else:
-            self._backward(self.beta if self.relu else None, None)
+            self._backward(self.beta if self.activation else None, None)
 
     def _given(self, name, values):
         return self._arena.given(values, **self._layouts.get(name, {}))
@@ -187,11 +187,11 @@ class Run:
     def _forward(self):
         x, gamma, beta = self.x, self.gamma, self.beta
         self.y, y = self._wanted("y", "y")
-        rest = gamma, beta, self.eps, self.residual, self.relu, self.y
+        rest = gamma, beta, self.eps, self.residual, self.activation, self.y
         self.mean, self.m2, self.rstd = call("forward", x, *rest)
         for alone, fused in zip(call("stats", x), (self.mean, self.m2), strict=True):
             assert_same_bits(alone, fused, "statistics alone and of the forward")
-        call("apply", x, gamma, beta, self.mean, self.rstd, self.residual, self.relu, y)
+        call("apply", x, gamma, beta, self.mean, self.rstd, self.residual, self.activation, y)
         assert_same_bits(y, self.y, "y of apply and of the forward")
 
     def _backward(self, *mask):
@@ -219,7 +219,7 @@ class Run:
         moments = reference.batch_norm_stats(x)
         ref = reference.batch_norm_forward(
             x, gamma, beta, eps=self.eps, residual=self.residual,
-            activation="relu" if self.relu else None,
+            activation=self.activation,
         )  # fmt: skip
         assert_within(self.mean, moments.mean, mean_tolerance(moments, dtype), "mean")
         assert_within(self.m2, moments.m2, m2_tolerance(moments, dtype), "M2")
@@ -228,7 +228,7 @@ class Run:
         y_error = y_tolerance(*scales, axis=1, residual=self.residual)
         assert_within(self.y, ref.y, y_error, "y")
         # Pass the masked dy to the oracle: near 0 its own mask may differ by a rounding.
-        dy = np.where(self.y > 0, self.dy, 0).astype(dtype) if self.relu else self.dy
+        dy = np.where(self.y > 0, self.dy, 0).astype(dtype) if self.activation else self.dy
         assert_same_bits(self.dresidual, dy, "dresidual")
         rest = x, gamma, self.mean, self.rstd
         ref = reference.batch_norm_backward(dy, *rest)
