@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from nbnorm._typing import Array, Axis, NDArray
-from nbnorm.activations import NAMES, TABLE, Activation, Fused
+from nbnorm.activations import NAMES, RELU, Activation, Fused
+from nbnorm.activations import activation as named
 
 Shape = tuple[int, ...]
 
@@ -381,14 +382,12 @@ def batches(value: Any) -> int:
 
 def activation(given: Any) -> Fused:
     """Return None, "relu" or another activation; raise if there is none of this name."""
+    if isinstance(given, str) and given in NAMES:
+        given = named(given)
+    if isinstance(given, Activation):
+        return "relu" if given == RELU else given
     if given is None:
         return None
-    if isinstance(given, str) and given == "relu":
-        return "relu"
-    if isinstance(given, Activation):
-        return "relu" if given.name == "relu" and given.functions is None else given
-    if isinstance(given, str) and given in TABLE:
-        return Activation(given, tuple(TABLE[given].parameters.values()))
     raise ValueError(
         f"activation must be None, an `nbnorm.activation` or one of {', '.join(NAMES)}, "
         f"got {given!r}"

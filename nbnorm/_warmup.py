@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 
 from nbnorm import _checks, functional
 from nbnorm._typing import Activation, Axis
-from nbnorm.activations import Activation as Other
+from nbnorm.activations import with_own_kernels
 
 
 def warmup(
@@ -61,6 +61,7 @@ def warmup(
     """
     if not shapes:
         raise TypeError("warmup needs at least one shape of x, such as (32, 64, 56, 56)")
+    recomputed = with_own_kernels(_checks.activation(activation)) is not None
     for shape in shapes:
         x = np.zeros(shape, dtype)
         frozen = functional.batch_norm_stats(x, axis=axis)
@@ -72,7 +73,6 @@ def warmup(
         )  # fmt: skip
         if not training:
             continue
-        other = isinstance(_checks.activation(activation), Other)
         running = [np.zeros(frozen.mean.shape, _parameters_of(x.dtype)) for _ in range(2)]
         y, mean, rstd = functional.batch_norm_forward(
             x, None, None, *running,
@@ -80,8 +80,8 @@ def warmup(
         )  # fmt: skip
         functional.batch_norm_backward(
             x, x, None, mean, rstd,
-            beta=None, axis=axis, activation=activation, y=y if residual and not other else None,
-            residual=added if other else None,
+            beta=None, axis=axis, activation=activation,
+            y=y if residual and not recomputed else None, residual=added if recomputed else None,
         )  # fmt: skip
 
 

@@ -240,8 +240,15 @@ class Activation:
         return Pair(lambda v: value(v, *given), lambda v: derivative(v, *given))
 
 
+RELU = Activation("relu")
+
 # What backends take: no activation, ReLU, or one of the table or of the user.
 Fused = Activation | Literal["relu"] | None
+
+
+def with_own_kernels(activation: Fused) -> Activation | None:
+    """Return an activation that has kernels of its own, else None: the others have ReLU too."""
+    return activation if isinstance(activation, Activation) else None
 
 
 def activation(

@@ -15,7 +15,7 @@ from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
-from nbnorm.activations import Fused
+from nbnorm.activations import Fused, with_own_kernels
 from nbnorm.moments import Moments
 
 
@@ -681,20 +681,7 @@ def _backward(
     """`batch_norm_backward` for arrays of any library; from `dy` on in `check_backward`'s order."""
     call = check_backward(dy, x, *arguments, y=y, residual=residual, **segments)
     frame, wanted = call.frame, call.wanted(output_mask)
-    out_ = frame.out(out, inplace="dy")
-    dx = frame.target(out_) if wanted.dx else None
-    dresidual = frame.target() if wanted.dresidual else None
-    sums: Array = frame.memory.zeros((2, frame.channels)) if frame.empty else None
-    if not frame.empty:
-        (operands, mask), act = call.operands(), call.recomputed
-        written = dx and dx.written, dresidual and dresidual.written
-        if wanted.dx and training:
-            sums = frame.backend.backward(*operands, *mask, *written, act)
-        else:
-            if wanted.dgamma or wanted.dbeta:
-                sums = frame.backend.backward_reduce(*operands, *mask, act)
-            if wanted.dx or wanted.dresidual:
-                frame.backend.backward_apply(*operands, None, frame.m, *mask, *written, act)
+    dx, sums, dresidual = call.gradients(wanted, training, frame.out(out, inplace="dy"))
     return BatchNormBackward(
         dx and frame.settle(dx),
         frame.parameter_gradient(sums[1], call.gamma) if wanted.dgamma else None,
@@ -738,7 +725,7 @@ class BackwardCall(NamedTuple):
     @property
     def recomputed(self) -> Fused:
         """The activation if its derivative is recomputed from x, for the backend."""
-        return None if self.activation == "relu" else self.activation
+        return with_own_kernels(self.activation)
 
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
         """Return (dy, x, gamma, mean, rstd) and the derivative's (beta, y), for the backend."""
@@ -750,6 +737,26 @@ class BackwardCall(NamedTuple):
         )
         statistics = frame.statistic(self.mean), frame.statistic(self.rstd)
         return (frame.view(self.dy), frame.view(frame.x), gamma, *statistics), tuple(mask)
+
+    def gradients(
+        self, wanted: Wanted, training: bool, out: Out | None
+    ) -> tuple[Target | None, Any, Target | None]:
+        """Compute dx, the two sums and dresidual, each if it is wanted."""
+        frame = self.frame
+        dx = frame.target(out) if wanted.dx else None
+        dresidual = frame.target() if wanted.dresidual else None
+        if frame.empty:
+            return dx, frame.memory.zeros((2, frame.channels)), dresidual
+        (operands, mask), act, sums = self.operands(), self.recomputed, None
+        written = dx and dx.written, dresidual and dresidual.written
+        if wanted.dx and training:
+            sums = frame.backend.backward(*operands, *mask, *written, act)
+        else:
+            if wanted.dgamma or wanted.dbeta:
+                sums = frame.backend.backward_reduce(*operands, *mask, act)
+            if wanted.dx or wanted.dresidual:
+                frame.backend.backward_apply(*operands, None, frame.m, *mask, *written, act)
+        return dx, sums, dresidual
 
     def _inverse(self) -> tuple[NDArray, NDArray, NDArray]:
         """Return gamma, mean and rstd that make the kernels compute with y in place of x.

@@ -13,13 +13,12 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import on_its_device, take_floating
+from nbnorm._arrays import on_host, on_its_device
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, X
 from nbnorm.functional import (
     BatchNormBackward,
-    batch_norm_backward,
     check_backward,
     check_forward,
     flat_stats,
@@ -261,8 +260,8 @@ def batch_renorm_backward(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. Any strides, including broadcast ones. May be
-        float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
+        bfloat16 in CPU memory.
     x : array, at least 2-d
         Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None
@@ -313,21 +312,23 @@ def batch_renorm_backward(
     call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y, residual=residual)
     frame, wanted = call.frame, call.wanted(output_mask)
     r_, d_ = (frame.statistic(frame.required(a, name)) for a, name in ((r, "r"), (d, "d")))
-    frame.out(out, inplace="dy")
-    scale, shift = (frame.unflat(a) for a in _folded(frame, call.gamma, call.beta, r_, d_))
-    sums = wanted.dgamma, wanted.dgamma or wanted.dbeta
-    dx, dgamma, dbeta, dresidual = batch_norm_backward(
-        dy, x, scale, mean, rstd, beta=shift, y=y, residual=residual, axis=axis,
-        activation=activation, output_mask=(wanted.dx, *sums, wanted.dresidual), out=out,
-    )  # fmt: skip
-    if dbeta is not None:
-        sum_dy = frame.statistic(take_floating(dbeta, "dbeta"))
-        dbeta = frame.parameter_gradient(sum_dy, call.gamma) if wanted.dbeta else None
-    if dgamma is not None:
+    out_ = frame.out(out, inplace="dy")
+    scale, shift = _folded(frame, call.gamma, call.beta, r_, d_)
+    if call.from_y:
+        _checks.divisor(on_host(scale), frame.x.dtype, on_host(frame.statistic(call.rstd)))
+    folded = call._replace(gamma=scale, beta=shift)
+    dx, sums, dresidual = folded.gradients(wanted, True, out_)
+    dgamma = None
+    if wanted.dgamma:
         with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
-            total = r_ * frame.statistic(take_floating(dgamma, "dgamma")) + d_ * sum_dy
+            total = r_ * sums[1] + d_ * sums[0]
         dgamma = frame.parameter_gradient(total, call.gamma)
-    return BatchNormBackward(dx, dgamma, dbeta, dresidual)
+    return BatchNormBackward(
+        dx and frame.settle(dx),
+        dgamma,
+        frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
+        dresidual and frame.settle(dresidual),
+    )
 
 
 def _corrections(

@@ -599,18 +599,16 @@ RENORM = of(
         ("np.where(np.logical_and(std == 0, running_std == 0), 1.0,", "np.where(False, 1.0,"),
         ("np.where(np.logical_and(off == 0, running_std == 0), 0.0,", "np.where(False, 0.0,"),
         ("np.maximum(r, 1 / r_max)", "np.maximum(r, 0)"),
-        ("r_ * frame.statistic(take", "frame.statistic(take"),
-        (" + d_ * sum_dy", ""),
+        ("r_ * sums[1]", "sums[1]"),
+        (" + d_ * sums[0]", ""),
         ("scale, shift = wide * r, wide * d", "scale, shift = wide * r, d"),
-        (
-            "sums = wanted.dgamma, wanted.dgamma or wanted.dbeta",
-            "sums = wanted.dgamma, wanted.dbeta",
-        ),
+        ("call._replace(gamma=scale, beta=shift)\n    dx", "call._replace(gamma=scale)\n    dx"),
+        ("folded.gradients(wanted, True, out_)", "folded.gradients(wanted, False, out_)"),
         (
             '    _checks.enough_values(frame.m, call.correction, "x',
             '    _checks.enough_values(2, 1, "x',
         ),
-        ('    frame.out(out, inplace="dy")\n', ""),
+        ('out_ = frame.out(out, inplace="dy")', "out_ = None"),
     ),
 )
 

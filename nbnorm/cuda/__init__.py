@@ -20,7 +20,7 @@ import numba_cuda  # noqa: F401  # replaces Numba's own, older `numba.cuda`
 from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
 from nbnorm._typing import Array
-from nbnorm.activations import Activation, Fused
+from nbnorm.activations import Activation, Fused, with_own_kernels
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, plan, residence
@@ -60,7 +60,7 @@ def apply(
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     tensors = x, residual, y
-    ready = _pass("apply", x, gamma, *tensors, activation=_own(activation))
+    ready = _pass("apply", x, gamma, *tensors, activation=with_own_kernels(activation))
     floor = 0.0 if activation == "relu" else -inf
     _run(ready, x, tensors, mean, rstd, gamma, beta, floor, residual is not None)
 
@@ -76,7 +76,8 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """Normalise x with its own statistics into y, as `apply`; return mean, M2, rstd, (C,) each."""
     tensors = x, residual, y
-    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=_own(activation))
+    own = with_own_kernels(activation)
+    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=own)
     if fused is None:
         mean, m2, rstd = _stats(x, eps)
         apply(x, gamma, beta, mean, rstd, residual, activation, y)
@@ -281,11 +282,6 @@ def _second_table(
     blocks = _ceil(C, THREADS)
     launch.run(kernels.second_coefficients, "float64", "float64", blocks, THREADS, *args)
     return table, dgamma
-
-
-def _own(activation: Fused) -> Activation | None:
-    """Return an activation that has kernels of its own, else None: one kernel also has ReLU."""
-    return activation if isinstance(activation, Activation) else None
 
 
 def _mask(
