@@ -302,7 +302,7 @@ def test_segments(arena, shape, ends, gap):
     x, dy = arena.given(recipe.x()), arena.given(recipe.like_x(5))
     gamma, beta = (np.tile(a, G) for a in (recipe.gamma(), recipe.beta()))
     y, applied, dx, split = (arena.wanted(x, sample_gap=gap) for _ in range(4))
-    mean, m2, rstd = segmented.forward(x, gamma, beta, recipe.eps, None, False, y)
+    mean, m2, rstd = segmented.forward(x, gamma, beta, recipe.eps, None, None, y)
     assert_same_bits(segmented.stats(x)[1], m2, "M2")
     segmented.apply(x, gamma, beta, mean, rstd, None, False, applied)
     assert_same_bits(applied, y, "y")
@@ -445,7 +445,7 @@ def test_in_place_changes_no_bit(arena, shape, dtype):
     for name in ("x", "residual"):
         tensors = {"x": run.x, "residual": run.residual}
         tensors[name] = y = arena.place(tensors[name])
-        rest = run.mean, run.rstd, tensors["residual"], True, y
+        rest = run.mean, run.rstd, tensors["residual"], "relu", y
         call("apply", tensors["x"], run.gamma, run.beta, *rest)
         assert_same_bits(y, run.y, f"y written over {name}")
     rest = run.gamma, run.mean, run.rstd, None
@@ -512,7 +512,7 @@ def test_what_is_kept_is_read_once(arena, shape, dtype):
     (y, dx, dresidual), rest = run._wanted("y", "dx", "dresidual"), (run.gamma, run.mean, run.rstd)
     with fused():
         simulator.loads.clear()
-        call("forward", run.x, run.gamma, run.beta, run.eps, run.residual, True, y)
+        call("forward", run.x, run.gamma, run.beta, run.eps, run.residual, "relu", y)
         assert simulator.loads[width] == 2 * vectors  # x, residual
         simulator.loads.clear()
         call("backward", run.dy, run.x, *rest, None, run.y, dx, dresidual)
@@ -528,7 +528,7 @@ def test_kept_in_place_changes_no_bit(arena, shape, dtype):
         for name in ("x", "residual"):
             tensors = {"x": run.x, "residual": run.residual}
             tensors[name] = y = arena.place(tensors[name])
-            options = run.eps, tensors["residual"], True, y
+            options = run.eps, tensors["residual"], "relu", y
             call("forward", tensors["x"], run.gamma, run.beta, *options)
             assert_same_bits(y, run.y, f"y written over {name}")
         for name in ("dy", "x", "y"):
@@ -737,7 +737,7 @@ def test_x_minus_mean_may_be_twice_the_greatest_number(arena, shape, dtype, part
     mean, var = np.full(C, most / part), np.full(C, (most / 3) ** 2)
     gamma, beta, rstd = np.full(C, 2, np.float32), np.ones(C, np.float32), var**-0.5
     y, dx = arena.wanted(x), arena.wanted(x)
-    call("apply", x, gamma, beta, mean, rstd, None, False, y)
+    call("apply", x, gamma, beta, mean, rstd, None, None, y)
     want = reference.batch_norm_apply(x, gamma, beta, mean, rstd)
     assert_within(y, want, y_tolerance(x, gamma, beta, mean, rstd, axis=1), "y")
     for shift in (None, beta):
