@@ -303,7 +303,7 @@ def test_kept_chunks_and_sums_may_exceed_48_kb(driver, backend):
     for N, C, S in ((118, 256, 49), (4, 3, 1 << 13), (30, 3, 1 << 13)):
         x, y = fake.Array((N, C, S), F32), fake.Array((N, C, S), F32)
         with fused(driver):
-            args = x, channels(F32, C), channels(F32, C), 1e-5, None, False, y
+            args = x, channels(F32, C), channels(F32, C), 1e-5, None, None, y
             assert len(driver.during(backend.forward, *args)) == 1
 
 
@@ -312,7 +312,7 @@ def test_what_a_device_cannot_keep_is_read_twice(driver, backend):
     for shape in LARGE:
         _, C, S = shape
         x, y = fake.Array(shape, F32), fake.Array(shape, F32)
-        args = x, channels(F32, C), channels(F32, C), 1e-5, None, False, y
+        args = x, channels(F32, C), channels(F32, C), 1e-5, None, None, y
         for shared, clusters, within in ((1 << 12, True, 0), (SHARED, False, 1)):
             with fused(driver, shared, clusters):
                 launches = driver.during(backend.forward, *args)
@@ -324,7 +324,7 @@ def test_what_a_device_cannot_keep_is_read_twice(driver, backend):
 def test_a_call_that_reads_memory_once_asks_the_driver_for_one_launch(driver, backend):
     for shape in LARGE[1:3]:
         x, y = fake.Array(shape, F32), fake.Array(shape, F32)
-        args = x, channels(F32, shape[1]), channels(F32, shape[1]), 1e-5, None, False, y
+        args = x, channels(F32, shape[1]), channels(F32, shape[1]), 1e-5, None, None, y
         with fused(driver):
             backend.forward(*args)
             for stream in (7, 12):
