@@ -478,6 +478,84 @@ def same_parts(gamma: NDArray | None, beta: NDArray | None) -> None:
         raise ValueError(f"beta has shape {beta.shape}, expected {gamma.shape}, the shape of gamma")
 
 
+def one_of(given: list[str]) -> None:
+    """Raise if more than one argument says what counts."""
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given, expected one of mask, lengths, weights")
+
+
+def boolean(mask: NDArray) -> None:
+    """Raise if a mask is not of dtype bool."""
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected bool; numbers are weights=")
+
+
+def broadcastable(array: NDArray, name: str, x: NDArray, of: str) -> None:
+    """Raise if an array does not broadcast to x's shape."""
+    trailing = x.shape[x.ndim - array.ndim :]
+    if array.ndim > x.ndim or any(n not in (1, m) for n, m in zip(array.shape, trailing)):
+        raise ValueError(
+            f"{name} has shape {array.shape}, which does not broadcast to {of} of shape {x.shape}"
+        )
+
+
+def lengths(
+    values: NDArray, axis: Any, shape: Shape, channels: list[int], name: str
+) -> int:
+    """Check `lengths`; return the axis of x that they are along."""
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"lengths has dtype {values.dtype}, expected integers")
+    if values.shape != shape[:1]:
+        raise ValueError(
+            f"lengths has shape {values.shape}, expected {shape[:1]} for {name} of shape {shape}"
+        )
+    others = [i for i in range(1, len(shape)) if i not in channels]
+    if axis is None:
+        if not others:
+            raise ValueError(f"lengths have no axis to go along in {name} of shape {shape}")
+        along = others[-1]
+    else:
+        try:
+            along = operator.index(axis)
+        except TypeError:
+            raise TypeError(f"length_axis must be an int, got {axis!r}") from None
+        if not -len(shape) <= along < len(shape) or along % len(shape) not in others:
+            raise ValueError(
+                f"length_axis is {axis}, expected one of {others}: axes of {name} of shape {shape} "
+                "that are neither the first nor channel axes"
+            )
+        along %= len(shape)
+    wrong = np.flatnonzero((values < 0) | (values > shape[along]))
+    if wrong.size:
+        n = int(wrong[0])
+        raise ValueError(
+            f"lengths[{n}] is {values[n]}, expected 0 to {shape[along]}, "
+            f"the length of axis {along} of {name}"
+        )
+    return along
+
+
+def weights(least: float, most: float) -> None:
+    """Raise unless the least and greatest weight are finite and not negative."""
+    if not (least >= 0 and most < math.inf):
+        worst = least if not least >= 0 else most
+        raise ValueError(f"weights must be finite and not negative, got {worst:g}")
+
+
+def weight(value: Any, m: float) -> float:
+    """Return the `count` of weighted values; raise if it is not positive although some count."""
+    count = number(value, "count")
+    if not (count > 0 or (m == 0 and count == 0)) or count == math.inf:
+        raise ValueError(f"count must be positive and finite, got {value!r}")
+    return count
+
+
+def weight_each(values: NDArray, own: NDArray) -> None:
+    """Raise unless the count of each channel is finite, and positive where anything counts."""
+    if not ((values > 0) | ((values == 0) & (own == 0))).all() or (values == np.inf).any():
+        raise ValueError(f"count must be positive and finite where x counts, got {values}")
+
+
 def count(value: Any, x: NDArray) -> int:
     """Return `count` as an int; raise if it is not positive although x is not empty."""
     try:

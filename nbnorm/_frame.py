@@ -87,6 +87,7 @@ class Frame:
     backend: ModuleType = cpu
     memory: Any = cpu.memory
     part = "x of shape {}"  # what has m values per channel
+    unit = 1.0  # of the weights that kernels take; M2 is in these units, too
 
     def __init__(self, x: Array, axis: Axis, name: str = "x") -> None:
         self.x = taken = take_floating(x, name)

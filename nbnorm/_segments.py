@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks, cpu
+from nbnorm import _checks, _running, cpu
 from nbnorm._arrays import on_host, take
 from nbnorm._frame import Frame
 from nbnorm._layout import PLANE, fits, layout_beginning
 from nbnorm._typing import Array, Axis, NDArray
+from nbnorm._weights import Counting, WeightedFrame, bound
 from nbnorm.activations import Activation, Fused
 from nbnorm.cpu import segments
 from nbnorm.cpu.plan import SERIAL_BELOW
@@ -27,23 +28,38 @@ from nbnorm.cpu.threads import count as thread_count
 from nbnorm.cpu.threads import turn
 
 
-def frame_of(x: Array, axis: Axis, groups: Any, offsets: Any, name: str = "x") -> Frame:
-    """Return the frame of a call, a `SegmentedFrame` if `groups` or `offsets` is given."""
-    if groups is None and offsets is None:
-        return Frame(x, axis, name)
-    return SegmentedFrame(x, axis, groups, offsets, name)
+def frame_of(
+    x: Array,
+    axis: Axis,
+    name: str = "x",
+    *,
+    groups: Any = None,
+    offsets: Any = None,
+    **what_counts: Any,
+) -> Frame:
+    """Return the frame of a call, of a subclass if it has segments or not every value counts."""
+    counting = Counting(**what_counts)
+    if groups is not None or offsets is not None:
+        return SegmentedFrame(x, axis, groups, offsets, counting, name)
+    if counting.given:
+        return WeightedFrame(x, axis, counting, name)
+    counting.check_alone()
+    return Frame(x, axis, name)
 
 
-class SegmentedFrame(Frame):
+class SegmentedFrame(WeightedFrame):
     """Frame of a call with segments.
 
-    `m` is the number of values per channel of the smallest part that is not empty.
+    `m` is the number of values per channel of the smallest part that is not empty, or the least
+    sum of weights.
     """
 
     part = "a part of x of shape {}"
 
-    def __init__(self, x: Array, axis: Axis, groups: Any, offsets: Any, name: str = "x") -> None:
-        super().__init__(x, axis, name)
+    def __init__(
+        self, x: Array, axis: Axis, groups: Any, offsets: Any, counting: Counting, name: str = "x"
+    ) -> None:
+        Frame.__init__(self, x, axis, name)
         shape, strides = self.x.shape, self.x.strides
         axes = tuple(sorted(i % len(shape) for i in _checks.axes(axis)))
         first = next(i for i in range(len(shape)) if i not in axes)
@@ -59,10 +75,22 @@ class SegmentedFrame(Frame):
             fitting = fits(self._layout, shape, strides, self.x.itemsize)
             self._fitting = strides if fitting else None
         rows = self._layout.shape[0] // max(shape[first], 1)
-        kind = Threaded if self.backend is cpu else Segmented
+        self.weights, backends = None, None
+        if counting.given:
+            self._weigh(counting)
+        else:
+            counting.check_alone()
+        if (weights := self.weights) is not None:
+            parts = [weights.of(b * rows, e * rows, self.backend) for b, e in pairwise(ends)]
+            backends = [bound(self.backend, of_part) for of_part in parts]
+            self._counts = [of_part.count * self.unit for of_part in parts]
+            found = [on_host(count[count > 0]) for count in self._counts]
+            self.m = min((float(count.min()) for count in found if count.size), default=0)
+        kind = Threaded if self.backend is cpu and weights is None else Segmented
         self.backend = kind(  # type: ignore[assignment]
-            self.backend, self.memory, [end * rows for end in ends], self.channels, self._counts
-        )
+            self.backend, self.memory, [end * rows for end in ends], self.channels, self._counts,
+            backends,
+        )  # fmt: skip
         self._of_part = self.channel_shape
         self.channel_shape = (len(self._counts), *self._of_part)
         self.channels *= len(self._counts)
@@ -81,18 +109,25 @@ class SegmentedFrame(Frame):
             self.channel_shape = of_all
 
     def count(self) -> Any:
-        """Return the values per channel: an int, or with `offsets` an array shaped like mean."""
-        if self._equal:
+        """Return the values per channel: an int, or an array shaped like mean where it differs."""
+        if self._equal and self.weights is None:
             return self.m
         counts = self.memory.zeros(self.channel_shape)
         for g, count in enumerate(self._counts):
-            counts[g] = count
+            counts[g] = count if self.weights is None else count.reshape(self._of_part)
         return self.home(counts)
 
     def counted(self, count: Any) -> Any:
         """Check the `count` of a backward pass: an int for all parts, or one for each statistic."""
-        if not hasattr(count, "shape") or len(count.shape) == 0:
-            return [_checks.count(count, self.x)] * len(self._counts)
+        number = len(self._counts)
+        if len(getattr(count, "shape", ())) == 0:
+            if self.weights is not None:
+                return [_checks.weight(count, self.m) / self.unit] * number
+            return [_checks.count(count, self.x)] * number
+        if self.weights is not None:
+            given = self.statistic(self.required(count, "count"))
+            _checks.weight_each(on_host(given), np.concatenate(list(map(on_host, self._counts))))
+            return list(given.reshape(number, -1) / self.unit)
         counts = on_host(take(count, "count"))
         return _checks.counts(counts, self.channel_shape, self._counts)
 
@@ -105,7 +140,17 @@ class SegmentedFrame(Frame):
         correction: float,
     ) -> None:
         """Update running statistics once, with the parts' mean and variance averaged by count."""
-        self.backend.move(*running, mean, m2, momentum, correction)
+        if self.weights is None:
+            self.backend.move(*running, mean, m2, momentum, correction)
+            return
+        mean, m2 = mean.reshape(len(self._counts), -1), m2.reshape(len(self._counts), -1)
+        total, averages = sum(self._counts), self.memory.zeros((2, mean.shape[1]))
+        with np.errstate(all="ignore"):
+            for g, count in enumerate(self._counts):
+                share = np.where(count > 0, count / total, 0.0)
+                averages[0] += share * mean[g]
+                averages[1] += np.where(count > 0, share * m2[g] * self.unit / (count - correction), 0)
+        _running.move(running, averages, momentum, total > 0)
 
     def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
         """Round sums to gamma's dtype; add those of all parts unless gamma has a row for each."""
@@ -125,13 +170,16 @@ class SegmentedFrame(Frame):
 class Segmented:
     """The functions of a backend, part by part; `rows` are the parts' ends in N.
 
-    Per-channel arrays have shape (parts * C,). Empty parts have mean, M2 and sums of 0.
+    Per-channel arrays have shape (parts * C,). Empty parts have mean, M2 and sums of 0. `backends`
+    are those of the parts if x has weights.
     """
 
     def __init__(
-        self, backend: Any, memory: Any, rows: list[int], C: int, counts: list[int]
-    ) -> None:
+        self, backend: Any, memory: Any, rows: list[int], C: int, counts: list[Any],
+        backends: list[Any] | None = None,
+    ) -> None:  # fmt: skip
         self._backend, self._memory, self._C, self._counts = backend, memory, C, counts
+        self._backends = backends
         self._parts = list(pairwise(rows))
         self._ends = np.array(rows)
         self._single = all(end - begin == 1 for begin, end in self._parts)
@@ -139,14 +187,15 @@ class Segmented:
 
     def _calls(
         self, *tensors: NDArray | None, counts: Any = None
-    ) -> Iterator[tuple[list[NDArray | None], slice, int]]:
-        """Yield the tensors' views, the range of per-channel arrays and the count of each call."""
+    ) -> Iterator[tuple[Any, list[NDArray | None], slice, Any]]:
+        """Yield backend, views of tensors, range of per-channel arrays and count of each call."""
         counts = self._counts if counts is None else counts
         C, present = self._C, [t for t in tensors if t is not None]
         N, _, S = present[0].shape
         packed = all(t.flags.c_contiguous for t in present)
-        if self._single and packed and len(set(counts)) == 1:
+        if self._backends is None and self._single and packed and len(set(counts)) == 1:
             yield (
+                self._backend,
                 [None if t is None else t.reshape(1, N * C, S) for t in tensors],
                 slice(0, N * C),
                 counts[0],
@@ -155,13 +204,14 @@ class Segmented:
         for g, (begin, end) in enumerate(self._parts):
             if end > begin:
                 part = [None if t is None else t[begin:end] for t in tensors]
-                yield part, slice(g * C, (g + 1) * C), counts[g]
+                backend = self._backend if self._backends is None else self._backends[g]
+                yield backend, part, slice(g * C, (g + 1) * C), counts[g]
 
     def stats(self, x: NDArray) -> tuple[NDArray, NDArray]:
         """Return mean and M2."""
         mean, m2 = self._zeros(2)
-        for (x_,), c, _ in self._calls(x):
-            mean[c], m2[c] = self._backend.stats(x_)
+        for backend, (x_,), c, _ in self._calls(x):
+            mean[c], m2[c] = backend.stats(x_)
         return mean, m2
 
     def apply(
@@ -169,8 +219,8 @@ class Segmented:
         residual: NDArray | None, activation: Fused, y: NDArray,
     ) -> None:  # fmt: skip
         """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-        for (x_, residual_, y_), c, _ in self._calls(x, residual, y):
-            self._backend.apply(x_, gamma[c], beta[c], mean[c], rstd[c], residual_, activation, y_)
+        for backend, (x_, residual_, y_), c, _ in self._calls(x, residual, y):
+            backend.apply(x_, gamma[c], beta[c], mean[c], rstd[c], residual_, activation, y_)
 
     def forward(
         self, x: NDArray, gamma: NDArray, beta: NDArray, eps: float, residual: NDArray | None,
@@ -178,8 +228,8 @@ class Segmented:
     ) -> tuple[NDArray, NDArray, NDArray]:  # fmt: skip
         """Normalise x with the parts' statistics into y; return mean, M2 and rstd."""
         mean, m2, rstd = self._zeros(3)
-        for (x_, residual_, y_), c, _ in self._calls(x, residual, y):
-            found = self._backend.forward(x_, gamma[c], beta[c], eps, residual_, activation, y_)
+        for backend, (x_, residual_, y_), c, _ in self._calls(x, residual, y):
+            found = backend.forward(x_, gamma[c], beta[c], eps, residual_, activation, y_)
             mean[c], m2[c], rstd[c] = found
         return mean, m2, rstd
 
@@ -203,9 +253,9 @@ class Segmented:
     ) -> NDArray:  # fmt: skip
         """Return sum dy and sum dy x_hat, shape (2, parts * C)."""
         sums = self._zeros(2)
-        for (dy_, x_, y_), c, _ in self._calls(dy, x, y):
+        for backend, (dy_, x_, y_), c, _ in self._calls(dy, x, y):
             norm = gamma[c], mean[c], rstd[c], None if beta is None else beta[c]
-            sums[:, c] = self._backend.backward_reduce(dy_, x_, *norm, y_, activation)
+            sums[:, c] = backend.backward_reduce(dy_, x_, *norm, y_, activation)
         return sums
 
     def backward_apply(
@@ -215,10 +265,10 @@ class Segmented:
     ) -> None:  # fmt: skip
         """Write dx and dresidual, each if given; `count` has a number for each part."""
         tensors, counts = (dy, x, y, dx, dresidual), None if sums is None else count
-        for (dy_, x_, y_, dx_, dresidual_), c, m in self._calls(*tensors, counts=counts):
+        for backend, (dy_, x_, y_, dx_, dresidual_), c, m in self._calls(*tensors, counts=counts):
             of_part = None if sums is None else self._memory.contiguous(sums[:, c])
             mask = None if beta is None else beta[c], y_
-            self._backend.backward_apply(
+            backend.backward_apply(
                 dy_,
                 x_,
                 gamma[c],
@@ -239,9 +289,9 @@ class Segmented:
     ) -> NDArray:  # fmt: skip
         """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
         sums = self._zeros(2)
-        for (dy_, x_, y_, dx_, dresidual_), c, _ in self._calls(dy, x, y, dx, dresidual):
+        for backend, (dy_, x_, y_, dx_, dresidual_), c, _ in self._calls(dy, x, y, dx, dresidual):
             norm = gamma[c], mean[c], rstd[c], None if beta is None else beta[c]
-            sums[:, c] = self._backend.backward(dy_, x_, *norm, y_, dx_, dresidual_, activation)
+            sums[:, c] = backend.backward(dy_, x_, *norm, y_, dx_, dresidual_, activation)
         return sums
 
     def _zeros(self, number: int) -> NDArray:

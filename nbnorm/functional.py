@@ -73,6 +73,11 @@ def batch_norm_forward(
     activation: Activation = None,
     groups: int | None = None,
     offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
+    fill: float | None = 0.0,
     out: Array | None = None,
 ) -> BatchNormForward[X]:
     """Normalise every channel of x to mean 0 and variance 1, then scale and shift it.
@@ -122,6 +127,19 @@ def batch_norm_forward(
         beta that or the shape of the channel axes.
     offsets : array of int, optional
         The same for parts of any length: part i is from offsets[i] to offsets[i + 1].
+    mask : array of bool, optional
+        False where x does not count: it is then in no statistic and may be anything, NaN included.
+        Any shape that broadcasts to x; length 1 along the channel axes if all channels share it.
+        At most one of mask, lengths and weights may be given.
+    lengths : array of int, shape (x.shape[0],), optional
+        x[n] counts up to position lengths[n] along `length_axis`; what follows is padding.
+    length_axis : int, optional
+        By default the last axis that is not a channel axis.
+    weights : array of float, optional
+        How often each value counts: mean = sum(w x) / sum(w), var = sum(w (x - mean)^2) / sum(w).
+        Finite, not negative, of any shape that broadcasts to x. A weight of 0 is a mask's False.
+    fill : float or None, default 0
+        y where x does not count. None normalises x there like the rest.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, which is then **overwritten**: pass
         ``None, ..., y=y`` to `batch_norm_backward` instead of x. It must not overlap an input in
@@ -142,13 +160,15 @@ def batch_norm_forward(
         statistic is given, or none with ``training=False``; in training, a running statistic is
         read-only or shares memory with another array of the call, or a channel has a single value
         and ``correction=1``. groups does not divide its axis, or offsets do not go from 0 to its
-        length or decrease.
+        length or decrease. More than one of mask, lengths and weights is given; a mask or weights
+        do not broadcast to x; a length is beyond its axis; a weight is negative or not finite.
 
     Notes
     -----
     Implements Algorithm 1 of Ioffe & Szegedy (2015), with a moving average in place of Algorithm 2.
     With segments, running statistics move once, with the parts' means and variances averaged by
-    count.
+    count. Weights are frequencies: running_var moves to M2 / (sum(w) - correction). In a channel
+    where nothing counts, mean and rstd are 0, and the running statistics do not change.
     Statistics are summed around a shift and merged in float64 with the formula of Chan, Golub &
     LeVeque (1983), so a mean of 1e6 standard deviations costs no digits. Results are bitwise
     independent of the number of threads. An empty batch does not change the running statistics. A
@@ -166,7 +186,8 @@ def batch_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    if type(x) is np.ndarray and groups is None and offsets is None:
+    plain = groups is offsets is mask is lengths is weights is length_axis is None
+    if type(x) is np.ndarray and plain:
         done = _shortcut.forward(
             x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
             residual, activation, out,
@@ -175,14 +196,15 @@ def batch_norm_forward(
             return BatchNormForward(*done)
     return _forward(
         x, gamma, beta, running_mean, running_var, training, momentum, eps, correction, axis,
-        residual, activation, out, groups=groups, offsets=offsets,
+        residual, activation, out, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+        length_axis=length_axis, weights=weights, fill=fill,
     )  # fmt: skip
 
 
 @on_its_device("x")
-def _forward(x: X, *arguments: Any, **segments: Any) -> BatchNormForward[X]:
+def _forward(x: X, *arguments: Any, **parts: Any) -> BatchNormForward[X]:
     """`batch_norm_forward` for arrays of any library; arguments in `check_forward`'s order."""
-    call = check_forward(x, *arguments, **segments)
+    call = check_forward(x, *arguments, **parts)
     frame = call.frame
     if not call.training:
         assert call.running is not None
@@ -262,15 +284,15 @@ def check_forward(
     activation: Activation,
     out: Array | None,
     *,
-    groups: int | None = None,
-    offsets: Array | None = None,
     alone: bool = True,
+    **parts: Any,
 ) -> ForwardCall:
     """Check and convert the arguments of a forward call; compute nothing.
 
-    With ``alone=False``, x is only part of the batch, and the caller checks the number of values.
+    `parts` are segments and what counts, for `frame_of`. With ``alone=False``, x is only part of
+    the batch, and the caller checks the number of values.
     """
-    frame = frame_of(x, axis, groups, offsets)
+    frame = frame_of(x, axis, **parts)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     _checks.running_pair(running_mean, running_var, training)
     mean_ = frame.per_channel(running_mean, "running_mean")
@@ -324,6 +346,11 @@ def batch_norm_inference(
     activation: Activation = None,
     groups: int | None = None,
     offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
+    fill: float | None = 0.0,
     out: Array | None = None,
 ) -> X:
     """Normalise x with population statistics.
@@ -348,6 +375,8 @@ def batch_norm_inference(
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
+    mask, lengths, length_axis, weights, fill : optional
+        What counts, and y where x does not, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself; it must not overlap an input in any other way.
 
@@ -375,14 +404,17 @@ def batch_norm_inference(
     array([[-1.],
            [ 1.]])
     """
-    if type(x) is np.ndarray and groups is None and offsets is None:
+    plain = groups is offsets is mask is lengths is weights is length_axis is None
+    if type(x) is np.ndarray and plain:
         done = _shortcut.inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
         if done is not None:
             y: X = done[0]
             return y
     return _inference(
-        x, gamma, beta, mean, var, eps, axis, residual, activation, out, groups, offsets
-    )
+        x, gamma, beta, mean, var, eps, axis, residual, activation, out,
+        groups=groups, offsets=offsets, mask=mask, lengths=lengths, length_axis=length_axis,
+        weights=weights, fill=fill,
+    )  # fmt: skip
 
 
 @on_its_device("x")
@@ -397,11 +429,10 @@ def _inference(
     residual: Array | None,
     activation: Activation,
     out: Array | None,
-    groups: int | None,
-    offsets: Array | None,
+    **parts: Any,
 ) -> X:
     """`batch_norm_inference` for arrays of any library."""
-    frame = frame_of(x, axis, groups, offsets)
+    frame = frame_of(x, axis, **parts)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
@@ -425,6 +456,11 @@ def batch_norm_apply(
     activation: Activation = None,
     groups: int | None = None,
     offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
+    fill: float | None = 0.0,
     out: Array | None = None,
 ) -> X:
     """Normalise x with a given mean and rstd: the second half of the training forward pass.
@@ -446,6 +482,8 @@ def batch_norm_apply(
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
+    mask, lengths, length_axis, weights, fill : optional
+        What counts, and y where x does not, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write y to. It may be x itself, which is then **overwritten**: pass
         ``None, ..., y=y`` to the backward functions instead of x. It must not overlap an input in
@@ -475,7 +513,10 @@ def batch_norm_apply(
     array([[-1.],
            [ 1.]])
     """
-    frame = frame_of(x, axis, groups, offsets)
+    frame = frame_of(
+        x, axis, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+        length_axis=length_axis, weights=weights, fill=fill,
+    )  # fmt: skip
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
     residual_ = frame.like_x(residual, "residual")
@@ -487,7 +528,15 @@ def batch_norm_apply(
 
 @on_its_device("x")
 def batch_norm_stats(
-    x: Array, *, axis: Axis = 1, groups: int | None = None, offsets: Array | None = None
+    x: Array,
+    *,
+    axis: Axis = 1,
+    groups: int | None = None,
+    offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
 ) -> Moments:
     """Compute count, mean and M2 per channel: the first half of the training forward pass.
 
@@ -499,12 +548,15 @@ def batch_norm_stats(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
+    mask, lengths, length_axis, weights : optional
+        What counts, as in `batch_norm_forward`.
 
     Returns
     -------
     Moments
         (count, mean, m2): an int and two float64 arrays with the shape of the channel axes. With
-        segments the arrays have a row for each part; with offsets, count is such an array, too.
+        segments the arrays have a row for each part. count is a float under weights, and such an
+        array where it differs: with offsets, or what counts differs by channel or segment.
         Merging the moments of several chunks, ``first.merge(second, third)``, is as accurate as
         one pass over all of them.
 
@@ -525,7 +577,10 @@ def batch_norm_stats(
     >>> nbnorm.batch_norm_stats(np.array([[1.0], [3.0]]))
     Moments(count=2, mean=array([2.]), m2=array([2.]))
     """
-    frame = frame_of(x, axis, groups, offsets)
+    frame = frame_of(
+        x, axis, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+        length_axis=length_axis, weights=weights,
+    )  # fmt: skip
     mean, m2 = flat_stats(frame)
     return Moments(frame.count(), frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
 
@@ -535,7 +590,7 @@ def flat_stats(frame: Frame) -> tuple[NDArray, NDArray]:
     if frame.empty:
         return frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
     mean, m2 = frame.backend.stats(frame.view(frame.x))
-    return mean, m2
+    return mean, m2 if frame.unit == 1 else m2 * frame.unit
 
 
 @untraced
@@ -554,6 +609,10 @@ def batch_norm_backward(
     activation: Activation = None,
     groups: int | None = None,
     offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
     output_mask: Mask = _shortcut.ALL,
     out: Array | None = None,
 ) -> BatchNormBackward[X]:
@@ -595,6 +654,8 @@ def batch_norm_backward(
         As in the forward call.
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
+    mask, lengths, length_axis, weights : optional
+        What counts, as in `batch_norm_forward`.
     output_mask : 4 bools, default all True
         Which of dx, dgamma, dbeta, dresidual to compute; the others are None.
     out : array of x's shape and dtype, optional
@@ -651,7 +712,7 @@ def batch_norm_backward(
     >>> np.allclose(same.dx, grads.dx)
     True
     """
-    plain = groups is None and offsets is None and residual is None
+    plain = groups is offsets is mask is lengths is weights is length_axis is residual is None
     shown = beta is not NOT_GIVEN or activation is None or y is not None
     if type(x) is np.ndarray and plain and shown:
         done = _shortcut.backward(
@@ -662,7 +723,8 @@ def batch_norm_backward(
             return BatchNormBackward(*done)
     return _backward(
         training, output_mask, out, dy, x, gamma, mean, rstd, beta, axis, activation,
-        y=y, residual=residual, groups=groups, offsets=offsets,
+        y=y, residual=residual, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+        length_axis=length_axis, weights=weights,
     )  # fmt: skip
 
 
@@ -676,10 +738,10 @@ def _backward(
     *arguments: Any,
     y: Array | None,
     residual: Array | None,
-    **segments: Any,
+    **parts: Any,
 ) -> BatchNormBackward[X]:
     """`batch_norm_backward` for arrays of any library; from `dy` on in `check_backward`'s order."""
-    call = check_backward(dy, x, *arguments, y=y, residual=residual, **segments)
+    call = check_backward(dy, x, *arguments, y=y, residual=residual, **parts)
     frame, wanted = call.frame, call.wanted(output_mask)
     dx, sums, dresidual = call.gradients(wanted, training, frame.out(out, inplace="dy"))
     return BatchNormBackward(
@@ -784,13 +846,15 @@ def check_backward(
     *,
     y: Array | None,
     residual: Array | None = None,
-    groups: int | None = None,
-    offsets: Array | None = None,
+    **parts: Any,
 ) -> BackwardCall:
-    """Check and convert the arguments common to all backward functions; compute nothing."""
+    """Check and convert the arguments common to all backward functions; compute nothing.
+
+    `parts` are segments and what counts, for `frame_of`.
+    """
     from_y = x is None and y is not None
     large, name = (y, "y") if from_y else (x, "x")
-    frame = frame_of(large, axis, groups, offsets, name)
+    frame = frame_of(large, axis, name, **parts)
     activation = _checks.activation(activation)
     if from_y:
         _checks.invertible(activation)
@@ -828,6 +892,10 @@ def batch_norm_backward_reduce(
     axis: Axis = 1,
     groups: int | None = None,
     offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
 ) -> tuple[Array, Array]:
     """Compute sum dy and sum dy x_hat per channel: the first half of the training backward pass.
 
@@ -855,6 +923,8 @@ def batch_norm_backward_reduce(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
+    mask, lengths, length_axis, weights : optional
+        What counts, as in `batch_norm_forward`.
 
     Returns
     -------
@@ -880,7 +950,8 @@ def batch_norm_backward_reduce(
     """
     call = check_backward(
         dy, x, gamma, mean, rstd, beta, axis, activation,
-        y=y, residual=residual, groups=groups, offsets=offsets,
+        y=y, residual=residual, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+        length_axis=length_axis, weights=weights,
     )  # fmt: skip
     frame = call.frame
     if frame.empty:
@@ -909,6 +980,10 @@ def batch_norm_backward_apply(
     axis: Axis = 1,
     groups: int | None = None,
     offsets: Array | None = None,
+    mask: Array | None = None,
+    lengths: Array | None = None,
+    length_axis: int | None = None,
+    weights: Array | None = None,
     out: Array | None = None,
 ) -> X:
     """Compute the gradient of x from the two sums: the second half of the training backward pass.
@@ -928,9 +1003,9 @@ def batch_norm_backward_apply(
         Statistics that normalised x.
     sum_dy, sum_dy_xhat : array of the shape of the channel axes
         Sums returned by `batch_norm_backward_reduce`, added over all parts of the batch.
-    count : int
-        Number of values per channel in all parts together. With segments, that of each, or an
-        array shaped like `sum_dy`.
+    count : int, float or array
+        Number of values per channel in all parts together, or their sum of weights. With segments,
+        that of each. An array shaped like `sum_dy` where it differs.
     beta : array of the shape of the channel axes, or None
         As in the forward call. The derivative of an activation depends on it, so pass it (None if
         the forward call had none); with ReLU `y` will do. Without activation it may be omitted,
@@ -946,6 +1021,8 @@ def batch_norm_backward_apply(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
+    mask, lengths, length_axis, weights : optional
+        What counts, as in `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         Array to write dx to. It may be dy itself; it must not overlap an input in any other way.
 
@@ -976,7 +1053,8 @@ def batch_norm_backward_apply(
     """
     call = check_backward(
         dy, x, gamma, mean, rstd, beta, axis, activation,
-        y=y, residual=residual, groups=groups, offsets=offsets,
+        y=y, residual=residual, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+        length_axis=length_axis, weights=weights,
     )  # fmt: skip
     frame = call.frame
     sum_dy_ = frame.required(sum_dy, "sum_dy")

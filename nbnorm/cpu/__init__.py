@@ -9,6 +9,8 @@ The backward functions mask dy by ReLU if they get beta or y: with beta they rec
 from x, with y they read it (y > 0). With another activation they get beta, and as y the residual or
 None: they recompute v, the value before the activation.
 `double_backward` and `jvp` have no activation.
+
+`weights` of the other functions say how often each value of x counts: see `nbnorm._weights`.
 """
 
 from __future__ import annotations
@@ -23,25 +25,25 @@ from nbnorm.cpu import sources as sources  # isort: split
 from nbnorm import _running
 from nbnorm._typing import NDArray
 from nbnorm.activations import Activation, Fused
-from nbnorm.cpu import functions, kernels, second_order
+from nbnorm.cpu import functions, kernels, second_order, weighted
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
-from nbnorm.cpu.threads import turn
+from nbnorm.cpu.threads import pool, turn
 
 _CACHES = caches()
 _COMPILED = (np.dtype("float32"), np.dtype("float64"))
 
 
-def stats(x: NDArray) -> tuple[NDArray, NDArray]:
+def stats(x: NDArray, *, weights: Any = None) -> tuple[NDArray, NDArray]:
     """Return mean and M2 = sum (x - mean)^2 of each channel, shape (C,) each."""
-    cut, run = _cut(x, 1)
+    cut, run = _cut(x, 1, weights)
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
     with turn(cut.parallel):
-        run.stats(_view(x), tuple(cut.grid), kernels.work_for(cut), 0.0, partial, mean, m2, rstd)
+        run.stats(_x(x, cut, weights), tuple(cut.grid), kernels.work_for(cut), 0.0, partial, mean, m2, rstd)
     return mean, m2
 
 
@@ -54,10 +56,13 @@ def apply(
     residual: NDArray | None,
     activation: Fused,
     y: NDArray,
+    *,
+    weights: Any = None,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    cut, run = _cut(x, 2 + (residual is not None))
-    x_, residual_, y_, norm = _view(x), _view(residual), _view(y), (mean, rstd, gamma, beta)
+    cut, run = _cut(x, 2 + (residual is not None), weights)
+    x_, residual_, y_ = _x(x, cut, weights), _view(residual), _view(y)
+    norm = mean, rstd, gamma, beta
     with turn(cut.parallel):
         run.apply(x_, residual_, tuple(cut.grid), kernels.work_for(cut), norm, _act(activation), y_)
 
@@ -70,10 +75,12 @@ def forward(
     residual: NDArray | None,
     activation: Fused,
     y: NDArray,
+    *,
+    weights: Any = None,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Normalise x with its own statistics into y; return mean, M2 and rstd, shape (C,) each."""
-    cut, run = _cut(x, 2 + (residual is not None))
-    x_, residual_, y_ = _view(x), _view(residual), _view(y)
+    cut, run = _cut(x, 2 + (residual is not None), weights)
+    x_, residual_, y_ = _x(x, cut, weights), _view(residual), _view(y)
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
@@ -132,10 +139,13 @@ def backward_reduce(
     beta: NDArray | None,
     y: NDArray | None,
     activation: Activation | None = None,
+    *,
+    weights: Any = None,
 ) -> NDArray:
     """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy through the activation."""
-    cut, run = _cut(x, 2 + (y is not None))
-    dy_, x_, y_, norm = _view(dy), _view(x), _view(y), _norm(activation, mean, rstd, gamma, beta)
+    cut, run = _cut(x, 2 + (y is not None), weights)
+    dy_, x_, y_ = _view(dy), _x(x, cut, weights), _view(y)
+    norm = _norm(activation, mean, rstd, gamma, beta)
     partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
     with turn(cut.parallel):
         run.backward_reduce(
@@ -157,15 +167,20 @@ def backward_apply(
     dx: NDArray | None,
     dresidual: NDArray | None,
     activation: Activation | None = None,
+    *,
+    weights: Any = None,
 ) -> None:
     """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
 
     dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy
-    through the activation.
+    through the activation. With weights the two means are multiplied by the weight of each value.
     """
-    cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
+    cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None), weights)
     norm = _norm(activation, mean, rstd, gamma, beta)
-    dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
+    dy_, x_, y_, dx_, dresidual_ = (
+        _view(dy), _x(x, cut, weights), _view(y), _view(dx), _view(dresidual),
+    )  # fmt: skip
+    m: Any = float(count) if weights is None else np.full(cut.grid.C, count, np.float64)
     with turn(cut.parallel):
         run.backward_apply(
             dy_,
@@ -175,7 +190,7 @@ def backward_apply(
             kernels.work_for(cut),
             norm,
             sums,
-            float(count),
+            m,
             dx_,
             dresidual_,
         )
@@ -192,12 +207,16 @@ def backward(
     dx: NDArray | None,
     dresidual: NDArray | None,
     activation: Activation | None = None,
+    *,
+    weights: Any = None,
 ) -> NDArray:
     """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
-    cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None))
+    cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None), weights)
     norm = _norm(activation, mean, rstd, gamma, beta)
-    dy_, x_, y_, dx_, dresidual_ = _view(dy), _view(x), _view(y), _view(dx), _view(dresidual)
-    count = float(x.shape[0] * x.shape[2])
+    dy_, x_, y_, dx_, dresidual_ = (
+        _view(dy), _x(x, cut, weights), _view(y), _view(dx), _view(dresidual),
+    )  # fmt: skip
+    count = float(x.shape[0] * x.shape[2]) if weights is None else weights.count
     partial, sums = np.empty((2, cut.chunks, cut.grid.C)), np.empty((2, cut.grid.C))
     with turn(cut.parallel):
         run.backward(
@@ -292,12 +311,48 @@ def double_backward(
     return dgamma
 
 
-def _cut(x: NDArray, tensors: int) -> tuple[Plan, Any]:
+def _cut(x: NDArray, tensors: int, weights: Any = None) -> tuple[Plan, Any]:
     """Return the plan of a pass over `tensors` arrays of x's size, and its traversal's kernels."""
     # Small passes are serial. Asking for the number of threads would start them.
     threads = 1 if x.size < SERIAL_BELOW else thread_count()
-    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
-    return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
+    if weights is None:
+        cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
+        return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
+    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors, weighted.PLANE)
+    return cut, kernels.weighted_rows if cut.traversal == "rows" else kernels.weighted_columns
+
+
+def _x(x: NDArray, cut: Plan, weights: Any) -> Any:
+    """Return x as kernels take it, with the weights if there are any."""
+    if weights is None:
+        return _view(x)
+    N, C, S = x.shape
+    w = weights.values
+    if w.shape[1] == 1 < C and cut.traversal == "columns":
+        if S == 1 == cut.grid.fold:
+            return _view(x), (w.reshape(-1), 1), weights.fill
+        w = np.ascontiguousarray(np.broadcast_to(w, x.shape))
+    shared = w.shape[1] == 1
+    return _view(x), (w.reshape(-1), S if shared else C * S, 0 if shared else S), weights.fill
+
+
+def weigh(values: NDArray, C: int) -> NDArray:
+    """Return the sum of weights of each channel, float64 of shape (C,).
+
+    `values` have shape (N, C, S), or (N, 1, S) if all channels share them, in C order.
+    """
+    N, channels, S = values.shape
+    if channels == 1 or values.size == 0:
+        total = np.count_nonzero(values) if values.dtype == np.uint8 else values.sum(dtype="f8")
+        return np.full(C, total, np.float64)
+    parts = min(N, 4 * thread_count()) if values.size >= SERIAL_BELOW else 1
+    partial = np.zeros((parts, channels))
+    parallel = parts > 1
+    with turn(parallel):
+        kernels.weigh(
+            values.reshape(-1), N, S, partial, pool() if parallel else 0, thread_count()
+        )
+    return partial.sum(axis=0)
 
 
 def _act(activation: Fused) -> Any:

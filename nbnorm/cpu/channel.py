@@ -15,6 +15,7 @@ time.
 import numpy as np
 from numba import types
 
+from nbnorm.cpu.element import at
 from nbnorm.cpu.intrinsics import clear, each, new, news, of_chunk, part, piece, row, zeros
 from nbnorm.cpu.jit import by_types, none_without, ordered
 from nbnorm.cpu.storage import computed, epsilon, limits
@@ -28,11 +29,12 @@ FIRST = 32
 def merge(count, delta, m2, count_b, delta_b, m2_b):
     """Merge the moments of two sets of values (Chan, Golub & LeVeque 1983).
 
-    Both deltas are relative to the same shift: mean = shift + delta.
+    Both deltas are relative to the same shift: mean = shift + delta. Weights can leave both empty.
     """
     total = count + count_b
     d = delta_b - delta
-    return total, delta + d * (count_b / total), m2 + m2_b + d * d * (count * count_b / total)
+    n = total if total > 0 else 1.0
+    return total, delta + d * (count_b / n), m2 + m2_b + d * d * (count * count_b / n)
 
 
 @ordered
@@ -51,6 +53,7 @@ def lost(n, d, q, m2, like):
 @ordered
 def merge_chunk(c, count_k, shift_k, delta_k, m2_k, count, shift, delta, m2):
     """Merge the moments of one chunk of channel c into those of the chunks before it."""
+    shift[c] = shift[c] if count[c] > 0 else shift_k[c]
     count[c], delta[c], m2[c] = merge(
         count[c], delta[c], m2[c], count_k[c], (shift_k[c] - shift[c]) + delta_k[c], m2_k[c]
     )
@@ -65,10 +68,11 @@ def rstd_of(var, eps):
 
 @ordered
 def finish_moments_channel(c, count, shift, delta, m2, eps, mean, rstd):
-    """Mean and rstd of channel c from its merged moments."""
+    """Mean and rstd of channel c from its merged moments; both 0 if nothing counts."""
     mean[c] = shift[c] + delta[c]
     # If M2 overflows float64, the variance is unknown: y becomes NaN rather than beta.
-    rstd[c] = np.nan if m2[c] == np.inf else rstd_of(m2[c] / count[c], eps)
+    found = np.nan if m2[c] == np.inf else rstd_of(m2[c] / count[c], eps)
+    rstd[c] = found if count[c] > 0 else 0.0
 
 
 @ordered
@@ -252,7 +256,8 @@ def factors_channel(c, c0, rstd, gamma, sums, count, u, v, f):
     least, most = 1.0, np.inf
     if sums is not None:
         tiny, greatest = limits(u)
-        mean_dy, mean_dy_xhat = sums[0, c0 + c] / count, sums[1, c0 + c] / count
+        m = at(count, c0 + c)
+        mean_dy, mean_dy_xhat = sums[0, c0 + c] / m, sums[1, c0 + c] / m
         p = floor_power(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
         size = max(floor_power(mean_dy), floor_power(mean_dy_xhat))
@@ -288,8 +293,8 @@ def factors(norm, sums, count, c0, c1, u):
 def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, q):
     """h, p and q of channel c; see `coefficients`."""
     _, lo = split(mean[c], h)
-    mean_dy, l = split(sum_dy[c] / count, h)
-    p_c = rstd[c] * (sum_dy_xhat[c] / count)
+    mean_dy, l = split(sum_dy[c] / at(count, c), h)
+    p_c = rstd[c] * (sum_dy_xhat[c] / at(count, c))
     h[c] = mean_dy * v[c]
     p[c] = p_c * v[c] / u[c]
     q[c] = (l - lo * p_c) * v[c]
@@ -299,6 +304,7 @@ def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, 
 def coefficients(norm, sums, count, c0, c1, u, v):
     """Coefficients h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q), or None without sums.
 
+    `count` is one number or one per channel, shape (C,).
     The right side is v (dy - mean(dy) - x_hat mean(dy x_hat)). mean(dy) is split like the mean of
     x, so that dy - h is exact for dy near its mean.
     """
@@ -308,7 +314,7 @@ def coefficients(norm, sums, count, c0, c1, u, v):
         part(norm[0], c0, c1), part(norm[1], c0, c1),
         part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1),
     )  # fmt: skip
-    each(size, coefficients_channel, (*channels, count, u, v, h, p, q))
+    each(size, coefficients_channel, (*channels, part(count, c0, c1), u, v, h, p, q))
     return h, p, q
 
 

@@ -315,3 +315,83 @@ def second_apply(j, ddx, dy, x, hi, ahpq, bkst, ddy, dx):
     store(ddy, j, first)
     if dx is not None:
         store(dx, j, second)
+
+
+@by_types
+def weight_at(w, j, like):
+    """The weight of value j, in the dtype of `like`: 0 or 1 if it is a mask."""
+    if getattr(w, "dtype", w) == types.uint8:
+        return lambda w, j, like: like.dtype.type(at(w, j) != 0)
+    return lambda w, j, like: like.dtype.type(at(w, j))
+
+
+@ordered
+def add_value(j, sums, values):
+    """sums[j] += values[j]; values of a mask are 0 or 1."""
+    sums[j] += weight_at(values, j, sums)
+
+
+@ordered
+def add_weighted_row(j, x, w, K, s, q, m):
+    """s += w d, q += w d^2 and m += w, where d = x - K; x of weight 0 may be anything."""
+    weight = weight_at(w, j, s)
+    d = load(x, j) - at(K, j)
+    d = d if weight != 0 else weight
+    weighted = weight * d
+    s[j] += weighted
+    q[j] += weighted * d
+    m[j] += weight
+
+
+@ordered
+def add_first_row(j, x, w, K, s, m):
+    """s += x - K and m += 1 where the weight is not 0; the first such x becomes K."""
+    v = load(x, j)
+    first = v if m[j] == 0 else K[j]
+    d = v - first
+    if at(w, j) != 0:
+        K[j] = first
+        s[j] += d
+        m[j] += 1
+
+
+@inlined
+def apply_weighted(j, x, w, other, residual, hi, u, a, b, floor, y):
+    """`apply`, but y = other where the weight is 0, unless that is None."""
+    v = activated(j, x, residual, hi, u, a, b, floor)
+    if other is not None:
+        v = v if at(w, j) != 0 else other
+    store(y, j, v)
+
+
+@inlined
+def add_weighted_gradient_row(j, dy, x, w, y, hi, u, a, b, scale, act, s, t):
+    """`add_gradient_row` where the weight is not 0."""
+    zero = s.dtype.type(0)
+    g = masked_dy(j, dy, x, y, hi, u, a, b, act)
+    along = g * (deviation(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
+    s[j] += g if at(w, j) != 0 else zero
+    t[j] += along if at(w, j) != 0 else zero
+
+
+@ordered
+def weighted_centred(j, weight, g, x, hi, u, hpq, v):
+    """dx / f = (g v - w h) - w ((x u - hi) p + q), or g v for frozen statistics (hpq is None)."""
+    if hpq is None:
+        return times(g, at(v, j))
+    h, p, q = hpq
+    return (times(g, at(v, j)) - weight * at(h, j)) - weight * normalised(
+        load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j)
+    )
+
+
+@inlined
+def backward_apply_weighted(j, dy, x, w, y, hi, u, a, b, hpq, v, f, act, like, dx, dresidual):
+    """`backward_apply` where the weight is not 0; dx = dresidual = 0 where it is."""
+    weight, zero = weight_at(w, j, like), like.dtype.type(0)
+    g = masked_dy(j, dy, x, y, hi, u, a, b, act)
+    d = at(f, j) * weighted_centred(j, weight, g, x, hi, u, hpq, v)
+    if dresidual is not None:
+        store(dresidual, j, g if weight != 0 else zero)
+    if dx is not None:
+        store(dx, j, d if weight != 0 else zero)

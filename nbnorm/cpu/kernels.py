@@ -13,6 +13,7 @@ import numpy as np
 
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
+from nbnorm.cpu import weighted
 from nbnorm.cpu.channel import finish_moments, finish_sums, rstd_of
 from nbnorm.cpu.jit import entry, named, ordered
 from nbnorm.cpu.launch import launch
@@ -70,9 +71,10 @@ def channels(block, u, C):
     return u * block, min((u + 1) * block, C)
 
 
-def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
+def _build(
+    name: str, traversal: ModuleType | SimpleNamespace
+) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
     """Make the six passes of a traversal: kernels for Python, passes for compiled code, units."""
-    name = traversal.__name__.rpartition(".")[2]
     stats_chunk, apply_chunk = traversal.stats, traversal.apply
     backward_reduce_chunk = traversal.backward_reduce
     backward_apply_chunk = traversal.backward_apply
@@ -236,8 +238,16 @@ def _build(traversal: ModuleType) -> tuple[SimpleNamespace, SimpleNamespace, Sim
     )  # fmt: skip
 
 
-rows, rows_passes, rows_units = _build(_rows)
-columns, columns_passes, columns_units = _build(_columns)
+rows, rows_passes, rows_units = _build("rows", _rows)
+columns, columns_passes, columns_units = _build("columns", _columns)
+weighted_rows, _, _ = _build("weighted_rows", weighted.rows)
+weighted_columns, _, _ = _build("weighted_columns", weighted.columns)
+
+
+@entry("weigh")
+def weigh(w, N, S, partial, pool, threads):
+    """partial[u] = sums of weights of shape (N, C, S) over an equal share of the samples."""
+    launch((pool, threads), partial.shape[0], weighted.weigh_unit, (w, N, S, partial))
 
 
 @entry("rstd_all")

@@ -15,6 +15,7 @@ from nbnorm._typing import NDArray
 
 empty = pool.empty
 zeros = np.zeros
+from_host = np.asarray
 
 
 def contiguous(array: NDArray) -> NDArray:

@@ -82,9 +82,9 @@ class Plan(NamedTuple):
 
 
 @compiled_too
-def by_rows(S: int) -> bool:
+def by_rows(S: int, plane: int = PLANE) -> bool:
     """Whether to sum planes of S values along S rather than down the samples."""
-    return S >= PLANE
+    return S >= plane
 
 
 @compiled_too
@@ -112,10 +112,11 @@ def past_cache(N: int, C: int, S: int, itemsize: int, tensors: int, last: int) -
 
 @compiled_too
 def serial(
-    N: int, C: int, S: int, itemsize: int, tensors: int, own: int, streamed: bool
-) -> tuple[int, int, int, int, int, int]:
+    N: int, C: int, S: int, itemsize: int, tensors: int, own: int, streamed: bool,
+    plane: int = PLANE,
+) -> tuple[int, int, int, int, int, int]:  # fmt: skip
     """Tile, fold, per, chunks, block and span of a pass in one thread; see `Grid` and `Plan`."""
-    if by_rows(S):
+    if by_rows(S, plane):
         most = TILE_BYTES // max(itemsize, 4)
         across = _ceil(S, most)
         tile = _ceil(_ceil(S, across), 16) * 16
@@ -135,8 +136,13 @@ def serial(
 
 
 @lru_cache(maxsize=1024)
-def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, tensors: int) -> Plan:
+def plan(
+    N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, tensors: int,
+    plane: int = PLANE,
+) -> Plan:  # fmt: skip
     """Divide a pass over N samples of C channels of S values, none of them 0.
+
+    Planes of `plane` values or more are traversed by rows.
 
     `tensors` is the number of arrays of that size that the pass touches. A thread's block of
     channels should stay in cache between the two steps. Results are streamed if the last-level
@@ -145,9 +151,12 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
     """
     parallel = threads > 1 and N * C * S >= SERIAL_BELOW
     streamed = past_cache(N, C, S, itemsize, tensors, caches.last)
-    tile, fold, per, chunks, block, span = serial(N, C, S, itemsize, tensors, caches.own, streamed)
+    along = by_rows(S, plane)
+    tile, fold, per, chunks, block, span = serial(
+        N, C, S, itemsize, tensors, caches.own, streamed, plane
+    )
     grid = Grid(N, C, S, tile, fold, per)
-    if parallel and by_rows(S):
+    if parallel and along:
         block = _equal(max(1, min(block, C // (2 * threads))), C, threads)
         span = _channels_of(SHARES * threads, C, chunks)
     elif parallel and fold == 1:
@@ -159,18 +168,18 @@ def plan(N: int, C: int, S: int, itemsize: int, threads: int, caches: Caches, te
         span = min(span, _channels_of(SHARES * threads if alone else threads, C, chunks))
     block, span = max(1, block), max(1, span)
     blocks = _ceil(C, block)
-    resident = by_rows(S) or block * N * S * itemsize <= caches.own
+    resident = along or block * N * S * itemsize <= caches.own
     strip, parts, part = span, chunks, grid.per
-    if parallel and not by_rows(S) and (S == 1 or fold > 1):
+    if parallel and not along and (S == 1 or fold > 1):
         strip = C if fold > 1 else max(1, min(RUN_BYTES // itemsize, C))
         parts, part = _parts(_ceil(N, fold), grid.per, _ceil(threads, _ceil(C, strip)))
         resident = resident and block * itemsize >= PAGE
-    elif streamed and not by_rows(S):
+    elif streamed and not along:
         wide = _channels_of(SHARES * threads, C, chunks)
         strip = wide if planes_alone(S, wide, itemsize, streamed) else span
     fused = not parallel or (resident and blocks >= threads and _balanced(blocks, threads))
     return Plan(
-        "rows" if by_rows(S) else "columns",
+        "rows" if along else "columns",
         grid,
         chunks,
         block,

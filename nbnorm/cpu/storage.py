@@ -70,7 +70,9 @@ def stored_as_zero(values):
 
 @by_types
 def computed(view):
-    """Empty array of the dtype that a view's values are computed in."""
+    """Empty array of the dtype that a view's values are computed in, weighted or not."""
+    if isinstance(view.types[0], types.BaseTuple):
+        return lambda view: computed(view[0])
     if view.types[0].dtype in (types.float32, types.float64):
         return lambda view: view[0][:0]
     return lambda view: new(0, np.float32)

@@ -1,0 +1,178 @@
+"""What counts: the weights of x's values, from `mask`, `lengths` or `weights` of a call.
+
+A mask is weights of 0 and 1. Values of weight 0 may be anything, NaN included. `WeightedFrame` is
+the frame of such a call; its backend has the same functions as any, with the weights bound.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbnorm import _checks, _running
+from nbnorm._arrays import on_host, take, take_floating
+from nbnorm._frame import Frame
+from nbnorm._typing import Array, Axis, NDArray
+
+
+class Weights(NamedTuple):
+    """Weights as kernels take them.
+
+    `values` have shape (N, C, S), or (N, 1, S) if all channels share them, in C order: uint8 for a
+    mask, else the compute dtype. `count` is their sum for each channel, float64 of shape (C,).
+    `fill` is y where the weight is 0; None normalises x there like the rest.
+    """
+
+    values: NDArray
+    count: NDArray
+    fill: float | None
+
+    def of(self, begin: int, end: int, backend: Any) -> Weights:
+        """Return the weights of x[begin:end]."""
+        values = self.values[begin:end]
+        return Weights(values, backend.weigh(values, self.count.size), self.fill)
+
+
+class Counting(NamedTuple):
+    """The arguments of a call that say what counts."""
+
+    mask: Array | None = None
+    lengths: Array | None = None
+    length_axis: int | None = None
+    weights: Array | None = None
+    fill: float | None = 0.0
+
+    @property
+    def given(self) -> bool:
+        """Whether anything may not count."""
+        return not (self.mask is None and self.lengths is None and self.weights is None)
+
+    def check_alone(self) -> None:
+        """Raise if there is a `length_axis`, although nothing says what counts."""
+        if self.length_axis is not None:
+            raise ValueError("length_axis is given without lengths")
+
+
+class WeightedFrame(Frame):
+    """Frame of a call in which not every value counts alike.
+
+    `m` is the least sum of weights of a channel in which anything counts. Weights are divided by
+    `unit`, a power of two, which is not 1 if they would leave the range of float32.
+    """
+
+    part = "what counts of x of shape {}"
+
+    def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
+        super().__init__(x, axis, name)
+        self._weigh(counting)
+        if self.weights is not None:
+            self.backend = bound(self.backend, self.weights)  # type: ignore[assignment]
+
+    def _weigh(self, counting: Counting) -> None:
+        """Check what counts; set `weights`, None where every value counts once."""
+        found = _given(self, counting)
+        self.unit, self._shared = 1.0, self._channels_share(found)
+        self._kind: type = float if counting.weights is not None else int
+        if found.dtype.kind == "f":
+            found = self._in_range(found)
+        values = self._spread(found)
+        count = self.backend.weigh(values, self.channels)
+        self._count = count * self.unit
+        self.m = min(on_host(self._count[self._count > 0]), default=0)
+        every = self._kind is int and bool((count == self.x.size // max(self.channels, 1)).all())
+        fill = None if counting.fill is None else _checks.number(counting.fill, "fill")
+        self.weights = None if every or self.empty else Weights(values, count, fill)
+
+    def _channels_share(self, given: NDArray) -> bool:
+        """Whether weights, of as many axes as x, are the same in all channels."""
+        return all(given.shape[i] == 1 for i in self._channel_axes)
+
+    @property
+    def _channel_axes(self) -> list[int]:
+        return [i % self.x.ndim for i in _checks.axes(self._axis)]
+
+    def _in_range(self, weights: NDArray) -> NDArray:
+        """Return weights in the compute dtype, divided by `unit`; raise if one is not valid."""
+        dtype = np.float64 if self.x.dtype == np.float64 else np.float32
+        if weights.size == 0:
+            return weights.astype(dtype)
+        least, most = float(weights.min()), float(weights.max())
+        _checks.weights(least, most)
+        if most > 0 and not 2.0**-20 < most < 2.0**20:
+            self.unit = 2.0 ** (np.frexp(most)[1] - 1)
+        if self.unit != 1:
+            weights = weights.astype(np.float64) / self.unit
+        return weights.astype(dtype, copy=False)
+
+    def _spread(self, given: NDArray) -> NDArray:
+        """Return weights, of as many axes as x, with shape (N, C, S), or (N, 1, S) if shared."""
+        shape = list(self.x.shape)
+        if self._shared:
+            for i in self._channel_axes:
+                shape[i] = 1
+        N, C, S = self._layout.shape
+        turned = self._turned(np.broadcast_to(given, shape))
+        values: NDArray = self.memory.contiguous(turned).reshape(N, 1 if self._shared else C, S)
+        return values.view(np.uint8) if values.dtype == np.bool_ else values
+
+    def count(self) -> Any:
+        """Return what counts per channel: an int, a float under weights, or an array like mean."""
+        if self._shared:
+            return self._kind(self._count[0]) if self.channels else self._kind(0)
+        return self.home(self.unflat(self._count))
+
+    def counted(self, count: Any) -> Any:
+        """Check the `count` of a backward pass: a number, or one for each channel."""
+        if len(getattr(count, "shape", ())) == 0:
+            return _checks.weight(count, self.m) / self.unit
+        counts = self.required(count, "count")
+        _checks.weight_each(on_host(counts), on_host(self.unflat(self._count)))
+        return self.statistic(counts) / self.unit
+
+    def move(
+        self,
+        running: tuple[NDArray, NDArray],
+        mean: NDArray,
+        m2: NDArray,
+        momentum: float,
+        correction: float,
+    ) -> None:
+        """Update running statistics, except in channels where nothing counts."""
+        with np.errstate(all="ignore"):
+            var = m2 * self.unit / (self._count - correction)
+        _running.move(running, (mean, var), momentum, self._count > 0)
+
+
+def bound(backend: Any, weights: Weights) -> Any:
+    """Return a backend whose functions have these weights."""
+    of_x = ("stats", "apply", "forward", "backward_reduce", "backward_apply", "backward")
+    functions = {name: partial(getattr(backend, name), weights=weights) for name in of_x}
+    return SimpleNamespace(**functions, rstd=backend.rstd, memory=backend.memory)
+
+
+def _given(frame: Frame, counting: Counting) -> NDArray:
+    """Return the one array that says what counts, checked and with as many axes as x."""
+    x, name = frame.x, frame._name
+    given = {name: getattr(counting, name) for name in ("mask", "lengths", "weights")}
+    which = [name for name, array in given.items() if array is not None]
+    _checks.one_of(which)
+    if counting.lengths is None:
+        counting.check_alone()
+    else:
+        lengths = on_host(take(counting.lengths, "lengths"))
+        channels = [i % x.ndim for i in _checks.axes(frame._axis)]
+        along = _checks.lengths(lengths, counting.length_axis, x.shape, channels, name)
+        inside = np.arange(x.shape[along]) < lengths[:, None]
+        shape = [x.shape[i] if i in (0, along) else 1 for i in range(x.ndim)]
+        return frame.memory.from_host(inside.reshape(shape))
+    given_ = given[which[0]]
+    taken = take(given_, "mask") if which == ["mask"] else take_floating(given_, "weights")
+    frame._same_place(given_, taken, which[0])
+    _checks.broadcastable(taken, which[0], x, name)
+    if which == ["mask"]:
+        _checks.boolean(taken)
+    frame.inputs[which[0]] = taken
+    return taken.reshape((1,) * (x.ndim - taken.ndim) + taken.shape)

@@ -1,0 +1,490 @@
+"""Row and column traversals of values with weights; a mask is weights of 0 and 1.
+
+x is (view of x, weights, fill): the passes of kernels.py hand it on as it is. The weights of
+`rows.py`'s traversal, and of columns, are a view like x's; a stride of 0 along c shares them among
+the channels. In place of that view `Each` sample may have one weight, (memory, stride of n), for
+S = 1. Weights are uint8 (a mask) or of the compute dtype.
+
+Values of weight 0 are read, but change no bit: they may be NaN or Inf. partial[0] is the sum of
+weights. It can be 0 in a tile, in a chunk, or in all of them.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+from numba import types
+
+from nbnorm.cpu import columns as by_columns
+from nbnorm.cpu import element
+from nbnorm.cpu.channel import (
+    FIRST,
+    affine,
+    all_one,
+    bound,
+    coefficients,
+    coefficients_of,
+    factors,
+    gate,
+    lost,
+    merge,
+    scales,
+)
+from nbnorm.cpu.columns import RUN_ROWS, TILE_ROWS, by_columns_each, expand, gather, width
+from nbnorm.cpu.columns import add_compensated, mean_so_far
+from nbnorm.cpu.columns import rows as rows_of
+from nbnorm.cpu.intrinsics import (
+    clear,
+    each,
+    each_to,
+    fence,
+    new,
+    news,
+    of_chunk,
+    part,
+    piece,
+    row,
+    zeros,
+)
+from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
+from nbnorm.cpu.rows import LANES, clear_chunk, locate, overflowed, tiles, total
+from nbnorm.cpu.storage import computed, load
+
+
+# Planes of this many values or more are traversed by rows, where all channels can read the same
+# weights. Columns need a weight for each value, or for each sample if S = 1.
+PLANE = 32
+
+
+@by_types
+def weights_of(w, n, c, s, size):
+    """Weights of x[n, c, s : s + size]: an array, or the one weight of sample n."""
+    if len(w.types) == 2:
+        return lambda w, n, c, s, size: w[0][n * w[1]]
+    return lambda w, n, c, s, size: piece(w, n, c, s, size)
+
+
+@none_without("fill")
+def filled(fill, like):
+    """fill in the compute dtype; None for None."""
+    return like.dtype.type(fill)
+
+
+@noinline
+def first_weighted(x, w, n0, n1, c, s, size):
+    """Number of the first values of weight above 0 in a tile, at most FIRST, and their mean.
+
+    The mean is exact if these values are all equal.
+    """
+    found, first, rest = 0, 0.0, 0.0
+    for n in range(n0, n1):
+        values, weights = piece(x, n, c, s, size), weights_of(w, n, c, s, size)
+        for i in range(size):
+            if element.at(weights, i) != 0:
+                value = np.float64(load(values, i))
+                first = value if found == 0 else first
+                rest += value - first
+                found += 1
+                if found == FIRST:
+                    return found, first + rest / found
+    return found, first + rest / max(found, 1)
+
+
+@ordered
+def add_weighted_piece(x, w, K, s, q, m):
+    """m += w, s += w d and q += w d^2 lane by lane, where d = x - K."""
+    for i in range(0, x.size, LANES):
+        size = min(LANES, x.size - i)
+        x_, w_ = part((x, w), i, i + size)
+        each(size, element.add_weighted_row, (x_, w_, K, s, q, m))
+
+
+@noinline
+def moment_sums64(x, w, n0, n1, c, s, size, K):
+    """sum w d and sum w d^2 of a tile in float64, where d = x - K, and whether each d is 0.
+
+    Values are added one after another, hence with compensation (Kahan 1965).
+    """
+    s_sum, q_sum, s_rest, q_rest, others = 0.0, 0.0, 0.0, 0.0, 0
+    for n in range(n0, n1):
+        values, weights = piece(x, n, c, s, size), weights_of(w, n, c, s, size)
+        for i in range(size):
+            weight = np.float64(element.at(weights, i))
+            if weight != 0:
+                d = np.float64(load(values, i)) - K
+                s_sum, s_rest = add_compensated(s_sum, weight * d - s_rest)
+                q_sum, q_rest = add_compensated(q_sum, weight * d * d - q_rest)
+                others += d != 0
+    return s_sum, q_sum, others == 0
+
+
+@noinline
+def moments64(x, w, n0, n1, c, s, size, m, K):
+    """Two-pass moments of a tile of weight m: a value near the mean, the mean less that value, M2.
+
+    Used if the sums in x's dtype are `lost`.
+    """
+    d, _, same = moment_sums64(x, w, n0, n1, c, s, size, K)
+    if same:
+        return K, 0.0, 0.0
+    center = K + d / m
+    d, q, _ = moment_sums64(x, w, n0, n1, c, s, size, center)
+    return center, d / m, q - d * d / m
+
+
+@noinline
+def rows_stats(x, grid, c0, c1, k, partial):
+    """partial[:, k, c] = weight, shift, delta, M2 of chunk k, for channels c0 <= c < c1."""
+    values, w, _ = x
+    s_lanes, q_lanes, m_lanes = zeros(3, LANES, computed(x).dtype)
+    wide = new(LANES, np.float64)
+    clear_chunk(partial, k, c0, c1)
+    begin, end = tiles(grid, k)
+    for t in range(begin, end):
+        n0, n1, s, size = locate(grid, t)
+        for c in range(c0, c1):
+            count, shift, delta = partial[0, k, c], partial[1, k, c], partial[2, k, c]
+            m2 = partial[3, k, c]
+            if count == 0:
+                found, shift = first_weighted(values, w, n0, n1, c, s, size)
+                if found == 0:
+                    continue
+            K = s_lanes.dtype.type(shift + delta)
+            for n in range(n0, n1):
+                w_ = weights_of(w, n, c, s, size)
+                add_weighted_piece(piece(values, n, c, s, size), w_, K, s_lanes, q_lanes, m_lanes)
+            d, q, m = total(s_lanes, wide), total(q_lanes, wide), total(m_lanes, wide)
+            if m == 0:
+                continue
+            mean = d / m
+            from_shift = np.float64(K) - shift
+            merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
+            if lost(m, mean, q, merged[2], s_lanes):
+                near, rest, m2_tile = moments64(
+                    values, w, n0, n1, c, s, size, m, np.float64(K)
+                )
+                if count == 0:  # a shift that far off would cost delta digits
+                    shift = near
+                merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
+            partial[0, k, c], partial[2, k, c], partial[3, k, c] = merged
+            partial[1, k, c] = shift
+
+
+@noinline
+def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
+    """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k; `fill` where the weight is 0."""
+    values, w, fill = x
+    hi, u, a, b = affine(norm, c0, c1, computed(x))
+    low, other = bound(floor, hi), filled(fill, hi)
+    begin, end = tiles(grid, k)
+    for t in range(begin, end):
+        n0, n1, s, size = locate(grid, t)
+        for n in range(n0, n1):
+            for c in range(c0, c1):
+                i = c - c0
+                w_ = weights_of(w, n, c, s, size)
+                args = (
+                    piece(values, n, c, s, size), w_, other, piece(residual, n, c, s, size),
+                    hi[i], u[i], a[i], b[i], low,
+                )  # fmt: skip
+                outs = (piece(y, n, c, s, size),)
+                each_to(size, element.apply_weighted, args, outs, streamed)
+    fence(streamed)
+
+
+@noinline
+def weighted_sums64(dy, x, w, y, grid, k, c, hi, u, a, b, scale, act):
+    """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64."""
+    s_sum, t_sum = 0.0, 0.0
+    begin, end = tiles(grid, k)
+    for t in range(begin, end):
+        n0, n1, s, size = locate(grid, t)
+        for n in range(n0, n1):
+            dy_, x_, y_ = piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size)
+            w_ = weights_of(w, n, c, s, size)
+            for i in range(size):
+                if element.at(w_, i) != 0:
+                    g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
+                    s_sum += g
+                    t_sum += g * ((np.float64(load(x_, i)) * u - hi) * scale)
+    return s_sum, t_sum
+
+
+@noinline
+def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
+    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k; see `rows.backward_reduce`."""
+    values, w, _ = x
+    hi, u, a, b = affine(norm, c0, c1, computed(x))
+    scale, act = scales(norm, c0, c1, u), gate(norm, hi)
+    s_lanes, t_lanes = zeros(2, LANES, hi.dtype)
+    wide = new(LANES, np.float64)
+    clear_chunk(partial, k, c0, c1)
+    begin, end = tiles(grid, k)
+    for t in range(begin, end):
+        n0, n1, s, size = locate(grid, t)
+        for c in range(c0, c1):
+            i = c - c0
+            for n in range(n0, n1):
+                views = (
+                    piece(dy, n, c, s, size), piece(values, n, c, s, size),
+                    weights_of(w, n, c, s, size), piece(y, n, c, s, size),
+                )  # fmt: skip
+                norm_ = hi[i], u[i], a[i], element.at(b, i), scale[i], act
+                for j in range(0, size, LANES):
+                    lanes = min(LANES, size - j)
+                    args = (*part(views, j, j + lanes), *norm_, s_lanes, t_lanes)
+                    each(lanes, element.add_weighted_gradient_row, args)
+            partial[0, k, c] += total(s_lanes, wide)
+            partial[1, k, c] += total(t_lanes, wide)
+    for c in range(c0, c1):
+        if overflowed(partial, k, c):
+            i = c - c0
+            partial[0, k, c], partial[1, k, c] = weighted_sums64(
+                dy, values, w, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
+            )
+
+
+@noinline
+def rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
+    """Write dx and dresidual, each if given; sums=None means frozen statistics."""
+    values, w, _ = x
+    hi, u, a, b = affine(norm, c0, c1, computed(x))
+    v, f = factors(norm, sums, count, c0, c1, u)
+    hpq = coefficients(norm, sums, count, c0, c1, u, v)
+    act, like = gate(norm, hi), computed(x)
+    begin, end = tiles(grid, k)
+    for t in range(begin, end):
+        n0, n1, s, size = locate(grid, t)
+        for n in range(n0, n1):
+            for c in range(c0, c1):
+                i = c - c0
+                dy_, x_ = piece(dy, n, c, s, size), piece(values, n, c, s, size)
+                w_, y_ = weights_of(w, n, c, s, size), piece(y, n, c, s, size)
+                outs = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
+                args = (
+                    dy_, x_, w_, y_, hi[i], u[i], a[i], element.at(b, i), coefficients_of(hpq, i),
+                    v[i], f[i], act, like,
+                )  # fmt: skip
+                each_to(size, element.backward_apply_weighted, args, outs, streamed)
+    fence(streamed)
+
+
+@ordered
+def in_quarters(i, r0, r1):
+    """The i-th row of r0 <= r < r1 to read, one of each quarter in turn; see `whole_share`."""
+    quarter = (r1 - r0) // 4
+    return r0 + i // 4 + i % 4 * quarter if i < 4 * quarter else r0 + i
+
+
+@noinline
+def first_shifts(x, w, grid, c0, c1, begin, end, shift):
+    """shift = mean of the first values of weight above 0 of each channel, 0 where there are none.
+
+    It is exact if these values are all equal. The first FIRST rows are read, and as many more as it
+    takes until every column has a value.
+    """
+    _, _, S, _, fold, _ = grid
+    channels, dtype = c1 - c0, computed((x, w, 0.0)).dtype
+    K, s, m = zeros(3, fold * channels * S, dtype)
+    r, missing = begin, 1
+    while r < end and missing > 0:
+        for r_ in range(r, min(r + FIRST, end)):
+            short = width(grid, r_, c0, c1)
+            w_ = weights_of(w, r_ * fold, c0, 0, short)
+            each(short, element.add_first_row, (piece(x, r_ * fold, c0, 0, short), w_, K, s, m))
+        r, missing = r + FIRST, 0
+        for j in range(m.size):
+            missing += m[j] == 0
+    for c in range(channels):
+        count, first, rest = 0.0, 0.0, 0.0
+        for j0 in range(c * S, K.size, channels * S):
+            for j in range(j0, j0 + S):
+                if m[j] > 0:
+                    first = np.float64(K[j]) if count == 0 else first
+                    rest += (K[j] - first) * m[j] + s[j]
+                    count += m[j]
+        mean = first + rest / max(count, 1.0)
+        shift[c] = mean if abs(mean) < np.inf else first
+
+
+@noinline
+def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
+    """sums64 = sum w, sum w d and sum w d^2 down each column of rows r0 <= r < r1, d = x - K.
+
+    `sums` are scratch in the compute dtype: 0 on entry and on return.
+    """
+    fold, size = grid[4], K.size
+    s, q, m = sums
+    for j in range(3):
+        clear(sums64[j])
+    for begin in range(0, r1 - r0, RUN_ROWS):
+        for i in range(begin, min(begin + RUN_ROWS, r1 - r0)):
+            r = in_quarters(i, r0, r1)
+            short = width(grid, r, c0, c1)
+            w_ = weights_of(w, r * fold, c0, 0, short)
+            args = piece(x, r * fold, c0, 0, short), w_, K, s, q, m
+            each(short, element.add_weighted_row, args)
+        for j in range(3):
+            each(size, element.drain, (sums[j], sums64[j]))
+
+
+@noinline
+def columns_stats(x, grid, c0, c1, k, partial):
+    """partial[:, k, c] = weight, shift, delta, M2 of chunk k, for channels c0 <= c < c1."""
+    values, w, _ = x
+    N, _, S, _, fold, _ = grid
+    channels, dtype = c1 - c0, computed(x).dtype
+    center = new(channels, dtype)
+    sums = zeros(3, fold * channels * S, dtype)
+    K = new(fold * channels * S, dtype)
+    sums64 = news(3, K.size, np.float64)
+    d, q, m = news(3, channels, np.float64)
+    clear_chunk(partial, k, c0, c1)
+    count, m2 = of_chunk(partial, 0, k, c0, c1), of_chunk(partial, 3, k, c0, c1)
+    shift, delta = of_chunk(partial, 1, k, c0, c1), of_chunk(partial, 2, k, c0, c1)
+    begin, end = rows_of(grid, k)
+    first_shifts(values, w, grid, c0, c1, begin, end, shift)
+    for r in range(begin, end, TILE_ROWS):
+        stop = min(r + TILE_ROWS, end)
+        each(channels, mean_so_far, (shift, delta, center))
+        expand(center, S, K)
+        columns_sums(values, w, grid, r, stop, c0, c1, K, sums, sums64)
+        gather(sums64[0], S, d)
+        gather(sums64[1], S, q)
+        gather(sums64[2], S, m)
+        for c in range(channels):
+            if m[c] == 0:
+                continue
+            mean = d[c] / m[c]
+            delta_tile = center[c] - shift[c] + mean
+            merged = merge(count[c], delta[c], m2[c], m[c], delta_tile, q[c] - d[c] * mean)
+            if lost(m[c], mean, q[c], merged[2], center):
+                near, rest, m2_tile = moments64(
+                    values, w, r * fold, min(stop * fold, N), c0 + c, 0, S, m[c],
+                    np.float64(center[c]),
+                )  # fmt: skip
+                if count[c] == 0:  # a shift that far off would cost delta digits
+                    shift[c] = near
+                merged = merge(count[c], delta[c], m2[c], m[c], (near - shift[c]) + rest, m2_tile)
+            count[c], delta[c], m2[c] = merged
+
+
+@noinline
+def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
+    """`rows_apply` by columns."""
+    values, w, fill = x
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    if not all_one(u_c):
+        rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
+        return
+    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
+    low, other, fold = bound(floor, hi), filled(fill, hi), grid[4]
+    begin, end = rows_of(grid, k)
+    for r in range(begin, end):
+        n, size = r * fold, width(grid, r, c0, c1)
+        hi_, a_, b_ = part((hi, a, b), 0, size)
+        args = (
+            piece(values, n, c0, 0, size), weights_of(w, n, c0, 0, size), other,
+            piece(residual, n, c0, 0, size), hi_, None, a_, b_, low,
+        )  # fmt: skip
+        each_to(size, element.apply_weighted, args, (piece(y, n, c0, 0, size),), streamed)
+    fence(streamed)
+
+
+@noinline
+def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
+    """`rows_backward_reduce` by columns."""
+    values, w, _ = x
+    _, _, S, _, fold, _ = grid
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    scale_c = scales(norm, c0, c1, u_c)
+    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
+    scale = by_columns.by_columns(scale_c, grid, 0)
+    s, t = zeros(2, hi.size, hi.dtype)
+    s64, t64 = zeros(2, hi.size, np.float64)
+    act = gate(norm, hi)
+    r0, r1 = rows_of(grid, k)
+    for begin in range(0, r1 - r0, RUN_ROWS):
+        for i in range(begin, min(begin + RUN_ROWS, r1 - r0)):
+            r = in_quarters(i, r0, r1)
+            n, short = r * fold, width(grid, r, c0, c1)
+            dy_, x_ = piece(dy, n, c0, 0, short), piece(values, n, c0, 0, short)
+            w_, y_ = weights_of(w, n, c0, 0, short), piece(y, n, c0, 0, short)
+            args = dy_, x_, w_, y_, hi, None, a, b, scale, act, s, t
+            each(short, element.add_weighted_gradient_row, args)
+        each(hi.size, element.drain, (s, s64))
+        each(hi.size, element.drain, (t, t64))
+    gather(s64, S, of_chunk(partial, 0, k, c0, c1))
+    gather(t64, S, of_chunk(partial, 1, k, c0, c1))
+    for c in range(c0, c1):
+        i = c - c0
+        if u_c[i] != 1 or overflowed(partial, k, c):
+            partial[0, k, c], partial[1, k, c] = weighted_sums64(
+                dy, values, w, y, grid, k, c,
+                hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], act,
+            )  # fmt: skip
+
+
+@noinline
+def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
+    """`rows_backward_apply` by columns."""
+    values, w, _ = x
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    v_c, _ = factors(norm, sums, count, c0, c1, u_c)
+    if not (all_one(u_c) and all_one(v_c)):
+        rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
+        return
+    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
+    hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid, 0)
+    act, like, fold = gate(norm, hi), computed(x), grid[4]
+    begin, end = rows_of(grid, k)
+    for r in range(begin, end):
+        n, size = r * fold, width(grid, r, c0, c1)
+        dy_, x_ = piece(dy, n, c0, 0, size), piece(values, n, c0, 0, size)
+        w_, y_ = weights_of(w, n, c0, 0, size), piece(y, n, c0, 0, size)
+        outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
+        hi_, a_, b_, hpq_ = part((hi, a, b, hpq), 0, size)
+        args = dy_, x_, w_, y_, hi_, None, a_, b_, hpq_, None, a_, act, like
+        each_to(size, element.backward_apply_weighted, args, outs, streamed)
+    fence(streamed)
+
+
+@ordered
+def weigh_unit(w, N, S, partial, u):
+    """partial[u] = sums of weights over an equal share of the samples."""
+    parts, C = partial.shape
+    view, sums = (w, C * S, S), row(partial, u)
+    for n in range(u * N // parts, (u + 1) * N // parts):
+        if S == 1:
+            each(C, element.add_value, (sums, piece(view, n, 0, 0, C)))
+            continue
+        for c in range(C):
+            sums[c] += sum_of_weights(piece(view, n, c, 0, S))
+
+
+@by_types
+def sum_of_weights(w):
+    """Sum of an array of weights, in float64; the number of values of a mask."""
+
+    def count(w):
+        found = 0
+        for i in range(w.size):
+            found += w[i] != 0
+        return float(found)
+
+    def add(w):
+        found = 0.0
+        for i in range(w.size):
+            found += w[i]
+        return found
+
+    return count if w.dtype == types.uint8 else add
+
+
+rows = SimpleNamespace(
+    stats=rows_stats, apply=rows_apply,
+    backward_reduce=rows_backward_reduce, backward_apply=rows_backward_apply,
+)  # fmt: skip
+columns = SimpleNamespace(
+    stats=columns_stats, apply=columns_apply,
+    backward_reduce=columns_backward_reduce, backward_apply=columns_backward_apply,
+)  # fmt: skip
