@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     residual: bool
     training: bool
     renorm: list[Array]  # r and d, or nothing
-    segments: dict[str, Any]  # groups or offsets, if given
+    parts: dict[str, Any]  # segments, and what counts, if given
 
 
 class BatchNorm:
@@ -184,6 +184,11 @@ class BatchNorm:
         *,
         groups: int | None = None,
         offsets: Array | None = None,
+        mask: Array | None = None,
+        lengths: Array | None = None,
+        length_axis: int | None = None,
+        weights: Array | None = None,
+        fill: float | None = 0.0,
     ) -> X:
         """Normalise x with its own statistics in training, with the running ones in evaluation.
 
@@ -198,6 +203,9 @@ class BatchNorm:
             Added before the activation.
         groups, offsets : int, or array of int, optional
             Parts of x with statistics of their own, as in `batch_norm_forward`.
+        mask, lengths, length_axis, weights, fill : optional
+            What counts, and y where x does not, as in `batch_norm_forward`. A batch in which
+            nothing counts is not tracked.
 
         Returns
         -------
@@ -222,12 +230,15 @@ class BatchNorm:
             momentum = 1 / (self.num_batches_tracked + 1)
         elif self.debias and training and self.running_mean is not None:
             momentum = debiased(momentum, self.num_batches_tracked)
-        given = {"groups": groups, "offsets": offsets}
-        segments = {name: value for name, value in given.items() if value is not None}
+        given = {
+            "groups": groups, "offsets": offsets, "mask": mask, "lengths": lengths,
+            "length_axis": length_axis, "weights": weights,
+        }  # fmt: skip
+        parts = {name: value for name, value in given.items() if value is not None}
         normalise = self._collect if collecting else self._normalise
         if self.renorm is not None and training and not collecting:
-            if segments:
-                raise ValueError(f"{', '.join(segments)} cannot be combined with renorm")
+            if parts:
+                raise ValueError(f"{', '.join(parts)} cannot be combined with renorm")
             normalise = self._renormalise
         y: X
         y, mean, rstd, *renorm, values = normalise(
@@ -244,7 +255,7 @@ class BatchNorm:
             residual=residual,
             activation=self.activation,
             out=x if self.inplace else None,
-            **segments,
+            **(parts | ({"fill": fill} if parts else {})),
         )
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
@@ -254,13 +265,13 @@ class BatchNorm:
         kept_y = y if self.inplace or (added and relu) else None
         kept_residual = residual if fused and not relu else None
         self._saved = Saved(
-            kept_x, mean, rstd, kept_y, kept_residual, added, training, renorm, segments
+            kept_x, mean, rstd, kept_y, kept_residual, added, training, renorm, parts
         )
         return y
 
-    def __call__(self, x: X, residual: Array | None = None, **segments: Any) -> X:
+    def __call__(self, x: X, residual: Array | None = None, **parts: Any) -> X:
         """Call `forward`."""
-        return self.forward(x, residual, **segments)
+        return self.forward(x, residual, **parts)
 
     def _check_inplace(self, x: Array, residual: Array | None) -> None:
         """Raise if y must not be written over x, or would not determine x_hat."""
@@ -287,7 +298,10 @@ class BatchNorm:
     def _normalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Return y, mean, rstd and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
-        return y, mean, rstd, math.prod(x.shape)
+        values = math.prod(x.shape)
+        if not _COUNTING.isdisjoint(options):  # rstd is 0 where nothing counts
+            values *= bool((rstd != 0).any())
+        return y, mean, rstd, values
 
     def _renormalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Return y, mean, rstd, r, d and the number of values in the batch."""
@@ -317,8 +331,9 @@ class BatchNorm:
         # all ranks together.
         mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
         options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
-        if "groups" in options or "offsets" in options:  # theirs leave out what lies between parts
-            self._seen.add(batch_norm_stats(x, axis=self.axis))
+        if not _PARTS.isdisjoint(options):  # theirs leave out what lies between segments
+            counting = {name: options[name] for name in _COUNTING if name in options}
+            self._seen.add(batch_norm_stats(x, axis=self.axis, **counting))
             return self._normalise(x, training, **options)
         _, _, _, values = results = self._normalise(x, training, **options)
         if values > 0:
@@ -369,7 +384,7 @@ class BatchNorm:
             axis=self.axis,
             activation=self.activation,
             output_mask=(True, gamma is not None, beta is not None, saved.residual),
-            **saved.segments,
+            **saved.parts,
         )
         for name, gradient in zip(_INITIAL, (dgamma, dbeta), strict=True):
             if gradient is not None:
@@ -428,9 +443,9 @@ class BatchNorm:
         """
         if self.running_mean is None or self.running_var is None:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
-        if np.ndim(moments.count) > 0:
-            raise ValueError("moments.count is an array, expected one count; merge segments first")
-        if moments.count == 0:
+        if np.ndim(moments.mean) > np.ndim(self.running_mean):
+            raise ValueError("moments have rows of segments, expected one row; merge them first")
+        if not (on_host(np.asarray(moments.count)) > 0).all():
             raise ValueError("moments.count is 0, expected at least one value per channel")
         # Start from zeros: a NaN in the old statistics would survive a factor of 0.
         zeros = np.zeros(self.running_mean.shape, self.dtype)
@@ -529,6 +544,8 @@ class BatchNorm:
         )
 
 
+_COUNTING = frozenset({"mask", "lengths", "length_axis", "weights"})
+_PARTS = _COUNTING | {"groups", "offsets"}
 _OVERWRITTEN = "inplace=True writes y over it"
 _INITIAL = {"weight": 1, "bias": 0}
 _NAMES = {True: ("weight", "bias"), False: (), "gamma": ("weight",), "beta": ("bias",)}

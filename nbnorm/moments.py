@@ -25,9 +25,10 @@ class Moments(NamedTuple):
 
     Attributes
     ----------
-    count : int or array of float64
-        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0. An array shaped
-        like `mean` where it differs: segments from ``offsets``.
+    count : int, float or array of float64
+        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0. The sum of
+        weights, a float, if values have weights. An array shaped like `mean` where it differs:
+        between segments from ``offsets``, or because what counts differs by channel.
     mean : array of float64
         Mean, with the shape of the channel axes: ``(C,)`` for one axis.
     m2 : array of float64
@@ -43,7 +44,7 @@ class Moments(NamedTuple):
     Moments(count=3, mean=array([2.]), m2=array([8.]))
     """
 
-    count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
+    count: Any  # type: ignore[assignment]  # shadows tuple.count, on purpose
     mean: Array
     m2: Array
 
@@ -66,7 +67,7 @@ class Moments(NamedTuple):
         Raises
         ------
         TypeError
-            A mean or M2 is not a floating array; a count is not an integer.
+            A mean or M2 is not a floating array; a count is not a number.
         ValueError
             Means or M2 have different shapes; a count is negative.
 
@@ -87,7 +88,7 @@ class Moments(NamedTuple):
         parts = [_taken(other, expected=mean.shape) for other in others]
         with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
             for count_b, mean_b, m2_b in parts:
-                if not (isinstance(count, int) and isinstance(count_b, int)):
+                if not (isinstance(count, _ONE) and isinstance(count_b, _ONE)):
                     count, mean, m2 = _merged(count, mean, m2, count_b, mean_b, m2_b)
                 elif count == 0:
                     count, mean, m2 = count_b, mean_b, m2_b
@@ -98,7 +99,7 @@ class Moments(NamedTuple):
                     m2 = m2 + m2_b + d * d * (count * count_b / total)
                     count = total
         home = home_of(self.mean)
-        return Moments(count if isinstance(count, int) else home(count), home(mean), home(m2))
+        return Moments(count if isinstance(count, _ONE) else home(count), home(mean), home(m2))
 
     @on_its_device("self")
     def var(self, correction: int = 0) -> Array:
@@ -161,9 +162,12 @@ class Moments(NamedTuple):
         count, _, m2 = _taken(self)
         rstd = rstd_of(_var(count, m2, 0), eps)
         rstd = np.where(m2 == np.inf, np.nan, rstd)
-        if isinstance(count, int):
+        if isinstance(count, _ONE):
             return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
         return home_of(self.mean)(np.where(count > 0, rstd, 0.0))
+
+
+_ONE = (int, float)  # a count of all channels
 
 
 class Pairwise:
@@ -363,8 +367,11 @@ def update_running_stats(
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if segments:
         mean, var = _average(count, mean), _average(count, var)
-    if bool(np.any(count > 0)):
-        move(targets, (mean, var), momentum)
+    if isinstance(count, _ONE):
+        if count > 0:
+            move(targets, (mean, var), momentum)
+    else:  # channels in which nothing counts do not change
+        move(targets, (mean, var), momentum, (count.sum(axis=0) if segments else count) > 0)
     if inplace:
         return running_mean, running_var
     return home_of(running_mean)(targets[0]), home_of(running_var)(targets[1])
@@ -383,7 +390,7 @@ def _merged(
 
 def _average(count: Any, values: NDArray) -> NDArray:
     """Return the average of values over the first axis, weighted by count; 0 without values."""
-    if isinstance(count, int):
+    if isinstance(count, _ONE):
         equal: NDArray = values.mean(axis=0)
         return equal
     total = count.sum(axis=0)
@@ -394,9 +401,9 @@ def _average(count: Any, values: NDArray) -> NDArray:
 def _var(count: Any, m2: NDArray, correction: float) -> NDArray:
     """Return M2 / (count - correction), or 0 without values; raise if there are too few."""
     correction = _checks.finite(correction, "correction")
-    if not isinstance(count, int):
-        least = int(min(on_host(count[count > 0]), default=0))
-        _checks.enough_values(least, correction, "{}", least)
+    if not isinstance(count, _ONE):
+        least = float(min(on_host(count[count > 0]).tolist(), default=0))
+        _checks.enough_values(least, correction, "{:g}", least)
         return np.where(count > 0, m2 / np.where(count > 0, count - correction, 1), 0.0)
     if count == 0:
         return np.zeros_like(m2)
@@ -420,7 +427,7 @@ def _taken(
         count: Any = take_floating(moments.count, "moments.count").astype(np.float64)
         arrays.append(("moments.count", count))
     else:
-        count = _whole(moments.count)
+        count = _single(moments.count)
     if bool(np.any(count < 0)):
         raise ValueError(f"moments.count must not be negative, got {count}")
     for name, array in arrays:
@@ -432,8 +439,11 @@ def _taken(
     return count, mean, m2
 
 
-def _whole(count: Any) -> int:
+def _single(count: Any) -> int | float:
     try:
         return operator.index(count)
     except TypeError:
-        raise TypeError(f"moments.count must be an int, got {count!r}") from None
+        pass
+    if not isinstance(count, float | np.floating) or not math.isfinite(count):
+        raise TypeError(f"moments.count must be an int or a finite float, got {count!r}")
+    return float(count)

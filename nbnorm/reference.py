@@ -53,6 +53,8 @@ def batch_norm_forward(
     running_var: OptArray = None, *, training: bool = True, momentum: float = 0.1,
     eps: float = 1e-5, correction: int = 1, axis: Axis = 1, residual: OptArray = None,
     activation: Activation = None, groups: int | None = None, offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None, fill: float | None = 0.0,
     out: OptArray = None,
 ) -> BatchNormForward[NDArray]:  # fmt: skip
     """Algorithm 1; with ``training=False``, the same map with the running statistics.
@@ -60,9 +62,10 @@ def batch_norm_forward(
     Returns y, with x's shape, and mean and rstd = 1/sqrt(var + eps), with that of the channel axes.
     """
     parts: Any = {"groups": groups, "offsets": offsets}
+    parts |= {"weights": _what_counts(x, axis, mask, lengths, length_axis, weights)}
     if training:
         batch = batch_norm_stats(x, axis=axis, **parts)
-        mean, var = batch.mean, batch.m2 / np.maximum(batch.count, 1)
+        mean, var = batch.mean, _ratio(batch.m2, np.asarray(batch.count), 0)
         rstd = np.where(np.equal(batch.count, 0), 0, _rstd(var, eps))
     else:
         assert running_mean is not None
@@ -81,6 +84,7 @@ def batch_norm_forward(
         residual=residual,
         activation=activation,
         **parts,
+        fill=fill,
         out=out,
     )
     if training and running_mean is not None and running_var is not None:
@@ -94,7 +98,9 @@ def batch_norm_forward(
 def batch_norm_inference(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
     axis: Axis = 1, residual: OptArray = None, activation: Activation = None,
-    groups: int | None = None, offsets: OptArray = None, out: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None,
+    fill: float | None = 0.0, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Algorithm 2, line 11, before rearranging it to scale and shift (`fold_batch_norm`).
 
@@ -103,7 +109,8 @@ def batch_norm_inference(
     rstd = _rstd(_wide(var, x), eps)
     return batch_norm_apply(
         x, gamma, beta, mean, rstd, axis=axis, residual=residual, activation=activation,
-        groups=groups, offsets=offsets, out=out,
+        groups=groups, offsets=offsets, mask=mask, lengths=lengths, length_axis=length_axis,
+        weights=weights, fill=fill, out=out,
     )  # fmt: skip
 
 
@@ -112,15 +119,18 @@ def batch_norm_backward(
     dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     training: bool = True, axis: Axis = 1, activation: Activation = None,
-    groups: int | None = None, offsets: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
 ) -> BatchNormBackward[NDArray]:  # fmt: skip
     """Section 3, "the gradients of loss l": the six equations in the order of the paper.
 
     Returns dx and dresidual, with x's shape, and dgamma and dbeta, with that of the channel axes.
     Gradients not in `output_mask` are None, as is dresidual unless `y` is given with x, or
-    `residual`.
+    `residual`. With weights, the m in 1/m is sum_i w_i, and value i is in mean and var w_i times.
     """
+    w = weights = _what_counts(_either(x, y), axis, mask, lengths, length_axis, weights)
+    mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         parts = _each(batch_norm_backward, locals())
         dgamma, dbeta = (_gradient(parts, name, gamma) for name in ("dgamma", "dbeta"))
@@ -130,6 +140,9 @@ def batch_norm_backward(
     m, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     deviation = _wide(x, x) - _spread(mean, x, axis)
+    if w is not None:
+        dy, deviation = _counted(dy, w), _counted(deviation, w)
+        m = np.sum(w, axis=over, keepdims=True)
     r = _spread(rstd, x, axis)  # 1 / sqrt(var + eps)
     dxhat = dy * _spread(gamma, x, axis)  # dl/dx_hat_i = dl/dy_i gamma
     if training:
@@ -138,9 +151,10 @@ def batch_norm_backward(
         # dl/dmean = sum_i dl/dx_hat_i (-1) / sqrt(var + eps) + dl/dvar 1/m sum_i -2 (x_i - mean)
         dmean = -np.sum(dxhat, axis=over, keepdims=True) * r  # sum_i (x_i - mean) is 0
         # dl/dx_i = dl/dx_hat_i / sqrt(var + eps) + dl/dvar 2 (x_i - mean) / m + dl/dmean / m
-        dx = dxhat * r + dvar * 2 * deviation / m + dmean / m
+        dx = dxhat * r + (1 if w is None else w) * (dvar * 2 * deviation / m + dmean / m)
     else:
         dx = dxhat * r  # mean and var are constants
+    dx = _counted(dx, w)
     dgamma = np.sum(dy * (deviation * r), axis=over)  # dl/dgamma = sum_i dl/dy_i x_hat_i
     dbeta = np.sum(dy, axis=over)  # dl/dbeta = sum_i dl/dy_i
     return BatchNormBackward(
@@ -154,19 +168,30 @@ def batch_norm_backward(
 @_quiet
 def batch_norm_stats(
     x: NDArray, *, axis: Axis = 1, groups: int | None = None, offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None,
 ) -> Moments:  # fmt: skip
     """Algorithm 1, lines 1 and 2: mean and M2 = m var; both 0 if there are no values.
 
-    Returns the count m and two arrays with the shape of the channel axes.
+    Returns the count m and two arrays with the shape of the channel axes. With weights,
+    m = sum_i w_i, mean = 1/m sum_i w_i x_i and M2 = sum_i w_i (x_i - mean)^2; m is an array, too.
     """
+    w = weights = _what_counts(x, axis, mask, lengths, length_axis, weights)
+    mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         parts = _each(batch_norm_stats, locals())
         means = np.stack([part.mean for part in parts])
-        counts = np.reshape([float(part.count) for part in parts], (-1,) + (1,) * (means.ndim - 1))
-        count: Any = parts[0].count if offsets is None else counts + np.zeros(means.shape)
+        counts = np.stack([np.broadcast_to(np.float64(part.count), means.shape[1:]) for part in parts])
+        count: Any = parts[0].count if offsets is None and w is None else counts
         return Moments(count, means, np.stack([part.m2 for part in parts]))
     m, over, kept = _reduction(x, axis)
     values = _wide(x, x)
+    if w is not None:
+        values, m = _counted(values, w), np.sum(w, axis=over, keepdims=True)
+        mean = _ratio(np.sum(w * values, axis=over, keepdims=True), m, 0)
+        mean = mean + _ratio(np.sum(w * (values - mean), axis=over, keepdims=True), m, 0)
+        m2 = np.sum(w * (values - mean) ** 2, axis=over)
+        return Moments(m.reshape(kept), mean.reshape(kept), m2)
     mean = np.sum(values, axis=over, keepdims=True) / max(m, 1)  # mean = 1/m sum_i x_i
     # Adding the mean of the deviations corrects the rounding of a long sum: the mean of equal
     # values is then exactly that value.
@@ -185,22 +210,25 @@ def update_running_stats(
     Averages the variance m/(m - 1) var if ``correction=1``. Returns the arrays passed in or, with
     ``inplace=False``, new ones that are not rounded. An empty batch does not change the values.
     With `num_batches_tracked`, the average divided by 1 - (1 - momentum)^t (Kingma & Ba, 2014).
+    Nor does a channel change in which nothing counts.
     """
     new_mean, new_var = _long(running_mean), _long(running_var)
     count, mean, m2 = np.asarray(moments.count), _long(moments.mean), _long(moments.m2)
     if np.any(count > 0):
         var = np.where(count > 0, m2 / (count - correction), 0)
+        some = np.broadcast_to(count > 0, mean.shape)
         if mean.ndim > running_mean.ndim:  # segments: mean and var averaged by count
-            share = _long(np.broadcast_to(count, mean.shape)) / np.sum(
-                np.broadcast_to(count, mean.shape), axis=0
-            )
+            counts = _long(np.broadcast_to(count, mean.shape))
+            share, some = _ratio(counts, np.sum(counts, axis=0), 0), np.any(some, axis=0)
             mean, var = np.sum(share * mean, axis=0), np.sum(share * var, axis=0)
         weight, before, after = np.longdouble(momentum), np.longdouble(1), np.longdouble(1)
         if num_batches_tracked is not None:
             before = 1 - (1 - weight) ** num_batches_tracked
             after = 1 - (1 - weight) ** (num_batches_tracked + 1)
-        new_mean = ((1 - weight) * (new_mean * before) + weight * mean) / after
-        new_var = ((1 - weight) * (new_var * before) + weight * var) / after
+        moved = ((1 - weight) * (new_mean * before) + weight * mean) / after
+        new_mean = np.where(some, moved, new_mean)
+        moved = ((1 - weight) * (new_var * before) + weight * var) / after
+        new_var = np.where(some, moved, new_var)
     if not inplace:
         return new_mean, new_var
     return _store(new_mean, running_mean), _store(new_var, running_var)
@@ -210,14 +238,22 @@ def update_running_stats(
 def batch_norm_apply(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, *, axis: Axis = 1,
     residual: OptArray = None, activation: Activation = None, groups: int | None = None,
-    offsets: OptArray = None, out: OptArray = None,
+    offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None, fill: float | None = 0.0,
+    out: OptArray = None,
 ) -> NDArray:  # fmt: skip
-    """Algorithm 1, lines 3 and 4, then the residual and the activation; returns y."""
+    """Algorithm 1, lines 3 and 4, then the residual and the activation; returns y.
+
+    y is `fill` where x does not count, unless that is None.
+    """
+    w = weights = _what_counts(x, axis, mask, lengths, length_axis, weights)
+    mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         y = _joined(_each(batch_norm_apply, locals()), None, x, None, axis)
         return y if out is None else out
     xhat = _normalise(x, mean, rstd, axis)  # x_hat_i = (x_i - mean) / sqrt(var + eps)
-    return _store(_scaled(xhat, x, gamma, beta, axis, residual, activation), out)
+    y = _scaled(xhat, x, gamma, beta, axis, residual, activation)
+    return _store(y if w is None or fill is None else np.where(w > 0, y, fill), out)
 
 
 @_quiet
@@ -225,19 +261,24 @@ def batch_norm_backward_reduce(
     dy: NDArray, x: OptArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     activation: Activation = None, axis: Axis = 1,
-    groups: int | None = None, offsets: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
 
-    Returns (sum_dy, sum_dy_xhat), with the shape of the channel axes.
+    Returns (sum_dy, sum_dy_xhat), with the shape of the channel axes. The sums are over what
+    counts, not weighted.
     """
+    w = weights = _what_counts(_either(x, y), axis, mask, lengths, length_axis, weights)
+    mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         sum_dy, sum_dy_xhat = zip(*_each(batch_norm_backward_reduce, locals()), strict=True)
         return np.stack(sum_dy), np.stack(sum_dy_xhat)
     x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     _, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
-    return np.sum(dy, axis=over), np.sum(dy * _normalise(x, mean, rstd, axis), axis=over)
+    dy, xhat = _counted(dy, w), _counted(_normalise(x, mean, rstd, axis), w)
+    return np.sum(dy, axis=over), np.sum(dy * xhat, axis=over)
 
 
 @_quiet
@@ -245,20 +286,25 @@ def batch_norm_backward_apply(
     dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
     sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
     residual: OptArray = None, activation: Activation = None, axis: Axis = 1,
-    groups: int | None = None, offsets: OptArray = None, out: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    length_axis: int | None = None, weights: OptArray = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i combined (docs/math.md); returns dx."""
+    w = weights = _what_counts(_either(x, y), axis, mask, lengths, length_axis, weights)
+    mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         dx = _joined(_each(batch_norm_backward_apply, locals()), None, x, y, axis)
         return dx if out is None else out
     x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
     xhat = _normalise(x, mean, rstd, axis)
-    mean_dy = _spread(sum_dy, x, axis) / count
-    mean_dy_xhat = _spread(sum_dy_xhat, x, axis) / count
+    m = _spread(np.asarray(count), x, axis) if np.ndim(count) else count
+    mean_dy = _spread(sum_dy, x, axis) / m
+    mean_dy_xhat = _spread(sum_dy_xhat, x, axis) / m
     factor = _spread(gamma, x, axis) * _spread(rstd, x, axis)
     # dl/dx_i = gamma / sqrt(var + eps) (dl/dy_i - mean of dl/dy - x_hat_i mean of dl/dy x_hat)
-    return _store(factor * (dy - mean_dy - xhat * mean_dy_xhat), out)
+    dx = factor * (dy - (1 if w is None else w) * (mean_dy + xhat * mean_dy_xhat))
+    return _store(_counted(dx, w), out)
 
 
 @_quiet
@@ -547,8 +593,33 @@ def _through_activation(
     return np.where(slope, dy, 0) if act == "relu" else dy * slope
 
 
+def _either(x: OptArray, y: OptArray) -> NDArray:
+    """Return x, or y if there is no x."""
+    large = y if x is None else x
+    assert large is not None
+    return large
+
+
+def _what_counts(
+    x: NDArray, axis: Axis, mask: OptArray, lengths: OptArray, length_axis: int | None,
+    weights: OptArray,
+) -> OptArray:  # fmt: skip
+    """Return the weight of every value of x, in x's shape; None if all count once."""
+    if lengths is not None:
+        along = _reduction(x, axis)[1][-1] if length_axis is None else length_axis % x.ndim
+        position = np.indices(x.shape)[along]
+        mask = position < lengths.reshape((-1,) + (1,) * (x.ndim - 1))
+    given = mask if weights is None else weights
+    return None if given is None else np.broadcast_to(_wide(given, x), x.shape)
+
+
+def _counted(values: NDArray, w: OptArray) -> NDArray:
+    """Return values, 0 where their weight is 0."""
+    return values if w is None else np.where(w > 0, values, 0)
+
+
 # Segments: every function calls itself for each part of x, as for a batch of its own.
-_LIKE_X = ("dy", "x", "residual", "y", "out")
+_LIKE_X = ("dy", "x", "residual", "y", "out", "weights", "w")
 
 
 def _ends(x: NDArray, axis: Axis, groups: int | None, offsets: Any) -> list[int]:
@@ -566,13 +637,13 @@ def _each(function: Any, arguments: dict[str, Any]) -> list[Any]:
     for g, ends in enumerate(pairwise(_ends(x, axis, arguments["groups"], arguments["offsets"]))):
         part = {}
         for name, value in arguments.items():
-            if name in ("groups", "offsets"):
+            if name in ("groups", "offsets", "w"):
                 continue
             if name in _LIKE_X and value is not None:
                 value = value[(slice(None),) * first + (slice(*ends),)]
             elif isinstance(value, np.ndarray) and value.ndim > kept:
                 value = value[g]
-            part[name] = value.flat[0] if name == "count" and np.ndim(value) else value
+            part[name] = value
         results.append(function(**part))
     return results
 

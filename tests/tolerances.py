@@ -223,7 +223,7 @@ def _centred(values, xhat, axis, training):
 
 def mean_tolerance(moments, dtype):
     """Four units at the standard deviation, and the rounding of the mean to float64."""
-    std = np.sqrt(moments.m2 / max(moments.count, 1))
+    std = np.sqrt(moments.m2 / np.maximum(moments.count, 1))
     return UNITS * one_unit(std, computed(dtype)) + one_unit(moments.mean, np.float64)
 
 
@@ -231,7 +231,7 @@ def _relative_spread_tolerance(moments, dtype):
     """Return the relative error allowed for a standard deviation."""
     relative = UNITS * relative_unit(computed(dtype))
     if dtype == np.float64:  # merging chunks rounds means to float64
-        var = np.asarray(moments.m2 / max(moments.count, 1), np.longdouble)
+        var = np.asarray(moments.m2 / np.maximum(moments.count, 1), np.longdouble)
         std = np.sqrt(np.where(var > 0, var, np.inf))
         relative = relative + np.abs(moments.mean) / std * np.longdouble(2) ** -53
     return relative
@@ -253,7 +253,7 @@ def running_tolerance(moments, running_mean, running_var, *, momentum, correctio
     The rounding is one unit, not half, at the scale of the terms: (1 - momentum) * running and
     momentum * batch are rounded to float64 before they are added.
     """
-    divisor = max(moments.count - correction, 1)
+    divisor = np.maximum(moments.count - correction, 1)
     batch = (
         (running_mean, moments.mean, mean_tolerance(moments, dtype)),
         (running_var, moments.m2 / divisor, m2_tolerance(moments, dtype) / divisor),

@@ -29,7 +29,7 @@ from nbnorm.cpu.channel import (
     merge,
     scales,
 )
-from nbnorm.cpu.columns import RUN_ROWS, TILE_ROWS, by_columns_each, expand, gather, width
+from nbnorm.cpu.columns import RUN_ROWS, TILE_ROWS, by_columns_each, expand, gather, row_size
 from nbnorm.cpu.columns import add_compensated, mean_so_far
 from nbnorm.cpu.columns import rows as rows_of
 from nbnorm.cpu.intrinsics import (
@@ -288,7 +288,7 @@ def first_shifts(x, w, grid, c0, c1, begin, end, shift):
     r, missing = begin, 1
     while r < end and missing > 0:
         for r_ in range(r, min(r + FIRST, end)):
-            short = width(grid, r_, c0, c1)
+            short = row_size(grid, r_, c0, c1)
             w_ = weights_of(w, r_ * fold, c0, 0, short)
             each(short, element.add_first_row, (piece(x, r_ * fold, c0, 0, short), w_, K, s, m))
         r, missing = r + FIRST, 0
@@ -319,7 +319,7 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
     for begin in range(0, r1 - r0, RUN_ROWS):
         for i in range(begin, min(begin + RUN_ROWS, r1 - r0)):
             r = in_quarters(i, r0, r1)
-            short = width(grid, r, c0, c1)
+            short = row_size(grid, r, c0, c1)
             w_ = weights_of(w, r * fold, c0, 0, short)
             args = piece(x, r * fold, c0, 0, short), w_, K, s, q, m
             each(short, element.add_weighted_row, args)
@@ -380,7 +380,7 @@ def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     low, other, fold = bound(floor, hi), filled(fill, hi), grid[4]
     begin, end = rows_of(grid, k)
     for r in range(begin, end):
-        n, size = r * fold, width(grid, r, c0, c1)
+        n, size = r * fold, row_size(grid, r, c0, c1)
         hi_, a_, b_ = part((hi, a, b), 0, size)
         args = (
             piece(values, n, c0, 0, size), weights_of(w, n, c0, 0, size), other,
@@ -406,7 +406,7 @@ def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     for begin in range(0, r1 - r0, RUN_ROWS):
         for i in range(begin, min(begin + RUN_ROWS, r1 - r0)):
             r = in_quarters(i, r0, r1)
-            n, short = r * fold, width(grid, r, c0, c1)
+            n, short = r * fold, row_size(grid, r, c0, c1)
             dy_, x_ = piece(dy, n, c0, 0, short), piece(values, n, c0, 0, short)
             w_, y_ = weights_of(w, n, c0, 0, short), piece(y, n, c0, 0, short)
             args = dy_, x_, w_, y_, hi, None, a, b, scale, act, s, t
@@ -438,7 +438,7 @@ def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, 
     act, like, fold = gate(norm, hi), computed(x), grid[4]
     begin, end = rows_of(grid, k)
     for r in range(begin, end):
-        n, size = r * fold, width(grid, r, c0, c1)
+        n, size = r * fold, row_size(grid, r, c0, c1)
         dy_, x_ = piece(dy, n, c0, 0, size), piece(values, n, c0, 0, size)
         w_, y_ = weights_of(w, n, c0, 0, size), piece(y, n, c0, 0, size)
         outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)

@@ -8,7 +8,7 @@ from typing import Any
 from nbnorm._typing import Array
 from nbnorm.distributed._functional import sync_batch_norm_backward, sync_batch_norm_forward
 from nbnorm.distributed._ranks import Communicator, Ranks
-from nbnorm.layer import BatchNorm, Saved
+from nbnorm.layer import _PARTS, BatchNorm, Saved
 
 
 class SyncBatchNorm(BatchNorm):
@@ -78,8 +78,9 @@ class SyncBatchNorm(BatchNorm):
             alone = super()._normalise(x, training, **options)
             self._count = None
             return alone
-        if not {"groups", "offsets"}.isdisjoint(options):
-            raise ValueError("groups and offsets are not supported in a synchronised batch")
+        if given := _PARTS & options.keys():
+            names = " and ".join(sorted(given))
+            raise ValueError(f"{names} cannot be combined with a synchronised batch")
         y, mean, rstd, self._count = sync_batch_norm_forward(x, comm=self.comm, **options)
         # Count the values of all ranks: a batch that is empty on this rank still counts as one.
         return y, mean, rstd, self._count * math.prod(mean.shape)
