@@ -77,7 +77,8 @@ class SegmentedFrame(WeightedFrame):
         rows = self._layout.shape[0] // max(shape[first], 1)
         self.weights, backends = None, None
         if counting.given:
-            self._weigh(counting)
+            found = self._weigh(counting)
+            self.weights = None if self._every or self.empty else found
         else:
             counting.check_alone()
         if (weights := self.weights) is not None:

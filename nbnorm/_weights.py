@@ -63,16 +63,18 @@ class WeightedFrame(Frame):
     `unit`, a power of two, which is not 1 if they would leave the range of float32.
     """
 
-    part = "what counts of x of shape {}"
+    part = "x of shape {}, of which fewer count"
 
     def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
         super().__init__(x, axis, name)
-        self._weigh(counting)
+        self._plain, found = self.backend, self._weigh(counting)
+        self.weights = None if self._every or self.empty else found
         if self.weights is not None:
-            self.backend = bound(self.backend, self.weights)  # type: ignore[assignment]
+            self.backend = bound(self._plain, found)
+        self._found = found
 
-    def _weigh(self, counting: Counting) -> None:
-        """Check what counts; set `weights`, None where every value counts once."""
+    def _weigh(self, counting: Counting) -> Weights:
+        """Check what counts and return it; set `_every` if each value counts once."""
         found = _given(self, counting)
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
@@ -81,10 +83,11 @@ class WeightedFrame(Frame):
         values = self._spread(found)
         count = self.backend.weigh(values, self.channels)
         self._count = count * self.unit
-        self.m = min(on_host(self._count[self._count > 0]), default=0)
-        every = self._kind is int and bool((count == self.x.size // max(self.channels, 1)).all())
+        self.m = min(on_host(self._count[self._count > 0]).tolist(), default=0)
+        every = self.x.size // max(self.channels, 1)
+        self._every = self._kind is int and bool((count == every).all())
         fill = None if counting.fill is None else _checks.number(counting.fill, "fill")
-        self.weights = None if every or self.empty else Weights(values, count, fill)
+        return Weights(values, count, fill)
 
     def _channels_share(self, given: NDArray) -> bool:
         """Whether weights, of as many axes as x, are the same in all channels."""
@@ -130,6 +133,10 @@ class WeightedFrame(Frame):
             return _checks.weight(count, self.m) / self.unit
         counts = self.required(count, "count")
         _checks.weight_each(on_host(counts), on_host(self.unflat(self._count)))
+        if self.weights is None and counts.size and bool((counts == counts.flat[0]).all()):
+            return float(counts.flat[0])
+        # Other parts of the batch differ by channel, which only these kernels allow for.
+        self.backend = bound(self._plain, self._found)
         return self.statistic(counts) / self.unit
 
     def move(

@@ -256,8 +256,8 @@ def test_whole_weights_are_repeated_samples(shape):
 def test_weights_of_any_size(size, dtype):
     x, dy = data(dtype, (50, 4)), data(dtype, (50, 4), 1)
     weights = np.random.default_rng(4).uniform(0.1, 2, (50, 1))
-    plain = nbnorm.batch_norm_forward(x, weights=weights)
-    scaled = nbnorm.batch_norm_forward(x, weights=weights * size)
+    plain = nbnorm.batch_norm_forward(x, weights=weights, correction=0)
+    scaled = nbnorm.batch_norm_forward(x, weights=weights * size, correction=0)
     assert_allclose(scaled.y, plain.y, rtol=1e-5, atol=1e-6)
     sized = nbnorm.batch_norm_stats(x, weights=weights * size)
     assert_allclose(sized.m2 / size, nbnorm.batch_norm_stats(x, weights=weights).m2, rtol=1e-5)
@@ -310,7 +310,8 @@ def test_a_channel_in_which_nothing_counts(shape, groups):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(12, 5, 8), (12, 5, 300), (64, 130, 1)], ids=str)
 def test_segments_and_what_counts(shape, kind):
-    recipe, rng = Recipe(shape, 1, "float64"), np.random.default_rng(5)
+    rng = np.random.default_rng(5)
+    recipe = Recipe(shape, 1, "float64", gamma_dtype="float64")
     counting = what_counts(recipe, kind, True, rng)
     if kind == "lengths":
         counting["lengths"] = np.maximum(counting["lengths"], 1)
