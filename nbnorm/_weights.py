@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     """
 
     values: NDArray
-    count: NDArray
+    count: NDArray  # type: ignore[assignment]  # shadows tuple.count, on purpose
     fill: float | None
 
     def of(self, begin: int, end: int, backend: Any) -> Weights:
@@ -64,6 +64,7 @@ class WeightedFrame(Frame):
     """
 
     part = "x of shape {}, of which fewer count"
+    weights: Weights | None = None
 
     def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
         super().__init__(x, axis, name)
@@ -174,7 +175,8 @@ def _given(frame: Frame, counting: Counting) -> NDArray:
         along = _checks.lengths(lengths, counting.length_axis, x.shape, channels, name)
         inside = np.arange(x.shape[along]) < lengths[:, None]
         shape = [x.shape[i] if i in (0, along) else 1 for i in range(x.ndim)]
-        return frame.memory.from_host(inside.reshape(shape))
+        array: NDArray = frame.memory.from_host(inside.reshape(shape))
+        return array
     given_ = given[which[0]]
     taken = take(given_, "mask") if which == ["mask"] else take_floating(given_, "weights")
     frame._same_place(given_, taken, which[0])

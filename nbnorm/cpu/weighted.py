@@ -29,8 +29,16 @@ from nbnorm.cpu.channel import (
     merge,
     scales,
 )
-from nbnorm.cpu.columns import RUN_ROWS, TILE_ROWS, by_columns_each, expand, gather, row_size
-from nbnorm.cpu.columns import add_compensated, mean_so_far
+from nbnorm.cpu.columns import (
+    RUN_ROWS,
+    TILE_ROWS,
+    add_compensated,
+    by_columns_each,
+    expand,
+    gather,
+    mean_so_far,
+    row_size,
+)
 from nbnorm.cpu.columns import rows as rows_of
 from nbnorm.cpu.intrinsics import (
     clear,
@@ -50,7 +58,6 @@ from nbnorm.cpu.intrinsics import (
 from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
 from nbnorm.cpu.rows import LANES, clear_chunk, line, locate, overflowed, tiles, total
 from nbnorm.cpu.storage import computed, load
-
 
 # Planes of this many values or more are traversed by rows, where all channels can read the same
 # weights. Columns need a weight for each value, or for each sample if S = 1.
@@ -173,9 +180,7 @@ def rows_stats(x, grid, c0, c1, k, partial):
             from_shift = np.float64(K) - shift
             merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
             if lost(m, mean, q, merged[2], s_lanes):
-                near, rest, m2_tile = moments64(
-                    values, w, n0, n1, c, s, size, m, np.float64(K)
-                )
+                near, rest, m2_tile = moments64(values, w, n0, n1, c, s, size, m, np.float64(K))
                 if count == 0:  # a shift that far off would cost delta digits
                     shift = near
                 merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
@@ -185,7 +190,7 @@ def rows_stats(x, grid, c0, c1, k, partial):
 
 @noinline
 def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k; `fill` where the weight is 0."""
+    """y of chunk k, channels c0 <= c < c1: as `rows.apply`, or `fill` where the weight is 0."""
     values, w, fill = x
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     low, other = bound(floor, hi), filled(fill, hi)
