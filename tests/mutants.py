@@ -208,6 +208,7 @@ MIXED = of(
         (
             "(array.strides == self._fitting and array.itemsize == self.x.itemsize)",
             "array.strides == self._fitting",
+            "a packed axis has the itemsize of x as its stride, which no wider array has",
         ),
     ),
 ) + of("_checks", ("test_mixed.py", ("        and a.itemsize == b.itemsize\n", "")))
