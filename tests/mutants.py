@@ -83,7 +83,7 @@ SECOND_ORDER = [
             ("if second_lost(partial, k, c, grid, hi):", "if False:"),
             ("return some and abs(s_dg)", "return False and abs(s_dg)"),
             ("or not all_set(fits):", "or False:"),
-            ("if fits[c - c0]:", "if True:"),
+            ("if fits[c - c0]:", "if True:", "second_apply64 writes the other channels again"),
         ),
     ),
     *of(
