@@ -83,7 +83,7 @@ SECOND_ORDER = [
             ("if second_lost(partial, k, c, grid, hi):", "if False:"),
             ("return some and abs(s_dg)", "return False and abs(s_dg)"),
             ("or not all_set(fits):", "or False:"),
-            ("if fits[c - c0]:", "if True:"),
+            ("if fits[c - c0]:", "if True:", "second_apply64 writes the other channels again"),
         ),
     ),
     *of(
@@ -208,6 +208,7 @@ MIXED = of(
         (
             "(array.strides == self._fitting and array.itemsize == self.x.itemsize)",
             "array.strides == self._fitting",
+            "a packed axis has the itemsize of x as its stride, which no wider array has",
         ),
     ),
 ) + of("_checks", ("test_mixed.py", ("        and a.itemsize == b.itemsize\n", "")))
