@@ -846,9 +846,11 @@ def test_activations_of_the_table(arena, shape, name, added):
 
 # -- values with weights ---------------------------------------------------------------------------
 
-WEIGHTED = [*ROWS, (5, 7, 16), (3, 4, 49), (70, 3, 1), (300, 40, 1), (100, 6, 10), (2, 9, 64)]
+WEIGHTED = [(2, 2, 300), (1, 3, 257), (3, 4, 49), (70, 3, 1), (9, 70, 1), (30, 6, 2), (2, 9, 64)]
+MASKED_ROW, MASKED_COLUMN = (2, 2, 300), (18, 3, 24)  # both have several chunks
 COUNTING = ["mask", "weights", "mask of each channel", "weights of each channel"]
 counted = pytest.mark.parametrize("counting", COUNTING)
+by_both = pytest.mark.parametrize("shape", [MASKED_ROW, MASKED_COLUMN], ids=["rows", "columns"])
 
 
 def weights_of(recipe, counting, fill=0.0, dead=False):
@@ -966,27 +968,25 @@ def test_weighted_results_are_the_oracles(arena, shape, counting):
 
 
 @modes
-@both
+@by_both
 @dtypes
 def test_weighted_results_of_every_dtype_and_mode(arena, shape, dtype, mode):
     recipe = Recipe(shape, 1, dtype)
-    for counting, fill in ((COUNTING[0], 7.5), (COUNTING[3], 0.0), (COUNTING[1], None)):
-        WeightedRun(arena, recipe, weights_of(recipe, counting, fill), mode).check()
+    counting, fill = dict(zip(MODES, zip(COUNTING[1:], (None, 7.5, 0.0)), strict=True))[mode]
+    WeightedRun(arena, recipe, weights_of(recipe, counting, fill), mode).check()
 
 
-@counted
 @dtypes
-@pytest.mark.parametrize("shape", [ROW, COLUMN, (40, 9, 1)], ids=str)
-def test_what_does_not_count_changes_no_bit(arena, shape, dtype, counting):
+@pytest.mark.parametrize("shape", [MASKED_ROW, MASKED_COLUMN, (40, 9, 1)], ids=str)
+def test_what_does_not_count_changes_no_bit(arena, shape, dtype):
     recipe = Recipe(shape, 1, dtype)
-    weights = weights_of(recipe, counting)
-    for mode in MODES:
+    for mode, poison, counting in zip(MODES, (np.nan, np.nan, np.inf), COUNTING[1:], strict=True):
+        weights = weights_of(recipe, counting)
         clean = WeightedRun(arena, recipe, weights, mode)
-        for poison in (np.nan, np.inf):
-            assert_same_results(clean, WeightedRun(arena, recipe, weights, mode, poison=poison))
+        assert_same_results(clean, WeightedRun(arena, recipe, weights, mode, poison=poison))
 
 
-@both
+@by_both
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_channel_in_which_nothing_counts_has_no_statistics(arena, shape, dtype):
     recipe = Recipe(shape, 1, dtype)
@@ -1002,7 +1002,7 @@ def test_a_channel_in_which_nothing_counts_has_no_statistics(arena, shape, dtype
     assert (run.y[:, 1] == run.beta[1].astype(run.y.dtype)).all()
 
 
-@both
+@by_both
 @dtypes
 def test_weights_of_1_are_no_weights(arena, shape, dtype):
     recipe = Recipe(shape, 1, dtype, offset=3.0)
@@ -1014,9 +1014,9 @@ def test_weights_of_1_are_no_weights(arena, shape, dtype):
         np.testing.assert_allclose(getattr(run, name), getattr(other, name), rtol=1e-6)
 
 
-@both
-@dtypes
-@pytest.mark.parametrize("value", [0.0, 0.1, -300.7])
+@by_both
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [0.0, -300.7])
 def test_a_weighted_constant_channel_has_no_spread(arena, shape, dtype, value):
     recipe = Recipe(shape, 1, dtype, eps=0.0)
     for counting in COUNTING[:2]:
@@ -1028,16 +1028,15 @@ def test_a_weighted_constant_channel_has_no_spread(arena, shape, dtype, value):
         assert (run.y[:, 0][run.w[:, 0] > 0] == run.beta[0].astype(x.dtype)).all()
 
 
-@counted
-@both
+@by_both
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("offset", [1e4, 1e6])
-def test_a_weighted_mean_far_from_0_costs_no_digits(arena, shape, dtype, offset, counting):
-    recipe = Recipe(shape, 1, dtype, offset=offset, eps=0.0)
+@pytest.mark.parametrize("counting", COUNTING[:2])
+def test_a_weighted_mean_far_from_0_costs_no_digits(arena, shape, dtype, counting):
+    recipe = Recipe(shape, 1, dtype, offset=1e6, eps=0.0)
     WeightedRun(arena, recipe, weights_of(recipe, counting)).check()
 
 
-@both
+@by_both
 @pytest.mark.parametrize("value", [1e3, 1e8])
 def test_an_outlier_of_little_weight_costs_no_digits(arena, shape, value):
     recipe = Recipe(shape, 1)
@@ -1048,15 +1047,22 @@ def test_an_outlier_of_little_weight_costs_no_digits(arena, shape, value):
     WeightedRun(arena, recipe, weights, x=x).check()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25, 1e30])
-@both
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@by_both
 def test_weighted_channels_of_any_scale(arena, shape, scale):
     recipe = Recipe(shape, 1, scale=scale, eps=0.0)
     for counting in COUNTING[:2]:
         WeightedRun(arena, recipe, weights_of(recipe, counting)).check()
 
 
-@pytest.mark.parametrize(("shape", "gap"), [*ELSEWHERE, (ROW, {"plane_gap": 1})], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "gap"),
+    [
+        (MASKED_ROW, {"first": 1, "plane_gap": 1, "sample_gap": 3}),
+        (MASKED_COLUMN, {"first": 3, "sample_gap": 3}),
+    ],
+    ids=["rows", "columns"],
+)
 def test_weighted_tensors_may_lie_anywhere(arena, shape, gap):
     recipe = Recipe(shape, 1)
     weights, names = weights_of(recipe, "mask"), ("x", "dy", "residual", "y", "dx", "dresidual")
@@ -1064,17 +1070,16 @@ def test_weighted_tensors_may_lie_anywhere(arena, shape, gap):
     assert_same_results(run, WeightedRun(arena, recipe, weights, MODES[2]))
 
 
-@both
-@dtypes
-def test_weighted_threads_in_any_order_change_no_bit(arena, shape, dtype):
-    recipe = Recipe(shape, 1, dtype, offset=3.0)
+@by_both
+def test_weighted_threads_in_any_order_change_no_bit(arena, shape):
+    recipe = Recipe(shape, 1, offset=3.0)
     weights = weights_of(recipe, "weights")
     first = WeightedRun(arena, recipe, weights, "relu")
     with last_thread_first():
         assert_same_results(first, WeightedRun(arena, recipe, weights, "relu"))
 
 
-@both
+@by_both
 def test_weighted_in_place_changes_no_bit(arena, shape):
     recipe = Recipe(shape, 1)
     weights = weights_of(recipe, "mask")
@@ -1087,7 +1092,7 @@ def test_weighted_in_place_changes_no_bit(arena, shape):
     assert_same_bits(dx, run.dx, "dx written over dy")
 
 
-@both
+@by_both
 @pytest.mark.parametrize("name", ["silu", "gelu"])
 def test_weighted_activations(arena, shape, name):
     recipe, act = Recipe(shape, 1), activation(name)
@@ -1108,7 +1113,7 @@ def test_weighted_activations(arena, shape, name):
     np.testing.assert_allclose(sums, [ref.dbeta, ref.dgamma], rtol=1e-4, atol=1e-3)
 
 
-@both
+@by_both
 def test_weighted_sums_of_dy_may_leave_float32(arena, shape):
     recipe = Recipe(shape, 1)
     weights = weights_of(recipe, "mask")
@@ -1124,7 +1129,7 @@ def test_weighted_sums_of_dy_may_leave_float32(arena, shape):
     assert_within(sums[1], ref.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
 
 
-@pytest.mark.parametrize("shape", [(6, 3, 256), (21, 5, 24), (40, 9, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 256), (40, 3, 1)], ids=str)
 def test_weighted_nan_and_infinity_stay_in_their_channel(arena, shape):
     recipe = Recipe(shape, 1)
     weights = weights_of(recipe, "weights")

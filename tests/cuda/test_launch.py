@@ -103,8 +103,10 @@ def names_of(launch):
         kernel = kernels.finish_sums("float32")
     elif name in ("forward", "backward"):
         kernel = getattr(kernels.fused(module, "float32", 4, False), name)
-    elif module == "channel":
+    elif module == "channel" or name == "finish_weighted":
         kernel = getattr(kernels, name)
+    elif module == "weighted":
+        kernel = getattr(kernels.weighted("float32"), name)
     else:
         kernel = getattr(kernels.build(module, "float32", 4), name)
     return list(inspect.signature(kernel.py_func).parameters)
@@ -232,6 +234,76 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         )
         arguments = arguments_of(evaluated)
         assert (arguments["training"], arguments["count"]) == (0, 7.0)
+
+
+@under_the_driver
+def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend):
+    from nbnorm.cuda.plan import plan
+
+    for rows, dtype, gap, shared, of in (
+        (True, F32, 4, True, np.dtype("uint8")),
+        (False, F16, 8, False, F32),
+        (True, F64, 0, False, F64),
+    ):
+        x, residual, y, dy, dx = (tensor(dtype, rows=rows, gap=gap * i) for i in range(5))
+        N, C, S = x.shape
+        cut = plan(N, C, S, x.itemsize, 1)
+        values, count = fake.Array((N, 1 if shared else C, S), of), channels(F64, C)
+        weights = SimpleNamespace(values=values, count=count, fill=7.5 if shared else None)
+        gamma, beta = channels(F32, C), channels(F32, C)
+
+        def views(**tensors):
+            found = {}
+            for name, (short, array) in tensors.items():
+                strides = [stride // array.itemsize for stride in array.strides]
+                found |= {name: array, f"{short}n": strides[0], f"{short}c": strides[1]}
+            strides = (S, 0) if shared else (C * S, S)
+            numbers = {"C": C, "S": S, "N": N, "group": cut.group, "length": cut.length}
+            found |= {"weights": values, "wn": strides[0], "wc": strides[1]}
+            return {**found, **numbers, "chunks": cut.chunks}
+
+        cupy.allocated.clear()
+        *launches, apply = driver.during(
+            backend.forward, x, gamma, beta, 1e-5, residual, "relu", y, weights=weights
+        )
+        mean, m2, rstd = driver.returned
+        (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
+        assert partial.shape == (3, C, cut.chunks)
+        assert len(launches) == (4 if dtype == F64 else 2)
+        for again, (stats, finish) in enumerate(zip(launches[::2], launches[1::2], strict=True)):
+            check(
+                stats, "weighted.stats", cut.blocks, **views(x=("x", x)), partial=partial,
+                mean=mean, again=again,
+            )  # fmt: skip
+            check(
+                finish, "weighted.finish_weighted", -(-C // 8), partial=partial, C=C,
+                chunks=cut.chunks, eps=1e-5, again=again, mean=mean, m2=m2, rstd=rstd,
+            )  # fmt: skip
+        check(
+            apply, "weighted.apply", cut.blocks,
+            **views(x=("x", x), residual=("r", residual), y=("y", y)), mean=mean, rstd=rstd,
+            gamma=gamma, beta=beta, floor=0.0, added=1, fill=7.5 if shared else 0.0,
+            fills=int(shared),
+        )  # fmt: skip
+        assert types_of(apply)["weights"] == f"{of}*"
+        backward_reduce, finish, backward_apply = driver.during(
+            backend.backward, dy, x, gamma, mean, rstd, None, y, dx, None, weights=weights
+        )
+        sums, common = driver.returned, {"mean": mean, "rstd": rstd, "gamma": gamma, "mask": 2}
+        read = {"dy": ("dy", dy), "x": ("x", x), "y": ("y", y)}
+        check(
+            backward_reduce, "weighted.backward_reduce", cut.blocks, **views(**read), **common,
+            beta=gamma, partial=None,
+        )  # fmt: skip
+        check(
+            finish, "channel.finish_sums", -(-C // 8), partial=None, C=C, chunks=cut.chunks,
+            mean=mean, rstd=rstd, sums=sums,
+        )  # fmt: skip
+        check(
+            backward_apply, "weighted.backward_apply", cut.blocks,
+            **views(**read, dx=("dx", dx), dresidual=("r", x)) | {"dresidual": None}, **common,
+            beta=gamma, sums=sums, counts=count, training=1, wanted=1,
+        )  # fmt: skip
 
 
 @contextmanager
