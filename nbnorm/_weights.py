@@ -81,8 +81,10 @@ class WeightedFrame(Frame):
         values = self._spread(found)
         count = self.backend.weigh(values, self.channels)
         self._count = count * self.unit
-        self.m = min(on_host(self._count[self._count > 0]), default=0)
-        every = self._kind is int and bool((count == self.x.size // max(self.channels, 1)).all())
+        self._totals = on_host(self._count)  # the only time that a GPU is waited for, for a mask
+        self.m = min(self._totals[self._totals > 0], default=0)
+        all_of_them = self.x.size // max(self.channels, 1)
+        every = self._kind is int and bool((self._totals == all_of_them).all())
         fill = None if counting.fill is None else _checks.number(counting.fill, "fill")
         self.weights = None if every or self.empty else Weights(values, count, fill)
 
@@ -97,6 +99,8 @@ class WeightedFrame(Frame):
     def _in_range(self, weights: NDArray) -> NDArray:
         """Return weights in the compute dtype, divided by `unit`; raise if one is not valid."""
         dtype = np.float64 if self.x.dtype == np.float64 else np.float32
+        if weights.itemsize == 2:  # CuPy has no least bfloat16
+            weights = weights.astype(np.float32)
         if weights.size == 0:
             return weights.astype(dtype)
         least, most = float(weights.min()), float(weights.max())
@@ -121,7 +125,7 @@ class WeightedFrame(Frame):
     def count(self) -> Any:
         """Return what counts per channel: an int, a float under weights, or an array like mean."""
         if self._shared:
-            return self._kind(self._count[0]) if self.channels else self._kind(0)
+            return self._kind(self._totals[0]) if self.channels else self._kind(0)
         return self.home(self.unflat(self._count))
 
     def counted(self, count: Any) -> Any:
@@ -129,7 +133,7 @@ class WeightedFrame(Frame):
         if len(getattr(count, "shape", ())) == 0:
             return _checks.weight(count, self.m) / self.unit
         counts = self.required(count, "count")
-        _checks.weight_each(on_host(counts), on_host(self.unflat(self._count)))
+        _checks.weight_each(on_host(counts), self.unflat(self._totals))
         return self.statistic(counts) / self.unit
 
     def move(

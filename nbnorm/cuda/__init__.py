@@ -202,8 +202,8 @@ def backward_apply(
     wanted = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
     if weights is not None:
-        counts = count
-        if not hasattr(count, "shape"):
+        counts: Any = count
+        if not getattr(count, "shape", ()):
             counts = memory.empty(x.shape[1])
             counts.fill(count)
         _run_weighted(

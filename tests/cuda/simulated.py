@@ -853,8 +853,11 @@ counted = pytest.mark.parametrize("counting", COUNTING)
 by_both = pytest.mark.parametrize("shape", [MASKED_ROW, MASKED_COLUMN], ids=["rows", "columns"])
 
 
-def weights_of(recipe, counting, fill=0.0, dead=False):
-    """Return weights as the backend takes them, a fifth of them 0; of channel 1 all, if `dead`."""
+def weights_of(recipe, counting, fill=0.0, dead=False, first=None):
+    """Return weights as the backend takes them, a fifth of them 0; of channel 1 all, if `dead`.
+
+    `first` is the weight of the first value of each channel.
+    """
     (N, C, S), each = recipe.shape, "each" in counting
     rng = np.random.default_rng(11)
     shape = (N, C if each else 1, S)
@@ -862,7 +865,9 @@ def weights_of(recipe, counting, fill=0.0, dead=False):
     dtype = np.float64 if recipe.dtype == "float64" else np.float32
     values = (found > 0).astype(np.uint8) if counting.startswith("mask") else found.astype(dtype)
     if dead:
-        values[:, 1 % C] = 0
+        values[:, 1] = 0
+    if first is not None:
+        values[0, :, 0] = first
     return SimpleNamespace(values=values, count=backend.weigh(values, C), fill=fill)
 
 
@@ -1040,8 +1045,7 @@ def test_a_weighted_mean_far_from_0_costs_no_digits(arena, shape, dtype, countin
 @pytest.mark.parametrize("value", [1e3, 1e8])
 def test_an_outlier_of_little_weight_costs_no_digits(arena, shape, value):
     recipe = Recipe(shape, 1)
-    weights = weights_of(recipe, "weights")
-    weights.values[0, 0, 0] = 1e-6 if value == 1e3 else 1e-18
+    weights = weights_of(recipe, "weights", first=1e-6 if value == 1e3 else 1e-18)
     x = recipe.x()
     x[0, :, 0] = value
     WeightedRun(arena, recipe, weights, x=x).check()
@@ -1132,8 +1136,7 @@ def test_weighted_sums_of_dy_may_leave_float32(arena, shape):
 @pytest.mark.parametrize("shape", [(2, 3, 256), (40, 3, 1)], ids=str)
 def test_weighted_nan_and_infinity_stay_in_their_channel(arena, shape):
     recipe = Recipe(shape, 1)
-    weights = weights_of(recipe, "weights")
-    weights.values[0, :, 0] = 1
+    weights = weights_of(recipe, "weights", first=1)
     clean = WeightedRun(arena, recipe, weights).results()
     others = np.arange(shape[1]) != 1
     for bad in (np.nan, np.inf):
