@@ -2,13 +2,13 @@
 
 Every thread has one channel, and reads values one by one: neighbouring threads, neighbouring
 values. By rows (S >= PLANE), a block takes values of one channel, numbered through all its planes.
-By columns, it takes samples of `group` channels, and a thread one column. A thread's next value lies
-`dn` samples and `ds` values further on; (n, s, dn, ds, S) says where it is.
+By columns, it takes samples of `group` channels, and a thread one column. A thread's next value
+lies `dn` samples and `ds` values further on; (n, s, dn, ds, S) says where it is.
 
 Values of weight 0 are read, but change no bit: they may be NaN or Inf. Statistics of tiles, threads
 and chunks are (weight, mean, M2), merged in float64 (Chan, Golub & LeVeque 1983): sums around one
-value of the channel would need one that counts, which could be anywhere, and of little weight. The
-mean of a float64 x is rounded at each merge, so its statistics are taken again, of x less that mean.
+value of the channel would need one that counts, which could be anywhere, and of little weight.
+Each merge rounds the mean. A float64 x is therefore summed once more, less the mean found.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
         dy, dyn, dyc, x, xn, xc, y, yn, yc, weights, wn, wc, C, S, N, group, length, chunks,
         mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k, where the weight is not 0."""
+        """partial[:, c, k] = sum g, sum g (x u - hi) scale of what counts in chunk k."""
         k, c, there, at, count = located(cuda.blockIdx.x, C, S, N, group, length, chunks)
         shared = cuda.shared.array(SUM_CELLS, types.float64)
         g = cuda.local.array(UNROLL, computed)

@@ -162,7 +162,9 @@ def _fma(a, b, c):
 cuda = ModuleType("numba.cuda")
 vars(cuda).update(
     jit=_jit,
-    types=SimpleNamespace(float32=np.float32, float64=np.float64, int64=int, uint8=np.uint8, CPointer=np.dtype),
+    types=SimpleNamespace(
+        float32=np.float32, float64=np.float64, int64=int, uint8=np.uint8, CPointer=np.dtype
+    ),
     local=SimpleNamespace(array=lambda shape, dtype: np.full(shape, np.nan, dtype)),
     shared=SimpleNamespace(array=_shared_array),
     syncthreads=_syncthreads,

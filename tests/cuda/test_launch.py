@@ -236,10 +236,22 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         assert (arguments["training"], arguments["count"]) == (0, 7.0)
 
 
-@under_the_driver
-def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend):
+def weighted(x, weights, **tensors):
+    """Return the plan of a pass with weights, and the arguments that follow from its tensors."""
     from nbnorm.cuda.plan import plan
 
+    (N, C, S), values = x.shape, weights.values
+    cut, found = plan(N, C, S, x.itemsize, 1), {}
+    for name, (short, array) in tensors.items():
+        strides = [stride // array.itemsize for stride in array.strides]
+        found |= {name: array, f"{short}n": strides[0], f"{short}c": strides[1]}
+    strides = (S, 0) if values.shape[1] == 1 else (C * S, S)
+    found |= {"weights": values, "wn": strides[0], "wc": strides[1], "C": C, "S": S, "N": N}
+    return cut, {**found, "group": cut.group, "length": cut.length, "chunks": cut.chunks}
+
+
+@under_the_driver
+def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend):
     for rows, dtype, gap, shared, of in (
         (True, F32, 4, True, np.dtype("uint8")),
         (False, F16, 8, False, F32),
@@ -247,43 +259,31 @@ def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend)
     ):
         x, residual, y, dy, dx = (tensor(dtype, rows=rows, gap=gap * i) for i in range(5))
         N, C, S = x.shape
-        cut = plan(N, C, S, x.itemsize, 1)
         values, count = fake.Array((N, 1 if shared else C, S), of), channels(F64, C)
         weights = SimpleNamespace(values=values, count=count, fill=7.5 if shared else None)
         gamma, beta = channels(F32, C), channels(F32, C)
-
-        def views(**tensors):
-            found = {}
-            for name, (short, array) in tensors.items():
-                strides = [stride // array.itemsize for stride in array.strides]
-                found |= {name: array, f"{short}n": strides[0], f"{short}c": strides[1]}
-            strides = (S, 0) if shared else (C * S, S)
-            numbers = {"C": C, "S": S, "N": N, "group": cut.group, "length": cut.length}
-            found |= {"weights": values, "wn": strides[0], "wc": strides[1]}
-            return {**found, **numbers, "chunks": cut.chunks}
-
         cupy.allocated.clear()
         *launches, apply = driver.during(
             backend.forward, x, gamma, beta, 1e-5, residual, "relu", y, weights=weights
         )
         mean, m2, rstd = driver.returned
+        cut, read = weighted(x, weights, x=("x", x))
         (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
         assert partial.shape == (3, C, cut.chunks)
         assert len(launches) == (4 if dtype == F64 else 2)
         for again, (stats, finish) in enumerate(zip(launches[::2], launches[1::2], strict=True)):
             check(
-                stats, "weighted.stats", cut.blocks, **views(x=("x", x)), partial=partial,
-                mean=mean, again=again,
+                stats, "weighted.stats", cut.blocks, **read, partial=partial, mean=mean,
+                again=again,
             )  # fmt: skip
             check(
                 finish, "weighted.finish_weighted", -(-C // 8), partial=partial, C=C,
                 chunks=cut.chunks, eps=1e-5, again=again, mean=mean, m2=m2, rstd=rstd,
             )  # fmt: skip
+        _, read = weighted(x, weights, x=("x", x), residual=("r", residual), y=("y", y))
         check(
-            apply, "weighted.apply", cut.blocks,
-            **views(x=("x", x), residual=("r", residual), y=("y", y)), mean=mean, rstd=rstd,
-            gamma=gamma, beta=beta, floor=0.0, added=1, fill=7.5 if shared else 0.0,
-            fills=int(shared),
+            apply, "weighted.apply", cut.blocks, **read, mean=mean, rstd=rstd, gamma=gamma,
+            beta=beta, floor=0.0, added=1, fill=7.5 if shared else 0.0, fills=int(shared),
         )  # fmt: skip
         assert types_of(apply)["weights"] == f"{of}*"
         backward_reduce, finish, backward_apply = driver.during(
@@ -291,9 +291,10 @@ def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend)
         )
         sums, common = driver.returned, {"mean": mean, "rstd": rstd, "gamma": gamma, "mask": 2}
         read = {"dy": ("dy", dy), "x": ("x", x), "y": ("y", y)}
+        written = {"dx": ("dx", dx), "dresidual": ("r", x)}  # x stands in for what is not wanted
         check(
-            backward_reduce, "weighted.backward_reduce", cut.blocks, **views(**read), **common,
-            beta=gamma, partial=None,
+            backward_reduce, "weighted.backward_reduce", cut.blocks,
+            **weighted(x, weights, **read)[1], **common, beta=gamma, partial=None,
         )  # fmt: skip
         check(
             finish, "channel.finish_sums", -(-C // 8), partial=None, C=C, chunks=cut.chunks,
@@ -301,8 +302,8 @@ def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend)
         )  # fmt: skip
         check(
             backward_apply, "weighted.backward_apply", cut.blocks,
-            **views(**read, dx=("dx", dx), dresidual=("r", x)) | {"dresidual": None}, **common,
-            beta=gamma, sums=sums, counts=count, training=1, wanted=1,
+            **weighted(x, weights, **read, **written)[1], **common, beta=gamma, sums=sums,
+            counts=count, training=1, wanted=1,
         )  # fmt: skip
 
 
