@@ -874,13 +874,17 @@ def weights_of(recipe, counting, fill=0.0, dead=False, first=None):
 class WeightedRun:
     """Call all functions of the backend with weights; hold their results."""
 
-    def __init__(self, arena, recipe, weights, mode="plain", *, poison=None, layouts=None, x=None):
+    def __init__(
+        self, arena, recipe, weights, mode="plain", *,
+        poison=None, layouts=None, x=None, dy=None, gamma=None,
+    ):  # fmt: skip
         layouts = layouts or {}
         self.w = np.broadcast_to(weights.values, recipe.shape).astype(np.float64)
         self.weights, self.mode, self.eps = weights, mode, recipe.eps
-        self.gamma, self.beta = recipe.gamma(), recipe.beta()
+        self.gamma = recipe.gamma() if gamma is None else gamma
+        self.beta = recipe.beta()
         self.activation = None if mode == "plain" else "relu"
-        found = {"x": recipe.x() if x is None else x, "dy": recipe.like_x(5)}
+        found = {"x": recipe.x() if x is None else x, "dy": recipe.like_x(5) if dy is None else dy}
         found["residual"] = recipe.like_x(4)
         for name, values in found.items():
             if poison is not None:
@@ -1058,6 +1062,15 @@ def test_weighted_channels_of_any_scale(arena, shape, scale):
     recipe = Recipe(shape, 1, scale=scale, eps=0.0)
     for counting in COUNTING[:2]:
         WeightedRun(arena, recipe, weights_of(recipe, counting)).check()
+
+
+@in_reach
+@pytest.mark.parametrize("shape", [(2, 16, 256), (30, 16, 1)], ids=["rows", "columns"])
+def test_every_finite_x_is_normalised_with_weights(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype, eps=0.0)
+    x, gamma, dy = extremes(recipe)
+    weights = weights_of(recipe, "mask", first=1)
+    WeightedRun(arena, recipe, weights, "relu", x=x, gamma=gamma, dy=dy).check()
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         assert (arguments["training"], arguments["count"]) == (0, 7.0)
 
 
-def weighted(x, weights, **tensors):
+def weighted(x, weights, /, **tensors):
     """Return the plan of a pass with weights, and the arguments that follow from its tensors."""
     from nbnorm.cuda.plan import plan
 
@@ -515,8 +515,16 @@ def calls_of(backend, dtype=F32, *, rows=True, samples=3):
     mean, rstd, m2 = channels(F64, C), channels(F64, C), channels(F64, C)
     sums = fake.Array((2, C))
     running = channels(F32, C), channels(F32, C)
+    mask = fake.Array((shape[0], 1, shape[2]), np.dtype("uint8"))
+    counts = {"weights": SimpleNamespace(values=mask, count=channels(F64, C), fill=0.0)}
     return {
         "forward": (3, lambda: backend.forward(x, gamma, beta, 1e-5, None, "relu", y)),
+        "forward with weights": (
+            3, lambda: backend.forward(x, gamma, beta, 1e-5, None, "relu", y, **counts),
+        ),
+        "backward with weights": (
+            3, lambda: backend.backward(dy, x, gamma, mean, rstd, beta, None, dx, None, **counts),
+        ),
         "backward": (
             3, lambda: backend.backward(dy, x, gamma, mean, rstd, beta, None, dx, None),
         ),
