@@ -76,7 +76,7 @@ class WeightedFrame(Frame):
         found = _given(self, counting)
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
-        if found.dtype.kind == "f":
+        if found.dtype != np.bool_:
             found = self._in_range(found)
         values = self._spread(found)
         count = self.backend.weigh(values, self.channels)
@@ -118,7 +118,7 @@ class WeightedFrame(Frame):
             for i in self._channel_axes:
                 shape[i] = 1
         N, C, S = self._layout.shape
-        turned = self._turned(np.broadcast_to(given, shape))
+        turned = self._turned(np.broadcast_to(given, tuple(shape)))
         values: NDArray = self.memory.contiguous(turned).reshape(N, 1 if self._shared else C, S)
         return values.view(np.uint8) if values.dtype == np.bool_ else values
 
