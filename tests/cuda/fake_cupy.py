@@ -98,6 +98,10 @@ class ndarray:  # noqa: N801  # CuPy's name
         synchronised.append("value")
         return float(self.numpy)
 
+    def __bool__(self):
+        synchronised.append("value")
+        return bool(self.numpy)
+
     def __getitem__(self, index):
         return self._like(np.asarray(self.numpy[index]))
 
@@ -113,7 +117,7 @@ class ndarray:  # noqa: N801  # CuPy's name
         return self._like(np.asarray(ufunc(*map(_host, inputs), **options)))
 
     def __array_function__(self, function, types, args, kwargs):
-        assert function in (np.zeros_like, np.where, np.stack, np.broadcast_to), function
+        assert function in _FUNCTIONS, function
         return self._like(function(*map(_host, args), **kwargs))
 
     def __dlpack__(self, **_):
@@ -131,7 +135,8 @@ class ndarray:  # noqa: N801  # CuPy's name
     for _name in ("add", "sub", "mul", "truediv"):
         locals()[f"__{_name}__"] = _binary(f"__{_name}__")
         locals()[f"__r{_name}__"] = _binary(f"__r{_name}__")
-    __eq__, __gt__ = _binary("__eq__"), _binary("__gt__")
+    for _name in ("eq", "gt", "lt", "or"):
+        locals()[f"__{_name}__"] = _binary(f"__{_name}__")
     __hash__ = None
 
     def __neg__(self):
@@ -139,6 +144,7 @@ class ndarray:  # noqa: N801  # CuPy's name
 
 
 ndarray.__module__ = "cupy"
+_FUNCTIONS = np.zeros_like, np.where, np.stack, np.broadcast_to, np.any
 
 
 class _Pointer:
