@@ -408,7 +408,7 @@ def output_mask(mask: Any) -> tuple[bool, bool, bool, bool]:
     return dx, dgamma, dbeta, dresidual
 
 
-def enough_values(m: int, correction: float, got: str, *of_what: object) -> None:
+def enough_values(m: float, correction: float, got: str, *of_what: object) -> None:
     """Raise if a batch has too few values per channel for the corrected variance.
 
     The error message describes the batch by `got`, formatted with `of_what`.
@@ -492,16 +492,15 @@ def boolean(mask: NDArray) -> None:
 
 def broadcastable(array: NDArray, name: str, x: NDArray, of: str) -> None:
     """Raise if an array does not broadcast to x's shape."""
-    trailing = x.shape[x.ndim - array.ndim :]
-    if array.ndim > x.ndim or any(n not in (1, m) for n, m in zip(array.shape, trailing)):
+    trailing = x.shape[max(x.ndim - array.ndim, 0) :]
+    fits = all(n in (1, m) for n, m in zip(array.shape, trailing, strict=False))
+    if array.ndim > x.ndim or not fits:
         raise ValueError(
             f"{name} has shape {array.shape}, which does not broadcast to {of} of shape {x.shape}"
         )
 
 
-def lengths(
-    values: NDArray, axis: Any, shape: Shape, channels: list[int], name: str
-) -> int:
+def lengths(values: NDArray, axis: Any, shape: Shape, channels: list[int], name: str) -> int:
     """Check `lengths`; return the axis of x that they are along."""
     if values.dtype.kind not in "iu":
         raise TypeError(f"lengths has dtype {values.dtype}, expected integers")

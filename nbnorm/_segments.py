@@ -68,25 +68,26 @@ class SegmentedFrame(WeightedFrame):
         ends = _checks.segments(groups, offsets, shape, first, name)
         step = self.m // max(shape[first], 1)
         self._equal = offsets is None
-        self._counts = [(end - begin) * step for begin, end in pairwise(ends)]
+        self._counts: list[Any] = [(end - begin) * step for begin, end in pairwise(ends)]
         self.m = min((count for count in self._counts if count), default=0)
         if shape[first] > 1:  # the parts must be slices of N
             self._layout = layout_beginning(self._layout, shape, axes, first)
             fitting = fits(self._layout, shape, strides, self.x.itemsize)
             self._fitting = strides if fitting else None
         rows = self._layout.shape[0] // max(shape[first], 1)
-        self.weights, backends = None, None
+        backends = None
         if counting.given:
-            self._weigh(counting)
+            weights = self._weigh(counting)
+            self.weights = None if self._every or self.empty else weights
         else:
             counting.check_alone()
-        if (weights := self.weights) is not None:
-            parts = [weights.of(b * rows, e * rows, self.backend) for b, e in pairwise(ends)]
+        if self.weights is not None:
+            parts = [self.weights.of(b * rows, e * rows, self.backend) for b, e in pairwise(ends)]
             backends = [bound(self.backend, of_part) for of_part in parts]
             self._counts = [of_part.count * self.unit for of_part in parts]
             self._totals = on_host(np.stack(self._counts))
-            self.m = float(min(self._totals[self._totals > 0], default=0))
-        kind = Threaded if self.backend is cpu and weights is None else Segmented
+            self.m = min(self._totals[self._totals > 0].tolist(), default=0)
+        kind = Threaded if self.backend is cpu and self.weights is None else Segmented
         self.backend = kind(  # type: ignore[assignment]
             self.backend, self.memory, [end * rows for end in ends], self.channels, self._counts,
             backends,
@@ -149,7 +150,9 @@ class SegmentedFrame(WeightedFrame):
             for g, count in enumerate(self._counts):
                 share = np.where(count > 0, count / total, 0.0)
                 averages[0] += share * mean[g]
-                averages[1] += np.where(count > 0, share * m2[g] * self.unit / (count - correction), 0)
+                averages[1] += np.where(
+                    count > 0, share * m2[g] * self.unit / (count - correction), 0
+                )
         _running.move(running, averages, momentum, total > 0)
 
     def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     """
 
     values: NDArray
-    count: NDArray
+    count: NDArray  # type: ignore[assignment]  # shadows tuple.count, on purpose
     fill: float | None
 
     def of(self, begin: int, end: int, backend: Any) -> Weights:
@@ -63,16 +63,19 @@ class WeightedFrame(Frame):
     `unit`, a power of two, which is not 1 if they would leave the range of float32.
     """
 
-    part = "what counts of x of shape {}"
+    part = "x of shape {}, of which fewer count"
+    weights: Weights | None = None
 
     def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
         super().__init__(x, axis, name)
-        self._weigh(counting)
+        self._plain, found = self.backend, self._weigh(counting)
+        self.weights = None if self._every or self.empty else found
         if self.weights is not None:
-            self.backend = bound(self.backend, self.weights)  # type: ignore[assignment]
+            self.backend = bound(self._plain, found)
+        self._found = found
 
-    def _weigh(self, counting: Counting) -> None:
-        """Check what counts; set `weights`, None where every value counts once."""
+    def _weigh(self, counting: Counting) -> Weights:
+        """Check what counts and return it; set `_every` if each value counts once."""
         found = _given(self, counting)
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
@@ -82,11 +85,11 @@ class WeightedFrame(Frame):
         count = self.backend.weigh(values, self.channels)
         self._count = count * self.unit
         self._totals = on_host(self._count)  # the only time that a GPU is waited for, for a mask
-        self.m = min(self._totals[self._totals > 0], default=0)
-        all_of_them = self.x.size // max(self.channels, 1)
-        every = self._kind is int and bool((self._totals == all_of_them).all())
+        self.m = min(self._totals[self._totals > 0].tolist(), default=0)
+        every = self.x.size // max(self.channels, 1)
+        self._every = self._kind is int and bool((self._totals == every).all())
         fill = None if counting.fill is None else _checks.number(counting.fill, "fill")
-        self.weights = None if every or self.empty else Weights(values, count, fill)
+        return Weights(values, count, fill)
 
     def _channels_share(self, given: NDArray) -> bool:
         """Whether weights, of as many axes as x, are the same in all channels."""
@@ -133,7 +136,12 @@ class WeightedFrame(Frame):
         if len(getattr(count, "shape", ())) == 0:
             return _checks.weight(count, self.m) / self.unit
         counts = self.required(count, "count")
-        _checks.weight_each(on_host(counts), self.unflat(self._totals))
+        given = on_host(counts)
+        _checks.weight_each(given, self.unflat(self._totals))
+        if self.weights is None and given.size and (given == given.flat[0]).all():
+            return float(given.flat[0])
+        # Other parts of the batch differ by channel, which only these kernels allow for.
+        self.backend = bound(self._plain, self._found)
         return self.statistic(counts) / self.unit
 
     def move(
@@ -171,7 +179,8 @@ def _given(frame: Frame, counting: Counting) -> NDArray:
         along = _checks.lengths(lengths, counting.length_axis, x.shape, channels, name)
         inside = np.arange(x.shape[along]) < lengths[:, None]
         shape = [x.shape[i] if i in (0, along) else 1 for i in range(x.ndim)]
-        return frame.memory.from_host(inside.reshape(shape))
+        array: NDArray = frame.memory.from_host(inside.reshape(shape))
+        return array
     given_ = given[which[0]]
     taken = take(given_, "mask") if which == ["mask"] else take_floating(given_, "weights")
     frame._same_place(given_, taken, which[0])

@@ -44,7 +44,7 @@ class Moments(NamedTuple):
     Moments(count=3, mean=array([2.]), m2=array([8.]))
     """
 
-    count: Any  # type: ignore[assignment]  # shadows tuple.count, on purpose
+    count: Any  # shadows tuple.count, on purpose
     mean: Array
     m2: Array
 

@@ -98,7 +98,8 @@ def batch_norm_forward(
 def batch_norm_inference(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray, *, eps: float = 1e-5,
     axis: Axis = 1, residual: OptArray = None, activation: Activation = None,
-    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
     length_axis: int | None = None, weights: OptArray = None,
     fill: float | None = 0.0, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
@@ -119,7 +120,8 @@ def batch_norm_backward(
     dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, *,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     training: bool = True, axis: Axis = 1, activation: Activation = None,
-    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
     length_axis: int | None = None, weights: OptArray = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
 ) -> BatchNormBackward[NDArray]:  # fmt: skip
@@ -181,7 +183,9 @@ def batch_norm_stats(
     if groups is not None or offsets is not None:
         parts = _each(batch_norm_stats, locals())
         means = np.stack([part.mean for part in parts])
-        counts = np.stack([np.broadcast_to(np.float64(part.count), means.shape[1:]) for part in parts])
+        counts = np.stack(
+            [np.broadcast_to(np.float64(part.count), means.shape[1:]) for part in parts]
+        )
         count: Any = parts[0].count if offsets is None and w is None else counts
         return Moments(count, means, np.stack([part.m2 for part in parts]))
     m, over, kept = _reduction(x, axis)
@@ -238,7 +242,8 @@ def update_running_stats(
 def batch_norm_apply(
     x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, *, axis: Axis = 1,
     residual: OptArray = None, activation: Activation = None, groups: int | None = None,
-    offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
     length_axis: int | None = None, weights: OptArray = None, fill: float | None = 0.0,
     out: OptArray = None,
 ) -> NDArray:  # fmt: skip
@@ -261,7 +266,8 @@ def batch_norm_backward_reduce(
     dy: NDArray, x: OptArray, mean: NDArray, rstd: NDArray, *, gamma: OptArray = NOT_GIVEN,
     beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     activation: Activation = None, axis: Axis = 1,
-    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
     length_axis: int | None = None, weights: OptArray = None,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """Section 3: dl/dbeta = sum_i dl/dy_i and dl/dgamma = sum_i dl/dy_i x_hat_i.
@@ -286,7 +292,8 @@ def batch_norm_backward_apply(
     dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, sum_dy: NDArray,
     sum_dy_xhat: NDArray, count: int, *, beta: OptArray = NOT_GIVEN, y: OptArray = None,
     residual: OptArray = None, activation: Activation = None, axis: Axis = 1,
-    groups: int | None = None, offsets: OptArray = None, mask: OptArray = None, lengths: OptArray = None,
+    groups: int | None = None, offsets: OptArray = None,
+    mask: OptArray = None, lengths: OptArray = None,
     length_axis: int | None = None, weights: OptArray = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Section 3, the three equations for dl/dx_i combined (docs/math.md); returns dx."""

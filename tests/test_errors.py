@@ -474,10 +474,10 @@ def test_numbers_that_are_text(argument, value):
     )
 
 
-def test_a_count_that_is_no_integer():
-    moments = nbnorm.Moments(2.0, np.zeros(3), np.zeros(3))
-    with pytest.raises(TypeError, match=r"^moments\.count must be an int"):
-        moments.merge()
+def test_a_count_that_is_no_number():
+    for count in ("2", np.nan, np.inf):
+        with pytest.raises(TypeError, match=r"^moments\.count must be an int or a finite float"):
+            nbnorm.Moments(count, np.zeros(3), np.zeros(3)).merge()
 
 
 class Elsewhere:

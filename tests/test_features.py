@@ -22,6 +22,14 @@ def segments(module):
     return y, mean, *module.batch_norm_backward(DY, X, GAMMA, mean, rstd, groups=3)
 
 
+def what_counts(module):
+    mask, weights = X[:, :1] > 0, np.abs(DY)
+    x = np.where(mask, X, np.nan).astype(np.float32)
+    y, mean, rstd = module.batch_norm_forward(x, GAMMA, BETA, mask=mask)
+    grads = module.batch_norm_backward(DY, X, GAMMA, mean, rstd, weights=weights)
+    return y, mean, *grads, module.batch_norm_stats(X, weights=weights).m2
+
+
 def from_y(module):
     y, mean, rstd = module.batch_norm_forward(X, GAMMA, BETA)
     y = np.float32(y)
@@ -39,7 +47,9 @@ def second_order(module):
     return module.batch_norm_double_backward(DDX, BETA, BETA, DY, X, GAMMA, mean, rstd)
 
 
-@pytest.mark.parametrize("feature", [activation, segments, from_y, renorm, second_order])
+@pytest.mark.parametrize(
+    "feature", [activation, segments, what_counts, from_y, renorm, second_order]
+)
 def test_feature(feature):
     found, expected = feature(nbnorm), feature(reference)
     assert sum(array is not None for array in found) >= 3

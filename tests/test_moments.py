@@ -176,7 +176,9 @@ def test_moments_of_wrong_types_are_refused():
     with pytest.raises(TypeError, match=r"moments\.m2 must be a NumPy array"):
         Moments(2, good, [0.0, 0.0]).var()
     with pytest.raises(TypeError):
-        Moments(2.0, good, good).var()
+        Moments("2", good, good).var()
+    with pytest.raises(TypeError):
+        Moments(np.nan, good, good).var()
     with pytest.raises(ValueError, match=r"moments\.count must not be negative, got -1"):
         Moments(-1, good, good).merge()
 

@@ -400,7 +400,7 @@ def test_layer(training, segments):
 
 def test_a_synchronised_layer_has_no_segments():
     layer = SyncBatchNorm(3, comm=SelfComm())
-    with pytest.raises(ValueError, match=r"^groups and offsets are not supported in a synch"):
+    with pytest.raises(ValueError, match=r"^groups cannot be combined with a synch"):
         layer(np.ones((6, 3), np.float32), groups=3)
 
 

@@ -122,6 +122,42 @@ class Segments:
         nbnorm.batch_norm_backward(self.dy, self.x, None, self.mean, self.rstd, groups=self.groups)
 
 
+class WhatCounts:
+    """Training forward and backward where not every value counts, beside the plain call."""
+
+    params = (["32x256x56x56", "32x56x56x256", "64x512x400"], ["all", "lengths", "mask", "weights"])
+    param_names = ("shape", "what")
+
+    def setup(self, name, what):
+        shape = tuple(map(int, name.split("x")))
+        self.axis = -1 if shape == (32, 56, 56, 256) else 1
+        rng = np.random.default_rng(0)
+        self.x, self.dy = rng.normal(size=(2, *shape)).astype(np.float32)
+        shared = list(shape)
+        shared[self.axis] = 1
+        position = -2 if self.axis == -1 else -1
+        self.counting = {
+            "all": {},
+            "lengths": {"lengths": rng.integers(1, shape[position] + 1, shape[0])},
+            "mask": {"mask": rng.random(shared) < 0.7},
+            "weights": {"weights": rng.random(shared, np.float32)},
+        }[what]
+        self.out = np.empty_like(self.x)
+        self.time_forward(name, what)
+        self.time_backward(name, what)
+
+    def time_forward(self, name, what):
+        _, self.mean, self.rstd = nbnorm.batch_norm_forward(
+            self.x, axis=self.axis, out=self.out, **self.counting
+        )
+
+    def time_backward(self, name, what):
+        nbnorm.batch_norm_backward(
+            self.dy, self.x, None, self.mean, self.rstd, axis=self.axis, out=self.out,
+            **self.counting,
+        )  # fmt: skip
+
+
 class Activations:
     """Forward and backward with an activation, beside those with ReLU."""
 

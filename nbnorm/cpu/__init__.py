@@ -43,7 +43,16 @@ def stats(x: NDArray, *, weights: Any = None) -> tuple[NDArray, NDArray]:
     partial = np.empty((4, cut.chunks, C))
     mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
     with turn(cut.parallel):
-        run.stats(_x(x, cut, weights), tuple(cut.grid), kernels.work_for(cut), 0.0, partial, mean, m2, rstd)
+        run.stats(
+            _x(x, cut, weights),
+            tuple(cut.grid),
+            kernels.work_for(cut),
+            0.0,
+            partial,
+            mean,
+            m2,
+            rstd,
+        )
     return mean, m2
 
 
@@ -326,10 +335,10 @@ def _x(x: NDArray, cut: Plan, weights: Any) -> Any:
     """Return x as kernels take it, with the weights if there are any."""
     if weights is None:
         return _view(x)
-    N, C, S = x.shape
+    _, C, S = x.shape
     w = weights.values
-    if w.shape[1] == 1 < C and cut.traversal == "columns":
-        if S == 1 == cut.grid.fold:
+    if w.shape[1] < C and cut.traversal == "columns":
+        if S == 1 and cut.grid.fold == 1:
             return _view(x), (w.reshape(-1), 1), weights.fill
         w = np.ascontiguousarray(np.broadcast_to(w, x.shape))
     shared = w.shape[1] == 1
@@ -343,16 +352,16 @@ def weigh(values: NDArray, C: int) -> NDArray:
     """
     N, channels, S = values.shape
     if channels == 1 or values.size == 0:
-        total = np.count_nonzero(values) if values.dtype == np.uint8 else values.sum(dtype="f8")
-        return np.full(C, total, np.float64)
+        mask = values.dtype == np.uint8
+        shared = np.count_nonzero(values) if mask else values.sum(dtype=np.float64)
+        return np.full(C, shared, np.float64)
     parts = min(N, 4 * thread_count()) if values.size >= SERIAL_BELOW else 1
     partial = np.zeros((parts, channels))
     parallel = parts > 1
     with turn(parallel):
-        kernels.weigh(
-            values.reshape(-1), N, S, partial, pool() if parallel else 0, thread_count()
-        )
-    return partial.sum(axis=0)
+        kernels.weigh(values.reshape(-1), N, S, partial, pool() if parallel else 0, thread_count())
+    total: NDArray = partial.sum(axis=0)
+    return total
 
 
 def _act(activation: Fused) -> Any:

@@ -334,13 +334,32 @@ def add_value(j, sums, values):
 @ordered
 def add_weighted_row(j, x, w, K, s, q, m):
     """s += w d, q += w d^2 and m += w, where d = x - K; x of weight 0 may be anything."""
-    weight = weight_at(w, j, s)
-    d = load(x, j) - at(K, j)
+    weight, along, square = weighted_deviation(j, x, w, K, s)
+    s[j] += along
+    q[j] += square
+    m[j] += weight
+
+
+@ordered
+def weighted_deviation(j, x, w, K, like):
+    """w, w d and w d^2 of value j, where d = x - K."""
+    weight = weight_at(w, j, like)
+    d = unconditional(load(x, j)) - at(K, j)
     d = d if weight != 0 else weight
     weighted = weight * d
-    s[j] += weighted
-    q[j] += weighted * d
-    m[j] += weight
+    return weight, weighted, weighted * d
+
+
+@ordered
+def add_weighted_rows(j, x, w, K, s, q, m):
+    """`add_weighted_row` of four rows."""
+    w0, s0, q0 = weighted_deviation(j, x[0], w[0], K, s)
+    w1, s1, q1 = weighted_deviation(j, x[1], w[1], K, s)
+    w2, s2, q2 = weighted_deviation(j, x[2], w[2], K, s)
+    w3, s3, q3 = weighted_deviation(j, x[3], w[3], K, s)
+    s[j] += pairwise(s0, s1, s2, s3)
+    q[j] += pairwise(q0, q1, q2, q3)
+    m[j] += pairwise(w0, w1, w2, w3)
 
 
 @ordered

@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 @compiled_too
 def by_rows(S: int, plane: int = PLANE) -> bool:
     """Whether to sum planes of S values along S rather than down the samples."""
-    return S >= plane
+    return plane <= S
 
 
 @compiled_too

@@ -29,14 +29,24 @@ from nbnorm.cpu.channel import (
     merge,
     scales,
 )
-from nbnorm.cpu.columns import RUN_ROWS, TILE_ROWS, by_columns_each, expand, gather, row_size
-from nbnorm.cpu.columns import add_compensated, mean_so_far
+from nbnorm.cpu.columns import (
+    RUN_ROWS,
+    TILE_ROWS,
+    add_compensated,
+    by_columns_each,
+    expand,
+    gather,
+    mean_so_far,
+    row_size,
+)
 from nbnorm.cpu.columns import rows as rows_of
 from nbnorm.cpu.intrinsics import (
     clear,
     each,
     each_to,
     fence,
+    fetch,
+    four,
     new,
     news,
     of_chunk,
@@ -46,9 +56,8 @@ from nbnorm.cpu.intrinsics import (
     zeros,
 )
 from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
-from nbnorm.cpu.rows import LANES, clear_chunk, locate, overflowed, tiles, total
+from nbnorm.cpu.rows import LANES, clear_chunk, line, locate, overflowed, tiles, total
 from nbnorm.cpu.storage import computed, load
-
 
 # Planes of this many values or more are traversed by rows, where all channels can read the same
 # weights. Columns need a weight for each value, or for each sample if S = 1.
@@ -89,10 +98,22 @@ def first_weighted(x, w, n0, n1, c, s, size):
     return found, first + rest / max(found, 1)
 
 
+@by_types
+def four_lanes(w, i):
+    """Four times LANES weights from the i-th on, as a tuple."""
+    if isinstance(w, types.Array):
+        return lambda w, i: four(line(w), i, LANES, 0, 0, LANES)
+    return lambda w, i: (w, w, w, w)
+
+
 @ordered
 def add_weighted_piece(x, w, K, s, q, m):
     """m += w, s += w d and q += w d^2 lane by lane, where d = x - K."""
-    for i in range(0, x.size, LANES):
+    whole = x.size // (4 * LANES) * (4 * LANES)
+    for i in range(0, whole, 4 * LANES):
+        x_, w_ = four_lanes(x, i), four_lanes(w, i)
+        each(LANES, element.add_weighted_rows, (x_, w_, K, s, q, m))
+    for i in range(whole, x.size, LANES):
         size = min(LANES, x.size - i)
         x_, w_ = part((x, w), i, i + size)
         each(size, element.add_weighted_row, (x_, w_, K, s, q, m))
@@ -159,9 +180,7 @@ def rows_stats(x, grid, c0, c1, k, partial):
             from_shift = np.float64(K) - shift
             merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
             if lost(m, mean, q, merged[2], s_lanes):
-                near, rest, m2_tile = moments64(
-                    values, w, n0, n1, c, s, size, m, np.float64(K)
-                )
+                near, rest, m2_tile = moments64(values, w, n0, n1, c, s, size, m, np.float64(K))
                 if count == 0:  # a shift that far off would cost delta digits
                     shift = near
                 merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
@@ -171,7 +190,7 @@ def rows_stats(x, grid, c0, c1, k, partial):
 
 @noinline
 def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k; `fill` where the weight is 0."""
+    """y of chunk k, channels c0 <= c < c1: as `rows.apply`, or `fill` where the weight is 0."""
     values, w, fill = x
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     low, other = bound(floor, hi), filled(fill, hi)
@@ -268,6 +287,26 @@ def rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, 
     fence(streamed)
 
 
+@by_types
+def counts(w, n):
+    """Whether sample n counts; True if its values have weights of their own."""
+    if len(w.types) == 2:
+        return lambda w, n: w[0][n * w[1]] != 0
+    return lambda w, n: True
+
+
+@ordered
+def beside(w, n, r0, r1):
+    """Whether sample n does not count, but the one before or after does, r0 <= n < r1.
+
+    Such rows are fetched like those that count. With 30 % of the rows masked at random,
+    normalising 32 x 56 x 56 x 256 took 14.9 ms otherwise, twice as long as without a mask.
+    """
+    if counts(w, n):
+        return False
+    return (n > r0 and counts(w, n - 1)) or (n + 1 < r1 and counts(w, n + 1))
+
+
 @ordered
 def in_quarters(i, r0, r1):
     """The i-th row of r0 <= r < r1 to read, one of each quarter in turn; see `whole_share`."""
@@ -307,6 +346,27 @@ def first_shifts(x, w, grid, c0, c1, begin, end, shift):
 
 
 @noinline
+def add_row(x, w, n, c, size, K, s, q, m):
+    """Add the row x[n, c : c + size] to the sums."""
+    args = piece(x, n, c, 0, size), weights_of(w, n, c, 0, size), K, s, q, m
+    each(size, element.add_weighted_row, args)
+
+
+@ordered
+def add_four(x, w, n, c, size, K, s, q, m):
+    """Add the rows x[n[i], c : c + size] of four samples to the sums."""
+    x_ = (
+        piece(x, n[0], c, 0, size), piece(x, n[1], c, 0, size),
+        piece(x, n[2], c, 0, size), piece(x, n[3], c, 0, size),
+    )  # fmt: skip
+    w_ = (
+        weights_of(w, n[0], c, 0, size), weights_of(w, n[1], c, 0, size),
+        weights_of(w, n[2], c, 0, size), weights_of(w, n[3], c, 0, size),
+    )  # fmt: skip
+    each(size, element.add_weighted_rows, (x_, w_, K, s, q, m))
+
+
+@noinline
 def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
     """sums64 = sum w, sum w d and sum w d^2 down each column of rows r0 <= r < r1, d = x - K.
 
@@ -314,15 +374,28 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
     """
     fold, size = grid[4], K.size
     s, q, m = sums
+    waiting = new(4, np.int64)  # rows that count, to be added four at a time
     for j in range(3):
         clear(sums64[j])
     for begin in range(0, r1 - r0, RUN_ROWS):
+        found = 0
         for i in range(begin, min(begin + RUN_ROWS, r1 - r0)):
             r = in_quarters(i, r0, r1)
-            short = row_size(grid, r, c0, c1)
-            w_ = weights_of(w, r * fold, c0, 0, short)
-            args = piece(x, r * fold, c0, 0, short), w_, K, s, q, m
-            each(short, element.add_weighted_row, args)
+            n, short = r * fold, row_size(grid, r, c0, c1)
+            if beside(w, n, r0, r1):
+                fetch(piece(x, n, c0, 0, short))
+            if not counts(w, n):
+                continue
+            if short < size:
+                add_row(x, w, n, c0, short, K, s, q, m)
+                continue
+            waiting[found] = n
+            found += 1
+            if found == 4:
+                add_four(x, w, waiting, c0, size, K, s, q, m)
+                found = 0
+        for i in range(found):
+            add_row(x, w, waiting[i], c0, size, K, s, q, m)
         for j in range(3):
             each(size, element.drain, (sums[j], sums64[j]))
 
@@ -382,6 +455,9 @@ def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     for r in range(begin, end):
         n, size = r * fold, row_size(grid, r, c0, c1)
         hi_, a_, b_ = part((hi, a, b), 0, size)
+        if beside(w, n, begin, end):
+            fetch(piece(values, n, c0, 0, size))
+            fetch(piece(residual, n, c0, 0, size))
         args = (
             piece(values, n, c0, 0, size), weights_of(w, n, c0, 0, size), other,
             piece(residual, n, c0, 0, size), hi_, None, a_, b_, low,
@@ -409,6 +485,12 @@ def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             n, short = r * fold, row_size(grid, r, c0, c1)
             dy_, x_ = piece(dy, n, c0, 0, short), piece(values, n, c0, 0, short)
             w_, y_ = weights_of(w, n, c0, 0, short), piece(y, n, c0, 0, short)
+            if beside(w, n, r0, r1):
+                fetch(dy_)
+                fetch(x_)
+                fetch(y_)
+            if not counts(w, n):
+                continue
             args = dy_, x_, w_, y_, hi, None, a, b, scale, act, s, t
             each(short, element.add_weighted_gradient_row, args)
         each(hi.size, element.drain, (s, s64))
@@ -442,6 +524,10 @@ def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, 
         dy_, x_ = piece(dy, n, c0, 0, size), piece(values, n, c0, 0, size)
         w_, y_ = weights_of(w, n, c0, 0, size), piece(y, n, c0, 0, size)
         outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
+        if beside(w, n, begin, end):
+            fetch(dy_)
+            fetch(x_)
+            fetch(y_)
         hi_, a_, b_, hpq_ = part((hi, a, b, hpq), 0, size)
         args = dy_, x_, w_, y_, hi_, None, a_, b_, hpq_, None, a_, act, like
         each_to(size, element.backward_apply_weighted, args, outs, streamed)
