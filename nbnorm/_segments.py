@@ -85,8 +85,8 @@ class SegmentedFrame(WeightedFrame):
             parts = [self.weights.of(b * rows, e * rows, self.backend) for b, e in pairwise(ends)]
             backends = [bound(self.backend, of_part) for of_part in parts]
             self._counts = [of_part.count * self.unit for of_part in parts]
-            positive = [on_host(count[count > 0]).tolist() for count in self._counts]
-            self.m = min((min(counts) for counts in positive if counts), default=0)
+            self._totals = on_host(np.stack(self._counts))
+            self.m = min(self._totals[self._totals > 0].tolist(), default=0)
         kind = Threaded if self.backend is cpu and self.weights is None else Segmented
         self.backend = kind(  # type: ignore[assignment]
             self.backend, self.memory, [end * rows for end in ends], self.channels, self._counts,
@@ -127,7 +127,7 @@ class SegmentedFrame(WeightedFrame):
             return [_checks.count(count, self.x)] * number
         if self.weights is not None:
             given = self.statistic(self.required(count, "count"))
-            _checks.weight_each(on_host(given), np.concatenate(list(map(on_host, self._counts))))
+            _checks.weight_each(on_host(given), self._totals.reshape(-1))
             return list(given.reshape(number, -1) / self.unit)
         counts = on_host(take(count, "count"))
         return _checks.counts(counts, self.channel_shape, self._counts)

@@ -79,14 +79,15 @@ class WeightedFrame(Frame):
         found = _given(self, counting)
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
-        if found.dtype.kind == "f":
+        if found.dtype != np.bool_:
             found = self._in_range(found)
         values = self._spread(found)
         count = self.backend.weigh(values, self.channels)
         self._count = count * self.unit
-        self.m = min(on_host(self._count[self._count > 0]).tolist(), default=0)
+        self._totals = on_host(self._count)  # the only time that a GPU is waited for, for a mask
+        self.m = min(self._totals[self._totals > 0].tolist(), default=0)
         every = self.x.size // max(self.channels, 1)
-        self._every = self._kind is int and bool((count == every).all())
+        self._every = self._kind is int and bool((self._totals == every).all())
         fill = None if counting.fill is None else _checks.number(counting.fill, "fill")
         return Weights(values, count, fill)
 
@@ -101,6 +102,8 @@ class WeightedFrame(Frame):
     def _in_range(self, weights: NDArray) -> NDArray:
         """Return weights in the compute dtype, divided by `unit`; raise if one is not valid."""
         dtype = np.float64 if self.x.dtype == np.float64 else np.float32
+        if weights.itemsize == 2:  # CuPy has no least bfloat16
+            weights = weights.astype(np.float32)
         if weights.size == 0:
             return weights.astype(dtype)
         least, most = float(weights.min()), float(weights.max())
@@ -118,14 +121,14 @@ class WeightedFrame(Frame):
             for i in self._channel_axes:
                 shape[i] = 1
         N, C, S = self._layout.shape
-        turned = self._turned(np.broadcast_to(given, shape))
+        turned = self._turned(np.broadcast_to(given, tuple(shape)))
         values: NDArray = self.memory.contiguous(turned).reshape(N, 1 if self._shared else C, S)
         return values.view(np.uint8) if values.dtype == np.bool_ else values
 
     def count(self) -> Any:
         """Return what counts per channel: an int, a float under weights, or an array like mean."""
         if self._shared:
-            return self._kind(self._count[0]) if self.channels else self._kind(0)
+            return self._kind(self._totals[0]) if self.channels else self._kind(0)
         return self.home(self.unflat(self._count))
 
     def counted(self, count: Any) -> Any:
@@ -133,9 +136,10 @@ class WeightedFrame(Frame):
         if len(getattr(count, "shape", ())) == 0:
             return _checks.weight(count, self.m) / self.unit
         counts = self.required(count, "count")
-        _checks.weight_each(on_host(counts), on_host(self.unflat(self._count)))
-        if self.weights is None and counts.size and bool((counts == counts.flat[0]).all()):
-            return float(counts.flat[0])
+        given = on_host(counts)
+        _checks.weight_each(given, self.unflat(self._totals))
+        if self.weights is None and given.size and (given == given.flat[0]).all():
+            return float(given.flat[0])
         # Other parts of the batch differ by channel, which only these kernels allow for.
         self.backend = bound(self._plain, self._found)
         return self.statistic(counts) / self.unit

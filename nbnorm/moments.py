@@ -402,7 +402,8 @@ def _var(count: Any, m2: NDArray, correction: float) -> NDArray:
     """Return M2 / (count - correction), or 0 without values; raise if there are too few."""
     correction = _checks.finite(correction, "correction")
     if not isinstance(count, _ONE):
-        least = float(min(on_host(count[count > 0]).tolist(), default=0))
+        counts = on_host(count)
+        least = float(min(counts[counts > 0], default=0))
         _checks.enough_values(least, correction, "{:g}", least)
         return np.where(count > 0, m2 / np.where(count > 0, count - correction, 1), 0.0)
     if count == 0:

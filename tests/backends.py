@@ -73,7 +73,7 @@ class OnDevice:
 
     def give(self, value, name):
         if isinstance(value, Moments):
-            return Moments(value.count, self.give(value.mean, None), self.give(value.m2, None))
+            return Moments(*(self.give(part, None) for part in value))
         if type(value) is not np.ndarray or value.dtype == object or not value.dtype.isnative:
             return value  # nbnorm rejects the last two before it looks at memory
         root = value

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from refusals import data, refuses, taking
-from strategies import Recipe, other_layouts, recipes
+from strategies import Recipe, dtype_of, other_layouts, recipes
 from tolerances import (
     UNITS,
     assert_same_bits,
@@ -272,6 +272,15 @@ def test_weights_of_any_size(size, dtype):
     sums = nbnorm.batch_norm_backward_reduce(dy, x, *arguments[3:], weights=weights * size)
     dx = nbnorm.batch_norm_backward_apply(*arguments, *sums, sized.count, weights=weights * size)
     assert_allclose(dx, grads.dx, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_half_precision(dtype):
+    x, weights = data("float32", (50, 4)), np.resize([0, 1, 2.5], (50, 1)).astype(dtype_of(dtype))
+    got = nbnorm.batch_norm_forward(x, weights=weights)
+    expected = nbnorm.batch_norm_forward(x, weights=weights.astype(np.float32))
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize(

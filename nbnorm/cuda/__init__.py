@@ -6,7 +6,8 @@ contiguous float64; gamma and beta may both be float32 instead. Nothing is check
 waits for the device. CuPy allocates all memory, on its current stream.
 
 The backward functions mask dy by ReLU if they get beta or y, as on the CPU; `double_backward` and
-`jvp` have no ReLU.
+`jvp` have no ReLU. `weights` of the other functions say how often each value of x counts: see
+`nbnorm._weights`. They have kernels of their own, which read memory twice.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, WARP, plan, residence
 
 
-def stats(x: Array) -> tuple[Array, Array]:
+def stats(x: Array, *, weights: Any = None) -> tuple[Array, Array]:
     """Return mean and M2 = sum (x - mean)^2 of each channel, shape (C,) each."""
-    mean, m2, _ = _stats(x, 0.0)
+    mean, m2, _ = _stats(x, 0.0) if weights is None else _weighted_stats(x, 0.0, weights)
     return mean, m2
 
 
@@ -56,9 +57,19 @@ def apply(
     residual: Array | None,
     activation: Fused,
     y: Array,
+    *,
+    weights: Any = None,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     tensors = x, residual, y
+    if weights is not None:
+        fills = weights.fill is not None
+        _run_weighted(
+            "apply", x, gamma, tensors, weights, mean, rstd, gamma, beta,
+            0.0 if activation == "relu" else -inf, residual is not None,
+            weights.fill if fills else 0.0, fills, activation=with_own_kernels(activation),
+        )  # fmt: skip
+        return
     ready = _pass("apply", x, gamma, *tensors, activation=with_own_kernels(activation))
     floor = 0.0 if activation == "relu" else -inf
     _run(ready, x, tensors, mean, rstd, gamma, beta, floor, residual is not None)
@@ -72,8 +83,14 @@ def forward(
     residual: Array | None,
     activation: Fused,
     y: Array,
+    *,
+    weights: Any = None,
 ) -> tuple[Array, Array, Array]:
     """Normalise x with its own statistics into y, as `apply`; return mean, M2, rstd, (C,) each."""
+    if weights is not None:
+        mean, m2, rstd = _weighted_stats(x, eps, weights)
+        apply(x, gamma, beta, mean, rstd, residual, activation, y, weights=weights)
+        return mean, m2, rstd
     tensors = x, residual, y
     own = with_own_kernels(activation)
     fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=own)
@@ -134,17 +151,26 @@ def backward_reduce(
     beta: Array | None,
     y: Array | None,
     activation: Activation | None = None,
+    *,
+    weights: Any = None,
 ) -> Array:
     """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy through the activation."""
-    C = x.shape[1]
+    C, dtype = x.shape[1], _name(x.dtype)
     empty = memory.empty
     tensors = dy, x, y
-    ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation)
-    partial, sums = empty((2, C, ready.chunks)), empty((2, C))
     mask, beta_ = _mask(gamma, beta, y, activation)
-    _run(ready, x, tensors, mean, rstd, gamma, beta_, mask, partial)
-    dtype = ready.dtype
-    args = partial, C, ready.chunks, mean, rstd, sums
+    if weights is None:
+        ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation)
+        partial, chunks = empty((2, C, ready.chunks)), ready.chunks
+        _run(ready, x, tensors, mean, rstd, gamma, beta_, mask, partial)
+    else:
+        partial, chunks = _partial(x, 2)
+        _run_weighted(
+            "backward_reduce", x, gamma, tensors, weights, mean, rstd, gamma, beta_, mask, partial,
+            activation=activation,
+        )  # fmt: skip
+    sums = empty((2, C))
+    args = partial, C, chunks, mean, rstd, sums
     launch.run(kernels.finish_sums(dtype), dtype, dtype, _warps(C), THREADS, *args)
     return sums
 
@@ -162,17 +188,30 @@ def backward_apply(
     dx: Array | None,
     dresidual: Array | None,
     activation: Activation | None = None,
+    *,
+    weights: Any = None,
 ) -> None:
     """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
 
     dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy
-    through the activation.
+    through the activation. With weights the two means are multiplied by the weight of each value,
+    and `count` may be an array of shape (C,).
     """
     tensors = dy, x, y, dx, dresidual
-    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation)
     mask, beta_ = _mask(gamma, beta, y, activation)
     wanted = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
+    if weights is not None:
+        counts: Any = count
+        if not getattr(count, "shape", ()):
+            counts = memory.empty(x.shape[1])
+            counts.fill(count)
+        _run_weighted(
+            "backward_apply", x, gamma, tensors, weights, mean, rstd, gamma, beta_,
+            sums if training else mean, counts, mask, training, wanted, activation=activation,
+        )  # fmt: skip
+        return
+    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation)
     _run(
         ready, x, tensors, mean, rstd, gamma, beta_,
         sums if training else mean, float(count), mask, training, wanted,
@@ -190,14 +229,21 @@ def backward(
     dx: Array | None,
     dresidual: Array | None,
     activation: Activation | None = None,
+    *,
+    weights: Any = None,
 ) -> Array:
     """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
     N, C, S = x.shape
     tensors = dy, x, y, dx, dresidual
-    fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation)
+    fused, count = None, N * S if weights is None else weights.count
+    if weights is None:
+        fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation)
     if fused is None:
-        sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y, activation)
-        backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual, activation)
+        norm = gamma, mean, rstd
+        sums = backward_reduce(dy, x, *norm, beta, y, activation, weights=weights)
+        backward_apply(
+            dy, x, *norm, sums, count, beta, y, dx, dresidual, activation, weights=weights
+        )
         return sums
     empty = memory.empty
     partial, sums = empty((2, C, fused.chunks)), empty((2, C))
@@ -264,6 +310,59 @@ def double_backward(
     tensors = ddx, dy, x, ddy, dx
     _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, True)
     return dgamma
+
+
+def weigh(values: Array, C: int) -> Array:
+    """Return the sum of weights of each channel, float64 of shape (C,).
+
+    `values` have shape (N, C, S), or (N, 1, S) if all channels share them, in C order.
+    """
+    totals = values.sum(axis=(0, 2), dtype="float64")
+    return totals if totals.size == C else totals.repeat(C)
+
+
+def _weighted_stats(x: Array, eps: float, weights: Any) -> tuple[Array, Array, Array]:
+    """Return mean, M2 and rstd of each channel, shape (C,) each."""
+    C, empty = x.shape[1], memory.empty
+    mean, m2, rstd = empty(C), empty(C), empty(C)
+    partial, chunks = _partial(x, 3)
+    # Merging costs a mean of float64 some digits: merge again, around the mean.
+    for again in (False, True) if _name(x.dtype) == "float64" else (False,):
+        _run_weighted("stats", x, mean, (x,), weights, partial, mean, again)
+        args = partial, C, chunks, eps, again, mean, m2, rstd
+        launch.run(kernels.finish_weighted, "float64", "float64", _warps(C), THREADS, *args)
+    return mean, m2, rstd
+
+
+def _partial(x: Array, number: int) -> tuple[Array, int]:
+    """Return memory for this many sums of each channel and chunk of a pass with weights."""
+    chunks = plan(*x.shape, x.dtype.itemsize, 1).chunks
+    return memory.empty((number, x.shape[1], chunks)), chunks
+
+
+def _run_weighted(
+    name: str,
+    x: Array,
+    parameters: Array,
+    tensors: tuple[Array | None, ...],
+    weights: Any,
+    *args: Any,
+    activation: Activation | None = None,
+) -> None:
+    """Launch a kernel for values with weights; x stands in for an absent tensor."""
+    N, C, S = x.shape
+    cut, dtype, values = plan(N, C, S, x.dtype.itemsize, 1), _name(x.dtype), weights.values
+    views: list[Any] = []
+    for tensor in tensors:
+        array = x if tensor is None else tensor
+        views += array, *(stride // array.itemsize for stride in array.strides[:2])
+    shared = values.shape[1] == 1
+    views += values, S if shared else C * S, 0 if shared else S
+    launch.run(
+        getattr(kernels.weighted(dtype, activation), name), dtype, _name(parameters.dtype),
+        cut.blocks, THREADS, *views, C, S, N, cut.group, cut.length, cut.chunks, *args,
+        weights=_name(values.dtype),
+    )  # fmt: skip
 
 
 def _count(x: Array, training: bool) -> float:

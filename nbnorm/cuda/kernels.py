@@ -13,12 +13,14 @@ from numba.cuda import types
 
 from nbnorm.activations import Activation
 from nbnorm.cuda import channel, columns, rows
+from nbnorm.cuda import weighted as with_weights
 from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
 from nbnorm.cuda.values import block_barrier
 
 _TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual", "ddx", "ddy"))
 _STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial", "table", "dgamma"))
-_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor"))
+_STATISTICS |= {"counts"}
+_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor", "fill"))
 # gamma and beta, running statistics: float32 or float64. In the second order, float64.
 _PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var", "tgamma", "tbeta"))
 
@@ -43,6 +45,12 @@ def fused(
     return build(traversal, dtype, width, activation).fused(barrier)
 
 
+@lru_cache(maxsize=64)
+def weighted(dtype: str, activation: Activation | None = None) -> Any:
+    """Return the kernels for values with weights."""
+    return with_weights.build(dtype, activation)
+
+
 @lru_cache(maxsize=4)
 def finish_sums(dtype: str) -> Any:
     """Return the kernel that follows `backward_reduce`."""
@@ -56,11 +64,12 @@ def finish_second_sums(dtype: str) -> Any:
 
 
 second_table = channel.second_table
+finish_weighted = with_weights.finish_weighted
 finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
 
 
-def signature(kernel: Any, dtype: str, parameters: str) -> tuple[Any, ...]:
-    """Return the argument types of a kernel for tensors and parameters of these dtypes."""
+def signature(kernel: Any, dtype: str, parameters: str, weights: str = "") -> tuple[Any, ...]:
+    """Return the argument types of a kernel for tensors, parameters and weights of these dtypes."""
 
     def kind(name: str) -> Any:
         if name in _TENSORS:
@@ -69,6 +78,8 @@ def signature(kernel: Any, dtype: str, parameters: str) -> tuple[Any, ...]:
             return types.CPointer(types.float64)
         if name in _PARAMETERS:
             return STORAGE[parameters].pointer
+        if name == "weights":
+            return types.CPointer(getattr(types, weights))
         return types.float64 if name in _FLOATS else types.int64
 
     return tuple(kind(name) for name in inspect.signature(kernel.py_func).parameters)

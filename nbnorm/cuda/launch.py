@@ -45,16 +45,18 @@ def run(
     blocks: int,
     threads: int,
     *args: Any,
+    weights: str = "",
     cluster: int = 1,
     shared: int = 0,
 ) -> None:
     """Launch a kernel; arrays are passed by address.
 
+    `dtype` is that of tensors, `parameters` that of gamma and beta, `weights` that of weights.
     `cluster` blocks can wait for each other; each gets `shared` bytes of shared memory besides its
     static ones.
     """
     device = _current_device()
-    bound = _bound(kernel, dtype, parameters, device, shared > 0)
+    bound = _bound(kernel, dtype, parameters, weights, device, shared > 0)
     values = list(args)
     for i in bound.arrays:
         values[i] = values[i].data.ptr
@@ -157,8 +159,10 @@ class _Slot:
 
 
 @lru_cache(maxsize=1024)
-def _bound(kernel: Any, dtype: str, parameters: str, device: int, keeps: bool) -> _Bound:
-    return _Bound(kernel, signature(kernel, dtype, parameters), device, keeps)
+def _bound(
+    kernel: Any, dtype: str, parameters: str, weights: str, device: int, keeps: bool
+) -> _Bound:
+    return _Bound(kernel, signature(kernel, dtype, parameters, weights), device, keeps)
 
 
 def _words(error: Any) -> str:

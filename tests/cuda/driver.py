@@ -152,7 +152,7 @@ def _demangled(symbol):
     versions of the kernel.
     """
     parts = re.fullmatch(
-        r"_ZN6nbnorm4cuda\d+(rows|columns|channel)"
+        r"_ZN6nbnorm4cuda\d+(rows|columns|channel|weighted)"
         r"(?:\d+\w+?_3clocals_3e)?\d+([a-z_]+)B\w*?E((?:[xd]|\d+[a-z]+\d+_2a)+)",
         symbol,
     )

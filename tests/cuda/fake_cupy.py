@@ -76,8 +76,31 @@ class ndarray:  # noqa: N801  # CuPy's name
     def view(self, dtype):
         return self._like(self.numpy.view(dtype))
 
-    def astype(self, dtype, order="K"):
-        return self._like(self.numpy.astype(dtype, order))
+    def astype(self, dtype, order="K", copy=True):
+        return self._like(self.numpy.astype(dtype, order, copy=copy))
+
+    def fill(self, value):
+        self.numpy.fill(value)
+
+    def repeat(self, repeats, axis=None):
+        return self._like(self.numpy.repeat(repeats, axis))
+
+    def sum(self, axis=None, dtype=None):
+        return self._like(np.asarray(self.numpy.sum(axis, dtype)))
+
+    def min(self):
+        return self._like(np.asarray(self.numpy.min()))
+
+    def max(self):
+        return self._like(np.asarray(self.numpy.max()))
+
+    def __float__(self):
+        synchronised.append("value")
+        return float(self.numpy)
+
+    def __bool__(self):
+        synchronised.append("value")
+        return bool(self.numpy)
 
     def __getitem__(self, index):
         return self._like(np.asarray(self.numpy[index]))
@@ -94,7 +117,7 @@ class ndarray:  # noqa: N801  # CuPy's name
         return self._like(np.asarray(ufunc(*map(_host, inputs), **options)))
 
     def __array_function__(self, function, types, args, kwargs):
-        assert function in (np.zeros_like, np.where, np.stack), function
+        assert function in _FUNCTIONS, function
         return self._like(function(*map(_host, args), **kwargs))
 
     def __dlpack__(self, **_):
@@ -112,7 +135,8 @@ class ndarray:  # noqa: N801  # CuPy's name
     for _name in ("add", "sub", "mul", "truediv"):
         locals()[f"__{_name}__"] = _binary(f"__{_name}__")
         locals()[f"__r{_name}__"] = _binary(f"__r{_name}__")
-    __eq__ = _binary("__eq__")
+    for _name in ("eq", "gt", "lt", "or"):
+        locals()[f"__{_name}__"] = _binary(f"__{_name}__")
     __hash__ = None
 
     def __neg__(self):
@@ -120,6 +144,7 @@ class ndarray:  # noqa: N801  # CuPy's name
 
 
 ndarray.__module__ = "cupy"
+_FUNCTIONS = np.zeros_like, np.where, np.stack, np.broadcast_to, np.any
 
 
 class _Pointer:
@@ -135,8 +160,8 @@ class _Pointer:
 
 def _host(value):
     """Return the NumPy array behind a stand-in, or a number; reject NumPy arrays."""
-    if isinstance(value, list):
-        return [_host(item) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_host(item) for item in value)
     if isinstance(value, ndarray):
         return value.numpy
     if isinstance(value, np.ndarray) and value.ndim:

@@ -43,14 +43,14 @@ class Code(NamedTuple):
         )
 
 
-def compiled(kernel, dtype, parameters, architectures=tuple(ARCHITECTURES)):
+def compiled(kernel, dtype, parameters, architectures=tuple(ARCHITECTURES), weights=""):
     """Compile a kernel of the backend; return its code by architecture."""
-    return code_of(kernel, signature(kernel, dtype, parameters), architectures)
+    return code_of(kernel, signature(kernel, dtype, parameters, weights), architectures)
 
 
-def ptx_of(kernel, dtype, parameters):
+def ptx_of(kernel, dtype, parameters, weights=""):
     """Compile a kernel of the backend, or one of (float32 pointer, int64); return its PTX."""
-    kinds = signature(kernel, dtype, parameters) if dtype else (FLOAT32, types.int64)
+    kinds = signature(kernel, dtype, parameters, weights) if dtype else (FLOAT32, types.int64)
     return _library(kernel, kinds).get_asm_str(cc=max(ARCHITECTURES.values()))
 
 

@@ -128,11 +128,11 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(np, "empty", poison)
 
 
-def call(name, *args):
+def call(name, *args, **options):
     """Call a function of the backend; assert that it launches exactly its kernels."""
     del simulator.launches[:]
-    result = getattr(backend, name)(*args)
-    found = simulator.launches[:]
+    result = getattr(backend, name)(*args, **options)
+    found = [launch.replace("finish_weighted", "finish_moments") for launch in simulator.launches]
     if args[0].dtype == np.float64 and found[:4] == 2 * ["stats", "finish_moments"]:
         del found[:2]  # float64 may be summed again around the mean
     fused = simulator.limits[0] and name in ("forward", "backward")
@@ -842,6 +842,327 @@ def test_activations_of_the_table(arena, shape, name, added):
     with fused():
         for one, other in zip(both_passes(), (y, dx, dresidual, mean, rstd, sums), strict=True):
             assert one is other is None or assert_same_bits(one, other) is None
+
+
+# -- values with weights ---------------------------------------------------------------------------
+
+WEIGHTED = [(2, 2, 300), (1, 3, 257), (3, 4, 49), (70, 3, 1), (9, 70, 1), (30, 6, 2), (2, 9, 64)]
+MASKED_ROW, MASKED_COLUMN = (2, 2, 300), (18, 3, 24)  # both have several chunks
+COUNTING = ["mask", "weights", "mask of each channel", "weights of each channel"]
+counted = pytest.mark.parametrize("counting", COUNTING)
+by_both = pytest.mark.parametrize("shape", [MASKED_ROW, MASKED_COLUMN], ids=["rows", "columns"])
+
+
+def weights_of(recipe, counting, fill=0.0, dead=False, first=None):
+    """Return weights as the backend takes them, a fifth of them 0; of channel 1 all, if `dead`.
+
+    `first` is the weight of the first value of each channel.
+    """
+    (N, C, S), each = recipe.shape, "each" in counting
+    rng = np.random.default_rng(11)
+    shape = (N, C if each else 1, S)
+    found = rng.uniform(0.1, 3, shape) * (rng.random(shape) < 0.8)
+    dtype = np.float64 if recipe.dtype == "float64" else np.float32
+    values = (found > 0).astype(np.uint8) if counting.startswith("mask") else found.astype(dtype)
+    if dead:
+        values[:, 1] = 0
+    if first is not None:
+        values[0, :, 0] = first
+    return SimpleNamespace(values=values, count=backend.weigh(values, C), fill=fill)
+
+
+class WeightedRun:
+    """Call all functions of the backend with weights; hold their results."""
+
+    def __init__(
+        self, arena, recipe, weights, mode="plain", *,
+        poison=None, layouts=None, x=None, dy=None, gamma=None,
+    ):  # fmt: skip
+        layouts = layouts or {}
+        self.w = np.broadcast_to(weights.values, recipe.shape).astype(np.float64)
+        self.weights, self.mode, self.eps = weights, mode, recipe.eps
+        self.gamma = recipe.gamma() if gamma is None else gamma
+        self.beta = recipe.beta()
+        self.activation = None if mode == "plain" else "relu"
+        found = {"x": recipe.x() if x is None else x, "dy": recipe.like_x(5) if dy is None else dy}
+        found["residual"] = recipe.like_x(4)
+        for name, values in found.items():
+            if poison is not None:
+                values[self.w == 0] = poison
+            setattr(self, name, arena.given(values, **layouts.get(name, {})))
+        self.residual = self.residual if mode == "residual and relu" else None
+
+        def wanted(*names):
+            return [arena.wanted(self.x, **layouts.get(name, {})) for name in names]
+
+        def called(name, *args):
+            return call(name, *args, weights=weights)
+
+        self.y, y = wanted("y", "y")
+        rest = self.gamma, self.beta
+        apply = self.residual, self.activation
+        forward = called("forward", self.x, *rest, self.eps, *apply, self.y)
+        self.mean, self.m2, self.rstd = forward
+        for alone, found in zip(called("stats", self.x), (self.mean, self.m2), strict=True):
+            assert_same_bits(alone, found, "statistics alone and of the forward")
+        called("apply", self.x, *rest, self.mean, self.rstd, *apply, y)
+        assert_same_bits(y, self.y, "y of apply and of the forward")
+        rest = self.dy, self.x, self.gamma, self.mean, self.rstd
+        mask = None, None
+        if self.residual is not None:
+            mask = None, arena.given(self.y, **layouts.get("y", {}))
+        elif self.activation:
+            mask = self.beta, None
+        self.dx, self.dresidual = wanted("dx", "dresidual")
+        self.sums = called("backward", *rest, *mask, self.dx, self.dresidual)
+        sums = called("backward_reduce", *rest, *mask)
+        assert_same_bits(sums, self.sums, "sums alone and of the backward")
+        dx, dresidual, self.frozen_dx = wanted("dx", "dresidual", "dx")
+        called("backward_apply", *rest, sums, weights.count, *mask, dx, None)
+        assert_same_bits(dx, self.dx, "dx alone and of the backward")
+        called("backward_apply", *rest, None, 1, *mask, None, dresidual)
+        assert_same_bits(dresidual, self.dresidual, "dresidual alone and of the backward")
+        called("backward_apply", *rest, None, 1, *mask, self.frozen_dx, None)
+
+    results = Run.results
+
+    def check(self):
+        """Compare with the oracle; with y and dy through ReLU as the backend has them."""
+        x, w, dtype, fill = np.where(self.w > 0, self.x, 0), self.w, self.x.dtype, self.weights.fill
+        x = (x if fill is not None else self.x).astype(dtype)
+        given = {"weights": w}
+        moments = reference.batch_norm_stats(x, **given)
+        norm = self.gamma, self.beta
+        np.testing.assert_allclose(
+            np.broadcast_to(self.weights.count, moments.count.shape), moments.count, rtol=1e-6
+        )
+        ref = reference.batch_norm_forward(
+            x, *norm, eps=self.eps, residual=self.residual, activation=self.activation, fill=fill,
+            correction=0, **given,
+        )  # fmt: skip
+        assert_within(self.mean, moments.mean, mean_tolerance(moments, dtype), "mean")
+        assert_within(self.m2, moments.m2, m2_tolerance(moments, dtype), "M2")
+        assert_within(self.rstd, ref.rstd, rstd_tolerance(moments, ref.rstd, dtype), "rstd")
+        mean, rstd = ref.mean.astype(np.float64), ref.rstd.astype(np.float64)
+        inside = np.where(w > 0, x, mean[:, None]).astype(dtype) if fill is not None else x
+        error = y_tolerance(inside, *norm, mean, rstd, axis=1, residual=self.residual)
+        assert_within(self.y, ref.y, error, "y")
+        if fill is not None:
+            assert (self.y[w == 0] == np.asarray(fill, dtype)).all()
+        dy = np.where(w > 0, self.dy, 0).astype(dtype)
+        if self.activation:
+            dy = np.where(self.y > 0, dy, 0).astype(dtype)
+        assert_same_bits(self.dresidual, dy, "dresidual")
+        rest = x, self.gamma, self.mean, self.rstd
+        tame = np.where(w > 0, x, self.mean[:, None]).astype(dtype), *rest[1:]
+        ref = reference.batch_norm_backward(dy, *rest, **given)
+        errors = sums_tolerance(dy, tame[0], self.mean, self.rstd, axis=1)
+        assert_within(self.sums[0], ref.dbeta, errors[0], "sum dy")
+        assert_within(self.sums[1], ref.dgamma, errors[1], "sum dy x_hat")
+        heaviest = max(w.max(initial=0), 1)
+        error = dx_tolerance(dy, *tame, axis=1) * heaviest * w.size / max(np.sum(w > 0), 1)
+        assert_within(self.dx, ref.dx, error, "dx")
+        assert (self.dx[w == 0] == 0).all()
+        ref = reference.batch_norm_backward(dy, *rest, training=False, **given)
+        error = dx_tolerance(dy, *tame, axis=1, training=False)
+        assert_within(self.frozen_dx, ref.dx, error, "dx with frozen statistics")
+        return self
+
+
+@counted
+@pytest.mark.parametrize("shape", WEIGHTED, ids=str)
+def test_weighted_results_are_the_oracles(arena, shape, counting):
+    recipe = Recipe(shape, 1, offset=3.0)
+    WeightedRun(arena, recipe, weights_of(recipe, counting)).check()
+
+
+@modes
+@by_both
+@dtypes
+def test_weighted_results_of_every_dtype_and_mode(arena, shape, dtype, mode):
+    recipe = Recipe(shape, 1, dtype)
+    kinds = (COUNTING[1], None), (COUNTING[2], 7.5), (COUNTING[3], 0.0)
+    counting, fill = kinds[MODES.index(mode)]
+    WeightedRun(arena, recipe, weights_of(recipe, counting, fill), mode).check()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [MASKED_ROW, MASKED_COLUMN, (40, 9, 1)], ids=str)
+def test_what_does_not_count_changes_no_bit(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype)
+    for mode, poison, counting in zip(MODES, (np.nan, np.nan, np.inf), COUNTING[1:], strict=True):
+        weights = weights_of(recipe, counting)
+        clean = WeightedRun(arena, recipe, weights, mode)
+        assert_same_results(clean, WeightedRun(arena, recipe, weights, mode, poison=poison))
+
+
+@by_both
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_channel_in_which_nothing_counts_has_no_statistics(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype)
+    weights = weights_of(recipe, "mask of each channel", dead=True)
+    run = WeightedRun(arena, recipe, weights, poison=np.nan)
+    assert weights.count[1] == run.mean[1] == run.m2[1] == run.rstd[1] == 0
+    assert (run.sums[:, 1] == 0).all()
+    assert (run.y[:, 1] == 0).all()
+    assert (run.dx[:, 1] == 0).all()
+    run.check()
+    weights.fill = None
+    run = WeightedRun(arena, recipe, weights)
+    assert (run.y[:, 1] == run.beta[1].astype(run.y.dtype)).all()
+
+
+@by_both
+@dtypes
+def test_weights_of_1_are_no_weights(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype, offset=3.0)
+    values = np.ones((shape[0], 1, shape[2]), np.uint8)
+    ones = SimpleNamespace(values=values, count=backend.weigh(values, shape[1]), fill=0.0)
+    run, other = WeightedRun(arena, recipe, ones, "relu"), Run(arena, recipe, "relu")
+    run.check()
+    for name in ("mean", "rstd"):
+        np.testing.assert_allclose(getattr(run, name), getattr(other, name), rtol=1e-6)
+
+
+@by_both
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [0.0, -300.7])
+def test_a_weighted_constant_channel_has_no_spread(arena, shape, dtype, value):
+    recipe = Recipe(shape, 1, dtype, eps=0.0)
+    for counting in COUNTING[:2]:
+        x = recipe.x()
+        x[:, 0] = value
+        run = WeightedRun(arena, recipe, weights_of(recipe, counting), poison=np.nan, x=x)
+        assert run.mean[0] == np.asarray(value, x.dtype).astype(np.float64)
+        assert run.m2[0] == run.rstd[0] == 0
+        assert (run.y[:, 0][run.w[:, 0] > 0] == run.beta[0].astype(x.dtype)).all()
+
+
+@by_both
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("counting", COUNTING[:2])
+def test_a_weighted_mean_far_from_0_costs_no_digits(arena, shape, dtype, counting):
+    recipe = Recipe(shape, 1, dtype, offset=1e6, eps=0.0)
+    WeightedRun(arena, recipe, weights_of(recipe, counting)).check()
+
+
+@by_both
+@pytest.mark.parametrize("value", [1e3, 1e8])
+def test_an_outlier_of_little_weight_costs_no_digits(arena, shape, value):
+    recipe = Recipe(shape, 1)
+    weights = weights_of(recipe, "weights", first=1e-6 if value == 1e3 else 1e-18)
+    x = recipe.x()
+    x[0, :, 0] = value
+    WeightedRun(arena, recipe, weights, x=x).check()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@by_both
+def test_weighted_channels_of_any_scale(arena, shape, scale):
+    recipe = Recipe(shape, 1, scale=scale, eps=0.0)
+    for counting in COUNTING[:2]:
+        WeightedRun(arena, recipe, weights_of(recipe, counting)).check()
+
+
+@in_reach
+@pytest.mark.parametrize("shape", [(2, 16, 256), (30, 16, 1)], ids=["rows", "columns"])
+def test_every_finite_x_is_normalised_with_weights(arena, shape, dtype):
+    recipe = Recipe(shape, 1, dtype, eps=0.0)
+    x, gamma, dy = extremes(recipe)
+    weights = weights_of(recipe, "mask", first=1)
+    WeightedRun(arena, recipe, weights, "relu", x=x, gamma=gamma, dy=dy).check()
+
+
+@pytest.mark.parametrize(
+    ("shape", "gap"),
+    [
+        (MASKED_ROW, {"first": 1, "plane_gap": 1, "sample_gap": 3}),
+        (MASKED_COLUMN, {"first": 3, "sample_gap": 3}),
+    ],
+    ids=["rows", "columns"],
+)
+def test_weighted_tensors_may_lie_anywhere(arena, shape, gap):
+    recipe = Recipe(shape, 1)
+    weights, names = weights_of(recipe, "mask"), ("x", "dy", "residual", "y", "dx", "dresidual")
+    run = WeightedRun(arena, recipe, weights, MODES[2], layouts=dict.fromkeys(names, gap))
+    assert_same_results(run, WeightedRun(arena, recipe, weights, MODES[2]))
+
+
+@by_both
+def test_weighted_threads_in_any_order_change_no_bit(arena, shape):
+    recipe = Recipe(shape, 1, offset=3.0)
+    weights = weights_of(recipe, "weights")
+    first = WeightedRun(arena, recipe, weights, "relu")
+    with last_thread_first():
+        assert_same_results(first, WeightedRun(arena, recipe, weights, "relu"))
+
+
+@by_both
+def test_weighted_in_place_changes_no_bit(arena, shape):
+    recipe = Recipe(shape, 1)
+    weights = weights_of(recipe, "mask")
+    run = WeightedRun(arena, recipe, weights)
+    y, dx = arena.place(run.x), arena.place(run.dy)
+    call("apply", y, run.gamma, run.beta, run.mean, run.rstd, None, None, y, weights=weights)
+    assert_same_bits(y, run.y, "y written over x")
+    rest = run.x, run.gamma, run.mean, run.rstd, None, None
+    call("backward", dx, *rest, dx, None, weights=weights)
+    assert_same_bits(dx, run.dx, "dx written over dy")
+
+
+@by_both
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+def test_weighted_activations(arena, shape, name):
+    recipe, act = Recipe(shape, 1), activation(name)
+    weights = weights_of(recipe, "mask")
+    w = np.broadcast_to(weights.values, shape)
+    x, dy, residual = (arena.given(a) for a in (recipe.x(), recipe.like_x(5), recipe.like_x(4)))
+    norm = recipe.gamma(), recipe.beta()
+    y, dx, dresidual = arena.wanted(x), arena.wanted(x), arena.wanted(x)
+    mean, _, rstd = call("forward", x, *norm, recipe.eps, residual, act, y, weights=weights)
+    rest = dy, x, norm[0], mean, rstd, norm[1], residual, dx, dresidual, act
+    sums = call("backward", *rest, weights=weights)
+    options = {"residual": residual, "activation": act, "weights": w.astype(float)}
+    expected = reference.batch_norm_apply(x, *norm, mean, rstd, **options)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    ref = reference.batch_norm_backward(dy, x, norm[0], mean, rstd, beta=norm[1], **options)
+    np.testing.assert_allclose(dx, ref.dx, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dresidual, ref.dresidual, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sums, [ref.dbeta, ref.dgamma], rtol=1e-4, atol=1e-3)
+
+
+@by_both
+def test_weighted_sums_of_dy_may_leave_float32(arena, shape):
+    recipe = Recipe(shape, 1)
+    weights = weights_of(recipe, "mask")
+    dy = (np.abs(recipe.like_x(5).astype(np.float64)) * 3e37).astype(np.float32)
+    mean, _, rstd = call("forward", arena.given(recipe.x()), recipe.gamma(), recipe.beta(), 1e-5,
+                         None, None, arena.wanted(dy), weights=weights)  # fmt: skip
+    x, gamma = recipe.x(), recipe.gamma()
+    sums = call("backward_reduce", dy, x, gamma, mean, rstd, None, None, weights=weights)
+    w = np.broadcast_to(weights.values, shape).astype(float)
+    ref = reference.batch_norm_backward(dy, x, gamma, mean, rstd, weights=w)
+    errors = sums_tolerance(dy.astype(np.float64), x, mean, rstd, axis=1)
+    assert_within(sums[0], ref.dbeta, errors[0] * 2.0**29, "sum dy")
+    assert_within(sums[1], ref.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 256), (40, 3, 1)], ids=str)
+def test_weighted_nan_and_infinity_stay_in_their_channel(arena, shape):
+    recipe = Recipe(shape, 1)
+    weights = weights_of(recipe, "weights", first=1)
+    clean = WeightedRun(arena, recipe, weights).results()
+    others = np.arange(shape[1]) != 1
+    for bad in (np.nan, np.inf):
+        x = recipe.x()
+        x[0, 1, 0] = bad
+        run = WeightedRun(arena, recipe, weights, x=x)
+        for result, values in run.results().items():
+            kept = others if values.ndim == 1 else (slice(None), others)
+            assert_same_bits(values[kept], clean[result][kept], f"{result}: {bad}")
+        assert not np.isfinite(run.mean[1])
+        assert np.isnan([run.m2[1], run.rstd[1]]).all()
+        assert np.isnan(run.y[:, 1][run.w[:, 1] > 0]).all()
 
 
 # -- second order ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 WARP = 32
-TRANSFORMED = ("plan", "values", "channel", "rows", "columns")
+TRANSFORMED = ("plan", "values", "channel", "rows", "columns", "weighted")
 STORAGE = {
     dtype.name: SimpleNamespace(
         pointer=dtype, computed=np.float64 if dtype == np.float64 else np.float32
@@ -162,7 +162,9 @@ def _fma(a, b, c):
 cuda = ModuleType("numba.cuda")
 vars(cuda).update(
     jit=_jit,
-    types=SimpleNamespace(float32=np.float32, float64=np.float64, int64=int, CPointer=np.dtype),
+    types=SimpleNamespace(
+        float32=np.float32, float64=np.float64, int64=int, uint8=np.uint8, CPointer=np.dtype
+    ),
     local=SimpleNamespace(array=lambda shape, dtype: np.full(shape, np.nan, dtype)),
     shared=SimpleNamespace(array=_shared_array),
     syncthreads=_syncthreads,
@@ -233,9 +235,9 @@ def address(array):
     return array.ctypes.data
 
 
-def run(kernel, dtype, parameters, blocks, threads, *args, cluster=1, shared=0):
+def run(kernel, dtype, parameters, blocks, threads, *args, weights="", cluster=1, shared=0):
     """Run a kernel on the memory of NumPy arrays, one cluster of blocks after another."""
-    kinds = sys.modules["nbnorm.cuda.kernels"].signature(kernel, dtype, parameters)
+    kinds = sys.modules["nbnorm.cuda.kernels"].signature(kernel, dtype, parameters, weights)
     arguments = [_passed(kind, arg) for kind, arg in zip(kinds, args, strict=True)]
     assert 0 < blocks < 2**31
     assert blocks % cluster == 0

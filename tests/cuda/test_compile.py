@@ -101,6 +101,29 @@ def test_passes_with_activations_stay_in_registers_too(traversal, name, activati
     assert_lean(codes, of, width=4, loads=READ[name], stores=WRITTEN[name])
 
 
+def weighted_passes():
+    """Yield pass, dtype, and the dtypes of gamma and beta and of weights."""
+    for name, (dtype, storage) in product(WRITTEN, STORAGE.items()):
+        if "second" not in name:
+            yield name, dtype, "float32", "uint8"
+            if storage.itemsize >= 4:
+                yield name, dtype, dtype, dtype
+
+
+@pytest.mark.parametrize(("name", "dtype", "parameters", "weights"), list(weighted_passes()))
+def test_a_pass_with_weights_stays_in_registers(name, dtype, parameters, weights):
+    of = getattr(kernels.weighted(dtype), name)
+    codes = compiled(of, dtype, parameters, weights=weights)
+    assert_lean(codes, of, width=1, loads=READ[name], stores=WRITTEN[name])
+
+
+@pytest.mark.parametrize(("name", "activation"), list(product(ACTIVATED, ("gelu", "silu"))))
+def test_a_pass_with_weights_and_an_activation_stays_in_registers_too(name, activation):
+    of = getattr(kernels.weighted("float32", nbnorm.activation(activation)), name)
+    codes = compiled(of, "float32", "float32", ("sm_90a",), weights="uint8")
+    assert_lean(codes, of, width=1, loads=READ[name], stores=WRITTEN[name])
+
+
 def kept_passes():
     """Yield traversal, pass, dtype and width of kernels that read memory once."""
     for dtype, storage in STORAGE.items():
@@ -133,10 +156,10 @@ def test_blocks_of_a_cluster_wait_for_each_other_and_see_what_was_written(traver
     assert code.count("LDG", "CONSTANT") == 0
 
 
-def fused_by_choice(of, dtype):
+def fused_by_choice(of, dtype, weights=""):
     """Return sums and differences in PTX that the assembler could fuse with a product."""
     products, found = set(), []
-    for line in ptx_of(of, dtype, "float32").splitlines():
+    for line in ptx_of(of, dtype, "float32", weights).splitlines():
         match line.replace(",", "").rstrip(";").split():
             case [operation, result, *operands]:
                 kind = operation.partition(".")[0]
@@ -160,10 +183,18 @@ def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
         assert fused_by_choice(of, "float64" if of in once else dtype) == []
 
 
+@pytest.mark.parametrize("weights", ["uint8", "float32"])
+def test_no_compiler_chooses_what_to_fuse_with_weights(weights):
+    for of in vars(kernels.weighted("float32")).values():
+        assert fused_by_choice(of, "float32", weights) == []
+    assert fused_by_choice(kernels.finish_weighted, "float64") == []
+
+
 @pytest.mark.parametrize(
     ("of", "dtype"),
     [
         (kernels.finish_moments, "float64"),
+        (kernels.finish_weighted, "float64"),
         (kernels.rstd_all, "float64"),
         (kernels.move, "float32"),
         (kernels.move, "float64"),

@@ -103,8 +103,10 @@ def names_of(launch):
         kernel = kernels.finish_sums("float32")
     elif name in ("forward", "backward"):
         kernel = getattr(kernels.fused(module, "float32", 4, False), name)
-    elif module == "channel":
+    elif module == "channel" or name == "finish_weighted":
         kernel = getattr(kernels, name)
+    elif module == "weighted":
+        kernel = getattr(kernels.weighted("float32"), name)
     else:
         kernel = getattr(kernels.build(module, "float32", 4), name)
     return list(inspect.signature(kernel.py_func).parameters)
@@ -232,6 +234,77 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         )
         arguments = arguments_of(evaluated)
         assert (arguments["training"], arguments["count"]) == (0, 7.0)
+
+
+def weighted(x, weights, /, **tensors):
+    """Return the plan of a pass with weights, and the arguments that follow from its tensors."""
+    from nbnorm.cuda.plan import plan
+
+    (N, C, S), values = x.shape, weights.values
+    cut, found = plan(N, C, S, x.itemsize, 1), {}
+    for name, (short, array) in tensors.items():
+        strides = [stride // array.itemsize for stride in array.strides]
+        found |= {name: array, f"{short}n": strides[0], f"{short}c": strides[1]}
+    strides = (S, 0) if values.shape[1] == 1 else (C * S, S)
+    found |= {"weights": values, "wn": strides[0], "wc": strides[1], "C": C, "S": S, "N": N}
+    return cut, {**found, "group": cut.group, "length": cut.length, "chunks": cut.chunks}
+
+
+@under_the_driver
+def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend):
+    for rows, dtype, gap, shared, of in (
+        (True, F32, 4, True, np.dtype("uint8")),
+        (False, F16, 8, False, F32),
+        (True, F64, 0, False, F64),
+    ):
+        x, residual, y, dy, dx = (tensor(dtype, rows=rows, gap=gap * i) for i in range(5))
+        N, C, S = x.shape
+        values, count = fake.Array((N, 1 if shared else C, S), of), channels(F64, C)
+        weights = SimpleNamespace(values=values, count=count, fill=7.5 if shared else None)
+        gamma, beta = channels(F32, C), channels(F32, C)
+        cupy.allocated.clear()
+        *launches, apply = driver.during(
+            backend.forward, x, gamma, beta, 1e-5, residual, "relu", y, weights=weights
+        )
+        mean, m2, rstd = driver.returned
+        cut, read = weighted(x, weights, x=("x", x))
+        (partial,) = (a for a in cupy.allocated if len(a.shape) == 3)
+        assert partial.shape == (3, C, cut.chunks)
+        assert len(launches) == (4 if dtype == F64 else 2)
+        for again, (stats, finish) in enumerate(zip(launches[::2], launches[1::2], strict=True)):
+            check(
+                stats, "weighted.stats", cut.blocks, **read, partial=partial, mean=mean,
+                again=again,
+            )  # fmt: skip
+            check(
+                finish, "weighted.finish_weighted", -(-C // 8), partial=partial, C=C,
+                chunks=cut.chunks, eps=1e-5, again=again, mean=mean, m2=m2, rstd=rstd,
+            )  # fmt: skip
+        _, read = weighted(x, weights, x=("x", x), residual=("r", residual), y=("y", y))
+        check(
+            apply, "weighted.apply", cut.blocks, **read, mean=mean, rstd=rstd, gamma=gamma,
+            beta=beta, floor=0.0, added=1, fill=7.5 if shared else 0.0, fills=int(shared),
+        )  # fmt: skip
+        assert types_of(apply)["weights"] == f"{of}*"
+        backward_reduce, finish, backward_apply = driver.during(
+            backend.backward, dy, x, gamma, mean, rstd, None, y, dx, None, weights=weights
+        )
+        sums, common = driver.returned, {"mean": mean, "rstd": rstd, "gamma": gamma, "mask": 2}
+        read = {"dy": ("dy", dy), "x": ("x", x), "y": ("y", y)}
+        written = {"dx": ("dx", dx), "dresidual": ("r", x)}  # x stands in for what is not wanted
+        check(
+            backward_reduce, "weighted.backward_reduce", cut.blocks,
+            **weighted(x, weights, **read)[1], **common, beta=gamma, partial=None,
+        )  # fmt: skip
+        check(
+            finish, "channel.finish_sums", -(-C // 8), partial=None, C=C, chunks=cut.chunks,
+            mean=mean, rstd=rstd, sums=sums,
+        )  # fmt: skip
+        check(
+            backward_apply, "weighted.backward_apply", cut.blocks,
+            **weighted(x, weights, **read, **written)[1], **common, beta=gamma, sums=sums,
+            counts=count, training=1, wanted=1,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -442,8 +515,16 @@ def calls_of(backend, dtype=F32, *, rows=True, samples=3):
     mean, rstd, m2 = channels(F64, C), channels(F64, C), channels(F64, C)
     sums = fake.Array((2, C))
     running = channels(F32, C), channels(F32, C)
+    mask = fake.Array((shape[0], 1, shape[2]), np.dtype("uint8"))
+    counts = {"weights": SimpleNamespace(values=mask, count=channels(F64, C), fill=0.0)}
     return {
         "forward": (3, lambda: backend.forward(x, gamma, beta, 1e-5, None, "relu", y)),
+        "forward with weights": (
+            3, lambda: backend.forward(x, gamma, beta, 1e-5, None, "relu", y, **counts),
+        ),
+        "backward with weights": (
+            3, lambda: backend.backward(dy, x, gamma, mean, rstd, beta, None, dx, None, **counts),
+        ),
         "backward": (
             3, lambda: backend.backward(dy, x, gamma, mean, rstd, beta, None, dx, None),
         ),
