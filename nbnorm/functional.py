@@ -15,7 +15,7 @@ from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
-from nbnorm.activations import Fused, with_own_kernels
+from nbnorm.activations import Fused, inverse_of, with_own_kernels
 from nbnorm.moments import Moments
 
 
@@ -651,12 +651,12 @@ def batch_norm_backward(
     >>> np.allclose(same.dx, grads.dx)
     True
     """
-    plain = groups is None and offsets is None and residual is None
+    plain = groups is None and offsets is None
     shown = beta is not NOT_GIVEN or activation is None or y is not None
     if type(x) is np.ndarray and plain and shown:
         done = _shortcut.backward(
-            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
-            activation, output_mask, out,
+            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, residual, training,
+            axis, activation, output_mask, out,
         )  # fmt: skip
         if done is not None:
             return BatchNormBackward(*done)
@@ -724,8 +724,9 @@ class BackwardCall(NamedTuple):
 
     @property
     def recomputed(self) -> Fused:
-        """The activation if its derivative is recomputed from x, for the backend."""
-        return with_own_kernels(self.activation)
+        """The activation if its derivative is recomputed from x, for the backend; without x, v."""
+        own = with_own_kernels(self.activation)
+        return inverse_of(own) if own is not None and self.from_y else own
 
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
         """Return (dy, x, gamma, mean, rstd) and the derivative's (beta, y), for the backend."""
@@ -793,7 +794,7 @@ def check_backward(
     frame = frame_of(large, axis, groups, offsets, name)
     activation = _checks.activation(activation)
     if from_y:
-        _checks.invertible(activation)
+        _checks.invertible(activation, dtype=frame.x.dtype)
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat; pass x")
     else:

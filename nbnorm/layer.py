@@ -264,11 +264,12 @@ class BatchNorm:
 
     def _check_inplace(self, x: Array, residual: Array | None) -> None:
         """Raise if y must not be written over x, or would not determine x_hat."""
-        _checks.invertible(self.activation, "use inplace=False")  # it may have been set since
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat with inplace=True")
         _checks.mutable(x, "x", _OVERWRITTEN)
         taken = take_floating(x, "x")
+        # It may have been set since.
+        _checks.invertible(self.activation, "use inplace=False", taken.dtype)
         _checks.writable(taken, "x", _OVERWRITTEN)
         if self.training and "weight" in self.parameters:
             _checks.divisor(on_host(self.parameters["weight"]), taken.dtype)

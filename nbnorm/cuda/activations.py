@@ -11,7 +11,7 @@ from typing import Any
 
 from numba import cuda
 
-from nbnorm.activations import Activation, Math
+from nbnorm.activations import Activation, Inverse, Math
 from nbnorm.cuda.jit import device
 from nbnorm.cuda.values import masked, normalised, rectified
 
@@ -46,10 +46,19 @@ def math_of(real: Any) -> Math:
     return Math(real, multiply_add, decay, tanh, bell, tail, device)
 
 
-def activation_functions(activation: Activation | None, real: Any) -> tuple[Any, Any]:
-    """Return what kernels do with v, and with dy: `rectified` and `masked` without activation."""
+@device
+def unchanged(value):
+    """The value itself."""
+    return value
+
+
+def activation_functions(activation: Activation | None, real: Any) -> tuple[Any, Any, Any]:
+    """Return what kernels do with v, with dy, and with what they load as x.
+
+    That is `rectified`, `masked` and `unchanged` without activation.
+    """
     if activation is None:
-        return rectified, masked
+        return rectified, masked, unchanged
     functions = (getattr(f, "py_func", f) for f in activation.on(math_of(real)))
     value, derivative = map(device, functions)
 
@@ -66,4 +75,17 @@ def activation_functions(activation: Activation | None, real: Any) -> tuple[Any,
             v += y
         return g * real(derivative(v))
 
-    return activate, through
+    if not isinstance(activation, Inverse):
+        return activate, through, unchanged
+
+    @device
+    def taken(y):
+        """v from y, which stands in for x."""
+        return real(value(y))
+
+    @device
+    def through_of(g, v, y, hi, u, a, b, mask, threshold, zero):
+        """dy act'(v)."""
+        return g * real(derivative(v))
+
+    return activate, through_of, taken
