@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -251,14 +251,6 @@ class _NotGiven:
 
 
 NOT_GIVEN: Any = _NotGiven()
-
-
-def relu_or_none(given: Any) -> Literal["relu"] | None:
-    """Return None or "relu"; raise for another activation, which hosts do not differentiate."""
-    found = activation(given)
-    if isinstance(found, Activation):
-        raise ValueError(f"activation must be None or 'relu' in nbnorm.integrations, got {found!r}")
-    return found
 
 
 def given(array: Any, name: str, activation: Fused, y: Any, from_y: bool = False) -> Any:

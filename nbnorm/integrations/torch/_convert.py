@@ -139,6 +139,7 @@ def _fusible(norm: nn.Module | None, relu: nn.Module | None) -> bool:
     return (
         type(relu) is nn.ReLU
         and type(norm) in (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+        and norm.activation is None
         and not _hooked(norm)
         and not _hooked(relu)
     )
