@@ -571,7 +571,8 @@ def batch_norm_backward(
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
         overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
-        be 0, and the forward call must have had no activation and no residual.
+        be 0, and the forward call must have had no residual, and no activation but "leaky_relu"
+        of a slope > 0.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -615,8 +616,8 @@ def batch_norm_backward(
         floating.
     ValueError
         A shape, axis, activation, output_mask or out is invalid; an activation is given with
-        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation is
-        given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
+        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation cannot
+        be inverted, a residual is given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
         magnitude (2^-510 and 2^510 if y is float64).
 
     Notes
