@@ -793,12 +793,12 @@ def check_backward(
     from_y = x is None and y is not None
     large, name = (y, "y") if from_y else (x, "x")
     frame = frame_of(large, axis, groups, offsets, name)
-    activation = _checks.activation(activation)
     if from_y:
         _checks.invertible(activation, dtype=frame.x.dtype)
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat; pass x")
-    else:
+    activation = _checks.activation(activation)
+    if not from_y:
         _checks.for_derivative(activation, y, residual)
     gamma = _checks.given(gamma, "gamma", activation, y, from_y)
     beta = _checks.given(beta, "beta", activation, y, from_y)
