@@ -17,7 +17,11 @@ import nbnorm  # noqa: E402
 from nbnorm.activations import TABLE  # noqa: E402
 from nbnorm.integrations.torch import BatchNorm2d, _functional, batch_norm, convert  # noqa: E402
 
-pytestmark = pytest.mark.slow  # each activation is kernels of its own
+pytestmark = [
+    pytest.mark.slow,  # each activation is kernels of its own
+    # of PyTorch's own, where it begins forward mode
+    pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning"),
+]
 
 LEAKY = nbnorm.activation("leaky_relu", slope=0.2)
 FUNCTIONS = {
