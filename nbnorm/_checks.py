@@ -309,9 +309,7 @@ def invertible(given: Any, remedy: str = "pass x", dtype: np.dtype[Any] | None =
         if not wrong:
             return
         why = f"{why} where {', '.join(wrong)}"
-    raise ValueError(
-        f"activation={given!r} {why}, so y does not determine x_hat; {remedy}"
-    )
+    raise ValueError(f"activation={given!r} {why}, so y does not determine x_hat; {remedy}")
 
 
 def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -> None:

@@ -617,8 +617,8 @@ def batch_norm_backward(
     ValueError
         A shape, axis, activation, output_mask or out is invalid; an activation is given with
         neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation cannot
-        be inverted, a residual is given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
-        magnitude (2^-510 and 2^510 if y is float64).
+        be inverted, a residual is given or beta is omitted; or gamma, gamma rstd or a slope is not
+        within 2^-126 and 2^126 in magnitude (2^-510 and 2^510 if y is float64).
 
     Notes
     -----

@@ -223,7 +223,12 @@ CALLS = {
         FORWARD,
     ),
     "inference": (inference, ("residual", "out"), ("gamma", "beta", "mean", "var"), INFERENCE),
-    "backward": (backward, ("dy", "y", "residual", "out"), ("gamma", "mean", "rstd", "beta"), BACKWARD),
+    "backward": (
+        backward,
+        ("dy", "y", "residual", "out"),
+        ("gamma", "mean", "rstd", "beta"),
+        BACKWARD,
+    ),
 }
 
 
@@ -391,7 +396,7 @@ def test_every_activation(name, activation, compare):
         recipe = {
             "seed": 0,
             "axis": 1,
-            "arrays": {n: ((9, 3, 2, 2), "f4", "C") for n in ("x", *like)} | arrays,
+            "arrays": dict.fromkeys(("x", *like), ((9, 3, 2, 2), "f4", "C")) | arrays,
             "same": {},
             "others": usual,
         }

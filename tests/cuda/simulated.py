@@ -357,7 +357,9 @@ def test_backward_from_y(arena, shape, dtype, act):
     if dtype != "float64":  # which is never kept
         kept = arena.wanted(y)
         with fused():
-            assert_same_bits(call("backward", *rest, None, None, kept, None, inverted), sums, "sums")
+            assert_same_bits(
+                call("backward", *rest, None, None, kept, None, inverted), sums, "sums"
+            )
         assert_same_bits(kept, dx, "dx")
 
 

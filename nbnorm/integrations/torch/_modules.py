@@ -113,7 +113,9 @@ class BatchNormModule(_BatchNorm):
         """Describe the module as PyTorch does, followed by relu=True or an activation if set."""
         described = str(super().extra_repr())  # type: ignore[no-untyped-call]
         described += ", relu=True" * self.relu
-        return described if self.activation is None else f"{described}, activation={self.activation!r}"
+        return (
+            described if self.activation is None else f"{described}, activation={self.activation!r}"
+        )
 
 
 class BatchNorm1d(BatchNormModule, nn.BatchNorm1d):

@@ -44,7 +44,8 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, rstd); in training, update the running statistics in place.
 
-    `relu` may be another activation, which no operator has: only a direct call. If `seen` is not empty, add the moments of the batch to each item and update no statistics.
+    `relu` may be another activation, which no operator has: only a direct call. If `seen` is not
+    empty, add the moments of the batch to each item and update no statistics.
     """
     correction = 1
     if seen:
