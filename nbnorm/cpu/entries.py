@@ -119,7 +119,7 @@ def forward(traversal: str, dtype: str, added: bool, of: Any = None) -> Callable
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    forward_pass, move_all, act = passes.forward, kernels.move_all, _act(of)
+    forward_pass, move_pass, act = passes.forward, kernels.move_pass, _act(of)
 
     def forward(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -140,7 +140,7 @@ def forward(traversal: str, dtype: str, added: bool, of: Any = None) -> Callable
         forward_pass(x_, residual_, grid_of(site), work, norm, eps, act(number), partial, m2, y_)
         if given(running_mean, site):
             running = values(running_mean, site.C, kind), values(running_var, site.C, kind)
-            move_all(*running, norm[0], m2, momentum, site.N * site.S - correction)
+            move_pass(*running, norm[0], m2, momentum, site.N * site.S - correction)
         return True
 
     scalars = (types.float64,) * 4

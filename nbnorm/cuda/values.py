@@ -17,8 +17,8 @@ from numba import cuda
 from numba.cuda import types
 
 from nbnorm.cuda.jit import device
+from nbnorm.cuda.plan import WARP
 
-WARP = 32
 ALL_LANES = 0xFFFFFFFF
 
 
