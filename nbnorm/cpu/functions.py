@@ -125,7 +125,7 @@ def math_of(real: Any) -> Math:
     zero, one, two, half = real(0), real(1), real(2), real(0.5)
     shift_bits = shift.view(integer)
     q, r = _polynomial(k.q, real), _polynomial(k.r, real)
-    middle, slope, far = real(k.middle), real(1.25), real(40)
+    middle, slope = real(k.middle), real(1.25)
     flat = real(k.flat)
 
     @inlined
@@ -165,7 +165,6 @@ def math_of(real: Any) -> Math:
 
     @inlined
     def tail(a):
-        a = far if a > far else a  # its tail is 0
         t = (a - middle) / (a + middle)
         return bell(a) * (r(t) / multiply_add(slope, a, one))
 

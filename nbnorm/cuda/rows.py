@@ -220,15 +220,16 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 fetch_g(x, few, i, end, values)
                 if mask == 2:
                     fetch(y, few, i, end, outputs)
+                if mask:
+                    # Here, and not vector by vector, the loop is unrolled for every activation.
+                    for w in range(pair_size):
+                        values[w] = taken(values[w])
+                        g[w] = through(
+                            g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
+                        )
                 for r in range(few):
                     j = i + r * cuda.blockDim.x
                     if j < end:
-                        if mask:
-                            for w in range(r * width, (r + 1) * width):
-                                values[w] = taken(values[w])
-                                g[w] = through(
-                                    g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
-                                )
                         if wanted & 2:
                             store(dresidual[0], place(dresidual, j), g, r * width)
                         if wanted & 1:
