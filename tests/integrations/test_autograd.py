@@ -385,7 +385,7 @@ def test_a_second_derivative_with_another_activation_is_refused():
     b = drawn("NC")
     function = function_of(b, ("x",), activation="silu")
     first = elementwise_grad(lambda x: function(x) ** 2)
-    with pytest.raises(NotImplementedError, match=r"^nbnorm's batch_norm has no .* .'silu'.*numpy"):
+    with pytest.raises(NotImplementedError, match=r"no second derivative with .*silu.*numpy"):
         elementwise_grad(first)(b.x)
 
 
