@@ -20,7 +20,7 @@ class Math(NamedTuple):
 
     `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `decay(a)` is exp(-a) for
     a >= 0, `bell(a)` is exp(-a^2 / 2), `tail(a)` is the probability that a standard normal variable
-    exceeds a >= 0, and `compiled` compiles a function for the target.
+    exceeds a, from 0 to 40, and `compiled` compiles a function for the target.
     """
 
     real: Callable[[float], Scalar]
@@ -50,6 +50,16 @@ def _leaky_relu(m: Math) -> Pair:
         return one if v > zero else slope
 
     return Pair(value, derivative)
+
+
+def _leaky_relu_inverse(m: Math) -> Function:
+    """Return v of y = leaky_relu(v), for a slope > 0: y has the sign of v."""
+    zero = m.real(0)
+
+    def before(y: Scalar, slope: Scalar) -> Scalar:
+        return y / slope if y <= zero else y
+
+    return before
 
 
 def _relu6(m: Math) -> Pair:
@@ -142,11 +152,12 @@ def _gelu(m: Math) -> Pair:
     probability = m.compiled(probability)
 
     def value(v: Scalar) -> Scalar:
-        return (-far if v < -far else v) * probability(v)  # no Inf times 0
+        w = far if v > far else (-far if v < -far else v)
+        return (w if v < w else v) * probability(w)  # no Inf times 0
 
     def derivative(v: Scalar) -> Scalar:
         w = far if v > far else (-far if v < -far else v)
-        return probability(w) + w * (density * bell(w))
+        return probability(w) + w * (density * bell(abs(w)))  # whose exp is that of the tail
 
     return Pair(value, derivative)
 
@@ -171,15 +182,24 @@ def _gelu_tanh(m: Math) -> Pair:
 
 
 class Definition(NamedTuple):
-    """A row of the table: what makes the functions, and the parameters with their defaults."""
+    """A row of the table: what makes the functions, and the parameters with their defaults.
+
+    `inverse`, where there is one, makes the function that gives v from y.
+    """
 
     of: Callable[[Math], Pair]
     parameters: dict[str, float]
+    inverse: Callable[[Math], Function] | None = None
+
+    def inverted(self, math: Math) -> Pair:
+        """Return the functions of an `Inverse`: v from y, and the derivative at that v."""
+        assert self.inverse is not None
+        return Pair(self.inverse(math), self.of(math).derivative)
 
 
 # ReLU is no row: the kernels have it as a lower bound of y, and its derivative as a mask.
 TABLE = {
-    "leaky_relu": Definition(_leaky_relu, {"slope": 0.01}),
+    "leaky_relu": Definition(_leaky_relu, {"slope": 0.01}, _leaky_relu_inverse),
     "relu6": Definition(_relu6, {}),
     "hardswish": Definition(_hardswish, {}),
     "silu": Definition(_silu, {}),
@@ -226,18 +246,43 @@ class Activation:
         return hash(self._key())
 
     def _key(self) -> tuple[Any, ...]:
-        return self.name, self.parameters, self.functions
+        return type(self), self.name, self.parameters, self.functions
+
+    def _made(self, math: Math) -> Pair:
+        """Return the functions of the table, with parameters."""
+        return TABLE[self.name].of(math)
 
     def on(self, math: Math) -> Pair:
         """Return the functions of v alone, for one target."""
         if self.functions is not None:
             return self.functions
-        value, derivative = TABLE[self.name].of(math)
+        value, derivative = self._made(math)
         given = tuple(map(math.real, self.parameters))
         if not given:
             return Pair(value, derivative)
         value, derivative = math.compiled(value), math.compiled(derivative)
         return Pair(lambda v: value(v, *given), lambda v: derivative(v, *given))
+
+
+class Inverse(Activation):
+    """What a backward pass gets that has y in place of x: `value` is v from y.
+
+    The derivative is taken at that v.
+    """
+
+    __slots__ = ()
+
+    def _made(self, math: Math) -> Pair:
+        return TABLE[self.name].inverted(math)
+
+
+def inverse_of(activation: Activation) -> Inverse | None:
+    """Return the inverse of an activation, or None if it has none."""
+    if activation.functions is not None or activation.name not in TABLE:
+        return None
+    if TABLE[activation.name].inverse is None or not all(p > 0 for p in activation.parameters):
+        return None
+    return Inverse(activation.name, activation.parameters)
 
 
 RELU = Activation("relu")

@@ -15,7 +15,7 @@ from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
-from nbnorm.activations import Fused, with_own_kernels
+from nbnorm.activations import Fused, inverse_of, with_own_kernels
 from nbnorm.moments import Moments
 
 
@@ -630,7 +630,8 @@ def batch_norm_backward(
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
         overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
-        be 0, and the forward call must have had no activation and no residual.
+        be 0, and the forward call must have had no residual, and no activation but "leaky_relu"
+        of a slope > 0.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -676,9 +677,9 @@ def batch_norm_backward(
         floating.
     ValueError
         A shape, axis, activation, output_mask or out is invalid; an activation is given with
-        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation is
-        given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
-        magnitude (2^-510 and 2^510 if y is float64).
+        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation cannot
+        be inverted, a residual is given or beta is omitted; or gamma, gamma rstd or a slope is not
+        within 2^-126 and 2^126 in magnitude (2^-510 and 2^510 if y is float64).
 
     Notes
     -----
@@ -712,12 +713,12 @@ def batch_norm_backward(
     >>> np.allclose(same.dx, grads.dx)
     True
     """
-    plain = groups is offsets is mask is lengths is weights is length_axis is residual is None
+    plain = groups is offsets is mask is lengths is weights is length_axis is None
     shown = beta is not NOT_GIVEN or activation is None or y is not None
     if type(x) is np.ndarray and plain and shown:
         done = _shortcut.backward(
-            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
-            activation, output_mask, out,
+            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, residual, training,
+            axis, activation, output_mask, out,
         )  # fmt: skip
         if done is not None:
             return BatchNormBackward(*done)
@@ -786,8 +787,9 @@ class BackwardCall(NamedTuple):
 
     @property
     def recomputed(self) -> Fused:
-        """The activation if its derivative is recomputed from x, for the backend."""
-        return with_own_kernels(self.activation)
+        """The activation if its derivative is recomputed from x, for the backend; without x, v."""
+        own = with_own_kernels(self.activation)
+        return inverse_of(own) if own is not None and self.from_y else own
 
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
         """Return (dy, x, gamma, mean, rstd) and the derivative's (beta, y), for the backend."""
@@ -855,12 +857,12 @@ def check_backward(
     from_y = x is None and y is not None
     large, name = (y, "y") if from_y else (x, "x")
     frame = frame_of(large, axis, name, **parts)
-    activation = _checks.activation(activation)
     if from_y:
-        _checks.invertible(activation)
+        _checks.invertible(activation, dtype=frame.x.dtype)
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat; pass x")
-    else:
+    activation = _checks.activation(activation)
+    if not from_y:
         _checks.for_derivative(activation, y, residual)
     gamma = _checks.given(gamma, "gamma", activation, y, from_y)
     beta = _checks.given(beta, "beta", activation, y, from_y)

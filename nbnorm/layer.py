@@ -78,7 +78,8 @@ class BatchNorm:
     inplace : bool, default False
         Whether `forward` writes y **over x**; `backward` then computes x_hat from y, and the layer
         keeps one tensor alive instead of two. In training no gamma may be 0, and small ones cost
-        digits (see `batch_norm_backward`). Activations and residuals are refused.
+        digits (see `batch_norm_backward`). Residuals are refused, and activations but "leaky_relu"
+        of a slope > 0.
 
     Attributes
     ----------
@@ -102,7 +103,8 @@ class BatchNorm:
         `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
         `num_features` is negative or does not fit `axis`; `affine` is something else; there is
-        `renorm` without `track_running_stats`; an activation or `renorm` with `inplace`. `forward`
+        `renorm` without `track_running_stats`; `renorm`, or an activation that cannot be inverted,
+        with `inplace`. `forward`
         and `backward` check the other options.
 
     Examples
@@ -275,11 +277,12 @@ class BatchNorm:
 
     def _check_inplace(self, x: Array, residual: Array | None) -> None:
         """Raise if y must not be written over x, or would not determine x_hat."""
-        _checks.invertible(self.activation, "use inplace=False")  # it may have been set since
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat with inplace=True")
         _checks.mutable(x, "x", _OVERWRITTEN)
         taken = take_floating(x, "x")
+        # It may have been set since.
+        _checks.invertible(self.activation, "use inplace=False", taken.dtype)
         _checks.writable(taken, "x", _OVERWRITTEN)
         if self.training and "weight" in self.parameters:
             _checks.divisor(on_host(self.parameters["weight"]), taken.dtype)

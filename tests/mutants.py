@@ -127,7 +127,8 @@ FROM_Y = of(
         ("        _checks.divisor(scale, frame.x.dtype, on_host(rstd_))", "        pass"),
         ("return gamma * gamma * rstd", "return gamma * rstd"),
         ("beta, (rstd != 0) / gamma", "beta, 1 / gamma"),
-        ("        _checks.invertible(activation)", "        pass"),
+        ("        _checks.invertible(activation, dtype=frame.x.dtype)", "        pass"),
+        ("inverse_of(own) if own is not None and self.from_y else own", "own"),
         ("\"beta\", activation, y, from_y)", "\"beta\", activation, y)"),
         ('large, name = (y, "y") if from_y', 'large, name = (y, "x") if from_y'),
     ),
@@ -135,7 +136,8 @@ FROM_Y = of(
     "_checks",
     (
         "test_from_y.py",
-        ("bits = 510 if dtype == np.float64 else 126", "bits = 510"),
+        ("return 510 if dtype == np.float64 else 126", "return 510"),
+        ("if not 2.0**-bits <= value <= 2.0**bits", "if not value > 0"),
         ("np.where(rstd == 0, 1, scale * rstd)", "scale * rstd"),
         ("(size > 2.0**bits) & (size < np.inf)", "size > 2.0**bits"),
         ("(size < 2.0**-bits) |", "(size == 0) |"),
@@ -658,7 +660,7 @@ DISK = of(
         ("*_VERSIONS, sources.IMPORTED)", "*_VERSIONS)"),
         ("(self._name, str(sig),", "(str(sig),"),
         ("sha256(key + content)", "sha256(content)"),
-        ("in str(sig) or sources.now() != sources.IMPORTED:", "in str(sig):"),
+        ("(sig) or sources.now() != sources.IMPORTED:", "(sig):"),
         (
             "                part.replace(path)",
             "                path.write_bytes(part.read_bytes())",
@@ -1006,6 +1008,7 @@ ACTIVATIONS = of(
         ("if not np.isfinite(number):", "if False:"),
         ("if name not in known:", "if False:"),
     ),
+    ("test_from_y.py", ("return y / slope if y <= zero else y", "return y / slope")),
 )
 
 FUNCTIONS = of(

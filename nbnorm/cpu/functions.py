@@ -4,7 +4,8 @@ In the loops of kernels a call of the C library would compute one value at a tim
 made for float32 and float64 from one source; `Constants` holds what differs. NaN gives NaN.
 
 A kernel gets an activation as a named tuple of its parameters, and is compiled for the tuple's
-class. `value_at` and `derivative_at` find the functions by that class.
+class. `value_at` and `derivative_at` find the functions by that class. An activation whose inverse
+a backward pass computes has a second class.
 """
 
 import marshal
@@ -17,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from nbnorm.activations import TABLE, Activation, Math, Pair
+from nbnorm.activations import TABLE, Activation, Inverse, Math, Pair
 from nbnorm.cpu.disk import OF_A_USER
 from nbnorm.cpu.jit import inlined, inlined_by_types
 
@@ -124,7 +125,7 @@ def math_of(real: Any) -> Math:
     zero, one, two, half = real(0), real(1), real(2), real(0.5)
     shift_bits = shift.view(integer)
     q, r = _polynomial(k.q, real), _polynomial(k.r, real)
-    middle, slope, far = real(k.middle), real(1.25), real(40)
+    middle, slope = real(k.middle), real(1.25)
     flat = real(k.flat)
 
     @inlined
@@ -164,7 +165,6 @@ def math_of(real: Any) -> Math:
 
     @inlined
     def tail(a):
-        a = far if a > far else a  # its tail is 0
         t = (a - middle) / (a + middle)
         return bell(a) * (r(t) / multiply_add(slope, a, one))
 
@@ -173,19 +173,29 @@ def math_of(real: Any) -> Math:
 
 # Part of the classes' names, so that no kernel is loaded from disk that was compiled from another
 # table: the table lies outside the folder whose source is part of the key.
-_STATE = f"{zlib.crc32(b''.join(marshal.dumps(row.of.__code__) for row in TABLE.values())):08x}"
+_MAKERS = [maker for row in TABLE.values() for maker in (row.of, row.inverse) if maker is not None]
+_STATE = f"{zlib.crc32(b''.join(marshal.dumps(maker.__code__) for maker in _MAKERS)):08x}"
+
+
+_NONE = ("nothing",)
 
 
 def _class_of(name: str, parameters: tuple[str, ...]) -> Any:
     """Return a named tuple; Numba cannot take an empty one."""
-    return namedtuple(name, parameters or ("nothing",), module=__name__)  # noqa: PYI024
+    return namedtuple(name, parameters or _NONE, module=__name__)  # noqa: PYI024
 
 
 CLASSES = {
     name: _class_of(f"{name}_{_STATE}", tuple(row.parameters)) for name, row in TABLE.items()
 }
-_NAMES = {of: name for name, of in CLASSES.items()}
-globals().update((of.__name__, of) for of in _NAMES)  # for kernels that are loaded from disk
+INVERSES = {
+    name: _class_of(f"{name}_inverse_{_STATE}", tuple(row.parameters))
+    for name, row in TABLE.items()
+    if row.inverse is not None
+}
+_MADE = {of: TABLE[name].of for name, of in CLASSES.items()}
+_MADE |= {of: TABLE[name].inverted for name, of in INVERSES.items()}
+globals().update((of.__name__, of) for of in _MADE)  # for kernels that are loaded from disk
 
 _of_users: dict[Any, Pair] = {}
 
@@ -201,7 +211,8 @@ def argument(activation: Activation) -> Any:
     """Return what kernels take for an activation of the table or of the user."""
     if activation.functions is not None:
         return _class_for(activation.functions)(0.0)
-    return CLASSES[activation.name](*activation.parameters or (0.0,))
+    classes = INVERSES if isinstance(activation, Inverse) else CLASSES
+    return classes[activation.name](*activation.parameters or (0.0,))
 
 
 @cache
@@ -209,8 +220,13 @@ def _functions(of: Any, real: type) -> tuple[Pair, int]:
     """Return the compiled functions of a class, and how many parameters they take."""
     if of in _of_users:
         return _of_users[of], 0
-    row = TABLE[_NAMES[of]]
-    return Pair(*map(inlined, row.of(math_of(real)))), len(row.parameters)
+    count = 0 if of._fields == _NONE else len(of._fields)
+    return Pair(*map(inlined, _MADE[of](math_of(real)))), count
+
+
+def inverts(act: Any) -> bool:
+    """Return True for the type of an argument that stands for an `Inverse`."""
+    return getattr(act, "instance_class", None) in INVERSES.values()
 
 
 def _called(function: Any, count: int, real: type) -> Any:

@@ -21,7 +21,7 @@ import numba_cuda  # noqa: F401  # replaces Numba's own, older `numba.cuda`
 from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
 from nbnorm._typing import Array
-from nbnorm.activations import Activation, Fused, with_own_kernels
+from nbnorm.activations import Activation, Fused, Inverse, with_own_kernels
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
 from nbnorm.cuda.plan import THREADS, VECTOR, WARP, plan, residence
@@ -389,8 +389,10 @@ def _mask(
 
     `mask` is 0 without ReLU, 1 if its mask is recomputed from x, and 2 if it is read from y. beta
     is read only if `mask` is 1; otherwise gamma stands in for it. Another activation is recomputed
-    from x, and if `mask` is 2 from the residual y too.
+    from x, and if `mask` is 2 from the residual y too. An inverse needs no beta.
     """
+    if isinstance(activation, Inverse):
+        return 1, gamma
     if activation is not None:
         assert beta is not None
         return (1 if y is None else 2), beta

@@ -46,7 +46,7 @@ SHORT = 8  # columns of a channel that a single thread adds up
 def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamespace:
     """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
-    activate, through = activation_functions(activation, computed)
+    activate, through, taken = activation_functions(activation, computed)
     load, store = memory_of(dtype, width)
     load_one, store_one = memory_of(dtype, 1)
     # Vectors in flight per tensor if two or three tensors are read at once.
@@ -320,6 +320,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 if mask == 2:
                     output = fetch_one(y, n, w)
                 if mask:
+                    value = taken(value)
                     g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
                 keep_one(kept_g, n, w, g)
                 d = cuda.fma(types.float64(value), unit, -types.float64(hi))
@@ -358,6 +359,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                     for r in range(fewer):
                         for w in range(width):
                             j = r * width + w
+                            values[j] = taken(values[j])
                             g[j] = through(
                                 g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                 threshold, zero,
@@ -396,6 +398,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                     if mask == 2:
                         output = fetch_one(y, i, w)
                     if mask:
+                        value = taken(value)
                         g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
                     if wanted & 2:
                         write_one(dresidual, i, w, g)
@@ -430,6 +433,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                         for w in range(width):
                             j = r * width + w
                             if mask:
+                                values[j] = taken(values[j])
                                 g[j] = through(
                                     g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                     threshold, zero,

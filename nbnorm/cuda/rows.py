@@ -41,7 +41,7 @@ from nbnorm.cuda.values import (
 def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamespace:
     """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
     computed = STORAGE[dtype].computed
-    activate, through = activation_functions(activation, computed)
+    activate, through, taken = activation_functions(activation, computed)
     load, store = memory_of(dtype, width)
     load_one, _ = memory_of(dtype, 1)
     # Vectors in flight per tensor if two or three tensors are read at once.
@@ -188,6 +188,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                     fetch(y, few, i, end, outputs)
                 if mask:
                     for w in range(pair_size):
+                        values[w] = taken(values[w])
                         g[w] = through(
                             g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
                         )
@@ -219,14 +220,16 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 fetch_g(x, few, i, end, values)
                 if mask == 2:
                     fetch(y, few, i, end, outputs)
+                if mask:
+                    # Here, and not vector by vector, the loop is unrolled for every activation.
+                    for w in range(pair_size):
+                        values[w] = taken(values[w])
+                        g[w] = through(
+                            g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
+                        )
                 for r in range(few):
                     j = i + r * cuda.blockDim.x
                     if j < end:
-                        if mask:
-                            for w in range(r * width, (r + 1) * width):
-                                g[w] = through(
-                                    g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
-                                )
                         if wanted & 2:
                             store(dresidual[0], place(dresidual, j), g, r * width)
                         if wanted & 1:

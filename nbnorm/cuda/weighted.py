@@ -222,7 +222,7 @@ def combine_block(shared, S, group, moments):
 def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
     """Return the kernels for tensors of a dtype."""
     computed = STORAGE[dtype].computed
-    activate, through = activation_functions(activation, computed)
+    activate, through, taken = activation_functions(activation, computed)
     load, store = memory_of(dtype, 1)
     tile_moments, tile_gradients = tile_moments_of(computed), tile_gradients_of(computed)
     of = channel_functions(computed)
@@ -368,6 +368,7 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
                 fetch((y, yn, c * yc), UNROLL, at, count, outputs)
             if mask:
                 for i in range(UNROLL):
+                    values[i] = taken(values[i])
                     g[i] = through(g[i], values[i], outputs[i], hi, u, a, b, mask, threshold, zero)
             more_s, more_t = tile_gradients(g, values, w, hi, u, scale)
             s += more_s
@@ -409,6 +410,7 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
                 fetch((y, yn, c * yc), UNROLL, at, count, outputs)
             for i in range(UNROLL):
                 if mask:
+                    values[i] = taken(values[i])
                     g[i] = through(g[i], values[i], outputs[i], hi, u, a, b, mask, threshold, zero)
                 d = g[i] * v
                 if training:

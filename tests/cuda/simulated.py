@@ -33,7 +33,7 @@ from tolerances import (
 )
 
 from nbnorm import activation, reference
-from nbnorm.activations import TABLE
+from nbnorm.activations import TABLE, inverse_of
 
 THREADS, BLOCK_VALUES, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
 backend = simulator.load(THREADS=THREADS, BLOCK_VALUES=BLOCK_VALUES)
@@ -324,26 +324,43 @@ def test_segments(arena, shape, ends, gap):
 
 @dtypes
 @both
-def test_backward_from_y(arena, shape, dtype):
+@pytest.mark.parametrize("act", [None, activation("leaky_relu", slope=0.25)], ids=str)
+def test_backward_from_y(arena, shape, dtype, act):
     """y in place of x, with parameters of both signs; what `functional` passes to the backend."""
     recipe = Recipe(shape, 1, dtype, offset=3.0)
     gamma, beta = recipe.gamma(), recipe.beta()
-    y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta)
+    y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta, activation=act)
     y, dy = arena.given(y.astype(dtype_of(dtype))), arena.given(recipe.like_x(5))
     dx, frozen = arena.wanted(y), arena.wanted(y)
     center, over_gamma, factor = inverse(gamma, beta, rstd.astype(np.float64), mean)
     rest = dy, y, factor, center, over_gamma
-    sums = call("backward", *rest, None, None, dx, None)
-    call("backward_apply", *rest, None, 1, None, None, frozen, None)
+    inverted = None if act is None else inverse_of(act)
+    options = {"beta": beta, "y": y, "activation": act}
+
+    sums = call("backward", *rest, None, None, dx, None, inverted)
+    call("backward_apply", *rest, None, 1, None, None, frozen, None, inverted)
+    again = call("backward_reduce", *rest, None, None, inverted)
+    assert_same_bits(again, sums, "sums")
+    v, through = y, dy
+    if act is not None:  # a power of two: nothing is rounded
+        v = np.where(y > 0, y, y * y.dtype.type(4))
+        through = np.where(y > 0, dy, dy * y.dtype.type(0.25))
     for training, got in ((True, dx), (False, frozen)):
         ref = reference.batch_norm_backward(
-            dy, None, gamma, mean, rstd, beta=beta, y=y, training=training
+            dy, None, gamma, mean, rstd, training=training, **options
         )
-        error = dx_tolerance(dy, y, *rest[2:], axis=1, training=training)
+        error = dx_tolerance(through, v, *rest[2:], axis=1, training=training)
         assert_within(got, ref.dx, error, "dx")
-    dbeta_error, dgamma_error = sums_tolerance(dy, y, center, over_gamma, axis=1)
+    dbeta_error, dgamma_error = sums_tolerance(through, v, center, over_gamma, axis=1)
     assert_within(sums[0], ref.dbeta, dbeta_error, "sum dy")
     assert_within(sums[1], ref.dgamma, dgamma_error, "sum dy x_hat")
+    if dtype != "float64":  # which is never kept
+        kept = arena.wanted(y)
+        with fused():
+            assert_same_bits(
+                call("backward", *rest, None, None, kept, None, inverted), sums, "sums"
+            )
+        assert_same_bits(kept, dx, "dx")
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 255), (9, 3, 144), (40, 260, 1), (3, 2, 256)], ids=str)

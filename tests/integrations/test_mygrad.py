@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 from autodiff import (
+    ACTIVATIONS,
     FUSED,
     LAYOUTS,
     assert_like_with_like,
     assert_moved_once,
     assert_right,
+    assert_right_through,
     drawn,
     run_example,
 )
@@ -84,6 +86,17 @@ def test_values_and_gradients(layout, fused, training, dtype):
     y, grads = differentiate(b, axis=axis, activation=activation, eps=1e-3, **options)
     assert set(grads) == set(b.differentiable)
     assert_right(b, y, grads, axis=axis, training=training, activation=activation, eps=1e-3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@modes
+def test_other_activations(activation, residual, training):
+    b = drawn(residual=residual)
+    options = {} if training else frozen(b)
+    y, grads = differentiate(b, activation=activation, **options)
+    assert set(grads) == set(b.differentiable)
+    assert_right_through(b, y, grads, training=training, activation=activation)
 
 
 @fused
