@@ -212,6 +212,13 @@ class Frame:
         """Return a statistic as contiguous float64 of shape (C,), without a copy if it is that."""
         return self._flat(array, _FLOAT64)
 
+    def statistic_or(self, array: NDArray | None, otherwise: float) -> NDArray:
+        """Call `statistic`; in place of None return an array of this value, not to be written."""
+        if array is not None:
+            return self.statistic(array)
+        same: NDArray = self.memory.constant(self.channels, otherwise, _FLOAT64)
+        return same
+
     def scale_and_shift(
         self, gamma: NDArray | None, beta: NDArray | None
     ) -> tuple[NDArray, NDArray]:

@@ -1,7 +1,8 @@
 """Batch renormalization (Ioffe 2017): training that normalises almost as inference does.
 
-No kernel of its own: r and d are constants per channel, so gamma (x_hat r + d) + beta is batch
-normalization with gamma' = gamma r and beta' = beta + gamma d.
+r and d are constants per channel, so gamma (x_hat r + d) + beta is batch normalization with
+gamma' = gamma r and beta' = beta + gamma d. Forward computes these between the two steps of its
+pass, and backward has no kernel of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from nbnorm._frame import Frame
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, X
 from nbnorm.functional import (
     BatchNormBackward,
+    ForwardCall,
     check_backward,
     check_forward,
-    flat_stats,
 )
-from nbnorm.moments import Moments
 
 Schedule = float | Callable[[int], float]
 
@@ -189,8 +189,8 @@ def batch_renorm_forward(
     Notes
     -----
     Implements Algorithm 1 of S. Ioffe, *Batch Renormalization* (2017), with running averages of the
-    variance instead of the standard deviation. Takes two sweeps over x: statistics, then y with
-    gamma r and beta + gamma d, computed in float64. Inference is `batch_norm_inference`. If a
+    variance instead of the standard deviation. gamma r and beta + gamma d are computed in float64,
+    between the statistics of a block of channels and its y. Inference is `batch_norm_inference`. If a
     standard deviation and the running one are both 0, r is 1; likewise d is 0 for equal means. An
     empty batch has r = 1 and d = 0.
 
@@ -210,7 +210,7 @@ def batch_renorm_forward(
     for name, statistic in ("running_mean", running_mean), ("running_var", running_var):
         if statistic is None:
             raise ValueError(f"{name} is None; batch renormalization requires both statistics")
-    r_max, d_max = _at_least(1, r_max, "r_max"), _at_least(0, d_max, "d_max")
+    bounds = checked_bounds(r_max, d_max)
     call = check_forward(
         x, gamma, beta, running_mean, running_var, True, momentum, eps, correction, axis,
         residual, activation, out, alone=False,
@@ -218,16 +218,20 @@ def batch_renorm_forward(
     frame, running = call.frame, call.running
     assert running is not None
     _checks.enough_values(frame.m, call.correction, "x of shape {}", frame.x.shape)
-    mean, m2 = flat_stats(frame)
-    rstd = Moments(frame.m, mean, m2).rstd(call.eps)
+    y = frame.target(call.out)
     if frame.empty:
-        r, d = frame.memory.zeros(frame.channels) + 1.0, frame.memory.zeros(frame.channels)
+        mean, rstd, d = (frame.memory.zeros(frame.channels) for _ in range(3))
+        r = frame.memory.zeros(frame.channels) + 1.0
     else:
-        old_mean, old_var = map(frame.statistic, running)
-        r, d = _corrections(mean, m2 / frame.m, old_mean, old_var, call.eps, r_max, d_max)
-    scale, shift = _folded(frame, call.gamma, call.beta, r, d)
-    y = call._replace(gamma=scale, beta=shift).apply(mean, rstd)
-    if not frame.empty:
+        mean, m2, rstd, r, d = frame.backend.renorm_forward(
+            frame.view(frame.x),
+            *parameters(call),
+            *bounds,
+            call.eps,
+            frame.view(call.residual),
+            call.activation,
+            y.written,
+        )
         frame.backend.move(*running, mean, m2, call.momentum, frame.m - call.correction)
     return BatchRenormForward(
         frame.settle(y), *(frame.home(frame.unflat(array)) for array in (mean, rstd, r, d))
@@ -331,25 +335,21 @@ def batch_renorm_backward(
     )
 
 
-def _corrections(
-    mean: NDArray,
-    var: NDArray,
-    running_mean: NDArray,
-    running_var: NDArray,
-    eps: float,
-    r_max: float,
-    d_max: float,
-) -> tuple[NDArray, NDArray]:
-    """Return r and d in float64; 0 / 0 gives r = 1 and d = 0."""
-    with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
-        std, running_std = np.sqrt(var + eps), np.sqrt(running_var + eps)
-        off = mean - running_mean
-        r = np.where(np.logical_and(std == 0, running_std == 0), 1.0, std / running_std)
-        d = np.where(np.logical_and(off == 0, running_std == 0), 0.0, off / running_std)
-        return (
-            np.minimum(np.maximum(r, 1 / r_max), r_max),
-            np.minimum(np.maximum(d, -d_max), d_max),
-        )
+def checked_bounds(r_max: Any, d_max: Any) -> tuple[float, float]:
+    """Return both bounds as floats; raise if one is not a bound. Infinity is valid."""
+    return _at_least(1, r_max, "r_max"), _at_least(0, d_max, "d_max")
+
+
+def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Return gamma, beta and the running statistics as the backend's corrections take them."""
+    frame, running = call.frame, call.running
+    assert running is not None
+    return (
+        frame.statistic_or(call.gamma, 1.0),
+        frame.statistic_or(call.beta, 0.0),
+        frame.statistic(running[0]),
+        frame.statistic(running[1]),
+    )
 
 
 def _folded(
@@ -365,7 +365,7 @@ def _folded(
 
 
 def _at_least(least: float, value: Any, name: str) -> float:
-    """Return a bound as a float; raise if it is NaN or too small. Infinity is valid."""
+    """Return a bound as a float; raise if it is NaN or too small."""
     bound = _checks.number(value, name)
     if not bound >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -94,6 +94,51 @@ def forward(
     return mean, m2, rstd
 
 
+def renorm_forward(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    r_max: float,
+    d_max: float,
+    eps: float,
+    residual: Array | None,
+    activation: Fused,
+    y: Array,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """`forward` with gamma r and beta + gamma d; return mean, M2, rstd, r and d, shape (C,) each.
+
+    gamma, beta and the running statistics are float64.
+    """
+    mean, m2, rstd = _stats(x, eps)
+    count = x.shape[0] * x.shape[2]
+    r, d = corrections(mean, m2, count, eps, running_mean, running_var, r_max, d_max)
+    # By CuPy, as the backward pass has them: a compiler might fuse the product and the sum, and
+    # ReLU's mask would not be that of y.
+    apply(x, gamma * r, beta + gamma * d, mean, rstd, residual, activation, y)
+    return mean, m2, rstd, r, d
+
+
+def corrections(
+    mean: Array,
+    m2: Array,
+    count: int,
+    eps: float,
+    running_mean: Array,
+    running_var: Array,
+    r_max: float,
+    d_max: float,
+) -> tuple[Array, Array]:
+    """Return r and d of batch renormalization, shape (C,) each; all arrays are float64."""
+    C = mean.size
+    r, d = memory.empty(C), memory.empty(C)
+    if C:  # CUDA refuses a grid without blocks
+        args = mean, m2, float(count), eps, running_mean, running_var, r_max, d_max, C, r, d
+        launch.run(kernels.corrections, "float64", "float64", _ceil(C, THREADS), THREADS, *args)
+    return r, d
+
+
 def rstd(var: Array, eps: float) -> Array:
     """Return 1 / sqrt(var + eps), shape (C,); 0 where var + eps is 0, as in `forward`."""
     result = memory.empty(var.size)

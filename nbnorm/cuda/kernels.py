@@ -17,9 +17,12 @@ from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
 from nbnorm.cuda.values import block_barrier
 
 _TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual", "ddx", "ddy"))
-_STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial", "table", "dgamma"))
-_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor"))
-# gamma and beta, running statistics: float32 or float64. In the second order, float64.
+_STATISTICS = frozenset(
+    ("mean", "rstd", "m2", "var", "sums", "partial", "table", "dgamma", "r", "d")
+)
+_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor", "r_max", "d_max"))
+# gamma and beta, running statistics: float32 or float64. In the second order and in
+# `corrections`, float64.
 _PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var", "tgamma", "tbeta"))
 
 
@@ -57,6 +60,7 @@ def finish_second_sums(dtype: str) -> Any:
 
 second_coefficients = channel.second_coefficients
 finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
+corrections = channel.corrections
 
 
 def signature(kernel: Any, dtype: str, parameters: str) -> tuple[Any, ...]:
