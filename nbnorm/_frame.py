@@ -258,8 +258,13 @@ class Frame:
         residual_ = None if activation == "relu" else self.view(residual)
         return *self.scale_and_shift(gamma, beta), residual_
 
-    def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
-        """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None."""
+    def parameter_gradient(
+        self, total: NDArray, gamma: NDArray | None, beta: NDArray | None = None
+    ) -> Array:
+        """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None.
+
+        Pass beta too for its own gradient: `_segments` has it decide the shape if gamma is None.
+        """
         dtype = self.x.dtype if gamma is None else gamma.dtype
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # IEEE results
             return self.home(self.unflat(total.astype(dtype)))

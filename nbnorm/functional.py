@@ -44,7 +44,8 @@ class BatchNormBackward(NamedTuple, Generic[X]):
     dx : array or None
         Gradient of x, with the shape, dtype and memory order of x.
     dgamma, dbeta : array or None
-        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma.
+        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma. With
+        segments they have the shape of gamma, or, if that is None, of their own argument.
     dresidual : array or None
         Gradient of the residual, with the shape and dtype of x. None if neither `y` nor `residual`
         was given.
@@ -685,7 +686,7 @@ def _backward(
     return BatchNormBackward(
         dx and frame.settle(dx),
         frame.parameter_gradient(sums[1], call.gamma) if wanted.dgamma else None,
-        frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
+        frame.parameter_gradient(sums[0], call.gamma, call.beta) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 

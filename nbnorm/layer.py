@@ -398,22 +398,29 @@ class BatchNorm:
         self.training = False
         return self
 
-    def set_statistics(self, moments: Moments) -> None:
-        """Set the running statistics, in place, from moments; `num_batches_tracked` stays.
+    def set_statistics(self, moments: Moments, *, num_batches_tracked: int | None = None) -> None:
+        """Set the running statistics, in place, from moments.
 
         Parameters
         ----------
         moments : Moments
             Usually those of a whole data set: `batch_norm_stats` of every chunk, merged. The
             running variance becomes M2 / (count - correction), with the layer's correction.
+        num_batches_tracked : int, optional
+            The layer's new `num_batches_tracked`: as how many batches the statistics count when
+            further ones are averaged with ``momentum=None`` or ``debias=True``. None keeps the
+            layer's number; but where it weights batches and is 0, so that the next batch would
+            replace the statistics, it becomes 1.
 
         Raises
         ------
         TypeError
-            The mean or M2 is not a floating array, or the count is not an int.
+            The mean or M2 is not a floating array, or the count is not an int;
+            num_batches_tracked is not an integer.
         ValueError
             The layer keeps no running statistics, or they are read-only or share memory with each
-            other or a parameter; the moments have too few values or the wrong shape.
+            other or a parameter; the moments have too few values or the wrong shape;
+            num_batches_tracked is negative.
 
         Examples
         --------
@@ -432,6 +439,11 @@ class BatchNorm:
             raise ValueError("moments.count is an array, expected one count; merge segments first")
         if moments.count == 0:
             raise ValueError("moments.count is 0, expected at least one value per channel")
+        tracked = self.num_batches_tracked
+        if num_batches_tracked is not None:
+            tracked = _checks.batches(num_batches_tracked)
+        elif self.momentum is None or self.debias:
+            tracked = max(tracked, 1)
         # Start from zeros: a NaN in the old statistics would survive a factor of 0.
         zeros = np.zeros(self.running_mean.shape, self.dtype)
         mean, m2 = (on_host(take_floating(getattr(moments, n), n)) for n in ("mean", "m2"))
@@ -442,6 +454,7 @@ class BatchNorm:
         self._arrays_to_write()
         overwrite(self.running_mean, mean)
         overwrite(self.running_var, var)
+        self.num_batches_tracked = tracked
 
     def state_dict(self) -> dict[str, NDArray]:
         """Return copies of parameters and statistics under PyTorch's names.

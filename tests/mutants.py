@@ -165,7 +165,8 @@ SEGMENTS = of(
         ("strides if fitting else None", "strides"),
         ('if name.startswith("running") or rank', "if rank"),
         ("if self._equal:", "if True:"),
-        ("if gamma is None or gamma.ndim == len(self._of_part):", "if gamma is None:"),
+        ("if len(shape) == len(self._of_part):", "if gamma is None:"),
+        ("like = beta if gamma is None else gamma", "like = gamma"),
         ("and packed and len(set(counts)) == 1:", "and packed:"),
         ("            if end > begin:", "            if True:"),
         ("weight = slice(g * self._C, (g + 1) * self._C), count / total",
@@ -227,7 +228,7 @@ FUNCTIONAL = of(
         ("dresidual and added", "dresidual"),
         ("if wanted.dx and training:", "if wanted.dx:"),
         ("parameter_gradient(sums[1], call.gamma)", "parameter_gradient(sums[0], call.gamma)"),
-        ("parameter_gradient(sums[0], call.gamma)", "parameter_gradient(sums[1], call.gamma)"),
+        ("parameter_gradient(sums[0], call.gamma,", "parameter_gradient(sums[1], call.gamma,"),
     ),
     (
         "test_errors.py::test_too_few_values_per_channel",
@@ -573,6 +574,8 @@ LAYER = of(
     (
         "test_averages.py",
         ("elif self.debias and training and self.running_mean is not None:", "elif self.debias:"),
+        ("tracked = max(tracked, 1)", "tracked = 1"),
+        ("        elif self.momentum is None or self.debias:\n", "        elif self.debias:\n"),
     ),
     (
         "test_renorm.py",
