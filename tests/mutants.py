@@ -599,9 +599,6 @@ RENORM = of(
         ("if batch <= self.begin:", "if batch < self.begin:"),
         ('raise ValueError(f"{name} is None; batch', 'return None  # (f"{name} is None; batch'),
         ("    if not bound >= least:", "    if bound < least:"),
-        ("np.where(np.logical_and(std == 0, running_std == 0), 1.0,", "np.where(False, 1.0,"),
-        ("np.where(np.logical_and(off == 0, running_std == 0), 0.0,", "np.where(False, 0.0,"),
-        ("np.maximum(r, 1 / r_max)", "np.maximum(r, 0)"),
         ("r_ * sums[1]", "sums[1]"),
         (" + d_ * sums[0]", ""),
         ("scale, shift = wide * r, wide * d", "scale, shift = wide * r, d"),
@@ -613,7 +610,23 @@ RENORM = of(
         ),
         ('out_ = frame.out(out, inplace="dy")', "out_ = None"),
     ),
-)
+) + of(
+    "cpu/channel",
+    (
+        "test_renorm.py",
+        ("1.0 if std == 0 and running_std == 0 else std / running_std", "std / running_std"),
+        ("0.0 if off == 0 and running_std == 0 else off / running_std", "off / running_std"),
+        ("clipped(ratio, 1 / r_max, r_max)", "clipped(ratio, 0.0, r_max)"),
+        ("beta[c] + gamma[c] * d[c]", "beta[c] + d[c]"),
+    ),
+) + of(
+    "cpu/kernels",
+    (
+        "test_renorm.py::test_one_pass_is_statistics_then_apply_to_the_bit",
+        ("            renormalise(norm, m2, grid, eps, _FIRST, grid[1])\n", ""),
+        ("        renormalise(norm, m2, grid, eps, c0, c1)\n", ""),
+    ),
+)  # fmt: skip
 
 INTRINSICS = of(
     "cpu/intrinsics",
