@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -211,41 +211,12 @@ class BatchNorm:
         ValueError
             With `inplace`: a residual, a gamma of 0 in training, or an x that is read-only.
         """
-        if self.inplace:
-            self._check_inplace(x, residual)
-        if type(x) is not np.ndarray or self._device is not None:
-            self._follow(x)
-        collecting = self._seen is not None
-        training = self.training or collecting or self.running_mean is None
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / (self.num_batches_tracked + 1)
-        elif self.debias and training and self.running_mean is not None:
-            momentum = debiased(momentum, self.num_batches_tracked)
-        given = {"groups": groups, "offsets": offsets}
-        segments = {name: value for name, value in given.items() if value is not None}
-        normalise = self._collect if collecting else self._normalise
-        if self.renorm is not None and training and not collecting:
-            if segments:
-                raise ValueError(f"{', '.join(segments)} cannot be combined with renorm")
-            normalise = self._renormalise
-        y: X
-        y, mean, rstd, *renorm, values = normalise(
-            x,
-            training,
-            gamma=self.parameters.get("weight"),
-            beta=self.parameters.get("bias"),
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            momentum=momentum,
-            eps=self.eps,
-            correction=self.correction,
-            axis=self.axis,
-            residual=residual,
-            activation=self.activation,
-            out=x if self.inplace else None,
-            **segments,
+        normalise, training, options, segments = self._prepared(
+            x, residual, groups=groups, offsets=offsets
         )
+        y: X
+        y, mean, rstd, *renorm, values = normalise(x, training, **options, **segments)
+        collecting = self._seen is not None
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
         added, fused = residual is not None, self.activation is not None
@@ -261,6 +232,46 @@ class BatchNorm:
     def __call__(self, x: X, residual: Array | None = None, **segments: Any) -> X:
         """Call `forward`."""
         return self.forward(x, residual, **segments)
+
+    def _prepared(
+        self, x: Array, residual: Array | None, **given: Any
+    ) -> tuple[Callable[..., Any], bool, dict[str, Any], dict[str, Any]]:
+        """Check what the layer refuses by itself; return how to normalise x.
+
+        That is a function of x, whether x has its own statistics, the options of the function, and
+        the segments among them.
+        """
+        if self.inplace:
+            self._check_inplace(x, residual)
+        if type(x) is not np.ndarray or self._device is not None:
+            self._follow(x)
+        collecting = self._seen is not None
+        training = self.training or collecting or self.running_mean is None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (self.num_batches_tracked + 1)
+        elif self.debias and training and self.running_mean is not None:
+            momentum = debiased(momentum, self.num_batches_tracked)
+        segments = {name: value for name, value in given.items() if value is not None}
+        normalise = self._collect if collecting else self._normalise
+        if self.renorm is not None and training and not collecting:
+            if segments:
+                raise ValueError(f"{', '.join(segments)} cannot be combined with renorm")
+            normalise = self._renormalise
+        options = {
+            "gamma": self.parameters.get("weight"),
+            "beta": self.parameters.get("bias"),
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "momentum": momentum,
+            "eps": self.eps,
+            "correction": self.correction,
+            "axis": self.axis,
+            "residual": residual,
+            "activation": self.activation,
+            "out": x if self.inplace else None,
+        }
+        return normalise, training, options, segments
 
     def _check_inplace(self, x: Array, residual: Array | None) -> None:
         """Raise if y must not be written over x, or would not determine x_hat."""

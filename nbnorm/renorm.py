@@ -19,6 +19,7 @@ from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, X
 from nbnorm.functional import (
+    BackwardCall,
     BatchNormBackward,
     ForwardCall,
     check_backward,
@@ -220,8 +221,8 @@ def batch_renorm_forward(
     _checks.enough_values(frame.m, call.correction, "x of shape {}", frame.x.shape)
     y = frame.target(call.out)
     if frame.empty:
-        mean, rstd, d = (frame.memory.zeros(frame.channels) for _ in range(3))
-        r = frame.memory.zeros(frame.channels) + 1.0
+        mean, rstd = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
+        r, d = _none(frame)
     else:
         mean, m2, rstd, r, d = frame.backend.renorm_forward(
             frame.view(frame.x),
@@ -317,19 +318,11 @@ def batch_renorm_backward(
     frame, wanted = call.frame, call.wanted(output_mask)
     r_, d_ = (frame.statistic(frame.required(a, name)) for a, name in ((r, "r"), (d, "d")))
     out_ = frame.out(out, inplace="dy")
-    scale, shift = _folded(frame, call.gamma, call.beta, r_, d_)
-    if call.from_y:
-        _checks.divisor(on_host(scale), frame.x.dtype, on_host(frame.statistic(call.rstd)))
-    folded = call._replace(gamma=scale, beta=shift)
+    folded = with_corrections(call, r_, d_)
     dx, sums, dresidual = folded.gradients(wanted, True, out_)
-    dgamma = None
-    if wanted.dgamma:
-        with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
-            total = r_ * sums[1] + d_ * sums[0]
-        dgamma = frame.parameter_gradient(total, call.gamma)
     return BatchNormBackward(
         dx and frame.settle(dx),
-        dgamma,
+        frame.parameter_gradient(gamma_sum(sums, r_, d_), call.gamma) if wanted.dgamma else None,
         frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
@@ -350,6 +343,41 @@ def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
         frame.statistic(running[0]),
         frame.statistic(running[1]),
     )
+
+
+def corrected(
+    call: ForwardCall, mean: NDArray, m2: NDArray, count: int, bounds: tuple[float, float]
+) -> tuple[ForwardCall, NDArray, NDArray]:
+    """Return the call with gamma r and beta + gamma d, r and d, for moments of `count` values."""
+    frame = call.frame
+    if count == 0:
+        r, d = _none(frame)
+    else:
+        population = parameters(call)[2:]
+        r, d = frame.backend.corrections(mean, m2, count, call.eps, *population, *bounds)
+    scale, shift = _folded(frame, call.gamma, call.beta, r, d)
+    return call._replace(gamma=scale, beta=shift), r, d
+
+
+def with_corrections(call: BackwardCall, r: NDArray, d: NDArray) -> BackwardCall:
+    """Return the call of batch normalization that has the same dx."""
+    scale, shift = _folded(call.frame, call.gamma, call.beta, r, d)
+    if call.from_y:
+        rstd = call.frame.statistic(call.rstd)
+        _checks.divisor(on_host(scale), call.frame.x.dtype, on_host(rstd))
+    return call._replace(gamma=scale, beta=shift)
+
+
+def gamma_sum(sums: NDArray, r: NDArray, d: NDArray) -> NDArray:
+    """Return dgamma in float64, of shape (C,), from sum dy and sum dy x_hat."""
+    with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
+        total: NDArray = r * sums[1] + d * sums[0]
+        return total
+
+
+def _none(frame: Frame) -> tuple[NDArray, NDArray]:
+    """Return r and d without an effect, for a batch without values."""
+    return frame.memory.zeros(frame.channels) + 1.0, frame.memory.zeros(frame.channels)
 
 
 def _folded(

@@ -144,7 +144,7 @@ FROM_Y = of(
     "layer",
     (
         "test_from_y.py",
-        ("out=x if self.inplace else None", "out=None"),
+        ('"out": x if self.inplace else None', '"out": None'),
         ("kept_x = None if self.inplace else x", "kept_x = x"),
         ("if self.training and \"weight\" in", "if \"weight\" in"),
         ('_checks.writable(taken, "x", _OVERWRITTEN)', "pass"),
@@ -584,6 +584,25 @@ LAYER = of(
     ),
 )
 
+DISTRIBUTED = of(
+    "distributed/_layer",
+    (
+        "test_distributed.py",
+        ("                Ranks(self.comm).refuse(error)", "                pass"),
+        ("            if self._synchronised():\n                Ranks", "            if True:\n                Ranks"),
+        ("if prepared[-1] and self._synchronised():", "if False:"),
+        ("corrections=saved.renorm, out=None", "out=None"),
+    ),
+) + of(
+    "distributed/_functional",
+    (
+        "test_distributed.py",
+        ("gamma_sum(own, *renorm) if renorm else own[1]", "own[1]"),
+        ("(with_corrections(call, *renorm) if renorm else call).operands()", "call.operands()"),
+        ('**dict(zip(("r_max", "d_max"), limits or (), strict=False)),', ""),
+    ),
+) + of("renorm", ("test_distributed.py", ("    if count == 0:\n", "    if False:\n")))  # fmt: skip
+
 RUNNING = of(
     "_running",
     (
@@ -599,10 +618,10 @@ RENORM = of(
         ("if batch <= self.begin:", "if batch < self.begin:"),
         ('raise ValueError(f"{name} is None; batch', 'return None  # (f"{name} is None; batch'),
         ("    if not bound >= least:", "    if bound < least:"),
-        ("r_ * sums[1]", "sums[1]"),
-        (" + d_ * sums[0]", ""),
+        ("r * sums[1]", "sums[1]"),
+        (" + d * sums[0]", ""),
         ("scale, shift = wide * r, wide * d", "scale, shift = wide * r, d"),
-        ("call._replace(gamma=scale, beta=shift)\n    dx", "call._replace(gamma=scale)\n    dx"),
+        ("call._replace(gamma=scale, beta=shift)\n\n", "call._replace(gamma=scale)\n\n"),
         ("folded.gradients(wanted, True, out_)", "folded.gradients(wanted, False, out_)"),
         (
             '    _checks.enough_values(frame.m, call.correction, "x',
@@ -1051,6 +1070,7 @@ MUTANTS = [
     *(
         *STORAGE,
         *MOMENTS,
+        *DISTRIBUTED,
         *RUNNING,
         *LAYER,
         *RENORM,

@@ -399,10 +399,6 @@ def test_options_that_make_no_sense_together():
     for bad in (True, (3.0, 5.0), {"r_max": 3.0}, 3.0):
         with pytest.raises(TypeError, match=r"renorm must be an nbnorm\.Renorm or None, got"):
             BatchNorm(3, renorm=bad)
-    from nbnorm.distributed import SelfComm, SyncBatchNorm
-
-    with pytest.raises(ValueError, match="renorm must be None: SyncBatchNorm"):
-        SyncBatchNorm(3, comm=SelfComm(), renorm=Renorm())
 
 
 def test_repr_names_renorm():
