@@ -191,8 +191,8 @@ def batch_renorm_forward(
     -----
     Implements Algorithm 1 of S. Ioffe, *Batch Renormalization* (2017), with running averages of the
     variance instead of the standard deviation. gamma r and beta + gamma d are computed in float64,
-    between the statistics of a block of channels and its y. Inference is `batch_norm_inference`. If a
-    standard deviation and the running one are both 0, r is 1; likewise d is 0 for equal means. An
+    between the statistics of a block of channels and its y. Inference is `batch_norm_inference`. If
+    a standard deviation and the running one are both 0, r is 1; likewise d is 0 for equal means. An
     empty batch has r = 1 and d = 0.
 
     Examples

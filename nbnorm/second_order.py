@@ -223,7 +223,8 @@ def batch_norm_jvp(
         if tx_ is not None:
             frame.backend.jvp(
                 frame.view(tx_), x_, frame.statistic_or(gamma_, 1.0), *statistics,
-                frame.statistic_or(tgamma_, 0.0), frame.statistic_or(tbeta_, 0.0), training, ty.written,
+                frame.statistic_or(tgamma_, 0.0), frame.statistic_or(tbeta_, 0.0), training,
+                ty.written,
             )  # fmt: skip
         else:
             a, b = _scale_and_shift(frame, tgamma_, tbeta_)

@@ -390,9 +390,8 @@ def renormalises_with_the_statistics_of_all_ranks(comm):
             batch = Batch(comm)
             layer = SyncBatchNorm(4, comm=comm, **options)
             single = nbnorm.BatchNorm(4, **options)
-            for name in ("weight", "bias"):
-                for one in (layer, single):
-                    one.parameters[name][...] = getattr(batch, {"weight": "gamma"}.get(name, "beta"))
+            for one in (layer, single):
+                one.parameters["weight"][...], one.parameters["bias"][...] = batch.gamma, batch.beta
             for seed in range(3):
                 whole = np.random.default_rng(seed).normal(2 * seed, 1 + seed, batch.x.shape)
                 added = (batch.residual,) if with_residual else ()
@@ -414,7 +413,8 @@ def renormalises_no_values(comm):
     layer = SyncBatchNorm(4, comm=comm, renorm=nbnorm.Renorm(3, 5))
     x = np.ones((0, 4, 2), np.float32)
     assert layer.forward(x).shape == layer.backward(x).shape == x.shape
-    assert_same_bits(layer.running_mean, np.zeros(4, np.float32))
+    for array in (layer.running_mean, *layer.grads.values()):
+        assert_same_bits(array, np.zeros(4, np.float32))
     assert layer.num_batches_tracked == 0
 
 

@@ -589,7 +589,7 @@ DISTRIBUTED = of(
     (
         "test_distributed.py",
         ("                Ranks(self.comm).refuse(error)", "                pass"),
-        ("            if self._synchronised():\n                Ranks", "            if True:\n                Ranks"),
+        ("if self._synchronised():\n                Ranks", "if True:\n                Ranks"),
         ("if prepared[-1] and self._synchronised():", "if False:"),
         ("corrections=saved.renorm, out=None", "out=None"),
     ),

@@ -6,11 +6,11 @@ size of a standard deviation, so it keeps digits that a mean of 1e6 standard dev
 to rounding at every merge.
 
 `norm` is (mean, rstd, gamma, beta), arrays of shape (C,), the first two float64, and, in a backward
-pass, an activation other than ReLU. In a forward pass of batch renormalization gamma and beta
-are results of `fold`, and the fifth is (population, gamma, beta, r, d), see `corrections`. `like` is an array of the compute dtype, to which coefficients
-are rounded. Loops over channels run through `each`,
-which vectorises them: merging 49 chunks of 1024 channels one by one took a quarter of forward's
-time.
+pass, an activation other than ReLU. In a forward pass of batch renormalization gamma and beta are
+results of `fold`, and the fifth is (population, gamma, beta, r, d), see `corrections`. `like` is an
+array of the compute dtype, to which coefficients are rounded. Loops over channels run through
+`each`, which vectorises them: merging 49 chunks of 1024 channels one by one took a quarter of
+forward's time.
 """
 
 import numpy as np

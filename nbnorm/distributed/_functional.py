@@ -148,6 +148,7 @@ def sync_batch_norm_forward(
             correction=correction, axis=axis, residual=residual, activation=activation, out=out,
         )  # fmt: skip
         return SyncBatchNormForward(*alone, _values_per_channel(x, axis))
+    forward: SyncBatchNormForward[X]
     forward, *_ = forward_of_all(
         comm, x, gamma, beta, running_mean, running_var, momentum, eps, correction, axis, residual,
         activation, out,

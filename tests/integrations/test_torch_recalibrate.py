@@ -83,8 +83,8 @@ def test_recalibrated_by_all_that_was_seen(dtype, momentum, converted):
 @pytest.mark.parametrize("converted", [True, False])
 @pytest.mark.parametrize(("momentum", "trained"), [(None, 0), (None, 3), (0.1, 0)])
 def test_a_cumulative_average_does_not_forget_the_statistics(converted, momentum, trained):
-    model, batches = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)).double(), torch.arange(36.0)
-    *batches, last = batches.double().reshape(3, 4, 3)
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)).double()
+    *batches, last = torch.arange(36.0).double().reshape(3, 4, 3)
     if converted:
         convert(model)
     for _ in range(trained):
