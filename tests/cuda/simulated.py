@@ -51,6 +51,7 @@ REACHED = {  # kernels that each function launches
     "forward": ["stats", "finish_moments", "apply"],
     "apply": ["apply"],
     "rstd": ["rstd_all"],
+    "corrections": ["corrections"],
     "backward_reduce": ["backward_reduce", "finish_sums"],
     "backward_apply": ["backward_apply"],
     "backward": ["backward_reduce", "finish_sums", "backward_apply"],
@@ -925,6 +926,39 @@ def test_rstd_of_any_number_of_channels(C, eps):
     expected = np.where(var + eps == 0, 0, 1 / np.sqrt(np.maximum(var + eps, 1e-300)))
     got = call("rstd", var, eps)
     assert_within(got, expected, 2 * relative_unit(np.float64) * expected, "rstd")
+
+
+@pytest.mark.parametrize("C", [1, 64, 65])
+@pytest.mark.parametrize("bounds", [(1.0, 0.0), (1.2, 0.3), (np.inf, np.inf)])
+def test_corrections_of_any_number_of_channels(C, bounds):
+    rng = np.random.default_rng(C)
+    mean, running_mean = rng.normal(size=(2, C))
+    m2, running_var = rng.uniform(0.1, 9, (2, C))
+    mean[-1], r_max, d_max = np.nan, *bounds
+    got = call("corrections", mean, m2, 7, 1e-3, running_mean, running_var, r_max, d_max)
+    running_std = np.sqrt(running_var + 1e-3)
+    r = np.clip(np.sqrt(m2 / 7 + 1e-3) / running_std, 1 / r_max, r_max)
+    d = np.clip((mean - running_mean) / running_std, -d_max, d_max)
+    for one, expected in zip(got, (r, d), strict=True):
+        assert_same_bits(one, expected)
+
+
+@both
+def test_renormalisation_folds_its_corrections(arena, shape):
+    recipe = Recipe(shape, 1, offset=3.0)
+    x, C = recipe.x(), shape[1]
+    gamma, beta, running_mean = np.random.default_rng(1).normal(size=(3, C))
+    y, applied = arena.wanted(x), arena.wanted(x)
+    population = running_mean, np.full(C, 2.0), 1.1, 0.4
+    x_ = arena.given(x)
+    mean, m2, rstd, r, d = backend.renorm_forward(
+        x_, gamma, beta, *population, 1e-5, None, "relu", y
+    )
+    again = backend.corrections(mean, m2, shape[0] * shape[2], 1e-5, *population)
+    for one, other in zip((r, d), again, strict=True):
+        assert_same_bits(one, other)
+    backend.apply(x_, gamma * r, beta + gamma * d, mean, rstd, None, "relu", applied)
+    assert_same_bits(y, applied)
 
 
 @pytest.mark.parametrize("C", [1, 64, 65])
