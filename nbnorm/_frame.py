@@ -106,13 +106,13 @@ class Frame:
     def required_like_x(self, array: Array, name: str) -> NDArray:
         """Return dy, residual or y as an array; raise unless it has x's shape and dtype.
 
-        dy and residual may also be float32 in CPU memory, where x is float16 or bfloat16: kernels
-        compute these in float32 anyway, and are compiled for the dtype that they load.
+        dy and residual may also be float32 where x is float16 or bfloat16: kernels compute these in
+        float32 anyway, and are compiled for the dtype that they load.
         """
         taken = take(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
-        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32 and type(self.x) is np.ndarray
+        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32
         if not (wider and name != "y"):
             _checks.same_dtype(taken, name, self.x, self._name)
         _checks.same_shape(taken, name, self.x, self._name)

@@ -1,7 +1,7 @@
 """CUDA backend: batch normalization of (N, C, S) device arrays, same functions as `nbnorm.cpu`.
 
 x, dy, y, residual, dx and dresidual are CuPy arrays of shape (N, C, S), with no axis of length 0
-and one dtype, in a layout that `_layout` accepts. Per-channel arrays have shape (C,) and are
+and one dtype (but dy and residual may be float32 beside a half-precision x), in a layout that `_layout` accepts. Per-channel arrays have shape (C,) and are
 contiguous float64; gamma and beta may both be float32 instead. Nothing is checked here, and nothing
 waits for the device. CuPy allocates all memory, on its current stream.
 
@@ -23,7 +23,7 @@ from nbnorm._typing import Array
 from nbnorm.activations import Activation, Fused, with_own_kernels
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
-from nbnorm.cuda.plan import THREADS, VECTOR, plan, residence
+from nbnorm.cuda.plan import THREADS, VECTOR, Names, plan, residence
 from nbnorm.cuda.values import WARP
 
 
@@ -60,7 +60,8 @@ def apply(
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     tensors = x, residual, y
-    ready = _pass("apply", x, gamma, *tensors, activation=with_own_kernels(activation))
+    own = with_own_kernels(activation)
+    ready = _pass("apply", x, gamma, *tensors, activation=own, wide=_wide(x, residual=residual))
     floor = 0.0 if activation == "relu" else -inf
     _run(ready, x, tensors, mean, rstd, gamma, beta, floor, residual is not None)
 
@@ -77,7 +78,8 @@ def forward(
     """Normalise x with its own statistics into y, as `apply`; return mean, M2, rstd, (C,) each."""
     tensors = x, residual, y
     own = with_own_kernels(activation)
-    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=own)
+    wide = _wide(x, residual=residual)
+    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=own, wide=wide)
     if fused is None:
         mean, m2, rstd = _stats(x, eps)
         apply(x, gamma, beta, mean, rstd, residual, activation, y)
@@ -185,7 +187,8 @@ def backward_reduce(
     C = x.shape[1]
     empty = memory.empty
     tensors = dy, x, y
-    ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation)
+    wide = _wide(x, dy=dy, y=y)
+    ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation, wide=wide)
     partial, sums = empty((2, C, ready.chunks)), empty((2, C))
     mask, beta_ = _mask(gamma, beta, y, activation)
     _run(ready, x, tensors, mean, rstd, gamma, beta_, mask, partial)
@@ -215,7 +218,8 @@ def backward_apply(
     through the activation.
     """
     tensors = dy, x, y, dx, dresidual
-    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation)
+    wide = _wide(x, dy=dy, y=y)
+    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation, wide=wide)
     mask, beta_ = _mask(gamma, beta, y, activation)
     outs = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
@@ -240,7 +244,8 @@ def backward(
     """Call `backward_reduce`, then `backward_apply` with its sums; return the sums."""
     N, C, S = x.shape
     tensors = dy, x, y, dx, dresidual
-    fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation)
+    wide = _wide(x, dy=dy, y=y)
+    fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation, wide=wide)
     if fused is None:
         sums = backward_reduce(dy, x, gamma, mean, rstd, beta, y, activation)
         backward_apply(dy, x, gamma, mean, rstd, sums, N * S, beta, y, dx, dresidual, activation)
@@ -278,7 +283,8 @@ def jvp(
     statistics = mean, rstd, gamma, tgamma, tbeta
     table, _ = _second_table(statistics, sums, _count(x, training), False)
     tensors = tx, None, x, ty, None
-    _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, False)
+    ready = _pass("second_apply", x, gamma, *tensors, wide=_wide(x, ddx=tx))
+    _run(ready, x, tensors, mean, table, False)
 
 
 def double_backward(
@@ -300,7 +306,8 @@ def double_backward(
     """
     C = x.shape[1]
     read, count = (ddx, dy, x), _count(x, training)
-    ready = _pass("second_reduce", x, gamma, *read)
+    wide = _wide(x, ddx=ddx, dy=dy)
+    ready = _pass("second_reduce", x, gamma, *read, wide=wide)
     partial, sums = memory.empty((5, C, ready.chunks)), memory.empty((5, C))
     _run(ready, x, read, mean, rstd, partial)
     dtype = ready.dtype
@@ -308,7 +315,7 @@ def double_backward(
     launch.run(kernels.finish_second_sums(dtype), dtype, dtype, _warps(C), THREADS, *args)
     table, dgamma = _second_table((mean, rstd, gamma, ddgamma, ddbeta), sums, count, True)
     tensors = ddx, dy, x, ddy, dx
-    _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, True)
+    _run(_pass("second_apply", x, gamma, *tensors, wide=wide), x, tensors, mean, table, True)
     return dgamma
 
 
@@ -367,10 +374,11 @@ def _pass(
     parameters: Array,
     *tensors: Array | None,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> _Pass:
     """Prepare a kernel for these tensors, given in the order of its arguments."""
-    placed = _placed(tensors)
-    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *placed, activation=activation)
+    placed, how = _placed(tensors), {"activation": activation, "wide": wide}
+    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *placed, **how)
     assert ready is not None
     return ready
 
@@ -382,6 +390,7 @@ def _fused(
     *tensors: Array | None,
     keeps: int,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> _Pass | None:
     """Prepare a kernel that reads memory once and keeps `keeps` tensors on chip; None if it cannot.
 
@@ -394,7 +403,7 @@ def _fused(
         return None
     return _prepared(
         name, x.shape, x.dtype, parameters.dtype, *_placed(tensors),
-        resident=resident, activation=activation,
+        resident=resident, activation=activation, wide=wide,
     )  # fmt: skip
 
 
@@ -406,7 +415,10 @@ def _may_keep(shape: Axes, itemsize: int, keeps: int, shared: int, clusters: boo
 
 
 def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
-    """Return whether all tensors begin at a multiple of a vector; their strides, None if absent."""
+    """Return whether all tensors begin at a multiple of a vector; their strides and itemsizes.
+
+    An absent tensor has None.
+    """
     address, addresses = launch.address, 0
     strides: list[Axes | None] = []
     for tensor in tensors:
@@ -414,8 +426,15 @@ def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
             strides.append(None)
         else:
             addresses |= address(tensor)
-            strides.append(tensor.strides)
+            strides.append((*tensor.strides, tensor.itemsize))
     return addresses % VECTOR == 0, *strides
+
+
+def _wide(x: Array, **tensors: Array | None) -> Names:
+    """Return the names of tensors that are float32 although x is float16 or bfloat16."""
+    if x.itemsize > 2:
+        return ()
+    return tuple(name for name, t in tensors.items() if t is not None and t.itemsize > 2)
 
 
 @lru_cache(maxsize=4096)
@@ -428,8 +447,11 @@ def _prepared(
     *strides: Axes | None,
     resident: tuple[int, int, bool] | None = None,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> _Pass | None:
     """Prepare a kernel; an absent tensor, which the kernel does not touch, has strides 0.
+
+    `strides` are those of n, c and s in bytes, followed by the itemsize.
 
     `resident` is None or, for a kernel that reads memory once, how many tensors it keeps on chip,
     followed by the device's limits. Returns None if they do not fit.
@@ -437,7 +459,7 @@ def _prepared(
     N, C, S = shape
     itemsize = dtype.itemsize
     divisible = VECTOR if aligned else 1
-    for n_stride, c_stride, _ in filter(None, strides):
+    for n_stride, c_stride, *_ in filter(None, strides):
         if N > 1:
             divisible |= n_stride
         if S >= PLANE and C > 1:
@@ -451,17 +473,18 @@ def _prepared(
         step = 2
         geometry = (C, S, N, cut.group, cut.lanes, cut.per, cut.chunks)
     for stride in strides:
-        views += 0, *(s // itemsize for s in (stride or (0, 0))[: step - 1])
+        *of_axes, size = stride or (0, 0, 1)
+        views += 0, *(s // size for s in of_axes[: step - 1])
     blocks, cluster, shared = cut.blocks, 1, 0
     of = cut.traversal, dtype.name, cut.width
     if resident is None:
-        source = kernels.build(*of, activation)
+        source = kernels.build(*of, activation, wide)
     else:
         kept = None if divisible % VECTOR else residence(cut, *resident)
         if kept is None:
             return None
         cluster, each, blocks, shared = kept
-        source = kernels.fused(*of, cluster > 1, activation)
+        source = kernels.fused(*of, cluster > 1, activation, wide)
         geometry += cluster, each
     return _Pass(
         getattr(source, name), dtype.name, parameters.name, blocks, cluster, shared, cut.chunks,

@@ -24,6 +24,9 @@ STORED_AS_ZERO = {"float16": 2.0**-25, "bfloat16": 2.0**-134}
 LANES = 32  # least number of threads side by side, if a sample has as many vectors
 
 
+Names = tuple[str, ...]  # of tensors that are float32 although x is float16 or bfloat16
+
+
 class Plan(NamedTuple):
     """How a pass is divided.
 

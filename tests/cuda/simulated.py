@@ -5,7 +5,7 @@ Blocks have two warps and chunks few values, so that small shapes have many of b
 
 import inspect
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -33,7 +33,7 @@ from tolerances import (
 )
 
 from nbnorm import activation, reference
-from nbnorm.activations import TABLE
+from nbnorm.activations import TABLE, with_own_kernels
 
 THREADS, CHUNK, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
 backend = simulator.load(THREADS=THREADS, CHUNK=CHUNK)
@@ -913,6 +913,73 @@ def test_second_order_beyond_float32(arena, shape, of_x, of_ddx, of_dy):
     """Factors or sums leave float32's range, and results do not."""
     recipe = Recipe(shape, 1, scale=of_x, eps=0.0, gamma_dtype="float64")
     check_second_order(arena, recipe, scales=(of_ddx, of_dy))
+
+
+# -- mixed precision ------------------------------------------------------------------------------
+
+
+def passes_of(arena, x, dy, residual, activation, layout):
+    """Return the results of all functions for x beside these dy and residual."""
+    C = x.shape[1]
+    gamma, beta = np.linspace(0.5, 2, C), np.linspace(-1, 1, C)
+    gamma[C // 2] = 1e-42  # its columns need a unit, and are done one after the other
+    x_, dy_, residual_ = (arena.given(values, **layout) for values in (x, dy, residual))
+    y, dx, dresidual, ddy, dx2, ty = (arena.wanted(x, **layout) for _ in range(6))
+    own = with_own_kernels(activation)
+    mean, m2, rstd = backend.forward(x_, gamma, beta, 1e-5, residual_, activation, y)
+    kept = residual_ if own is not None else y if activation else None
+    args = dy_, x_, gamma, mean, rstd, beta if own is not None else None, kept
+    sums = backend.backward(*args, dx, dresidual, own)
+    again = backend.backward_reduce(*args, own)
+    dgamma = backend.double_backward(dy_, dy_, x_, gamma, mean, rstd, beta, beta, True, ddy, dx2)
+    backend.jvp(dy_, x_, gamma, mean, rstd, beta, beta, True, ty)
+    results = y, dx, dresidual, sums, again, ddy, dx2, ty, dgamma, mean, m2, rstd
+    return [np.array(result) for result in results]
+
+
+def same_beside_float32(arena, recipe, name=None, layout=None, *, dy=True, residual=True):
+    """Check that float32 in place of halves changes no bit: kernels compute both in float32."""
+    act = activation(name) if name == "silu" else name
+    x, *halves = recipe.x(), recipe.like_x(5), recipe.like_x(6)
+    wide = [
+        a.astype(np.float32 if w else a.dtype) for a, w in zip(halves, (dy, residual), strict=True)
+    ]
+    expected = passes_of(arena, x, *halves, act, layout or {})
+    for one, other in zip(passes_of(arena, x, *wide, act, layout or {}), expected, strict=True):
+        assert_same_bits(one, other)
+
+
+@both
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "relu"), ("bfloat16", "silu")])
+@pytest.mark.parametrize("once", [False, True])
+def test_float32_beside_halves_has_the_bits_of_equal_halves(arena, shape, dtype, name, once):
+    with fused() if once else nullcontext():
+        same_beside_float32(arena, Recipe(shape, 1, dtype=dtype, offset=2.0), name)
+
+
+@pytest.mark.parametrize("dy", [True, False])
+def test_one_tensor_of_float32_beside_halves(arena, dy):
+    for shape in ((2, 3, 289), (9, 5, 2)):  # read value by value
+        same_beside_float32(arena, Recipe(shape, 1, dtype="float16"), dy=dy, residual=not dy)
+
+
+@both
+@pytest.mark.parametrize("layout", [{"first": 1}, {"first": 4}, {"sample_gap": 4}], ids=str)
+def test_float32_beside_halves_in_any_layout(arena, shape, layout):
+    """Vectors of float32 and of halves are aligned at different indices."""
+    same_beside_float32(arena, Recipe(shape, 1, dtype="float16"), "relu", layout)
+
+
+@both
+def test_a_float32_residual_is_not_rounded(arena, shape):
+    recipe = Recipe(shape, 1, dtype="float16")
+    x, C = recipe.x(), shape[1]
+    residual = (-recipe.like_x(6).astype(np.float32) * (1 + 2.0**-13)).astype(np.float32)
+    rounded, y = residual.astype(np.float16), arena.wanted(x)
+    norm = np.full(C, -1.0), np.zeros(C), np.zeros(C), np.ones(C)
+    backend.apply(arena.given(rounded), *norm, arena.given(residual), None, y)
+    assert_same_bits(y, (residual - rounded.astype(np.float32)).astype(np.float16))
+    assert (y != 0).any()
 
 
 # -- numbers of a channel --------------------------------------------------------------------------
