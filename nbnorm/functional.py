@@ -113,7 +113,7 @@ def batch_norm_forward(
         activation separately. ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`,
         `jax.nn.standardize` or `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last: "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh",
         "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
@@ -344,7 +344,7 @@ def batch_norm_inference(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
@@ -442,7 +442,7 @@ def batch_norm_apply(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
@@ -568,7 +568,7 @@ def batch_norm_backward(
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
-        bfloat16 in CPU memory.
+        bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
         overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
@@ -835,7 +835,7 @@ def batch_norm_backward_reduce(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. May be float32 if x is float16 or bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
         `batch_norm_backward`.
@@ -919,7 +919,7 @@ def batch_norm_backward_apply(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. May be float32 if x is float16 or bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
         `batch_norm_backward`.

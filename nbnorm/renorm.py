@@ -168,7 +168,7 @@ def batch_renorm_forward(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last.
     out : array of x's shape and dtype, optional
@@ -266,7 +266,7 @@ def batch_renorm_backward(
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
-        bfloat16 in CPU memory.
+        bfloat16.
     x : array, at least 2-d
         Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None

@@ -56,7 +56,7 @@ def batch_norm_double_backward(
     ----------
     ddx : array of x's shape and dtype, or None
         Gradient of `batch_norm_backward`'s dx. None means 0. As dy, it may be float32 if x is
-        float16 or bfloat16 in CPU memory.
+        float16 or bfloat16.
     ddgamma, ddbeta : array of the shape of the channel axes, or None
         Gradients of its dgamma and dbeta, any floating dtype. None means 0.
     dy : array of x's shape and dtype

@@ -1,9 +1,10 @@
 """CUDA backend: batch normalization of (N, C, S) device arrays, same functions as `nbnorm.cpu`.
 
 x, dy, y, residual, dx and dresidual are CuPy arrays of shape (N, C, S), with no axis of length 0
-and one dtype (but dy and residual may be float32 beside a half-precision x), in a layout that `_layout` accepts. Per-channel arrays have shape (C,) and are
-contiguous float64; gamma and beta may both be float32 instead. Nothing is checked here, and nothing
-waits for the device. CuPy allocates all memory, on its current stream.
+and one dtype (but dy and residual may be float32 beside a half-precision x), in a layout that
+`_layout` accepts. Per-channel arrays have shape (C,) and are contiguous float64; gamma and beta may
+both be float32 instead. Nothing is checked here, and nothing waits for the device. CuPy allocates
+all memory, on its current stream.
 
 The backward functions mask dy by ReLU if they get beta or y, as on the CPU; `double_backward` and
 `jvp` have no ReLU.

@@ -94,7 +94,7 @@ def sync_batch_norm_forward(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last.
     out : array of x's shape and dtype, optional

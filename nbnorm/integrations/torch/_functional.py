@@ -48,7 +48,7 @@ def batch_norm(
     eps : float, default 1e-5
         Added to the variance.
     residual : Tensor of input's shape and dtype, optional
-        Added before ReLU. May be float32 if input is float16 or bfloat16 in CPU memory, as under
+        Added before ReLU. May be float32 if input is float16 or bfloat16, as under
         autocast; y has input's dtype.
     relu : bool, default False
         Whether to apply ReLU last.
