@@ -75,7 +75,7 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/integrations.py", *sys.argv[1:]])
     text = (
         f"Milliseconds with the host's own and with nbnorm, and the ratio:\n\n{table(times)}\n"
-        f"`{command}`, {numba.get_num_threads()} threads. {describe(conditions())}\n"
+        f"`{command}`, {numba.get_num_threads()} threads.\n{describe(conditions())}\n"
         + "".join(f"Left out: {reason}.\n" for reason in missing)
     )
     print(text)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import textwrap
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -108,12 +109,13 @@ def command_of(program: str, arguments: list[str]) -> str:
 
 
 def describe(conditions: dict[str, Any]) -> str:
-    """Return the conditions as a sentence."""
+    """Return the conditions as a sentence, in lines of at most 100 characters."""
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
-    return (
+    sentence = (
         f"{conditions['cpu']}, {conditions['cpus']} CPUs, threads used: {conditions['threads']}; "
         f"{conditions['system']}, {versions}; {conditions['date']}."
     )
+    return textwrap.fill(sentence, 100, break_on_hyphens=False)
 
 
 def _cpu() -> str:

@@ -291,17 +291,17 @@ def check_forward(
             _checks.running_to_update(frame.inputs, instead)
     out_ = frame.out(out, inplace="x")
     return ForwardCall(
-        frame,
-        gamma_,
-        beta_,
-        residual_,
-        activation,
-        out_,
-        training,
-        running,
-        momentum,
-        eps,
-        correction_,
+        frame=frame,
+        gamma=gamma_,
+        beta=beta_,
+        residual=residual_,
+        activation=activation,
+        out=out_,
+        training=training,
+        running=running,
+        momentum=momentum,
+        eps=eps,
+        correction=correction_,
     )
 
 

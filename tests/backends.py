@@ -137,7 +137,7 @@ def simulated():
     import simulator
 
     fake_cupy.install()
-    cuda = simulator.load(CHUNK=1 << 11)
+    cuda = simulator.load(BLOCK_VALUES=1 << 11)
     del sys.modules["nbnorm.cuda.memory"]  # nbnorm's own works with the stand-in
     cuda.memory = importlib.import_module("nbnorm.cuda.memory")
     cuda.launch.address = lambda array: array.data.ptr

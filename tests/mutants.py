@@ -475,7 +475,7 @@ COLUMNS = of(
         ("out, (dy, x, y, dx, dresidual)", "out, (dy, x, y, dresidual)"),
         ("if ahead == 0 or r in (begin, end):", "if ahead == 0 or r == begin:"),
         ("if ahead == 0 or r in (begin, end):", "if ahead == 0 or r == end:"),
-        ("min((first - (r - begin) * fold * C * S) % ahead, width(grid, r, 0, C))",
+        ("min((first - (r - begin) * fold * C * S) % ahead, row_size(grid, r, 0, C))",
          "(first - (r - begin) * fold * C * S) % ahead"),
         ("out[size + j] = out[j]", "out[size + j] = out[0]"),
     ),

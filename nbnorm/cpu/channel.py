@@ -365,16 +365,16 @@ def coefficients_of(hpq, c):
 
 
 @ordered
-def pairwise_sum(runs, width):
-    """Sum runs of `width` values into the first run, pairwise: n runs are rounded log2 n times.
+def pairwise_sum(runs, length):
+    """Sum runs of `length` values into the first run, pairwise: n runs are rounded log2 n times.
 
     Added one after another, 256 samples with an outlier left a float64 M2 wrong by 4 units in the
     last place.
     """
-    n = runs.size // width
+    n = runs.size // length
     while n > 1:
         half = (n + 1) // 2
-        upper = piece((runs, 0, 0), 0, 0, half * width, (n - half) * width)
+        upper = piece((runs, 0, 0), 0, 0, half * length, (n - half) * length)
         each(upper.size, add_other, (runs, upper))
         n = half
 
@@ -401,7 +401,7 @@ def finish_second_channel(c, sum_d, sum_d_xhat, sum_g, sum_g_xhat, count, sum_dg
 
 @ordered
 def finish_second_sums(partial, norm, c0, c1, x, count, sums):
-    """Sums of channels c0 <= c < c1 from those of the chunks; see `second_coefficients`."""
+    """Sums of channels c0 <= c < c1 from those of the chunks; see `curvature_coefficients`."""
     size = c1 - c0
     mean, rstd = part(norm[0], c0, c1), part(norm[1], c0, c1)
     sum_d, sum_d_xhat = part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1)
@@ -433,7 +433,7 @@ def centers(norm, c0, c1, like):
 
 
 @ordered
-def normal(value, like):
+def is_normal(value, like):
     """Whether a factor keeps its digits in the dtype of `like`; so do 0, Inf and NaN."""
     tiny, greatest = limits(like)
     return not (0 < abs(value) < tiny or greatest < abs(value) < np.inf)
@@ -460,7 +460,7 @@ def tangent_channel(
     p[c] = p_c
     q[c] = tbeta[c] - a_c * l - lo * p_c
     fits[c] = (
-        normal(a_c, hi) and normal(p_c, hi) and subtractable(mean[c], hi)
+        is_normal(a_c, hi) and is_normal(p_c, hi) and subtractable(mean[c], hi)
         and subtractable(mean_t, hi)
     )  # fmt: skip
 
@@ -505,7 +505,7 @@ def curvature_channel(
     b[c] = b_c
     s[c] = s_c
     t[c] = -(b_c * l + p_c * l_g) - lo * s_c
-    fits[c] &= normal(b_c, b) and normal(s_c, b) and subtractable(mean_g, b)
+    fits[c] &= is_normal(b_c, b) and is_normal(s_c, b) and subtractable(mean_g, b)
 
 
 @none_without("dy")

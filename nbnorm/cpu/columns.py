@@ -64,7 +64,7 @@ def rows(grid, k):
 
 
 @ordered
-def width(grid, r, c0, c1):
+def row_size(grid, r, c0, c1):
     """Number of columns of row r; the last row may hold fewer than `fold` samples."""
     N, _, S, _, fold, _ = grid
     return min(fold, N - r * fold) * (c1 - c0) * S
@@ -151,7 +151,7 @@ def moment_sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
         each(size, element.drain, (q, q64))
     if r0 + 4 * quarter < r1:
         for r in range(r0 + 4 * quarter, r1):
-            short = width(grid, r, c0, c1)
+            short = row_size(grid, r, c0, c1)
             each(short, element.add_moment_row, (piece(x, r * fold, c0, 0, short), K, s, q))
         each(size, element.drain, (s, s64))
         each(size, element.drain, (q, q64))
@@ -219,7 +219,7 @@ def first_means(x, grid, c0, c1, begin, end, center, K, s, s64, shift):
         rows_ = four(x, r * fold, quarter * fold, c0, 0, K.size)
         each(K.size, element.add_moment_rows, (rows_, K, s, None))
     for r in range(begin + 4 * quarter, stop):
-        short = width(grid, r, c0, c1)
+        short = row_size(grid, r, c0, c1)
         each(short, element.add_moment_row, (piece(x, r * fold, c0, 0, short), K, s, None))
     clear(s64)
     each(K.size, element.drain, (s, s64))
@@ -333,7 +333,7 @@ def before_line(grid, r, begin, end, first, ahead):
     if ahead == 0 or r in (begin, end):
         return 0
     _, C, S, _, fold, _ = grid
-    return min((first - (r - begin) * fold * C * S) % ahead, width(grid, r, 0, C))
+    return min((first - (r - begin) * fold * C * S) % ahead, row_size(grid, r, 0, C))
 
 
 @noinline
@@ -351,14 +351,14 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     first = first_line(y, grid, begin, ahead)
     half = 0 if streamed else whole_share(grid, begin, end, 2)
     for r in range(begin, begin + half):
-        n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
+        n, step, size = r * fold, half * fold, row_size(grid, r, c0, c1)
         x_, residual_ = two(x, n, step, c0, 0, size), two(residual, n, step, c0, 0, size)
         pair = x_, residual_, hi, None, a, b, low, two(y, n, step, c0, 0, size)
         each(size, element.apply_rows, pair)
     for r in range(begin + 2 * half, end):
         n = r * fold
         j = before_line(grid, r, begin, end, first, ahead)
-        size = width(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
+        size = row_size(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
         hi_, a_, b_ = part((hi, a, b), j, j + size)
         args = piece(x, n, c0, j, size), piece(residual, n, c0, j, size), hi_, None, a_, b_, low
         each_to(size, element.apply, args, (piece(y, n, c0, j, size),), streamed)
@@ -393,7 +393,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         each(size, element.drain, (t, t64))
     if r0 + 4 * quarter < r1:
         for r in range(r0 + 4 * quarter, r1):
-            n, short = r * fold, width(grid, r, c0, c1)
+            n, short = r * fold, row_size(grid, r, c0, c1)
             dy_, x_ = piece(dy, n, c0, 0, short), piece(x, n, c0, 0, short)
             args = dy_, x_, piece(y, n, c0, 0, short), hi, None, a, b, scale, act, s, t
             each(short, element.add_gradient_row, args)
@@ -430,7 +430,7 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
     first = first_line(out, grid, begin, ahead)
     half = 0 if streamed else whole_share(grid, begin, end, 2)
     for r in range(begin, begin + half):
-        n, step, size = r * fold, half * fold, width(grid, r, c0, c1)
+        n, step, size = r * fold, half * fold, row_size(grid, r, c0, c1)
         dy_, x_ = two(dy, n, step, c0, 0, size), two(x, n, step, c0, 0, size)
         y_, dx_ = two(y, n, step, c0, 0, size), two(dx, n, step, c0, 0, size)
         pair = dy_, x_, y_, hi, None, a, b, hpq, None, a, act, dx_
@@ -438,7 +438,7 @@ def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, d
     for r in range(begin + 2 * half, end):
         n = r * fold
         j = before_line(grid, r, begin, end, first, ahead)
-        size = width(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
+        size = row_size(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
         dy_, x_, y_ = piece(dy, n, c0, j, size), piece(x, n, c0, j, size), piece(y, n, c0, j, size)
         outs = piece(dx, n, c0, j, size), piece(dresidual, n, c0, j, size)
         hi_, a_, b_, hpq_ = part((hi, a, b, hpq), j, j + size)

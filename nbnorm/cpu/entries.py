@@ -98,7 +98,7 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    forward_pass, move_all = passes.forward, kernels.move_all
+    forward_pass, move_pass = passes.forward, kernels.move_pass
 
     def forward(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
@@ -119,7 +119,7 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         forward_pass(x_, residual_, grid_of(site), work, norm, eps, floor, partial, m2, y_)
         if given(running_mean, site):
             running = values(running_mean, site.C, kind), values(running_var, site.C, kind)
-            move_all(*running, norm[0], m2, momentum, site.N * site.S - correction)
+            move_pass(*running, norm[0], m2, momentum, site.N * site.S - correction)
         return True
 
     scalars = (types.float64,) * 4

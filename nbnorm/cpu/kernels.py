@@ -277,7 +277,7 @@ def inference_statistics(running_mean, running_var, eps, mean, rstd):
 
 
 @ordered
-def move_all(running_mean, running_var, mean, m2, momentum, divisor):
+def move_pass(running_mean, running_var, mean, m2, momentum, divisor):
     """running = (1 - momentum) running + momentum batch; the batch's variance is M2 / divisor."""
     old = 1.0 - momentum
     for c in range(mean.size):
@@ -287,8 +287,8 @@ def move_all(running_mean, running_var, mean, m2, momentum, divisor):
 
 @entry("move")
 def move(running_mean, running_var, mean, m2, momentum, divisor):
-    """`move_all` for Python."""
-    move_all(running_mean, running_var, mean, m2, momentum, divisor)
+    """`move_pass` for Python."""
+    move_pass(running_mean, running_var, mean, m2, momentum, divisor)
 
 
 def cache_folder() -> str | None:

@@ -418,10 +418,10 @@ def _by_size(name, by_rows, by_columns):
 
 @by_types
 def move(running_mean, running_var, mean, m2, momentum, divisor):
-    """`kernels.move_all`; does nothing without running statistics."""
+    """`kernels.move_pass`; does nothing without running statistics."""
     if isinstance(running_mean, types.NoneType):
         return lambda running_mean, running_var, mean, m2, momentum, divisor: None
-    return kernels.move_all.py_func
+    return kernels.move_pass.py_func
 
 
 @lru_cache(maxsize=2)

@@ -29,8 +29,8 @@ from nbnorm.cpu.columns import (
     columns_ahead,
     first_line,
     gather,
+    row_size,
     whole_share,
-    width,
 )
 from nbnorm.cpu.intrinsics import each, each_to, fence, four, new, of_chunk, part, piece, zeros
 from nbnorm.cpu.jit import entry, named, noinline, none_without, ordered
@@ -147,7 +147,7 @@ def columns_second_reduce(ddx, dy, x, grid, norm, c0, c1, k, partial):
             each(size, element.drain, (sums[j], sums64[j]))
     if r0 + 4 * quarter < r1:
         for r in range(r0 + 4 * quarter, r1):
-            n, short = r * fold, width(grid, r, c0, c1)
+            n, short = r * fold, row_size(grid, r, c0, c1)
             ddx_, dy_ = piece(ddx, n, c0, 0, short), piece(dy, n, c0, 0, short)
             x_ = piece(x, n, c0, 0, short)
             each(short, element.add_second_row, (ddx_, dy_, x_, hi, scale, sums))
@@ -245,7 +245,7 @@ def columns_second_apply(
     for r in range(begin, end):
         n = r * fold
         j = before_line(grid, r, begin, end, first, ahead)
-        size = width(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
+        size = row_size(grid, r, c0, c1) + before_line(grid, r + 1, begin, end, first, ahead) - j
         ddx_, dy_, x_ = (
             piece(ddx, n, c0, j, size),
             piece(dy, n, c0, j, size),

@@ -24,8 +24,7 @@ from nbnorm._typing import Array
 from nbnorm.activations import Activation, Fused, with_own_kernels
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
-from nbnorm.cuda.plan import THREADS, VECTOR, Names, plan, residence
-from nbnorm.cuda.values import WARP
+from nbnorm.cuda.plan import THREADS, VECTOR, WARP, Names, plan, residence
 
 
 def stats(x: Array) -> tuple[Array, Array]:
@@ -222,11 +221,11 @@ def backward_apply(
     wide = _wide(x, dy=dy, y=y)
     ready = _pass("backward_apply", x, gamma, *tensors, activation=activation, wide=wide)
     mask, beta_ = _mask(gamma, beta, y, activation)
-    outs = (dx is not None) + 2 * (dresidual is not None)
+    wanted = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
     _run(
         ready, x, tensors, mean, rstd, gamma, beta_,
-        sums if training else mean, float(count), mask, training, outs,
+        sums if training else mean, float(count), mask, training, wanted,
     )  # fmt: skip
 
 
@@ -254,9 +253,9 @@ def backward(
     empty = memory.empty
     partial, sums = empty((2, C, fused.chunks)), empty((2, C))
     mask, beta_ = _mask(gamma, beta, y, activation)
-    outs = (dx is not None) + 2 * (dresidual is not None)
+    wanted = (dx is not None) + 2 * (dresidual is not None)
     _run(
-        fused, x, tensors, mean, rstd, gamma, beta_, partial, sums, float(N * S), mask, outs,
+        fused, x, tensors, mean, rstd, gamma, beta_, partial, sums, float(N * S), mask, wanted,
     )  # fmt: skip
     return sums
 
@@ -333,7 +332,7 @@ def _second_table(
     table, dgamma = memory.empty((7, C)), memory.empty(C)
     args = *statistics, sums, count, curved, C, table, dgamma
     blocks = _ceil(C, THREADS)
-    launch.run(kernels.second_coefficients, "float64", "float64", blocks, THREADS, *args)
+    launch.run(kernels.second_table, "float64", "float64", blocks, THREADS, *args)
     return table, dgamma
 
 
@@ -469,10 +468,10 @@ def _prepared(
     views: list[int] = []
     if cut.traversal == "rows":
         step, vectors = 3, S // cut.width
-        geometry: tuple[int, ...] = (C, vectors, N * vectors, cut.per, cut.chunks)
+        geometry: tuple[int, ...] = (C, vectors, N * vectors, cut.length, cut.chunks)
     else:
         step = 2
-        geometry = (C, S, N, cut.group, cut.lanes, cut.per, cut.chunks)
+        geometry = (C, S, N, cut.group, cut.readers, cut.length, cut.chunks)
     for stride in strides:
         *of_axes, size = stride or (0, 0, 1)
         views += 0, *(s // size for s in of_axes[: step - 1])

@@ -6,7 +6,9 @@ float32 could hold. K is one of the m values, so M2 is at least (m - 1) / m time
 distance from the mean, and the difference is off by about m 2^-53 of that. A float64 x is summed
 once more, around the mean found.
 
-`partial` has shape (2, C, chunks). The coefficients are those of `nbnorm.cpu.channel`.
+`partial` has shape (2, C, chunks), the CPU's (2, chunks, C): here a warp reads the chunks of one
+channel, there a vector adds one chunk of many channels. The coefficients are those of
+`nbnorm.cpu.channel`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from numba.cuda import types
 
 from nbnorm.cuda.intrinsics import exponent_of, power_of
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.values import WARP, warp_sum
+from nbnorm.cuda.plan import WARP
+from nbnorm.cuda.values import warp_sum
 
 # What `exponent_of` returns for 0 and subnormal numbers, and for Inf and NaN.
 SUBNORMAL, NOT_FINITE = -1023, 1024
@@ -111,10 +114,11 @@ def rstd_exponent(rstd):
 
 
 def units(computed: Any) -> SimpleNamespace:
-    """Return the CPU's `unit_for`, `most_for` and `in_range` for the compute dtype `computed`.
+    """Return the CPU's `is_normal`, `in_range` and units for the compute dtype `computed`.
 
-    Powers of two are given by their exponents: integer arithmetic is fast on every GPU. A unit is
-    only computed if `is_normal` says that one may be needed.
+    Powers of two are given by their exponents, as integer arithmetic is fast on every GPU:
+    `unit_exponent` and `most_exponent` are those of the CPU's `unit_for` and `most_for`. A unit is
+    computed only if `is_normal` says that one may be needed.
     """
     limits = np.finfo(np.float32 if computed == types.float32 else np.float64)
     tiny, greatest = int(limits.minexp), float(limits.max)  # exponent; number
@@ -129,14 +133,14 @@ def units(computed: Any) -> SimpleNamespace:
         return tiny <= size < -tiny or size == SUBNORMAL
 
     @device
-    def unit_for(a, least, most):
+    def unit_exponent(a, least, most):
         """Exponent of the unit u for which (x - hi) u and a / u are in range if (x - hi) a is."""
         size = exponent_of(a)
         unit = min(max(least, size + tiny), size - tiny)
         return max(min(unit, most, -tiny), tiny)
 
     @device
-    def most_for(hi):
+    def most_exponent(hi):
         """Greatest exponent of a unit for which hi and x - hi stay finite."""
         size = exponent_of(hi)
         return -1 if far <= size < NOT_FINITE else -1 - size - tiny
@@ -166,8 +170,8 @@ def units(computed: Any) -> SimpleNamespace:
         return least, most
 
     return SimpleNamespace(
-        far=far, room=room, is_normal=is_normal, unit_for=unit_for, most_for=most_for,
-        in_range=in_range, bounds=bounds,
+        far=far, room=room, is_normal=is_normal, unit_exponent=unit_exponent,
+        most_exponent=most_exponent, in_range=in_range, bounds=bounds,
     )  # fmt: skip
 
 
@@ -177,12 +181,12 @@ def channel_functions(computed: Any) -> SimpleNamespace:
     Coefficients are computed in float64 and rounded once.
     """
     of, one = units(computed), computed(1)
-    far, room, is_normal, unit_for = of.far, of.room, of.is_normal, of.unit_for
-    most_for, in_range, bounds = of.most_for, of.in_range, of.bounds
+    far, room, is_normal, unit_exponent = of.far, of.room, of.is_normal, of.unit_exponent
+    most_exponent, in_range, bounds = of.most_exponent, of.in_range, of.bounds
 
     @device
     def plain_affine(mean, rstd, gamma, beta, c):
-        """hi, a and b of `affine` with u = 1, and whether u = 1 will do."""
+        """hi, a and b of `affine_channel` with u = 1, and whether u = 1 will do."""
         hi = types.float64(computed(mean[c]))
         a = types.float64(gamma[c]) * rstd[c]
         b = cuda.fma(hi - mean[c], a, types.float64(beta[c]))
@@ -190,7 +194,7 @@ def channel_functions(computed: Any) -> SimpleNamespace:
         return computed(hi), computed(a), computed(b), fits
 
     @device
-    def affine(mean, rstd, gamma, beta, c):
+    def affine_channel(mean, rstd, gamma, beta, c):
         """Coefficients hi, u, a, b of y = (x u - hi) a + b; see the CPU's `affine`.
 
         u is a power of two, 1 unless x - hi or gamma rstd leaves the dtype's range.
@@ -199,14 +203,14 @@ def channel_functions(computed: Any) -> SimpleNamespace:
         if fits:
             return hi, one, a, b
         factor = types.float64(gamma[c]) * rstd[c]
-        unit = unit_for(factor, 0, most_for(hi))
-        # A gamma beyond float32 would take u further from rstd, and `scale_of` out of range.
+        unit = unit_exponent(factor, 0, most_exponent(hi))
+        # A gamma beyond float32 would take u further from rstd, and `scale_channel` out of range.
         unit = min(max(unit, rstd_exponent(rstd[c]) - 127), rstd_exponent(rstd[c]) + 126)
         u = computed(power_of(unit))
         return hi * u, u, in_range(factor * power_of(-unit)), b
 
     @device
-    def scale_of(rstd, u, c):
+    def scale_channel(rstd, u, c):
         """Power of two: (x u - hi) scale is exact and has the size of x_hat."""
         return computed(power_of(rstd_exponent(rstd[c]) - exponent_of(u)))
 
@@ -224,7 +228,7 @@ def channel_functions(computed: Any) -> SimpleNamespace:
         return is_normal(p) and size <= room
 
     @device
-    def factors(rstd, gamma, sums, C, count, u, training, c):
+    def factors_channel(rstd, gamma, sums, C, count, u, training, c):
         """Factors v and f of dx = f (dy v - ...), where f v = gamma rstd; v is a power of two."""
         a = types.float64(gamma[c]) * rstd[c]
         fits = u == one and is_normal(exponent_of(a))
@@ -234,11 +238,11 @@ def channel_functions(computed: Any) -> SimpleNamespace:
         if training:
             p, size = means_of(rstd, sums, C, count, c)
             least, most = bounds(p, size, exponent_of(u))
-        unit = unit_for(a, least, most)
+        unit = unit_exponent(a, least, most)
         return computed(power_of(unit)), in_range(a * power_of(-unit))
 
     @device
-    def coefficients(mean, rstd, sums, C, count, u, v, c):
+    def coefficients_channel(mean, rstd, sums, C, count, u, v, c):
         """Coefficients h, p, q of dx / f = (dy v - h) - ((x u - hi) p + q); see the CPU's."""
         lo = mean[c] - types.float64(computed(mean[c]))
         mean_dy = sums[c] / count
@@ -249,8 +253,9 @@ def channel_functions(computed: Any) -> SimpleNamespace:
         return computed(h * types.float64(v)), computed(p), computed(q)
 
     return SimpleNamespace(
-        plain_affine=plain_affine, affine=affine, scale_of=scale_of, plain_factors=plain_factors,
-        factors=factors, coefficients=coefficients,
+        plain_affine=plain_affine, affine_channel=affine_channel, scale_channel=scale_channel,
+        plain_factors=plain_factors, factors_channel=factors_channel,
+        coefficients_channel=coefficients_channel,
     )  # fmt: skip
 
 
@@ -315,11 +320,12 @@ def finish_second_sums(computed: Any) -> Any:
 
 
 @kernel()
-def second_coefficients(mean, rstd, gamma, tgamma, tbeta, sums, count, curved, C, table, dgamma):
+def second_table(mean, rstd, gamma, tgamma, tbeta, sums, count, curved, C, table, dgamma):
     """Rows of `table`: a, mean(d), p, tbeta of ddy, and b, mean(g), s of dx, and dgamma.
 
     ddy = a (d - mean(d)) + ((x - mean) p + tbeta) and, if `curved`,
-    dx = b (d - mean(d)) + p (g - mean(g)) + (x - mean) s; see the CPU's `curvature_coefficients`.
+    dx = b (d - mean(d)) + p (g - mean(g)) + (x - mean) s. These are the CPU's
+    `tangent_coefficients` and `curvature_coefficients` before they are split and rounded.
     """
     c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if c < C:
@@ -353,7 +359,7 @@ def second_functions(computed: Any) -> SimpleNamespace:
         return not lost and not abs(center) >= far
 
     @device
-    def tangent_of(mean, table, C, c):
+    def tangent_channel(mean, table, C, c):
         """hi, a, h, p, q of ddy = a (d - h) + ((x - hi) p + q), and whether they fit."""
         a, mean_d, p = table[c], table[C + c], table[2 * C + c]
         hi, h = computed(mean[c]), computed(mean_d)
@@ -363,7 +369,7 @@ def second_functions(computed: Any) -> SimpleNamespace:
         return hi, computed(a), h, computed(p), computed(q), plain
 
     @device
-    def curvature_of(mean, table, C, c):
+    def curvature_channel(mean, table, C, c):
         """b, k, s, t of dx = b (d - h) + p (g - k) + ((x - hi) s + t), and whether they fit."""
         b, mean_g, s = table[4 * C + c], table[5 * C + c], table[6 * C + c]
         mean_d, p = table[C + c], table[2 * C + c]
@@ -399,6 +405,6 @@ def second_functions(computed: Any) -> SimpleNamespace:
         return cuda.fma(b, d - h, cuda.fma(p, g - k, cuda.fma(x - hi, s, t)))
 
     return SimpleNamespace(
-        tangent_of=tangent_of, curvature_of=curvature_of, tangent64=tangent64,
+        tangent_channel=tangent_channel, curvature_channel=curvature_channel, tangent64=tangent64,
         curvature64=curvature64, tangent=tangent, curvature=curvature,
     )  # fmt: skip

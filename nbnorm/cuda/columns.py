@@ -1,6 +1,6 @@
-"""Column traversal on the GPU, for small S: a block takes `per` samples of `group` channels.
+"""Column traversal on the GPU, for small S: a block takes `length` samples of `group` channels.
 
-The channels of a group are adjacent. Their columns are read by `lanes` threads, `width` columns
+The channels of a group are adjacent. Their columns are read by `readers` threads, `width` columns
 each, and the block reads as many samples at a time (`at_once`) as it has threads for. Each column
 has its own sums; the columns of a channel are added up in shared memory. x[n] is contiguous. A
 kernel gets a tensor as its memory and the stride of n, in values. Device functions get a view of
@@ -30,9 +30,8 @@ from nbnorm.cuda.channel import (
 )
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL, Names
+from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL, WARP, Names
 from nbnorm.cuda.values import (
-    WARP,
     centred,
     float32_load,
     gradient_sums_of,
@@ -65,32 +64,35 @@ def build(
         gradient_sums_of(computed, fewer, width),
     )
     of = channel_functions(computed)
-    plain_affine, affine, scale_of = of.plain_affine, of.affine, of.scale_of
-    plain_factors, factors, coefficients = of.plain_factors, of.factors, of.coefficients
+    plain_affine, affine_channel, scale_channel = (
+        of.plain_affine, of.affine_channel, of.scale_channel,
+    )  # fmt: skip
+    plain_factors, factors_channel = of.plain_factors, of.factors_channel
+    coefficients_channel = of.coefficients_channel
     finish_sums_channel = finish_sums_channel_of(computed)
     zero, one, threshold = computed(0), computed(1), computed(STORED_AS_ZERO.get(dtype, 0.0))
     cells = THREADS * width
 
     @device
-    def located(C, S, group, lanes, g):
+    def located(C, S, group, readers, g):
         """First channel and columns of group g, this thread's row and column, rows at once."""
         c0 = g * group
         columns = min(group, C - c0) * S
-        row = quotient(cuda.threadIdx.x, lanes)
-        column = (cuda.threadIdx.x - row * lanes) * width
-        return c0, columns, row, column, quotient(cuda.blockDim.x, lanes)
+        row = quotient(cuda.threadIdx.x, readers)
+        column = (cuda.threadIdx.x - row * readers) * width
+        return c0, columns, row, column, quotient(cuda.blockDim.x, readers)
 
     @device
-    def samples(N, per, k, columns, row, column, at_once):
+    def samples(N, length, k, columns, row, column, at_once):
         """First sample of chunk k for this thread, and the end, 0 for a thread without a column."""
-        end = min((k + 1) * per, N) if row < at_once and column < columns else 0
-        return k * per + row, end
+        end = min((k + 1) * length, N) if row < at_once and column < columns else 0
+        return k * length + row, end
 
     @device
-    def kept_at(slab, per, lanes, column, k, at):
+    def kept_at(slab, length, readers, column, k, at):
         """Where a thread keeps its columns of chunk k, the `at`-th chunk that the block keeps."""
-        start = at * per * lanes * width + quotient(column, width)
-        return slab, lanes, k * per, start, per * lanes
+        start = at * length * readers * width + quotient(column, width)
+        return slab, readers, k * length, start, length * readers
 
     def fetch_with(load: Any) -> Any:
         """Make `fetch`, which loads a sample's columns by `load`."""
@@ -112,22 +114,22 @@ def build(
     @device
     def keep(kept, unroll, n, end, at_once, values):
         """Keep in shared memory what was fetched, neighbouring threads side by side."""
-        slab, lanes, first, start, apart = kept
+        slab, readers, first, start, apart = kept
         for r in range(unroll):
             i = n + r * at_once
             if i < end:
                 for w in range(width):
-                    slab[start + w * apart + (i - first) * lanes] = values[r * width + w]
+                    slab[start + w * apart + (i - first) * readers] = values[r * width + w]
 
     @device
     def recall(kept, unroll, n, end, at_once, values):
         """Load what was kept, as `fetch` loads from memory."""
-        slab, lanes, first, start, apart = kept
+        slab, readers, first, start, apart = kept
         for r in range(unroll):
             i = n + r * at_once
             if i < end:
                 for w in range(width):
-                    values[r * width + w] = slab[start + w * apart + (i - first) * lanes]
+                    values[r * width + w] = slab[start + w * apart + (i - first) * readers]
 
     @device
     def drop(kept, unroll, n, end, at_once, values):
@@ -163,14 +165,14 @@ def build(
     @device
     def keep_one(kept, i, w, value):
         """Keep column w of sample i."""
-        slab, lanes, first, start, apart = kept
-        slab[start + w * apart + (i - first) * lanes] = value
+        slab, readers, first, start, apart = kept
+        slab[start + w * apart + (i - first) * readers] = value
 
     @device
     def recall_one(kept, i, w):
         """Return column w of sample i of what was kept."""
-        slab, lanes, first, start, apart = kept
-        return slab[start + w * apart + (i - first) * lanes]
+        slab, readers, first, start, apart = kept
+        return slab[start + w * apart + (i - first) * readers]
 
     @device
     def drop_one(kept, i, w, value):
@@ -235,7 +237,7 @@ def build(
         return c0 + quotient(column + w, S)
 
     @device
-    def affine_each(mine, hi, a, b):
+    def affine(mine, hi, a, b):
         """hi, a and b of this thread's columns with u = 1; whether u = 1 will do for all."""
         (mean, rstd, gamma, beta), _, _, _ = mine
         plain = True
@@ -246,20 +248,20 @@ def build(
         return plain
 
     @device
-    def scale_each(mine, scale):
-        """`scale_of` this thread's columns, with u = 1."""
+    def scales(mine, scale):
+        """`scale_channel` of this thread's columns, with u = 1."""
         (_, rstd, _, _), _, _, _ = mine
         for w in range(width):
-            scale[w] = scale_of(rstd, one, channel_of(mine, w))
+            scale[w] = scale_channel(rstd, one, channel_of(mine, w))
 
     @device
-    def coefficients_each(mine, sums, C, count, h, p, q):
+    def coefficients(mine, sums, C, count, h, p, q):
         """h, p and q of this thread's columns with v = 1; whether v = 1 will do for all."""
         (mean, rstd, _, _), _, _, _ = mine
         plain = True
         for w in range(width):
             c = channel_of(mine, w)
-            h[w], p[w], q[w] = coefficients(mean, rstd, sums, C, count, one, one, c)
+            h[w], p[w], q[w] = coefficients_channel(mean, rstd, sums, C, count, one, one, c)
             plain = plain and plain_factors(rstd, sums, C, count, c)
         return plain
 
@@ -292,7 +294,7 @@ def build(
             """`apply_chunk`, column by column: at least one needs a unit."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             for w in range(width):
-                hi, u, a, b = affine(mean, rstd, gamma, beta, channel_of(mine, w))
+                hi, u, a, b = affine_channel(mean, rstd, gamma, beta, channel_of(mine, w))
                 i = n
                 while i < end:
                     value = normalised(fetch_one_x(x, i, w), hi, u, a, b)
@@ -334,8 +336,8 @@ def build(
             """sum g and sum g (x u - hi) scale of column w, which needs a unit, in float64."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             c = channel_of(mine, w)
-            hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-            unit, scale = types.float64(u), types.float64(scale_of(rstd, u, c))
+            hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
+            unit, scale = types.float64(u), types.float64(scale_channel(rstd, u, c))
             s, t, output = 0.0, 0.0, zero
             while n < end:
                 g, value = fetch_one_dy(dy, n, w), fetch_one(x, n, w)
@@ -401,17 +403,17 @@ def build(
 
         @device
         def backward_apply_singly(
-            dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count, mask, training, outs
+            dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count, mask, training, wanted
         ):
             """`backward_apply_chunk`, column by column: at least one needs a unit."""
             (mean, rstd, gamma, beta), _, _, _ = mine
             for w in range(width):
                 c = channel_of(mine, w)
-                hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-                v, f = factors(rstd, gamma, sums, C, count, u, training, c)
+                hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
+                v, f = factors_channel(rstd, gamma, sums, C, count, u, training, c)
                 h, p, q, output = zero, zero, zero, zero
                 if training:
-                    h, p, q = coefficients(mean, rstd, sums, C, count, u, v, c)
+                    h, p, q = coefficients_channel(mean, rstd, sums, C, count, u, v, c)
                 i = n
                 while i < end:
                     g, value = fetch_one_g(dy, i, w), fetch_one_x(x, i, w)
@@ -419,9 +421,9 @@ def build(
                         output = fetch_one_y(y, i, w)
                     if mask:
                         g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
-                    if outs & 2:
+                    if wanted & 2:
                         write_one(dresidual, i, w, g)
-                    if outs & 1:
+                    if wanted & 1:
                         d = centred(g, value, hi, u, h, p, q, v, training)
                         write_one(dx, i, w, f * d)
                     i += at_once
@@ -429,16 +431,16 @@ def build(
         @device
         def backward_apply_chunk(
             dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
-            plain, hi, a, b, h, p, q, mask, training, outs,
+            plain, hi, a, b, h, p, q, mask, training, wanted,
         ):  # fmt: skip
-            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is through already."""
+            """Write dx (wanted & 1), dresidual (wanted & 2); mask is 0 if dy is through already."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
             if not plain:
                 backward_apply_singly(
                     dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
-                    mask, training, outs,
+                    mask, training, wanted,
                 )  # fmt: skip
                 return
             while n < end:
@@ -456,9 +458,9 @@ def build(
                                     g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                     threshold, zero,
                                 )  # fmt: skip
-                        if outs & 2:
+                        if wanted & 2:
                             store(dresidual[0], i * dresidual[1] + dresidual[2], g, r * width)
-                        if outs & 1:
+                        if wanted & 1:
                             for w in range(width):
                                 j = r * width + w
                                 d = centred(
@@ -475,15 +477,15 @@ def build(
     backward_apply_chunk = backward_apply_with(fetch_dy, fetch_one_dy, fetch, fetch_one)
 
     @kernel(2)
-    def stats(x, xn, C, S, N, group, lanes, per, chunks, partial, mean, again):
+    def stats(x, xn, C, S, N, group, readers, length, chunks, partial, mean, again):
         """partial[:, c, k] = sum d, sum d^2 of chunk k, where d = x - K.
 
         K is the channel's first value, stored in mean[c]; or mean[c] itself if `again`.
         """
         g = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - g * chunks
-        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
-        n, end = samples(N, per, k, columns, row, column, at_once)
+        c0, columns, row, column, at_once = located(C, S, group, readers, g)
+        n, end = samples(N, length, k, columns, row, column, at_once)
         shared = cuda.shared.array(cells, types.float64)
         K = cuda.local.array(width, types.float64)
         s = cuda.local.array(width, types.float64)
@@ -502,20 +504,20 @@ def build(
 
     @kernel(2)
     def apply(
-        x, xn, residual, rn, y, yn, C, S, N, group, lanes, per, chunks,
+        x, xn, residual, rn, y, yn, C, S, N, group, readers, length, chunks,
         mean, rstd, gamma, beta, floor, added,
     ):  # fmt: skip
         """y = act(gamma (x - mean) rstd + beta [+ residual]), from the last block to the first."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         g = quotient(block, chunks)
-        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
-        n, end = samples(N, per, block - g * chunks, columns, row, column, at_once)
+        c0, columns, row, column, at_once = located(C, S, group, readers, g)
+        n, end = samples(N, length, block - g * chunks, columns, row, column, at_once)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
         mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            plain = affine_each(mine, hi, a, b)
+            plain = affine(mine, hi, a, b)
         start = c0 * S + column
         apply_chunk(
             (x, xn, start), (residual, rn, start), (y, yn, start), n, end, at_once,
@@ -524,14 +526,14 @@ def build(
 
     @kernel(2)
     def backward_reduce(
-        dy, dyn, x, xn, y, yn, C, S, N, group, lanes, per, chunks,
+        dy, dyn, x, xn, y, yn, C, S, N, group, readers, length, chunks,
         mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
         """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k."""
         g = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - g * chunks
-        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
-        n, end = samples(N, per, k, columns, row, column, at_once)
+        c0, columns, row, column, at_once = located(C, S, group, readers, g)
+        n, end = samples(N, length, k, columns, row, column, at_once)
         shared = cuda.shared.array(cells, types.float64)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
@@ -541,8 +543,8 @@ def build(
         t = cuda.local.array(width, types.float64)
         mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            plain = affine_each(mine, hi, a, b)
-            scale_each(mine, scale)
+            plain = affine(mine, hi, a, b)
+            scales(mine, scale)
         start = c0 * S + column
         backward_reduce_chunk(
             (dy, dyn, start), (x, xn, start), (y, yn, start), 0, 0, n, end, at_once,
@@ -552,14 +554,14 @@ def build(
 
     @kernel(2)
     def backward_apply(
-        dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn, C, S, N, group, lanes, per, chunks,
-        mean, rstd, gamma, beta, sums, count, mask, training, outs,
+        dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn, C, S, N, group, readers, length, chunks,
+        mean, rstd, gamma, beta, sums, count, mask, training, wanted,
     ):  # fmt: skip
-        """Write dx (outs & 1) and dresidual (outs & 2); statistics are frozen unless `training`."""
+        """Write dx (wanted & 1), dresidual (wanted & 2); statistics frozen unless `training`."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         g = quotient(block, chunks)
-        c0, columns, row, column, at_once = located(C, S, group, lanes, g)
-        n, end = samples(N, per, block - g * chunks, columns, row, column, at_once)
+        c0, columns, row, column, at_once = located(C, S, group, readers, g)
+        n, end = samples(N, length, block - g * chunks, columns, row, column, at_once)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         b = cuda.local.array(width, computed)
@@ -568,14 +570,14 @@ def build(
         q = cuda.local.array(width, computed)
         mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
         if n < end:
-            plain = affine_each(mine, hi, a, b)
+            plain = affine(mine, hi, a, b)
             if training:
-                plain = coefficients_each(mine, sums, C, count, h, p, q) and plain
+                plain = coefficients(mine, sums, C, count, h, p, q) and plain
         start = c0 * S + column
         backward_apply_chunk(
             (dy, dyn, start), (x, xn, start), (y, yn, start),
             (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
-            mine, sums, C, count, plain, hi, a, b, h, p, q, mask, training, outs,
+            mine, sums, C, count, plain, hi, a, b, h, p, q, mask, training, wanted,
         )  # fmt: skip
 
     # Three tensors are read, and each column has nine coefficients or five sums.
@@ -583,19 +585,19 @@ def build(
     least_size = least * width
     second_sums = second_sums_of(computed, least, width)
     second = second_functions(computed)
-    tangent_of, tangent64, tangent = second.tangent_of, second.tangent64, second.tangent
-    curvature_of, curvature64 = second.curvature_of, second.curvature64
+    tangent_channel, tangent64, tangent = second.tangent_channel, second.tangent64, second.tangent
+    curvature_channel, curvature64 = second.curvature_channel, second.curvature64
     curvature = second.curvature
 
     @kernel(1)
     def second_reduce(
-        ddx, ddxn, dy, dyn, x, xn, C, S, N, group, lanes, per, chunks, mean, rstd, partial,
+        ddx, ddxn, dy, dyn, x, xn, C, S, N, group, readers, length, chunks, mean, rstd, partial,
     ):  # fmt: skip
         """partial[:, c, k] = sum d, d t, g, g t, d g of chunk k; d = ddx, g = dy, t from x."""
         block = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - block * chunks
-        c0, columns, row, column, at_once = located(C, S, group, lanes, block)
-        n, end = samples(N, per, k, columns, row, column, at_once)
+        c0, columns, row, column, at_once = located(C, S, group, readers, block)
+        n, end = samples(N, length, k, columns, row, column, at_once)
         shared = cuda.shared.array(cells, types.float64)
         hi = cuda.local.array(width, computed)
         scale = cuda.local.array(width, computed)
@@ -612,7 +614,7 @@ def build(
             s_d[w], s_dt[w], s_g[w], s_gt[w], s_dg[w] = 0.0, 0.0, 0.0, 0.0, 0.0
             if n < end:
                 c = c0 + quotient(column + w, S)
-                hi[w], scale[w] = computed(mean[c]), scale_of(rstd, one, c)
+                hi[w], scale[w] = computed(mean[c]), scale_channel(rstd, one, c)
         while n < end:
             count = fetch_ddx((ddx, ddxn, start), least, n, end, at_once, d)
             fetch_dy((dy, dyn, start), least, n, end, at_once, g)
@@ -638,14 +640,14 @@ def build(
 
     @kernel(1)
     def second_apply(
-        ddx, ddxn, dy, dyn, x, xn, ddy, ddyn, dx, dxn, C, S, N, group, lanes, per, chunks,
+        ddx, ddxn, dy, dyn, x, xn, ddy, ddyn, dx, dxn, C, S, N, group, readers, length, chunks,
         mean, table, curved,
     ):  # fmt: skip
         """Write ddy and, if `curved`, dx, from the last block to the first; see `table`."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         i = quotient(block, chunks)
-        c0, columns, row, column, at_once = located(C, S, group, lanes, i)
-        n, end = samples(N, per, block - i * chunks, columns, row, column, at_once)
+        c0, columns, row, column, at_once = located(C, S, group, readers, i)
+        n, end = samples(N, length, block - i * chunks, columns, row, column, at_once)
         hi = cuda.local.array(width, computed)
         a = cuda.local.array(width, computed)
         h = cuda.local.array(width, computed)
@@ -662,10 +664,10 @@ def build(
         if n < end:
             for w in range(width):
                 c = c0 + quotient(column + w, S)
-                hi[w], a[w], h[w], p[w], q[w], fits = tangent_of(mean, table, C, c)
+                hi[w], a[w], h[w], p[w], q[w], fits = tangent_channel(mean, table, C, c)
                 plain = plain and fits
                 if curved:
-                    b[w], k[w], s[w], t[w], fits = curvature_of(mean, table, C, c)
+                    b[w], k[w], s[w], t[w], fits = curvature_channel(mean, table, C, c)
                     plain = plain and fits
         while n < end:
             fetch_ddx((ddx, ddxn, start), least, n, end, at_once, d)
@@ -706,7 +708,7 @@ def build(
 
         @kernel(1)
         def forward(
-            x, xn, residual, rn, y, yn, C, S, N, group, lanes, per, chunks, blocks, each,
+            x, xn, residual, rn, y, yn, C, S, N, group, readers, length, chunks, blocks, each,
             count, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
         ):  # fmt: skip
             """`stats`, `finish_moments` and `apply`."""
@@ -715,7 +717,7 @@ def build(
             g = quotient(cuda.blockIdx.x, blocks)
             rank = cuda.blockIdx.x - g * blocks
             begin, stop = rank * each, min((rank + 1) * each, chunks)
-            c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+            c0, columns, row, column, at_once = located(C, S, group, readers, g)
             start = c0 * S + column
             hi = cuda.local.array(width, computed)
             a = cuda.local.array(width, computed)
@@ -730,8 +732,8 @@ def build(
                         mean[c0 + quotient(column + w, S)] = K[w]
             k = begin
             while k < stop:
-                n, end = samples(N, per, k, columns, row, column, at_once)
-                kept = kept_at(slab, per, lanes, column, k, k - begin)
+                n, end = samples(N, length, k, columns, row, column, at_once)
+                kept = kept_at(slab, length, readers, column, k, k - begin)
                 stats_keeping((x, xn, start), kept, n, end, at_once, K, s, q)
                 store_sums(
                     s, q, shared, S, columns, row, column, at_once, C, c0, k, chunks, partial
@@ -745,12 +747,12 @@ def build(
             barrier()
             mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
             if row < at_once and column < columns:
-                plain = affine_each(mine, hi, a, b)
+                plain = affine(mine, hi, a, b)
             k = begin
             while k < stop:
-                n, end = samples(N, per, k, columns, row, column, at_once)
+                n, end = samples(N, length, k, columns, row, column, at_once)
                 apply_kept(
-                    kept_at(slab, per, lanes, column, k, k - begin),
+                    kept_at(slab, length, readers, column, k, k - begin),
                     (residual, rn, start), (y, yn, start), n, end, at_once,
                     mine, plain, hi, a, b, computed(floor), added,
                 )  # fmt: skip
@@ -759,8 +761,8 @@ def build(
         @kernel(1)
         def backward(
             dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn,
-            C, S, N, group, lanes, per, chunks, blocks, each,
-            mean, rstd, gamma, beta, partial, sums, count, mask, outs,
+            C, S, N, group, readers, length, chunks, blocks, each,
+            mean, rstd, gamma, beta, partial, sums, count, mask, wanted,
         ):  # fmt: skip
             """`backward_reduce`, `finish_sums` and `backward_apply`."""
             slab = cuda.shared.array(0, computed)
@@ -768,7 +770,7 @@ def build(
             g = quotient(cuda.blockIdx.x, blocks)
             rank = cuda.blockIdx.x - g * blocks
             begin, stop = rank * each, min((rank + 1) * each, chunks)
-            c0, columns, row, column, at_once = located(C, S, group, lanes, g)
+            c0, columns, row, column, at_once = located(C, S, group, readers, g)
             start = c0 * S + column
             hi = cuda.local.array(width, computed)
             a = cuda.local.array(width, computed)
@@ -781,15 +783,15 @@ def build(
             t = cuda.local.array(width, types.float64)
             mine, plain = ((mean, rstd, gamma, beta), c0, S, column), True
             if row < at_once and column < columns:
-                plain = affine_each(mine, hi, a, b)
-                scale_each(mine, scale)
+                plain = affine(mine, hi, a, b)
+                scales(mine, scale)
             k = begin
             while k < stop:
-                n, end = samples(N, per, k, columns, row, column, at_once)
+                n, end = samples(N, length, k, columns, row, column, at_once)
                 backward_reduce_keeping(
                     (dy, dyn, start), (x, xn, start), (y, yn, start),
-                    kept_at(slab, per, lanes, column, k, k - begin),
-                    kept_at(slab, per, lanes, column, k, k - begin + each),
+                    kept_at(slab, length, readers, column, k, k - begin),
+                    kept_at(slab, length, readers, column, k, k - begin + each),
                     n, end, at_once, mine, plain, hi, a, b, scale, mask, s, t,
                 )  # fmt: skip
                 store_sums(
@@ -803,15 +805,15 @@ def build(
                 c += blocks * (cuda.blockDim.x // WARP)
             barrier()
             if row < at_once and column < columns:
-                plain = coefficients_each(mine, sums, C, count, h, p, q) and plain
+                plain = coefficients(mine, sums, C, count, h, p, q) and plain
             k = begin
             while k < stop:
-                n, end = samples(N, per, k, columns, row, column, at_once)
+                n, end = samples(N, length, k, columns, row, column, at_once)
                 backward_apply_kept(
-                    kept_at(slab, per, lanes, column, k, k - begin),
-                    kept_at(slab, per, lanes, column, k, k - begin + each), (y, yn, start),
+                    kept_at(slab, length, readers, column, k, k - begin),
+                    kept_at(slab, length, readers, column, k, k - begin + each), (y, yn, start),
                     (dx, dxn, start), (dresidual, rn, start), n, end, at_once,
-                    mine, sums, C, count, plain, hi, a, b, h, p, q, 0, True, outs,
+                    mine, sums, C, count, plain, hi, a, b, h, p, q, 0, True, wanted,
                 )  # fmt: skip
                 k += 1
 

@@ -74,7 +74,7 @@ def finish_second_sums(dtype: str) -> Any:
     return channel.finish_second_sums(STORAGE[dtype].computed)
 
 
-second_coefficients = channel.second_coefficients
+second_table = channel.second_table
 finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
 corrections = channel.corrections
 

@@ -1,9 +1,9 @@
-"""Row traversal on the GPU, for large S: a block takes `per` vectors of one channel, a chunk of it.
+"""Row traversal on the GPU, for large S: a block takes a chunk, `length` vectors of one channel.
 
 The vectors of a channel are numbered through all its planes; vector v lies in sample v // vectors.
 A kernel gets a tensor as its memory and the strides of n and c, in values. Device functions get a
 view of one channel: (memory, vectors, stride of n, where the channel begins), or, for a chunk that
-the block keeps in shared memory, (slab, per, first, where the chunk begins).
+the block keeps in shared memory, (slab, length, first, where the chunk begins).
 
 What is done with a chunk is written once and compiled for both ways of reading it, so that sums,
 and with them all bits, are the same.
@@ -27,9 +27,8 @@ from nbnorm.cuda.channel import (
 )
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL, Names
+from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL, WARP, Names
 from nbnorm.cuda.values import (
-    WARP,
     block_sum,
     centred,
     float32_load,
@@ -59,16 +58,17 @@ def build(
         gradient_sums_of(computed, pair_size, 1),
     )
     of = channel_functions(computed)
-    affine, scale_of, factors, coefficients = of.affine, of.scale_of, of.factors, of.coefficients
+    affine_channel, scale_channel = of.affine_channel, of.scale_channel
+    factors_channel, coefficients_channel = of.factors_channel, of.coefficients_channel
     finish_sums_channel = finish_sums_channel_of(computed)
     zero, threshold = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
 
     @device
-    def located(block, total, per, chunks):
+    def located(block, total, length, chunks):
         """Channel, chunk, first vector of the chunk, and the vector after its last."""
         c = quotient(block, chunks)
         k = block - c * chunks
-        return c, k, k * per, min((k + 1) * per, total)
+        return c, k, k * length, min((k + 1) * length, total)
 
     @device
     def place(view, i):
@@ -102,22 +102,22 @@ def build(
     @device
     def keep(kept, unroll, i, end, values):
         """Keep in shared memory what was fetched, neighbouring threads side by side."""
-        slab, per, first, start = kept
+        slab, length, first, start = kept
         for r in range(unroll):
             j = i + r * cuda.blockDim.x
             if j < end:
                 for w in range(width):
-                    slab[start + w * per + j - first] = values[r * width + w]
+                    slab[start + w * length + j - first] = values[r * width + w]
 
     @device
     def recall(kept, unroll, i, end, values):
         """Load what was kept, as `fetch` loads from memory."""
-        slab, per, first, start = kept
+        slab, length, first, start = kept
         for r in range(unroll):
             j = i + r * cuda.blockDim.x
             if j < end:
                 for w in range(width):
-                    values[r * width + w] = slab[start + w * per + j - first]
+                    values[r * width + w] = slab[start + w * length + j - first]
 
     @device
     def drop(kept, unroll, i, end, values):
@@ -224,9 +224,9 @@ def build(
         @device
         def backward_apply_chunk(
             dy, x, y, dx, dresidual, first, end,
-            hi, u, a, b, h, p, q, v, f, mask, training, outs,
+            hi, u, a, b, h, p, q, v, f, mask, training, wanted,
         ):  # fmt: skip
-            """Write dx (outs & 1) and dresidual (outs & 2); mask is 0 if dy is through already."""
+            """Write dx (wanted & 1), dresidual (wanted & 2); mask is 0 if dy is through already."""
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -244,9 +244,9 @@ def build(
                                 g[w] = through(
                                     g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
                                 )
-                        if outs & 2:
+                        if wanted & 2:
                             store(dresidual[0], place(dresidual, j), g, r * width)
-                        if outs & 1:
+                        if wanted & 1:
                             for w in range(r * width, (r + 1) * width):
                                 d = centred(g[w], values[w], hi, u, h, p, q, v, training)
                                 values[w] = f * d
@@ -262,12 +262,12 @@ def build(
     )
 
     @kernel(3)
-    def stats(x, xn, xc, C, vectors, total, per, chunks, partial, mean, again):
+    def stats(x, xn, xc, C, vectors, total, length, chunks, partial, mean, again):
         """partial[:, c, k] = sum d, sum d^2 of chunk k, where d = x - K.
 
         K is the channel's first value, stored in mean[c]; or mean[c] itself if `again`.
         """
-        c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
+        c, k, first, end = located(cuda.blockIdx.x, total, length, chunks)
         shared = cuda.shared.array(WARP, types.float64)
         K = mean[c] if again else first_value(x, c * xc)
         s, q = stats_chunk((x, vectors, xn, c * xc), 0, first, end, K)
@@ -277,15 +277,15 @@ def build(
 
     @kernel()
     def apply(
-        x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, per, chunks,
+        x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, length, chunks,
         mean, rstd, gamma, beta, floor, added,
     ):  # fmt: skip
         """y = act(gamma (x - mean) rstd + beta [+ residual]), from the last block to the first.
 
         The values that `stats` read last are then still in the cache.
         """
-        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
-        hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, length, chunks)
+        hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
         apply_chunk(
             (x, vectors, xn, c * xc), (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
             first, end, hi, u, a, b, computed(floor), added,
@@ -293,53 +293,53 @@ def build(
 
     @kernel(2)
     def backward_reduce(
-        dy, dyn, dyc, x, xn, xc, y, yn, yc, C, vectors, total, per, chunks,
+        dy, dyn, dyc, x, xn, xc, y, yn, yc, C, vectors, total, length, chunks,
         mean, rstd, gamma, beta, mask, partial,
     ):  # fmt: skip
         """partial[:, c, k] = sum g, sum g (x u - hi) scale of chunk k."""
-        c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
+        c, k, first, end = located(cuda.blockIdx.x, total, length, chunks)
         shared = cuda.shared.array(WARP, types.float64)
-        hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+        hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
         s, t = backward_reduce_chunk(
             (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc), 0, 0,
-            first, end, hi, u, a, b, scale_of(rstd, u, c), mask,
+            first, end, hi, u, a, b, scale_channel(rstd, u, c), mask,
         )  # fmt: skip
         store_sums(partial, C, c, k, chunks, s, t, shared)
 
     @kernel(2)
     def backward_apply(
         dy, dyn, dyc, x, xn, xc, y, yn, yc, dx, dxn, dxc, dresidual, rn, rc,
-        C, vectors, total, per, chunks,
-        mean, rstd, gamma, beta, sums, count, mask, training, outs,
+        C, vectors, total, length, chunks,
+        mean, rstd, gamma, beta, sums, count, mask, training, wanted,
     ):  # fmt: skip
-        """Write dx (outs & 1) and dresidual (outs & 2); statistics are frozen unless `training`."""
-        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
-        hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-        v, f = factors(rstd, gamma, sums, C, count, u, training, c)
+        """Write dx (wanted & 1), dresidual (wanted & 2); statistics frozen unless `training`."""
+        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, length, chunks)
+        hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
+        v, f = factors_channel(rstd, gamma, sums, C, count, u, training, c)
         h, p, q = zero, zero, zero
         if training:
-            h, p, q = coefficients(mean, rstd, sums, C, count, u, v, c)
+            h, p, q = coefficients_channel(mean, rstd, sums, C, count, u, v, c)
         backward_apply_chunk(
             (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), (y, vectors, yn, c * yc),
             (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
-            first, end, hi, u, a, b, h, p, q, v, f, mask, training, outs,
+            first, end, hi, u, a, b, h, p, q, v, f, mask, training, wanted,
         )  # fmt: skip
 
     second_sums = second_sums_of(computed, pair_size, 1)
     second = second_functions(computed)
-    tangent_of, tangent64, tangent = second.tangent_of, second.tangent64, second.tangent
-    curvature_of, curvature64 = second.curvature_of, second.curvature64
+    tangent_channel, tangent64, tangent = second.tangent_channel, second.tangent64, second.tangent
+    curvature_channel, curvature64 = second.curvature_channel, second.curvature64
     curvature, one = second.curvature, computed(1)
 
     @kernel(2)
     def second_reduce(
-        ddx, ddxn, ddxc, dy, dyn, dyc, x, xn, xc, C, vectors, total, per, chunks,
+        ddx, ddxn, ddxc, dy, dyn, dyc, x, xn, xc, C, vectors, total, length, chunks,
         mean, rstd, partial,
     ):  # fmt: skip
         """partial[:, c, k] = sum d, d t, g, g t, d g of chunk k; d = ddx, g = dy, t from x."""
-        c, k, first, end = located(cuda.blockIdx.x, total, per, chunks)
+        c, k, first, end = located(cuda.blockIdx.x, total, length, chunks)
         shared = cuda.shared.array(WARP, types.float64)
-        hi, scale = computed(mean[c]), scale_of(rstd, one, c)
+        hi, scale = computed(mean[c]), scale_channel(rstd, one, c)
         d = cuda.local.array(pair_size, computed)
         g = cuda.local.array(pair_size, computed)
         values = cuda.local.array(pair_size, computed)
@@ -367,14 +367,14 @@ def build(
     @kernel(2)
     def second_apply(
         ddx, ddxn, ddxc, dy, dyn, dyc, x, xn, xc, ddy, ddyn, ddyc, dx, dxn, dxc,
-        C, vectors, total, per, chunks, mean, table, curved,
+        C, vectors, total, length, chunks, mean, table, curved,
     ):  # fmt: skip
         """Write ddy and, if `curved`, dx, from the last block to the first; see `table`."""
-        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, per, chunks)
-        hi, a, h, p, q, plain = tangent_of(mean, table, C, c)
+        c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, length, chunks)
+        hi, a, h, p, q, plain = tangent_channel(mean, table, C, c)
         b, k, s, t = zero, zero, zero, zero
         if curved:
-            b, k, s, t, more = curvature_of(mean, table, C, c)
+            b, k, s, t, more = curvature_channel(mean, table, C, c)
             plain = plain and more
         d = cuda.local.array(pair_size, computed)
         g = cuda.local.array(pair_size, computed)
@@ -420,7 +420,7 @@ def build(
 
         @kernel(3)
         def forward(
-            x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, per, chunks, blocks, each,
+            x, xn, xc, residual, rn, rc, y, yn, yc, C, vectors, total, length, chunks, blocks, each,
             count, eps, partial, mean, m2, rstd, gamma, beta, floor, added,
         ):  # fmt: skip
             """`stats`, `finish_moments` and `apply`."""
@@ -432,8 +432,8 @@ def build(
             K = first_value(x, c * xc)
             k = begin
             while k < stop:
-                first, end = k * per, min((k + 1) * per, total)
-                kept = slab, per, first, (k - begin) * per * width
+                first, end = k * length, min((k + 1) * length, total)
+                kept = slab, length, first, (k - begin) * length * width
                 s, q = stats_keeping((x, vectors, xn, c * xc), kept, first, end, K)
                 store_sums(partial, C, c, k, chunks, s, q, shared)
                 k += 1
@@ -443,11 +443,11 @@ def build(
             if cuda.threadIdx.x < WARP and begin == 0:
                 finish_moments_channel(partial, c, C, chunks, count, eps, mean, m2, rstd)
             barrier()
-            hi, u, a, b = affine(mean, rstd, gamma, beta, c)
+            hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
             k = begin
             while k < stop:
-                first, end = k * per, min((k + 1) * per, total)
-                kept = slab, per, first, (k - begin) * per * width
+                first, end = k * length, min((k + 1) * length, total)
+                kept = slab, length, first, (k - begin) * length * width
                 apply_kept(
                     kept, (residual, vectors, rn, c * rc), (y, vectors, yn, c * yc),
                     first, end, hi, u, a, b, computed(floor), added,
@@ -457,8 +457,8 @@ def build(
         @kernel(1)
         def backward(
             dy, dyn, dyc, x, xn, xc, y, yn, yc, dx, dxn, dxc, dresidual, rn, rc,
-            C, vectors, total, per, chunks, blocks, each,
-            mean, rstd, gamma, beta, partial, sums, count, mask, outs,
+            C, vectors, total, length, chunks, blocks, each,
+            mean, rstd, gamma, beta, partial, sums, count, mask, wanted,
         ):  # fmt: skip
             """`backward_reduce`, `finish_sums` and `backward_apply`."""
             slab = cuda.shared.array(0, computed)
@@ -466,17 +466,17 @@ def build(
             c = quotient(cuda.blockIdx.x, blocks)
             begin = (cuda.blockIdx.x - c * blocks) * each
             stop = min(begin + each, chunks)
-            half = each * per * width  # half of the slab: it holds g, then x
-            hi, u, a, b = affine(mean, rstd, gamma, beta, c)
-            scale = scale_of(rstd, u, c)
+            half = each * length * width  # half of the slab: it holds g, then x
+            hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
+            scale = scale_channel(rstd, u, c)
             y_view = y, vectors, yn, c * yc
             k = begin
             while k < stop:
-                first, end = k * per, min((k + 1) * per, total)
-                start = (k - begin) * per * width
+                first, end = k * length, min((k + 1) * length, total)
+                start = (k - begin) * length * width
                 s, t = backward_reduce_keeping(
                     (dy, vectors, dyn, c * dyc), (x, vectors, xn, c * xc), y_view,
-                    (slab, per, first, start), (slab, per, first, start + half),
+                    (slab, length, first, start), (slab, length, first, start + half),
                     first, end, hi, u, a, b, scale, mask,
                 )  # fmt: skip
                 store_sums(partial, C, c, k, chunks, s, t, shared)
@@ -485,16 +485,16 @@ def build(
             if cuda.threadIdx.x < WARP and begin == 0:
                 finish_sums_channel(partial, c, C, chunks, mean, rstd, sums)
             barrier()
-            v, f = factors(rstd, gamma, sums, C, count, u, True, c)
-            h, p, q = coefficients(mean, rstd, sums, C, count, u, v, c)
+            v, f = factors_channel(rstd, gamma, sums, C, count, u, True, c)
+            h, p, q = coefficients_channel(mean, rstd, sums, C, count, u, v, c)
             k = begin
             while k < stop:
-                first, end = k * per, min((k + 1) * per, total)
-                start = (k - begin) * per * width
+                first, end = k * length, min((k + 1) * length, total)
+                start = (k - begin) * length * width
                 backward_apply_kept(
-                    (slab, per, first, start), (slab, per, first, start + half), y_view,
+                    (slab, length, first, start), (slab, length, first, start + half), y_view,
                     (dx, vectors, dxn, c * dxc), (dresidual, vectors, rn, c * rc),
-                    first, end, hi, u, a, b, h, p, q, v, f, 0, True, outs,
+                    first, end, hi, u, a, b, h, p, q, v, f, 0, True, wanted,
                 )  # fmt: skip
                 k += 1
 

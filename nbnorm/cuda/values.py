@@ -18,9 +18,8 @@ from numba.cuda import types
 
 from nbnorm.cuda.intrinsics import memory_of
 from nbnorm.cuda.jit import device
-from nbnorm.cuda.plan import VECTOR
+from nbnorm.cuda.plan import VECTOR, WARP
 
-WARP = 32
 ALL_LANES = 0xFFFFFFFF
 
 

@@ -35,8 +35,8 @@ from tolerances import (
 from nbnorm import activation, reference
 from nbnorm.activations import TABLE, with_own_kernels
 
-THREADS, CHUNK, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
-backend = simulator.load(THREADS=THREADS, CHUNK=CHUNK)
+THREADS, BLOCK_VALUES, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
+backend = simulator.load(THREADS=THREADS, BLOCK_VALUES=BLOCK_VALUES)
 
 ROWS = [(3, 5, 256), (2, 3, 300), (2, 2, 289), (11, 2, 256), (1, 1, 2500), (1, 3, 257)]
 COLUMNS = [
@@ -56,9 +56,9 @@ REACHED = {  # kernels that each function launches
     "backward_apply": ["backward_apply"],
     "backward": ["backward_reduce", "finish_sums", "backward_apply"],
     "double_backward": [
-        "second_reduce", "finish_second_sums", "second_coefficients", "second_apply",
+        "second_reduce", "finish_second_sums", "second_table", "second_apply",
     ],
-    "jvp": ["backward_reduce", "finish_sums", "second_coefficients", "second_apply"],
+    "jvp": ["backward_reduce", "finish_sums", "second_table", "second_apply"],
 }  # fmt: skip
 shapes = pytest.mark.parametrize("shape", ROWS + COLUMNS, ids=str)
 both = pytest.mark.parametrize("shape", [ROW, COLUMN], ids=["rows", "columns"])

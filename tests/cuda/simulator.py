@@ -344,7 +344,7 @@ class _Importer:
 
 
 def load(**numbers):
-    """Import `nbnorm.cuda` on the simulator, with other THREADS or CHUNK in plan.py."""
+    """Import `nbnorm.cuda` on the simulator, with other THREADS or BLOCK_VALUES in plan.py."""
     intrinsics = {
         "STORAGE": STORAGE,
         "memory_of": memory_of,

@@ -178,7 +178,7 @@ def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
     separate = kernels.build(traversal, dtype, width)
     kept = kernels.fused(traversal, dtype, width, False)
     passes = [getattr(separate, name) for name in READ] + [kept.forward, kept.backward]
-    once = kernels.finish_moments, kernels.second_coefficients
+    once = kernels.finish_moments, kernels.second_table
     for of in (*passes, *once, kernels.finish_sums(dtype), kernels.finish_second_sums(dtype)):
         assert fused_by_choice(of, "float64" if of in once else dtype) == []
 
@@ -191,7 +191,7 @@ def test_no_compiler_chooses_what_to_fuse(traversal, dtype):
         (kernels.move, "float32"),
         (kernels.move, "float64"),
         (kernels.corrections, "float64"),
-        (kernels.second_coefficients, "float64"),
+        (kernels.second_table, "float64"),
         *((kernels.finish_sums(dtype), dtype) for dtype in STORAGE),
         *((kernels.finish_second_sums(dtype), dtype) for dtype in STORAGE),
     ],

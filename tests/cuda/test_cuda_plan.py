@@ -80,7 +80,7 @@ def test_rows_every_vector_of_a_channel_is_done_once(shape, itemsize, aligned):
     assert S % cut.width == 0, "a vector would end in the next plane"
     assert cut.width in (1, 16 // itemsize)
     assert cut.width == 1 or aligned >= 16
-    assert_done_once(parts(N * S // cut.width, cut.per, cut.chunks), N * S // cut.width)
+    assert_done_once(parts(N * S // cut.width, cut.length, cut.chunks), N * S // cut.width)
     assert cut.blocks == C * cut.chunks
 
 
@@ -92,12 +92,12 @@ def test_columns_every_value_is_done_once(shape, itemsize, aligned):
     assert cut.width in (1, 16 // itemsize)
     assert cut.width == 1 or aligned >= 16
     assert C * S % cut.width == 0, "the next sample would not be aligned"
-    assert_done_once(parts(N, cut.per, cut.chunks), N)
+    assert_done_once(parts(N, cut.length, cut.chunks), N)
     groups = -(-C // cut.group)
     assert cut.blocks == groups * cut.chunks
     for group in {0, groups - 1}:
         first, columns = group * cut.group * S, min(cut.group, C - group * cut.group) * S
-        starts = [lane * cut.width for lane in range(cut.lanes) if lane * cut.width < columns]
+        starts = [lane * cut.width for lane in range(cut.readers) if lane * cut.width < columns]
         assert first % cut.width == 0, "vectors of a later group would not be aligned"
         assert columns % cut.width == 0, "a vector would end in the next group"
         assert [s + w for s in starts for w in range(cut.width)] == list(range(columns))
@@ -106,20 +106,20 @@ def test_columns_every_value_is_done_once(shape, itemsize, aligned):
 @cases(COLUMNS)
 def test_columns_fit_into_a_block(shape, itemsize, aligned):
     cut = plan(*shape, itemsize, aligned)
-    at_once = cuts.THREADS // cut.lanes
+    at_once = cuts.THREADS // cut.readers
     assert at_once >= 1, "a sample of the group has more vectors than a block has threads"
     # Shared memory holds `width` sums of every thread, indexed by column.
     columns = min(cut.group, shape[1]) * shape[2]
     assert at_once * columns <= cuts.THREADS * cut.width
-    assert cut.per % (at_once * cuts.UNROLL) == 0, "threads would have samples of several chunks"
+    assert cut.length % (at_once * cuts.UNROLL) == 0, "threads would have samples of several chunks"
 
 
 @pytest.mark.parametrize("S", range(1, PLANE))
 def test_columns_of_any_length_fit_into_a_block(S):
     for C, itemsize, aligned in product((1, 2, 3, 8, 64, 1000), ITEMSIZES, (2, 16)):
         cut = plan(3, C, S, itemsize, aligned)
-        assert 1 <= cut.lanes <= cuts.THREADS
-        assert cut.group * S == cut.lanes * cut.width
+        assert 1 <= cut.readers <= cuts.THREADS
+        assert cut.group * S == cut.readers * cut.width
 
 
 @cases(ROWS + COLUMNS)
@@ -130,7 +130,7 @@ def test_chunks_are_few_and_large_enough(shape, itemsize, aligned):
     values = N * S if cut.traversal == "rows" else N * S * min(cut.group, C)
     # Each chunk but the last has enough values to amortise a block's other work.
     if 1 < cut.chunks < cuts.CHUNKS:
-        assert values / cut.chunks >= cuts.CHUNK / 4
+        assert values / cut.chunks >= cuts.BLOCK_VALUES / 4
 
 
 DEVICES = [(227 << 10, True), (163 << 10, False), (99 << 10, False), (0, False)]  # sm_90, 80, 89
@@ -152,7 +152,7 @@ def test_every_chunk_is_kept_by_one_block_that_has_the_memory(
     assert kept.blocks * (kept.each - 1) < cut.chunks <= kept.blocks * kept.each
     assert kept.grid * cut.chunks == cut.blocks * kept.blocks
     # Values of a chunk, padded, as float32; sums as float64.
-    assert kept.shared == kept.each * cut.per * cut.lanes * cut.width * 4 * tensors
+    assert kept.shared == kept.each * cut.length * cut.readers * cut.width * 4 * tensors
     sums = cuts.THREADS * cut.width if cut.traversal == "columns" else 32
     assert kept.shared + 8 * sums <= shared
 
@@ -180,7 +180,7 @@ def test_large_inputs_keep_a_gpu_busy():
         for itemsize in ITEMSIZES:
             N, C, S = shape
             blocks = plan(*shape, itemsize, 16).blocks
-            assert blocks >= min(132, N * C * S // (4 * cuts.CHUNK)), shape
+            assert blocks >= min(132, N * C * S // (4 * cuts.BLOCK_VALUES)), shape
 
 
 def test_the_cut_knows_no_device():

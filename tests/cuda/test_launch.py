@@ -90,8 +90,8 @@ def geometry(rows, x):
         vectors = S // cut.width
         numbers = {"C": C, "vectors": vectors, "total": N * vectors}
     else:
-        numbers = {"C": C, "S": S, "N": N, "group": cut.group, "lanes": cut.lanes}
-    return cut, {**numbers, "per": cut.per, "chunks": cut.chunks}
+        numbers = {"C": C, "S": S, "N": N, "group": cut.group, "readers": cut.readers}
+    return cut, {**numbers, "length": cut.length, "chunks": cut.chunks}
 
 
 def names_of(launch):
@@ -188,13 +188,13 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
         mean, rstd = channels(F64, C), channels(F64, C)
         cut, numbers = geometry(rows, x)
         traversal = "rows" if rows else "columns"
-        for mask, outs in ((0, 1), (1, 2), (2, 3)):
+        for mask, wanted in ((0, 1), (1, 2), (2, 3)):
             cupy.allocated.clear()
             given = {
                 "beta": beta if mask else None,
                 "y": y if mask == 2 else None,
-                "dx": dx if outs & 1 else None,
-                "dresidual": dresidual if outs & 2 else None,
+                "dx": dx if wanted & 1 else None,
+                "dresidual": dresidual if wanted & 2 else None,
             }
             backward_reduce, finish, backward_apply = driver.during(
                 backend.backward, dy, x, gamma, mean, rstd, **given
@@ -221,9 +221,11 @@ def test_backward_hands_over_addresses_strides_and_numbers(driver, backend):
             )  # fmt: skip
             check(
                 backward_apply, f"{traversal}.backward_apply", cut.blocks, **common,
-                **view(rows, "dx", "dx", dx if outs & 1 else x, absent=not outs & 1),
-                **view(rows, "dresidual", "r", dresidual if outs & 2 else x, absent=not outs & 2),
-                sums=sums, count=float(N * S), training=1, outs=outs,
+                **view(rows, "dx", "dx", dx if wanted & 1 else x, absent=not wanted & 1),
+                **view(
+                    rows, "dresidual", "r", dresidual if wanted & 2 else x, absent=not wanted & 2
+                ),
+                sums=sums, count=float(N * S), training=1, wanted=wanted,
             )  # fmt: skip
         (evaluated,) = driver.during(
             backend.backward_apply, dy, x, gamma, mean, rstd, None, 7, None, None, dx, None
@@ -267,7 +269,7 @@ def test_the_second_order_hands_over_addresses_strides_and_numbers(driver, backe
                 "C": C,
             }  # fmt: skip
             check(
-                coefficients, "channel.second_coefficients", 1, **of_channels, sums=sums,
+                coefficients, "channel.second_table", 1, **of_channels, sums=sums,
                 count=count, curved=1, table=table, dgamma=dgamma,
             )  # fmt: skip
             check(
@@ -284,7 +286,7 @@ def test_the_second_order_hands_over_addresses_strides_and_numbers(driver, backe
         )  # fmt: skip
         assert arguments_of(reduce)["dy"] == ddx.data.ptr
         check(
-            coefficients, "channel.second_coefficients", 1, **of_channels, sums=sums,
+            coefficients, "channel.second_table", 1, **of_channels, sums=sums,
             count=float(N * S), curved=0, table=table, dgamma=dgamma,
         )  # fmt: skip
         check(
@@ -353,7 +355,7 @@ def test_forward_and_backward_that_read_memory_once_are_one_launch(driver, backe
                 **view(rows, "dx", "dx", dx), **view(rows, "dresidual", "r", dresidual),
                 **numbers, blocks=kept.blocks, each=kept.each, mean=mean, rstd=rstd, gamma=gamma,
                 beta=gamma, partial=partial, sums=driver.returned, count=float(N * S), mask=2,
-                outs=3,
+                wanted=3,
             )  # fmt: skip
     assert (1, 1) in clusters
     assert any(blocks > 1 and each == 1 for blocks, each in clusters)
