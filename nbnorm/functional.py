@@ -44,7 +44,8 @@ class BatchNormBackward(NamedTuple, Generic[X]):
     dx : array or None
         Gradient of x, with the shape, dtype and memory order of x.
     dgamma, dbeta : array or None
-        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma.
+        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma. With
+        segments they have the shape of gamma, or, if that is None, of their own argument.
     dresidual : array or None
         Gradient of the residual, with the shape and dtype of x. None if neither `y` nor `residual`
         was given.
@@ -117,7 +118,7 @@ def batch_norm_forward(
         activation separately. ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`,
         `jax.nn.standardize` or `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last: "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh",
         "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
@@ -370,7 +371,7 @@ def batch_norm_inference(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
@@ -477,7 +478,7 @@ def batch_norm_apply(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
@@ -626,7 +627,7 @@ def batch_norm_backward(
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
-        bfloat16 in CPU memory.
+        bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
         overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
@@ -748,7 +749,7 @@ def _backward(
     return BatchNormBackward(
         dx and frame.settle(dx),
         frame.parameter_gradient(sums[1], call.gamma) if wanted.dgamma else None,
-        frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
+        frame.parameter_gradient(sums[0], call.gamma, call.beta) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 
@@ -904,7 +905,7 @@ def batch_norm_backward_reduce(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. May be float32 if x is float16 or bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
         `batch_norm_backward`.
@@ -995,7 +996,7 @@ def batch_norm_backward_apply(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. May be float32 if x is float16 or bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
         `batch_norm_backward`.

@@ -135,7 +135,8 @@ def batch_norm_backward(
     mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         parts = _each(batch_norm_backward, locals())
-        dgamma, dbeta = (_gradient(parts, name, gamma) for name in ("dgamma", "dbeta"))
+        dgamma = _gradient(parts, "dgamma", gamma)
+        dbeta = _gradient(parts, "dbeta", gamma if beta is NOT_GIVEN or gamma is not None else beta)
         dx, dresidual = (_joined(parts, name, x, y, axis) for name in ("dx", "dresidual"))
         return BatchNormBackward(dx, dgamma, dbeta, dresidual)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
@@ -676,12 +677,12 @@ def _joined(parts: list[Any], name: str | None, x: OptArray, y: OptArray, axis: 
     return None if arrays[0] is None else np.concatenate(arrays, _reduction(large, axis)[1][0])
 
 
-def _gradient(parts: list[Any], name: str, gamma: OptArray) -> OptArray:
-    """Return the parts' gradients of a parameter, added unless gamma has a row for each part."""
+def _gradient(parts: list[Any], name: str, like: OptArray) -> OptArray:
+    """Return the parts' gradients of a parameter, added unless `like` has a row for each part."""
     rows = [getattr(part, name) for part in parts]
     if rows[0] is None:
         return None
-    return np.stack(rows) if gamma is not None and gamma.ndim > rows[0].ndim else sum(rows)
+    return np.stack(rows) if like is not None and like.ndim > rows[0].ndim else sum(rows)
 
 
 def _store(values: NDArray, out: OptArray) -> NDArray:

@@ -134,6 +134,27 @@ def test_backward_is_that_of_each_part(division, rows, training, dy_layout):
         assert_same_bits(dx, got.dx, "dx of the halves")
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("segments", [{"groups": 3}, {"offsets": np.array([0, 2, 2, 9])}], ids=str)
+def test_one_parameter_alone_has_gradients_of_its_shape(segments, rows, activation):
+    """dgamma and dbeta look like gamma; without gamma, dbeta looks like beta."""
+    x, dy = np.random.default_rng(3).normal(1.0, 2.0, (2, 9, 4, 5))
+    gamma, beta = np.random.default_rng(4).normal(1.0, 0.5, (2, *(3,) * rows, 4))
+    for scale, shift in ((gamma, None), (None, beta)):
+        arguments = {"axis": 1, "activation": activation, "correction": 0, **segments}
+        _, mean, rstd = nbnorm.batch_norm_forward(x, scale, shift, **arguments)
+        options = {"beta": shift, "activation": activation, **segments}
+        got = nbnorm.batch_norm_backward(dy, x, scale, mean, rstd, **options)
+        ref = reference.batch_norm_backward(dy, x, scale, mean, rstd, **options)
+        for name in ("dx", "dgamma", "dbeta"):
+            one, other = getattr(got, name), getattr(ref, name)
+            assert one.shape == other.shape, name
+            np.testing.assert_allclose(one, other.astype(float), rtol=1e-10, atol=1e-12)
+        assert got.dbeta.shape == gamma.shape
+        assert got.dgamma.shape == ((4,) if scale is None else gamma.shape)
+
+
 @given(divisions(), st.booleans())
 def test_the_oracle_is_itself_on_each_part(division, rows):
     recipe, segments, _ = division

@@ -84,6 +84,9 @@ def batch_norm(
     pass computes the gradients of all tensors that are not constant, and no others. It reuses mean
     and rstd from the forward pass and keeps y if ReLU follows a residual.
 
+    Gradients cannot be differentiated: mygrad's are NumPy arrays, which have no graph. For second
+    derivatives pass arrays to `nbnorm.batch_norm_double_backward`.
+
     Examples
     --------
     >>> import mygrad as mg

@@ -77,6 +77,29 @@ def test_a_pass_stays_in_registers_and_moves_vectors(traversal, name, dtype, wid
     assert_lean(codes, of, width=width, loads=READ[name], stores=WRITTEN[name])
 
 
+WIDE = {
+    "apply": ("residual",), "backward_reduce": ("dy",), "backward_apply": ("dy",),
+    "second_reduce": ("ddx", "dy"), "second_apply": ("ddx", "dy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, WIDE)))
+def test_float32_beside_halves_is_read_in_vectors(traversal, name):
+    """Eight values are one vector of halves and two of float32."""
+    of = getattr(kernels.build(traversal, "float16", 8, None, WIDE[name]), name)
+    codes = compiled(of, "float16", "float32")
+    loads = READ[name] + len(WIDE[name])
+    assert_lean(codes, of, width=8, loads=loads, stores=WRITTEN[name])
+
+
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+@pytest.mark.parametrize(("name", "wide"), [("forward", "residual"), ("backward", "dy")])
+def test_float32_beside_halves_that_are_kept(traversal, name, wide):
+    of = getattr(kernels.fused(traversal, "bfloat16", 8, True, None, (wide,)), name)
+    codes = compiled(of, "bfloat16", "float32", ("sm_90a",))
+    assert_lean(codes, of, width=8, loads=KEPT_READ[name] + 1, stores=KEPT_WRITTEN[name])
+
+
 @pytest.mark.parametrize("activation", TABLE)
 @pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, ACTIVATED)))
 def test_passes_with_activations_stay_in_registers_too(traversal, name, activation):
@@ -190,6 +213,7 @@ def test_no_compiler_chooses_what_to_fuse_with_weights(weights):
         (kernels.rstd_all, "float64"),
         (kernels.move, "float32"),
         (kernels.move, "float64"),
+        (kernels.corrections, "float64"),
         (kernels.second_table, "float64"),
         *((kernels.finish_sums(dtype), dtype) for dtype in STORAGE),
         *((kernels.finish_second_sums(dtype), dtype) for dtype in STORAGE),

@@ -53,8 +53,8 @@ def batch_norm(
     eps : float, default 1e-5
         Added to the variance.
     residual : Tensor of input's shape and dtype, optional
-        Added before the activation. May be float32 if input is float16 or bfloat16 in CPU memory,
-        as under autocast; y has input's dtype.
+        Added before the activation. May be float32 if input is float16 or bfloat16, as under
+        autocast; y has input's dtype.
     relu : bool, default False
         Whether to apply ReLU last.
     activation : None, str or Activation, default None
