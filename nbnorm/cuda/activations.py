@@ -9,12 +9,10 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from nbnorm.activations import Activation, Inverse, Math
-from nbnorm.cpu.functions import CONSTANTS
+from nbnorm.activations import TAIL, Activation, Inverse, Math
 from nbnorm.cuda.jit import device
 from nbnorm.cuda.values import masked, normalised, rectified
 
@@ -50,8 +48,8 @@ def math_of(real: Any) -> Math:
     arrays lay in local memory.
     """
     half, one = real(0.5), real(1)
-    k = CONSTANTS[np.float32 if real == types.float32 else np.float64]
-    middle, slope, rest_of = real(k.middle), real(1.25), polynomial(k.r, real)
+    middle, r = TAIL["float32" if real == types.float32 else "float64"]
+    middle, slope, rest_of = real(middle), real(1.25), polynomial(r, real)
 
     @device
     def multiply_add(a, b, c):
