@@ -145,19 +145,24 @@ def _gelu(m: Math) -> Pair:
     zero, one, far = m.real(0), m.real(1), m.real(40)
     density, bell, tail = m.real(1 / np.sqrt(2 * np.pi)), m.bell, m.tail
 
+    def size(v: Scalar) -> Scalar:
+        a = abs(v)
+        return far if a > far else a
+
+    size = m.compiled(size)
+
     def probability(v: Scalar) -> Scalar:
-        above = tail(abs(v))
+        above = tail(size(v))
         return above if v < zero else one - above
 
     probability = m.compiled(probability)
 
     def value(v: Scalar) -> Scalar:
-        w = far if v > far else (-far if v < -far else v)
-        return (w if v < w else v) * probability(w)  # no Inf times 0
+        return (-far if v < -far else v) * probability(v)  # no Inf times 0
 
     def derivative(v: Scalar) -> Scalar:
         w = far if v > far else (-far if v < -far else v)
-        return probability(w) + w * (density * bell(abs(w)))  # whose exp is that of the tail
+        return probability(w) + w * (density * bell(size(w)))  # whose exp is that of the tail
 
     return Pair(value, derivative)
 
