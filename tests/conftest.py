@@ -52,7 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
         backends.install(backends.EXCHANGES[name]())
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in filter(_compiles_for_halves, items):
+        item.add_marker("slow")
     if _asks_for_nothing(config):
         _deselect(config, items, _is_slow)
     if config.getoption("--backend") in backends.ON_DEVICE:
@@ -78,6 +81,21 @@ def _deselect(
 ) -> None:
     config.hook.pytest_deselected(items=list(filter(unwanted, items)))
     items[:] = filterfalse(unwanted, items)
+
+
+def _compiles_for_halves(item: pytest.Item) -> bool:
+    """Cases in half precision of tests that have other dtypes too: a minute of compilation.
+
+    `pytest` alone runs test_halves.py, which compares halves with float32, and the tests that draw
+    dtypes.
+    """
+    file = item.path.stem.removeprefix("test_")
+    params = getattr(item, "callspec", None)
+    return (
+        file in ("accuracy", "distributed", "streaming")
+        and params is not None
+        and any(str(value) in ("float16", "bfloat16") for value in params.params.values())
+    )
 
 
 def _is_slow(item: pytest.Item) -> bool:

@@ -412,6 +412,7 @@ def test_a_file_appears_whole(folder, monkeypatch):
     assert whole == [file.read_bytes()]
 
 
+@pytest.mark.slow  # starts processes that import the package and compile
 def test_processes_that_begin_at_the_same_time(tmp_path):
     def cold(_):
         return run_child("-c", RSTD, NUMBA_CACHE_DIR=str(tmp_path))
@@ -590,6 +591,7 @@ def rstd(tmp_path):
     return run
 
 
+@pytest.mark.slow  # starts processes that import the package and compile
 def test_an_edited_folder(checkout, rstd):
     assert rstd(checkout) == (0.5, 0)
     edit(checkout, *CALLEE)
@@ -598,6 +600,7 @@ def test_an_edited_folder(checkout, rstd):
     assert rstd(checkout) == (0.5, 1)
 
 
+@pytest.mark.slow  # starts processes that import the package and compile
 @pytest.mark.parametrize("name", ["app.zip", "app.pyz"])
 def test_another_zip_in_its_place(tmp_path, checkout, rstd, name):
     def pack():
@@ -634,6 +637,7 @@ if "{moment}" == "the end":
 """
 
 
+@pytest.mark.slow  # starts processes that import the package and compile
 @pytest.mark.parametrize("moment", ["nbnorm.cpu.kernels", "nbnorm.cpu.columns", "the end"])
 def test_an_edit_while_the_package_is_imported(checkout, rstd, moment):
     """Before the edited file is read, right after it (it imports the other), after all of them."""
