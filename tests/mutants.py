@@ -166,7 +166,7 @@ SEGMENTS = of(
         ("if shape[first] > 1:  # the", "if False:  # the"),
         ("strides if fitting else None", "strides"),
         ('if name.startswith("running") or rank', "if rank"),
-        ("if self._equal:", "if True:"),
+        ("if self._equal and self.weights is None:", "if self.weights is None:"),
         ("if len(shape) == len(self._of_part):", "if gamma is None:"),
         ("like = beta if gamma is None else gamma", "like = gamma"),
         ("and packed and len(set(counts)) == 1:", "and packed:"),
@@ -200,6 +200,51 @@ SEGMENTS = of(
         ("if any(end < begin for begin, end in pairwise(ends)):", "if False:"),
         ("if (row != value).any() or", "if"),
         ("if gamma is not None and beta is not None and gamma.shape != beta.shape:", "if False:"),
+    ),
+)  # fmt: skip
+
+WEIGHTS = of(
+    "_weights",
+    (
+        "test_weights.py",
+        ("self._kind is int and bool(", "bool("),
+        ("2.0 ** (np.frexp(most)[1] - 1)", "1.0"),
+        ("count * self.unit\n", "count\n"),
+        ("if self._shared:\n            for i", "if False:\n            for i"),
+        ("var = m2 * self.unit /", "var = m2 /"),
+        ("(mean, var), momentum, self._count > 0)", "(mean, var), momentum)"),
+        ("frame.inputs[which[0]] = taken", "pass"),
+        ("np.arange(x.shape[along]) < lengths", "np.arange(x.shape[along]) <= lengths"),
+        ("if i in (0, along) else 1", "if i == along else 1"),
+        ("return self.statistic(counts) / self.unit", "return self.statistic(counts)"),
+    ),
+) + of(
+    "cpu/weighted",
+    (
+        "test_weights.py",
+        ("first = value if found == 0 else first", "first = 0.0"),
+        ("            if m == 0:\n                continue\n            mean", "            mean"),
+        ("                if count == 0:  # a shift", "                if False:  # a shift"),
+        ("shift[c] = mean if abs(mean) < np.inf else first", "shift[c] = mean"),
+        ("            if not counts(w, n):\n                continue\n            args", "            args",
+         "values of weight 0 add nothing; leaving the row out saves time"),
+        ("(n > r0 and counts(w, n - 1))", "False", "what is fetched decides the time alone"),
+    ),
+) + of(
+    "cpu/element",
+    (
+        "test_weights.py",
+        ("d = d if weight != 0 else weight", "d = d"),
+        ("v = v if at(w, j) != 0 else other", "v = v"),
+        ("s[j] += g if at(w, j) != 0 else zero", "s[j] += g"),
+        ("store(dresidual, j, g if weight != 0 else zero)", "store(dresidual, j, g)"),
+        ("weight * at(h, j)) - weight * normalised", "weight * at(h, j)) - normalised"),
+    ),
+) + of(
+    "moments",
+    (
+        "test_weights.py",
+        ("if segments else count) > 0)", "if segments else count) >= 0)"),
     ),
 )  # fmt: skip
 
@@ -363,8 +408,8 @@ CHANNEL = of(
     ),
     (
         "test_arithmetic.py::test_moments_of_one_value_and_of_many_merge",
-        ("delta + d * (count_b / total)", "delta + d * (count / total)"),
-        ("m2 + m2_b + d * d * (count * count_b / total)", "m2 + m2_b"),
+        ("delta + d * (count_b / n)", "delta + d * (count / n)"),
+        ("m2 + m2_b + d * d * (count * count_b / n)", "m2 + m2_b"),
     ),
     (
         "test_digits.py::test_first_values_far_off_cost_the_later_ones_no_digit",
@@ -553,7 +598,7 @@ MOMENTS = of(
         ("np.where(total == 0, 0.0,", "np.where(total < 0, 0.0,"),
         ("rstd if count > 0 else np.zeros_like(rstd)", "rstd"),
         ("m2 / float(count - correction)", "m2 / float(count)"),
-        ("if bool(np.any(count > 0)):\n        move", "if True:\n        move"),
+        ("        if count > 0:\n            move", "        if True:\n            move"),
         ("[array.copy() for array in running.values()]", "list(running.values())"),
         ("if bool(np.any(count < 0)):", "if False:"),
     ),
@@ -593,7 +638,7 @@ DISTRIBUTED = of(
         "test_distributed.py",
         ("                Ranks(self.comm).refuse(error)", "                pass"),
         ("if self._synchronised():\n                Ranks", "if True:\n                Ranks"),
-        ("if prepared[-1] and self._synchronised():", "if False:"),
+        ("if (parts := prepared[-1]) and self._synchronised():", "if parts := ():"),
         ("corrections=saved.renorm, out=None", "out=None"),
     ),
 ) + of(
@@ -1063,6 +1108,7 @@ MUTANTS = [
         *MIXED,
         *FROM_Y,
         *SEGMENTS,
+        *WEIGHTS,
         *FUNCTIONAL,
         *CHECKS,
         *PLAN,

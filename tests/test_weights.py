@@ -25,7 +25,7 @@ from tolerances import (
 )
 
 import nbnorm
-from nbnorm import BatchNorm, Moments, reference
+from nbnorm import BatchNorm, Moments, cpu, reference
 
 pytestmark = pytest.mark.slow  # kernels of its own
 
@@ -368,6 +368,27 @@ def test_threads_change_no_bit(shape, axis, monkeypatch):
     monkeypatch.setattr("nbnorm.cpu.SERIAL_BELOW", 1 << 62)
     for a, b in zip(results(), together, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (6, 4, 40), (300, 200)], ids=str)
+def test_masks_of_any_layout_compile_nothing_new(shape):
+    """Read-only, broadcast, reversed and transposed masks are the same mask."""
+    x, rng = data("float32", shape), np.random.default_rng(11)
+    whole = (shape[0], 1, *shape[2:])
+    mask = rng.random(whole) < 0.5
+    expected = nbnorm.batch_norm_forward(x, mask=mask)
+    before = len(cpu.kernels.weighted_rows.forward.overloads)
+    before += len(cpu.kernels.weighted_columns.forward.overloads)
+    read_only, unaligned = mask.copy(), np.zeros(mask.size + 1, bool)[1:].reshape(whole)
+    read_only.flags.writeable = False
+    unaligned[...] = mask
+    for same in (read_only, unaligned, mask[::-1].copy()[::-1], np.asfortranarray(mask)):
+        for a, b in zip(nbnorm.batch_norm_forward(x, mask=same), expected, strict=True):
+            assert_same_bits(a, b)
+    after = len(cpu.kernels.weighted_rows.forward.overloads)
+    assert after + len(cpu.kernels.weighted_columns.forward.overloads) == before
+    full = nbnorm.batch_norm_forward(x, mask=np.broadcast_to(mask, shape))
+    assert_allclose(full.y, expected.y, rtol=1e-5, atol=1e-6)
 
 
 def test_moments_of_weights_merge():

@@ -392,10 +392,10 @@ def _x(x: NDArray, cut: Plan, weights: Any) -> Any:
     w = weights.values
     if w.shape[1] < C and cut.traversal == "columns":
         if S == 1 and cut.grid.fold == 1:
-            return _view(x), (w.reshape(-1), 1), weights.fill
+            return _view(x), (_row(w), 1), weights.fill
         w = np.ascontiguousarray(np.broadcast_to(w, x.shape))
     shared = w.shape[1] == 1
-    return _view(x), (w.reshape(-1), S if shared else C * S, 0 if shared else S), weights.fill
+    return _view(x), (_row(w), S if shared else C * S, 0 if shared else S), weights.fill
 
 
 def weigh(values: NDArray, C: int) -> NDArray:
@@ -412,7 +412,7 @@ def weigh(values: NDArray, C: int) -> NDArray:
     partial = np.zeros((parts, channels))
     parallel = parts > 1
     with turn(parallel):
-        kernels.weigh(values.reshape(-1), N, S, partial, pool() if parallel else 0, thread_count())
+        kernels.weigh(_row(values), N, S, partial, pool() if parallel else 0, thread_count())
     total: NDArray = partial.sum(axis=0)
     return total
 
@@ -446,6 +446,11 @@ def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
     n, c = (stride // array.itemsize for stride in array.strides[:2])
     extent = (N - 1) * n + (C - 1) * c + S
     return np.asarray(_Memory(array, extent)), n, c
+
+
+def _row(array: NDArray) -> NDArray:
+    """Return an array in C order as one row, typed as writeable; see `_view`."""
+    return array.reshape(-1) if array.flags.writeable else np.asarray(_Memory(array, array.size))
 
 
 class _Memory:
