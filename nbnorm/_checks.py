@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from nbnorm._typing import Array, Axis, NDArray
-from nbnorm.activations import NAMES, RELU, Activation, Fused
+from nbnorm.activations import NAMES, RELU, TABLE, Activation, Fused
 from nbnorm.activations import activation as named
 
 Shape = tuple[int, ...]
@@ -253,14 +253,6 @@ class _NotGiven:
 NOT_GIVEN: Any = _NotGiven()
 
 
-def relu_or_none(given: Any) -> Literal["relu"] | None:
-    """Return None or "relu"; raise for another activation, which hosts do not differentiate."""
-    found = activation(given)
-    if isinstance(found, Activation):
-        raise ValueError(f"activation must be None or 'relu' in nbnorm.integrations, got {found!r}")
-    return found
-
-
 def given(array: Any, name: str, activation: Fused, y: Any, from_y: bool = False) -> Any:
     """Return a parameter, or None if it was omitted.
 
@@ -297,12 +289,27 @@ def for_derivative(activation: Fused, y: Any, residual: Any) -> None:
         )
 
 
-def invertible(activation: Any, remedy: str = "pass x") -> None:
-    """Raise if y does not determine the value before the activation."""
-    if activation is not None:
-        raise ValueError(
-            f"activation={activation!r} cannot be inverted, so y does not determine x_hat; {remedy}"
-        )
+def invertible(given: Any, remedy: str = "pass x", dtype: np.dtype[Any] | None = None) -> None:
+    """Raise if y, of this dtype if it is known, does not determine the value before the activation.
+
+    A slope must have a reciprocal in the range of the dtype that kernels compute in.
+    """
+    found = activation(given)
+    if found is None:
+        return
+    why = "cannot be inverted"
+    if isinstance(found, Activation) and found.functions is None and TABLE[found.name].inverse:
+        names = TABLE[found.name].parameters
+        bits = 1022 if dtype is None else _bits(dtype)
+        wrong = [
+            f"{name} is {value:g}"
+            for name, value in zip(names, found.parameters, strict=True)
+            if not 2.0**-bits <= value <= 2.0**bits
+        ]
+        if not wrong:
+            return
+        why = f"{why} where {', '.join(wrong)}"
+    raise ValueError(f"activation={given!r} {why}, so y does not determine x_hat; {remedy}")
 
 
 def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -> None:
@@ -311,12 +318,17 @@ def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -
     gamma and gamma rstd must be numbers with reciprocals in the range of the dtype that kernels
     compute x's `dtype` in (in float64, so must their product). NaN and Inf pass, as in x.
     """
-    bits = 510 if dtype == np.float64 else 126
+    bits = _bits(dtype)
     scale = gamma.astype(np.float64)
     _in_range(scale, "gamma", scale, bits)
     if rstd is not None:
         with np.errstate(invalid="ignore"):  # Inf times 0
             _in_range(np.where(rstd == 0, 1, scale * rstd), "rstd", rstd, bits)
+
+
+def _bits(dtype: np.dtype[Any]) -> int:
+    """Return the greatest power of two by which kernels divide y of this dtype."""
+    return 510 if dtype == np.float64 else 126
 
 
 def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:

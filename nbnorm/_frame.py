@@ -107,13 +107,13 @@ class Frame:
     def required_like_x(self, array: Array, name: str) -> NDArray:
         """Return dy, residual or y as an array; raise unless it has x's shape and dtype.
 
-        dy and residual may also be float32 in CPU memory, where x is float16 or bfloat16: kernels
-        compute these in float32 anyway, and are compiled for the dtype that they load.
+        dy and residual may also be float32 where x is float16 or bfloat16: kernels compute these in
+        float32 anyway, and are compiled for the dtype that they load.
         """
         taken = take(array, name)
         if taken is not array or self.backend is not cpu:
             self._same_place(array, taken, name)
-        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32 and type(self.x) is np.ndarray
+        wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32
         if not (wider and name != "y"):
             _checks.same_dtype(taken, name, self.x, self._name)
         _checks.same_shape(taken, name, self.x, self._name)
@@ -213,6 +213,13 @@ class Frame:
         """Return a statistic as contiguous float64 of shape (C,), without a copy if it is that."""
         return self._flat(array, _FLOAT64)
 
+    def statistic_or(self, array: NDArray | None, otherwise: float) -> NDArray:
+        """Call `statistic`; in place of None return an array of this value, not to be written."""
+        if array is not None:
+            return self.statistic(array)
+        same: NDArray = self.memory.constant(self.channels, otherwise, _FLOAT64)
+        return same
+
     def scale_and_shift(
         self, gamma: NDArray | None, beta: NDArray | None
     ) -> tuple[NDArray, NDArray]:
@@ -252,8 +259,13 @@ class Frame:
         residual_ = None if activation == "relu" else self.view(residual)
         return *self.scale_and_shift(gamma, beta), residual_
 
-    def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
-        """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None."""
+    def parameter_gradient(
+        self, total: NDArray, gamma: NDArray | None, beta: NDArray | None = None
+    ) -> Array:
+        """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None.
+
+        Pass beta too for its own gradient: `_segments` has it decide the shape if gamma is None.
+        """
         dtype = self.x.dtype if gamma is None else gamma.dtype
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # IEEE results
             return self.home(self.unflat(total.astype(dtype)))

@@ -155,12 +155,18 @@ class SegmentedFrame(WeightedFrame):
                 )
         _running.move(running, averages, momentum, total > 0)
 
-    def parameter_gradient(self, total: NDArray, gamma: NDArray | None) -> Array:
-        """Round sums to gamma's dtype; add those of all parts unless gamma has a row for each."""
-        if gamma is None or gamma.ndim == len(self._of_part):
+    def parameter_gradient(
+        self, total: NDArray, gamma: NDArray | None, beta: NDArray | None = None
+    ) -> Array:
+        """Round sums to gamma's dtype; add those of all parts unless gamma has a row for each.
+
+        If gamma is None, the rows of beta count.
+        """
+        like = beta if gamma is None else gamma
+        shape = self._of_part if like is None else like.shape
+        if len(shape) == len(self._of_part):
             total = total.reshape(self.channel_shape).sum(axis=0)
         dtype = self.x.dtype if gamma is None else gamma.dtype
-        shape = self._of_part if gamma is None else gamma.shape
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # IEEE results
             return self.home(total.astype(dtype).reshape(shape))
 

@@ -17,7 +17,9 @@ import numpy as np
 from nbnorm import cpu
 from nbnorm._layout import Axes, Layout, fits, layout_of
 from nbnorm._typing import NDArray
-from nbnorm.cpu import entries, kernels, threads
+from nbnorm.activations import TABLE, Activation
+from nbnorm.activations import activation as named
+from nbnorm.cpu import entries, functions, kernels, threads
 from nbnorm.cpu.objects import readable
 from nbnorm.cpu.plan import SERIAL_BELOW, by_rows, plan
 
@@ -26,15 +28,33 @@ _READABLE = readable()
 _EXACT = 1 << 53  # smaller ints are exact as floats
 
 
-class _Site:
+class _Entries:
+    """Entries of one shape and one activation, given by its class in `functions`.
+
+    Without such a class they have ReLU or none.
+    """
+
+    __slots__ = ("backward", "forward", "inference", "of")
+
+    def __init__(self, of: Any = None) -> None:
+        self.of = of
+        # Without and with a residual; for backward, by where the derivative comes from.
+        self.forward: list[Any] = [None, None]
+        self.inference: list[Any] = [None, None]
+        self.backward: dict[str, Any] = {}
+
+
+class _Site(_Entries):
     """Cached properties of calls on arrays of one shape, strides, dtype and channel axis."""
 
     __slots__ = (
-        "C", "backward", "dense", "dtype", "form", "forward", "inference", "numbers", "order",
-        "serial", "shape", "small", "traversal", "turn",
+        "C", "dense", "dtype", "form", "numbers", "order", "others", "serial", "shape", "small",
+        "traversal", "turn",
     )  # fmt: skip
 
     def __init__(self, layout: Layout, lengths: Axes, strides: Axes, dtype: np.dtype[Any]) -> None:
+        super().__init__()
+        self.others: dict[Any, _Entries] = {}  # by class of activation
         self.shape = layout.shape
         N, self.C, S = layout.shape
         self.dtype = dtype
@@ -49,10 +69,13 @@ class _Site:
         # Arguments of entries: for small calls, and by the numbers of threads and of tensors.
         self.serial = self._numbers(1, 2) if self.small else None
         self.numbers: dict[tuple[int, int], NDArray] = {}
-        # Entries: without and with a residual; for backward, by the source of the ReLU mask.
-        self.forward: list[Any] = [None, None]
-        self.inference: list[Any] = [None, None]
-        self.backward: dict[str, Any] = {}
+
+    def entries(self, of: Any) -> _Entries:
+        """Return the entries of an activation's class."""
+        found = self.others.get(of)
+        if found is None:
+            found = self.others[of] = _Entries(of)
+        return found
 
     def new(self) -> NDArray:
         """Return a new array with x's shape, dtype and memory order."""
@@ -104,10 +127,31 @@ def adopt(library: str, most: Callable[[], int]) -> None:
 
 
 def _floor(activation: Any) -> float | None:
-    """Return the lower bound of y: 0 with ReLU, -inf without; None for an unknown activation."""
+    """Return the lower bound of y: 0 with ReLU, -inf without; None for another activation."""
     if activation is None:
         return -inf
     return 0.0 if type(activation) is str and activation == "relu" else None
+
+
+def _other(site: _Site, activation: Any) -> tuple[_Entries, float] | None:
+    """Return the entries of an activation that has no `_floor`, and its parameter.
+
+    None if it is unknown; only the general path says so.
+    """
+    if type(activation) is str:
+        made = _NAMED.get(activation)
+        if made is None:
+            return None
+    elif type(activation) is not Activation:
+        return None
+    elif activation.functions is None and activation.name == "relu":
+        return site, 0.0
+    else:
+        made = functions.argument(activation)
+    return site.entries(type(made)), made[0]
+
+
+_NAMED = {name: functions.argument(named(name)) for name in TABLE}
 
 
 def forward(
@@ -141,24 +185,30 @@ def forward(
         return inference(
             x, gamma, beta, running_mean, running_var, eps, axis, residual, activation, out, True
         )
-    site, floor = _site_of(x, axis), _floor(activation)
-    if site is None or floor is None:
+    site, number = _site_of(x, axis), _floor(activation)
+    if site is None:
         return None
+    of: _Entries = site
+    if number is None:
+        other = _other(site, activation)
+        if other is None:
+            return None
+        of, number = other
     added = residual is not None
     numbers = site.serial if site.small else site.work(2 + added)
     if numbers is None:
         return None
-    entry = site.forward[added]
+    entry = of.forward[added]
     if entry is None:
         if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
             return None
-        entry = entries.forward(site.traversal, site.dtype.name, added)
-        site.forward[added] = entry
+        entry = entries.forward(site.traversal, site.dtype.name, added, of.of)
+        of.forward[added] = entry
     y = site.new() if out is None else out
     mean, rstd = np.empty(site.C), np.empty(site.C)
     done = entry(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd, numbers,
-        eps, momentum, correction, floor,
+        eps, momentum, correction, number,
     )  # fmt: skip
     return (y, mean, rstd) if done else None
 
@@ -179,22 +229,28 @@ def inference(
     """Return (y, mean, rstd) of `batch_norm_inference`; the last two are None or float64."""
     if type(axis) is not int or type(eps) is not float:
         return None
-    site, floor = _site_of(x, axis), _floor(activation)
-    if site is None or floor is None:
+    site, number = _site_of(x, axis), _floor(activation)
+    if site is None:
         return None
+    of: _Entries = site
+    if number is None:
+        other = _other(site, activation)
+        if other is None:
+            return None
+        of, number = other
     added = residual is not None
     numbers = site.serial if site.small else site.work(2 + added)
     if numbers is None:
         return None
-    entry = site.inference[added]
+    entry = of.inference[added]
     if entry is None:
         if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
             return None
-        entry = entries.inference(site.traversal, site.dtype.name, added)
-        site.inference[added] = entry
+        entry = entries.inference(site.traversal, site.dtype.name, added, of.of)
+        of.inference[added] = entry
     y = site.new() if out is None else out
     mean64, rstd = (np.empty(site.C), np.empty(site.C)) if statistics else (None, None)
-    done = entry(x, gamma, beta, mean, var, residual, out, y, mean64, rstd, numbers, eps, floor)
+    done = entry(x, gamma, beta, mean, var, residual, out, y, mean64, rstd, numbers, eps, number)
     return (y, mean64, rstd) if done else None
 
 
@@ -209,6 +265,7 @@ def backward(
     rstd: Any,
     beta: Any,
     y: Any,
+    residual: Any,
     training: Any,
     axis: Any,
     activation: Any,
@@ -222,26 +279,38 @@ def backward(
         or (output_mask is not ALL and not _is_mask(output_mask))
     ):
         return None
-    site, floor = _site_of(x, axis), _floor(activation)
-    if site is None or floor is None:
+    site, number = _site_of(x, axis), _floor(activation)
+    if site is None:
         return None
-    mask = "none" if floor else "beta" if y is None else "y"
+    of: _Entries = site
+    if number is None:
+        other = _other(site, activation)
+        if other is None:
+            return None
+        of, number = other
+    # The derivative of ReLU is read from y, that of another activation computed with the residual.
+    kept, useless = (y, residual) if of.of is None else (residual, y)
+    mask = "none" if number == -inf else "beta" if kept is None else "y"
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
-    if not want_dx or (y is not None and (mask == "none" or not want_dresidual)):
+    if not want_dx or useless is not None:
+        return None
+    if kept is not None and (mask == "none" or not want_dresidual):
         return None
     numbers = site.serial if site.small else site.work(5 if mask == "y" else 3)
     if numbers is None:
         return None
-    entry = site.backward.get(mask)
+    entry = of.backward.get(mask)
     if entry is None:
-        if not (_all_of(site.dtype, dy, gamma, beta, y, out) and _all_of(_FLOAT64, mean, rstd)):
+        if not (_all_of(site.dtype, dy, gamma, beta, kept, out) and _all_of(_FLOAT64, mean, rstd)):
             return None
-        entry = entries.backward(site.traversal, site.dtype.name, mask)
-        site.backward[mask] = entry
+        entry = entries.backward(site.traversal, site.dtype.name, mask, of.of)
+        of.backward[mask] = entry
     dx = site.new() if out is None else out
     dresidual = site.new() if mask == "y" else None
     dgamma, dbeta = np.empty(site.C, site.dtype), np.empty(site.C, site.dtype)
-    done = entry(dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers)
+    done = entry(
+        dy, x, gamma, mean, rstd, beta, kept, out, dx, dresidual, dgamma, dbeta, numbers, number
+    )
     if not done:
         return None
     return dx, dgamma if want_dgamma else None, dbeta if want_dbeta else None, dresidual

@@ -20,7 +20,7 @@ class Math(NamedTuple):
 
     `real` converts a constant, `multiply_add(a, b, c)` is a b + c, `decay(a)` is exp(-a) for
     a >= 0, `bell(a)` is exp(-a^2 / 2), `tail(a)` is the probability that a standard normal variable
-    exceeds a >= 0, and `compiled` compiles a function for the target.
+    exceeds a, from 0 to 40, and `compiled` compiles a function for the target.
     """
 
     real: Callable[[float], Scalar]
@@ -50,6 +50,16 @@ def _leaky_relu(m: Math) -> Pair:
         return one if v > zero else slope
 
     return Pair(value, derivative)
+
+
+def _leaky_relu_inverse(m: Math) -> Function:
+    """Return v of y = leaky_relu(v), for a slope > 0: y has the sign of v."""
+    zero = m.real(0)
+
+    def before(y: Scalar, slope: Scalar) -> Scalar:
+        return y / slope if y <= zero else y
+
+    return before
 
 
 def _relu6(m: Math) -> Pair:
@@ -135,8 +145,14 @@ def _gelu(m: Math) -> Pair:
     zero, one, far = m.real(0), m.real(1), m.real(40)
     density, bell, tail = m.real(1 / np.sqrt(2 * np.pi)), m.bell, m.tail
 
+    def size(v: Scalar) -> Scalar:
+        a = abs(v)
+        return far if a > far else a
+
+    size = m.compiled(size)
+
     def probability(v: Scalar) -> Scalar:
-        above = tail(abs(v))
+        above = tail(size(v))
         return above if v < zero else one - above
 
     probability = m.compiled(probability)
@@ -146,7 +162,7 @@ def _gelu(m: Math) -> Pair:
 
     def derivative(v: Scalar) -> Scalar:
         w = far if v > far else (-far if v < -far else v)
-        return probability(w) + w * (density * bell(w))
+        return probability(w) + w * (density * bell(size(w)))  # whose exp is that of the tail
 
     return Pair(value, derivative)
 
@@ -171,15 +187,50 @@ def _gelu_tanh(m: Math) -> Pair:
 
 
 class Definition(NamedTuple):
-    """A row of the table: what makes the functions, and the parameters with their defaults."""
+    """A row of the table: what makes the functions, and the parameters with their defaults.
+
+    `inverse`, where there is one, makes the function that gives v from y.
+    """
 
     of: Callable[[Math], Pair]
     parameters: dict[str, float]
+    inverse: Callable[[Math], Function] | None = None
+
+    def inverted(self, math: Math) -> Pair:
+        """Return the functions of an `Inverse`: v from y, and the derivative at that v."""
+        assert self.inverse is not None
+        return Pair(self.inverse(math), self.of(math).derivative)
 
 
 # ReLU is no row: the kernels have it as a lower bound of y, and its derivative as a mask.
+
+# middle and r of the upper tail of the normal distribution, exp(-a^2 / 2) r(t) / (1 + 1.25 a) with
+# t = (a - middle) / (a + middle). The polynomials interpolate at the nodes of Chebyshev, computed
+# with 40 digits; lowest coefficient first.
+TAIL = {
+    "float32": (
+        3.5,
+        (0.5716052008, -0.07535580425, -0.03048027466, 0.06296985745, -0.04258637033,
+         0.01336183563, 0.0006734500783, -0.0018650007, 0.0001523933259, 0.0002559495443,
+         -2.774279217e-5, -2.791354151e-5, 2.268827809e-6),
+    ),
+    "float64": (
+        5.0,
+        (0.557664961068795646, -0.0785759634765081645, 0.00977075756095271807,
+         0.032723909797554296, -0.0449651417788754292, 0.0365246791769622632,
+         -0.0212108618917760721, 0.00874721191758869455, -0.00214997810553825656,
+         -0.0000238296634216931527, 0.000243024497326302196, -0.0000672500544351151836,
+         -0.0000140310286786287342, 0.0000116431164702879189, 8.0362239709403769e-8,
+         -1.69693129015937474e-6, 1.41322561819503152e-7, 2.57779632690586752e-7,
+         -3.08880475270242815e-8, -4.2720638813177341e-8, 4.57975362889795204e-9,
+         7.28715736886612332e-9, -4.73119998380536542e-10, -1.07067691558379395e-9,
+         2.53015116649280576e-11, 9.25006840171799923e-11),
+    ),
+}  # fmt: skip
+
+
 TABLE = {
-    "leaky_relu": Definition(_leaky_relu, {"slope": 0.01}),
+    "leaky_relu": Definition(_leaky_relu, {"slope": 0.01}, _leaky_relu_inverse),
     "relu6": Definition(_relu6, {}),
     "hardswish": Definition(_hardswish, {}),
     "silu": Definition(_silu, {}),
@@ -226,18 +277,43 @@ class Activation:
         return hash(self._key())
 
     def _key(self) -> tuple[Any, ...]:
-        return self.name, self.parameters, self.functions
+        return type(self), self.name, self.parameters, self.functions
+
+    def _made(self, math: Math) -> Pair:
+        """Return the functions of the table, with parameters."""
+        return TABLE[self.name].of(math)
 
     def on(self, math: Math) -> Pair:
         """Return the functions of v alone, for one target."""
         if self.functions is not None:
             return self.functions
-        value, derivative = TABLE[self.name].of(math)
+        value, derivative = self._made(math)
         given = tuple(map(math.real, self.parameters))
         if not given:
             return Pair(value, derivative)
         value, derivative = math.compiled(value), math.compiled(derivative)
         return Pair(lambda v: value(v, *given), lambda v: derivative(v, *given))
+
+
+class Inverse(Activation):
+    """What a backward pass gets that has y in place of x: `value` is v from y.
+
+    The derivative is taken at that v.
+    """
+
+    __slots__ = ()
+
+    def _made(self, math: Math) -> Pair:
+        return TABLE[self.name].inverted(math)
+
+
+def inverse_of(activation: Activation) -> Inverse | None:
+    """Return the inverse of an activation, or None if it has none."""
+    if activation.functions is not None or activation.name not in TABLE:
+        return None
+    if TABLE[activation.name].inverse is None or not all(p > 0 for p in activation.parameters):
+        return None
+    return Inverse(activation.name, activation.parameters)
 
 
 RELU = Activation("relu")

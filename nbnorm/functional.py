@@ -15,7 +15,7 @@ from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
 from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
-from nbnorm.activations import Fused, with_own_kernels
+from nbnorm.activations import Fused, inverse_of, with_own_kernels
 from nbnorm.moments import Moments
 
 
@@ -44,7 +44,8 @@ class BatchNormBackward(NamedTuple, Generic[X]):
     dx : array or None
         Gradient of x, with the shape, dtype and memory order of x.
     dgamma, dbeta : array or None
-        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma.
+        Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma. With
+        segments they have the shape of gamma, or, if that is None, of their own argument.
     dresidual : array or None
         Gradient of the residual, with the shape and dtype of x. None if neither `y` nor `residual`
         was given.
@@ -117,7 +118,7 @@ def batch_norm_forward(
         activation separately. ``axis=1`` here is ``axis=(0, 2, 3)`` in `numpy.var`,
         `jax.nn.standardize` or `keras.ops.moments`.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last: "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh",
         "sigmoid", "tanh", or a result of `nbnorm.activation`. NaN passes through.
@@ -370,7 +371,7 @@ def batch_norm_inference(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
@@ -477,7 +478,7 @@ def batch_norm_apply(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last, as in `batch_norm_forward`.
     groups, offsets : int, or array of int, optional
@@ -626,11 +627,12 @@ def batch_norm_backward(
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
-        bfloat16 in CPU memory.
+        bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
         overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
-        be 0, and the forward call must have had no activation and no residual.
+        be 0, and the forward call must have had no residual, and no activation but "leaky_relu"
+        of a slope > 0.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -676,9 +678,9 @@ def batch_norm_backward(
         floating.
     ValueError
         A shape, axis, activation, output_mask or out is invalid; an activation is given with
-        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation is
-        given or beta is omitted; or gamma, or gamma rstd, is not within 2^-126 and 2^126 in
-        magnitude (2^-510 and 2^510 if y is float64).
+        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation cannot
+        be inverted, a residual is given or beta is omitted; or gamma, gamma rstd or a slope is not
+        within 2^-126 and 2^126 in magnitude (2^-510 and 2^510 if y is float64).
 
     Notes
     -----
@@ -712,12 +714,12 @@ def batch_norm_backward(
     >>> np.allclose(same.dx, grads.dx)
     True
     """
-    plain = groups is offsets is mask is lengths is weights is length_axis is residual is None
+    plain = groups is offsets is mask is lengths is weights is length_axis is None
     shown = beta is not NOT_GIVEN or activation is None or y is not None
     if type(x) is np.ndarray and plain and shown:
         done = _shortcut.backward(
-            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, training, axis,
-            activation, output_mask, out,
+            dy, x, gamma, mean, rstd, None if beta is NOT_GIVEN else beta, y, residual, training,
+            axis, activation, output_mask, out,
         )  # fmt: skip
         if done is not None:
             return BatchNormBackward(*done)
@@ -747,7 +749,7 @@ def _backward(
     return BatchNormBackward(
         dx and frame.settle(dx),
         frame.parameter_gradient(sums[1], call.gamma) if wanted.dgamma else None,
-        frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
+        frame.parameter_gradient(sums[0], call.gamma, call.beta) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 
@@ -786,8 +788,9 @@ class BackwardCall(NamedTuple):
 
     @property
     def recomputed(self) -> Fused:
-        """The activation if its derivative is recomputed from x, for the backend."""
-        return with_own_kernels(self.activation)
+        """The activation if its derivative is recomputed from x, for the backend; without x, v."""
+        own = with_own_kernels(self.activation)
+        return inverse_of(own) if own is not None and self.from_y else own
 
     def operands(self) -> tuple[tuple[NDArray | None, ...], tuple[NDArray | None, ...]]:
         """Return (dy, x, gamma, mean, rstd) and the derivative's (beta, y), for the backend."""
@@ -855,12 +858,12 @@ def check_backward(
     from_y = x is None and y is not None
     large, name = (y, "y") if from_y else (x, "x")
     frame = frame_of(large, axis, name, **parts)
-    activation = _checks.activation(activation)
     if from_y:
-        _checks.invertible(activation)
+        _checks.invertible(activation, dtype=frame.x.dtype)
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat; pass x")
-    else:
+    activation = _checks.activation(activation)
+    if not from_y:
         _checks.for_derivative(activation, y, residual)
     gamma = _checks.given(gamma, "gamma", activation, y, from_y)
     beta = _checks.given(beta, "beta", activation, y, from_y)
@@ -902,7 +905,7 @@ def batch_norm_backward_reduce(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. May be float32 if x is float16 or bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
         `batch_norm_backward`.
@@ -993,7 +996,7 @@ def batch_norm_backward_apply(
     Parameters
     ----------
     dy : array of x's shape and dtype
-        Gradient of y. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Gradient of y. May be float32 if x is float16 or bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`, as in
         `batch_norm_backward`.

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -78,7 +78,8 @@ class BatchNorm:
     inplace : bool, default False
         Whether `forward` writes y **over x**; `backward` then computes x_hat from y, and the layer
         keeps one tensor alive instead of two. In training no gamma may be 0, and small ones cost
-        digits (see `batch_norm_backward`). Activations and residuals are refused.
+        digits (see `batch_norm_backward`). Residuals are refused, and activations but "leaky_relu"
+        of a slope > 0.
 
     Attributes
     ----------
@@ -102,7 +103,8 @@ class BatchNorm:
         `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
         `num_features` is negative or does not fit `axis`; `affine` is something else; there is
-        `renorm` without `track_running_stats`; an activation or `renorm` with `inplace`. `forward`
+        `renorm` without `track_running_stats`; `renorm`, or an activation that cannot be inverted,
+        with `inplace`. `forward`
         and `backward` check the other options.
 
     Examples
@@ -219,44 +221,15 @@ class BatchNorm:
         ValueError
             With `inplace`: a residual, a gamma of 0 in training, or an x that is read-only.
         """
-        if self.inplace:
-            self._check_inplace(x, residual)
-        if type(x) is not np.ndarray or self._device is not None:
-            self._follow(x)
-        collecting = self._seen is not None
-        training = self.training or collecting or self.running_mean is None
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / (self.num_batches_tracked + 1)
-        elif self.debias and training and self.running_mean is not None:
-            momentum = debiased(momentum, self.num_batches_tracked)
-        given = {
-            "groups": groups, "offsets": offsets, "mask": mask, "lengths": lengths,
-            "length_axis": length_axis, "weights": weights,
-        }  # fmt: skip
-        parts = {name: value for name, value in given.items() if value is not None}
-        normalise = self._collect if collecting else self._normalise
-        if self.renorm is not None and training and not collecting:
-            if parts:
-                raise ValueError(f"{', '.join(parts)} cannot be combined with renorm")
-            normalise = self._renormalise
+        normalise, training, options, parts = self._prepared(
+            x, residual, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
+            length_axis=length_axis, weights=weights,
+        )  # fmt: skip
+        if parts:
+            options["fill"] = fill
         y: X
-        y, mean, rstd, *renorm, values = normalise(
-            x,
-            training,
-            gamma=self.parameters.get("weight"),
-            beta=self.parameters.get("bias"),
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            momentum=momentum,
-            eps=self.eps,
-            correction=self.correction,
-            axis=self.axis,
-            residual=residual,
-            activation=self.activation,
-            out=x if self.inplace else None,
-            **(parts | ({"fill": fill} if parts else {})),
-        )
+        y, mean, rstd, *renorm, values = normalise(x, training, **options, **parts)
+        collecting = self._seen is not None
         if training and not collecting and self.running_mean is not None and values > 0:
             self.num_batches_tracked += 1
         added, fused = residual is not None, self.activation is not None
@@ -273,13 +246,54 @@ class BatchNorm:
         """Call `forward`."""
         return self.forward(x, residual, **parts)
 
+    def _prepared(
+        self, x: Array, residual: Array | None, **given: Any
+    ) -> tuple[Callable[..., Any], bool, dict[str, Any], dict[str, Any]]:
+        """Check what the layer refuses by itself; return how to normalise x.
+
+        That is a function of x, whether x has its own statistics, the options of the function, and
+        those of `given` that are not None: segments, and what counts.
+        """
+        if self.inplace:
+            self._check_inplace(x, residual)
+        if type(x) is not np.ndarray or self._device is not None:
+            self._follow(x)
+        collecting = self._seen is not None
+        training = self.training or collecting or self.running_mean is None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (self.num_batches_tracked + 1)
+        elif self.debias and training and self.running_mean is not None:
+            momentum = debiased(momentum, self.num_batches_tracked)
+        parts = {name: value for name, value in given.items() if value is not None}
+        normalise = self._collect if collecting else self._normalise
+        if self.renorm is not None and training and not collecting:
+            if parts:
+                raise ValueError(f"{', '.join(parts)} cannot be combined with renorm")
+            normalise = self._renormalise
+        options = {
+            "gamma": self.parameters.get("weight"),
+            "beta": self.parameters.get("bias"),
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "momentum": momentum,
+            "eps": self.eps,
+            "correction": self.correction,
+            "axis": self.axis,
+            "residual": residual,
+            "activation": self.activation,
+            "out": x if self.inplace else None,
+        }
+        return normalise, training, options, parts
+
     def _check_inplace(self, x: Array, residual: Array | None) -> None:
         """Raise if y must not be written over x, or would not determine x_hat."""
-        _checks.invertible(self.activation, "use inplace=False")  # it may have been set since
         if residual is not None:
             raise ValueError("residual is given, and y does not determine x_hat with inplace=True")
         _checks.mutable(x, "x", _OVERWRITTEN)
         taken = take_floating(x, "x")
+        # It may have been set since.
+        _checks.invertible(self.activation, "use inplace=False", taken.dtype)
         _checks.writable(taken, "x", _OVERWRITTEN)
         if self.training and "weight" in self.parameters:
             _checks.divisor(on_host(self.parameters["weight"]), taken.dtype)
@@ -413,22 +427,29 @@ class BatchNorm:
         self.training = False
         return self
 
-    def set_statistics(self, moments: Moments) -> None:
-        """Set the running statistics, in place, from moments; `num_batches_tracked` stays.
+    def set_statistics(self, moments: Moments, *, num_batches_tracked: int | None = None) -> None:
+        """Set the running statistics, in place, from moments.
 
         Parameters
         ----------
         moments : Moments
             Usually those of a whole data set: `batch_norm_stats` of every chunk, merged. The
             running variance becomes M2 / (count - correction), with the layer's correction.
+        num_batches_tracked : int, optional
+            The layer's new `num_batches_tracked`: as how many batches the statistics count when
+            further ones are averaged with ``momentum=None`` or ``debias=True``. None keeps the
+            layer's number; but where it weights batches and is 0, so that the next batch would
+            replace the statistics, it becomes 1.
 
         Raises
         ------
         TypeError
-            The mean or M2 is not a floating array, or the count is not an int.
+            The mean or M2 is not a floating array, or the count is not an int;
+            num_batches_tracked is not an integer.
         ValueError
             The layer keeps no running statistics, or they are read-only or share memory with each
-            other or a parameter; the moments have too few values or the wrong shape.
+            other or a parameter; the moments have too few values or the wrong shape;
+            num_batches_tracked is negative.
 
         Examples
         --------
@@ -447,6 +468,11 @@ class BatchNorm:
             raise ValueError("moments have rows of segments, expected one row; merge them first")
         if not (on_host(np.asarray(moments.count)) > 0).all():
             raise ValueError("moments.count is 0, expected at least one value per channel")
+        tracked = self.num_batches_tracked
+        if num_batches_tracked is not None:
+            tracked = _checks.batches(num_batches_tracked)
+        elif self.momentum is None or self.debias:
+            tracked = max(tracked, 1)
         # Start from zeros: a NaN in the old statistics would survive a factor of 0.
         zeros = np.zeros(self.running_mean.shape, self.dtype)
         mean, m2 = (on_host(take_floating(getattr(moments, n), n)) for n in ("mean", "m2"))
@@ -457,6 +483,7 @@ class BatchNorm:
         self._arrays_to_write()
         overwrite(self.running_mean, mean)
         overwrite(self.running_var, var)
+        self.num_batches_tracked = tracked
 
     def state_dict(self) -> dict[str, NDArray]:
         """Return copies of parameters and statistics under PyTorch's names.

@@ -177,8 +177,8 @@ class Pairwise:
         self._number = 0
         self._waiting: list[Any] = []  # a merge of 2^k parts for each bit k set in the number
 
-    def __bool__(self) -> bool:
-        return self._number > 0
+    def __len__(self) -> int:
+        return self._number
 
     def add(self, moments: Any) -> None:
         """Add moments, or any object with a compatible `merge` method, such as a dask delayed."""

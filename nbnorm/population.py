@@ -174,7 +174,9 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     paper averages over batches, which weights all batches equally and omits the variance between
     their means. This function computes the exact population statistics.
 
-    Modes, parameters and ``num_batches_tracked`` do not change.
+    Modes and parameters do not change, nor does ``num_batches_tracked``, unless it is 0 and weights
+    batches (``momentum=None``, ``debias=True``): it then becomes the number of batches seen, so
+    that the next batch in training does not replace the statistics.
 
     Examples
     --------
@@ -205,7 +207,17 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
         raise ValueError("layers received no values within the block, expected at least one batch")
     for layer, merged in zip(layers, seen, strict=True):
         if merged:
-            layer.set_statistics(merged.total())
+            layer.set_statistics(merged.total(), num_batches_tracked=batches_of(layer, merged))
+
+
+def batches_of(layer: Any, seen: Pairwise) -> int | None:
+    """Return as how many batches the statistics of those seen count, None for the layer's own.
+
+    That number matters where it weights batches. PyTorch's `update_bn` leaves the number of batches
+    seen; here it replaces only the 0 of a layer that has not been trained.
+    """
+    weighted = layer.momentum is None or getattr(layer, "debias", False)
+    return len(seen) if weighted and layer.num_batches_tracked == 0 else None
 
 
 def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:

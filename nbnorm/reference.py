@@ -135,12 +135,13 @@ def batch_norm_backward(
     mask = lengths = length_axis = None
     if groups is not None or offsets is not None:
         parts = _each(batch_norm_backward, locals())
-        dgamma, dbeta = (_gradient(parts, name, gamma) for name in ("dgamma", "dbeta"))
+        dgamma = _gradient(parts, "dgamma", gamma)
+        dbeta = _gradient(parts, "dbeta", gamma if beta is NOT_GIVEN or gamma is not None else beta)
         dx, dresidual = (_joined(parts, name, x, y, axis) for name in ("dx", "dresidual"))
         return BatchNormBackward(dx, dgamma, dbeta, dresidual)
-    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
-    m, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, activation, axis)
+    m, over, _ = _reduction(x, axis)
     deviation = _wide(x, x) - _spread(mean, x, axis)
     if w is not None:
         dy, deviation = _counted(dy, w), _counted(deviation, w)
@@ -280,9 +281,9 @@ def batch_norm_backward_reduce(
     if groups is not None or offsets is not None:
         sum_dy, sum_dy_xhat = zip(*_each(batch_norm_backward_reduce, locals()), strict=True)
         return np.stack(sum_dy), np.stack(sum_dy_xhat)
-    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
-    _, over, _ = _reduction(x, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, activation, axis)
+    _, over, _ = _reduction(x, axis)
     dy, xhat = _counted(dy, w), _counted(_normalise(x, mean, rstd, axis), w)
     return np.sum(dy, axis=over), np.sum(dy * xhat, axis=over)
 
@@ -302,8 +303,8 @@ def batch_norm_backward_apply(
     if groups is not None or offsets is not None:
         dx = _joined(_each(batch_norm_backward_apply, locals()), None, x, y, axis)
         return dx if out is None else out
-    x, mean, y = _input(x, gamma, beta, mean, rstd, y, axis)
     dy = _through_activation(dy, x, gamma, beta, mean, rstd, y, residual, activation, axis)
+    x, mean, y = _input(x, gamma, beta, mean, rstd, y, activation, axis)
     xhat = _normalise(x, mean, rstd, axis)
     m = _spread(np.asarray(count), x, axis) if np.ndim(count) else count
     mean_dy = _spread(sum_dy, x, axis) / m
@@ -552,6 +553,16 @@ def _activate(v: NDArray, activation: Activation, derivative: bool = False) -> N
     return np.asarray(result.astype(v.dtype))
 
 
+def _before(y: NDArray, activation: Activation) -> NDArray:
+    """Return v of y = act(v), for None and leaky_relu."""
+    act = _checks.activation(activation)
+    if act is None:
+        return y
+    assert isinstance(act, Activation_)
+    (slope,) = act.parameters
+    return np.where(y > 0, y, y / slope)
+
+
 def _scaled(
     xhat: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, axis: Axis, residual: OptArray,
     activation: Activation,
@@ -567,29 +578,32 @@ def _scaled(
 
 def _input(
     x: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, y: OptArray,
-    axis: Axis,
+    activation: Activation, axis: Axis,
 ) -> tuple[NDArray, NDArray, OptArray]:  # fmt: skip
-    """Return x, mean and y; if x is None, solve y = gamma (x - mean) rstd + beta for x - mean.
+    """Return x, mean and y; if x is None, solve v = gamma (x - mean) rstd + beta for x - mean.
 
-    The mean is then 0. Where rstd is 0, x - mean is 0 too.
+    v is what the activation made y of. The mean is then 0. Where rstd is 0, x - mean is 0 too.
     """
     if x is not None:
         return x, mean, y
     assert y is not None
     gamma, beta = (given(a, n, None, y, True) for a, n in ((gamma, "gamma"), (beta, "beta")))
-    y = _long(y)
-    r = _spread(rstd, y, axis)
-    xhat = (y if beta is None else y - _spread(beta, y, axis)) / _spread(gamma, y, axis)
+    v = _before(_long(y), activation)
+    r = _spread(rstd, v, axis)
+    xhat = (v if beta is None else v - _spread(beta, v, axis)) / _spread(gamma, v, axis)
     return np.where(r == 0, 0, xhat / r), np.zeros_like(mean), None
 
 
 def _through_activation(
-    dy: NDArray, x: NDArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
+    dy: NDArray, x: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray,
     y: OptArray, residual: OptArray, activation: Activation, axis: Axis,
 ) -> NDArray:  # fmt: skip
     """Return dl/dv, v being the value before the activation: dl/dy act'(v); ReLU reads y > 0."""
-    dy = _wide(dy, x)
     act = _checks.activation(activation)
+    if x is None:
+        assert y is not None
+        return _long(dy) * _activate(_before(_long(y), act), act, derivative=True)
+    dy = _wide(dy, x)
     if act is None:
         return dy
     if act == "relu" and y is not None:
@@ -663,12 +677,12 @@ def _joined(parts: list[Any], name: str | None, x: OptArray, y: OptArray, axis: 
     return None if arrays[0] is None else np.concatenate(arrays, _reduction(large, axis)[1][0])
 
 
-def _gradient(parts: list[Any], name: str, gamma: OptArray) -> OptArray:
-    """Return the parts' gradients of a parameter, added unless gamma has a row for each part."""
+def _gradient(parts: list[Any], name: str, like: OptArray) -> OptArray:
+    """Return the parts' gradients of a parameter, added unless `like` has a row for each part."""
     rows = [getattr(part, name) for part in parts]
     if rows[0] is None:
         return None
-    return np.stack(rows) if gamma is not None and gamma.ndim > rows[0].ndim else sum(rows)
+    return np.stack(rows) if like is not None and like.ndim > rows[0].ndim else sum(rows)
 
 
 def _store(values: NDArray, out: OptArray) -> NDArray:

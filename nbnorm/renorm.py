@@ -1,7 +1,8 @@
 """Batch renormalization (Ioffe 2017): training that normalises almost as inference does.
 
-No kernel of its own: r and d are constants per channel, so gamma (x_hat r + d) + beta is batch
-normalization with gamma' = gamma r and beta' = beta + gamma d.
+r and d are constants per channel, so gamma (x_hat r + d) + beta is batch normalization with
+gamma' = gamma r and beta' = beta + gamma d. Forward computes these between the two steps of its
+pass, and backward has no kernel of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, X
 from nbnorm.functional import (
+    BackwardCall,
     BatchNormBackward,
+    ForwardCall,
     check_backward,
     check_forward,
-    flat_stats,
 )
-from nbnorm.moments import Moments
 
 Schedule = float | Callable[[int], float]
 
@@ -167,7 +168,7 @@ def batch_renorm_forward(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last.
     out : array of x's shape and dtype, optional
@@ -189,9 +190,9 @@ def batch_renorm_forward(
     Notes
     -----
     Implements Algorithm 1 of S. Ioffe, *Batch Renormalization* (2017), with running averages of the
-    variance instead of the standard deviation. Takes two sweeps over x: statistics, then y with
-    gamma r and beta + gamma d, computed in float64. Inference is `batch_norm_inference`. If a
-    standard deviation and the running one are both 0, r is 1; likewise d is 0 for equal means. An
+    variance instead of the standard deviation. gamma r and beta + gamma d are computed in float64,
+    between the statistics of a block of channels and its y. Inference is `batch_norm_inference`. If
+    a standard deviation and the running one are both 0, r is 1; likewise d is 0 for equal means. An
     empty batch has r = 1 and d = 0.
 
     Examples
@@ -210,7 +211,7 @@ def batch_renorm_forward(
     for name, statistic in ("running_mean", running_mean), ("running_var", running_var):
         if statistic is None:
             raise ValueError(f"{name} is None; batch renormalization requires both statistics")
-    r_max, d_max = _at_least(1, r_max, "r_max"), _at_least(0, d_max, "d_max")
+    bounds = checked_bounds(r_max, d_max)
     call = check_forward(
         x, gamma, beta, running_mean, running_var, True, momentum, eps, correction, axis,
         residual, activation, out, alone=False,
@@ -218,16 +219,20 @@ def batch_renorm_forward(
     frame, running = call.frame, call.running
     assert running is not None
     _checks.enough_values(frame.m, call.correction, "x of shape {}", frame.x.shape)
-    mean, m2 = flat_stats(frame)
-    rstd = Moments(frame.m, mean, m2).rstd(call.eps)
+    y = frame.target(call.out)
     if frame.empty:
-        r, d = frame.memory.zeros(frame.channels) + 1.0, frame.memory.zeros(frame.channels)
+        mean, rstd = frame.memory.zeros(frame.channels), frame.memory.zeros(frame.channels)
+        r, d = _none(frame)
     else:
-        old_mean, old_var = map(frame.statistic, running)
-        r, d = _corrections(mean, m2 / frame.m, old_mean, old_var, call.eps, r_max, d_max)
-    scale, shift = _folded(frame, call.gamma, call.beta, r, d)
-    y = call._replace(gamma=scale, beta=shift).apply(mean, rstd)
-    if not frame.empty:
+        mean, m2, rstd, r, d = frame.backend.renorm_forward(
+            frame.view(frame.x),
+            *parameters(call),
+            *bounds,
+            call.eps,
+            frame.view(call.residual),
+            call.activation,
+            y.written,
+        )
         frame.backend.move(*running, mean, m2, call.momentum, frame.m - call.correction)
     return BatchRenormForward(
         frame.settle(y), *(frame.home(frame.unflat(array)) for array in (mean, rstd, r, d))
@@ -261,7 +266,7 @@ def batch_renorm_backward(
     ----------
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
-        bfloat16 in CPU memory.
+        bfloat16.
     x : array, at least 2-d
         Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
     gamma : array of the shape of the channel axes, or None
@@ -313,43 +318,66 @@ def batch_renorm_backward(
     frame, wanted = call.frame, call.wanted(output_mask)
     r_, d_ = (frame.statistic(frame.required(a, name)) for a, name in ((r, "r"), (d, "d")))
     out_ = frame.out(out, inplace="dy")
-    scale, shift = _folded(frame, call.gamma, call.beta, r_, d_)
-    if call.from_y:
-        _checks.divisor(on_host(scale), frame.x.dtype, on_host(frame.statistic(call.rstd)))
-    folded = call._replace(gamma=scale, beta=shift)
+    folded = with_corrections(call, r_, d_)
     dx, sums, dresidual = folded.gradients(wanted, True, out_)
-    dgamma = None
-    if wanted.dgamma:
-        with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
-            total = r_ * sums[1] + d_ * sums[0]
-        dgamma = frame.parameter_gradient(total, call.gamma)
     return BatchNormBackward(
         dx and frame.settle(dx),
-        dgamma,
+        frame.parameter_gradient(gamma_sum(sums, r_, d_), call.gamma) if wanted.dgamma else None,
         frame.parameter_gradient(sums[0], call.gamma) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )
 
 
-def _corrections(
-    mean: NDArray,
-    var: NDArray,
-    running_mean: NDArray,
-    running_var: NDArray,
-    eps: float,
-    r_max: float,
-    d_max: float,
-) -> tuple[NDArray, NDArray]:
-    """Return r and d in float64; 0 / 0 gives r = 1 and d = 0."""
+def checked_bounds(r_max: Any, d_max: Any) -> tuple[float, float]:
+    """Return both bounds as floats; raise if one is not a bound. Infinity is valid."""
+    return _at_least(1, r_max, "r_max"), _at_least(0, d_max, "d_max")
+
+
+def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Return gamma, beta and the running statistics as the backend's corrections take them."""
+    frame, running = call.frame, call.running
+    assert running is not None
+    return (
+        frame.statistic_or(call.gamma, 1.0),
+        frame.statistic_or(call.beta, 0.0),
+        frame.statistic(running[0]),
+        frame.statistic(running[1]),
+    )
+
+
+def corrected(
+    call: ForwardCall, mean: NDArray, m2: NDArray, count: int, bounds: tuple[float, float]
+) -> tuple[ForwardCall, NDArray, NDArray]:
+    """Return the call with gamma r and beta + gamma d, r and d, for moments of `count` values."""
+    frame = call.frame
+    if count == 0:
+        r, d = _none(frame)
+    else:
+        population = parameters(call)[2:]
+        r, d = frame.backend.corrections(mean, m2, count, call.eps, *population, *bounds)
+    scale, shift = _folded(frame, call.gamma, call.beta, r, d)
+    return call._replace(gamma=scale, beta=shift), r, d
+
+
+def with_corrections(call: BackwardCall, r: NDArray, d: NDArray) -> BackwardCall:
+    """Return the call of batch normalization that has the same dx."""
+    scale, shift = _folded(call.frame, call.gamma, call.beta, r, d)
+    if call.from_y:
+        rstd = call.frame.statistic(call.rstd)
+        _checks.divisor(on_host(scale), call.frame.x.dtype, on_host(rstd))
+    return call._replace(gamma=scale, beta=shift)
+
+
+def gamma_sum(sums: NDArray, r: NDArray, d: NDArray) -> NDArray:
+    """Return dgamma in float64, of shape (C,), from sum dy and sum dy x_hat."""
     with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
-        std, running_std = np.sqrt(var + eps), np.sqrt(running_var + eps)
-        off = mean - running_mean
-        r = np.where(np.logical_and(std == 0, running_std == 0), 1.0, std / running_std)
-        d = np.where(np.logical_and(off == 0, running_std == 0), 0.0, off / running_std)
-        return (
-            np.minimum(np.maximum(r, 1 / r_max), r_max),
-            np.minimum(np.maximum(d, -d_max), d_max),
-        )
+        total: NDArray = r * sums[1] + d * sums[0]
+        return total
+
+
+def _none(frame: Frame) -> tuple[NDArray, NDArray]:
+    """Return r and d without an effect, for a batch without values."""
+    return frame.memory.zeros(frame.channels) + 1.0, frame.memory.zeros(frame.channels)
 
 
 def _folded(
@@ -365,7 +393,7 @@ def _folded(
 
 
 def _at_least(least: float, value: Any, name: str) -> float:
-    """Return a bound as a float; raise if it is NaN or too small. Infinity is valid."""
+    """Return a bound as a float; raise if it is NaN or too small."""
     bound = _checks.number(value, name)
     if not bound >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

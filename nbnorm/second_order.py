@@ -56,7 +56,7 @@ def batch_norm_double_backward(
     ----------
     ddx : array of x's shape and dtype, or None
         Gradient of `batch_norm_backward`'s dx. None means 0. As dy, it may be float32 if x is
-        float16 or bfloat16 in CPU memory.
+        float16 or bfloat16.
     ddgamma, ddbeta : array of the shape of the channel axes, or None
         Gradients of its dgamma and dbeta, any floating dtype. None means 0.
     dy : array of x's shape and dtype
@@ -131,8 +131,8 @@ def batch_norm_double_backward(
         backend = frame.backend
         if ddx_ is not None:
             total = backend.double_backward(
-                frame.view(ddx_), g, x_, _float64(frame, gamma_, 1.0), *statistics,
-                _float64(frame, ddgamma_, 0.0), _float64(frame, ddbeta_, 0.0), training,
+                frame.view(ddx_), g, x_, frame.statistic_or(gamma_, 1.0), *statistics,
+                frame.statistic_or(ddgamma_, 0.0), frame.statistic_or(ddbeta_, 0.0), training,
                 ddy.written, dx.written,
             )  # fmt: skip
         else:  # what is left is linear: ddgamma takes the place of gamma
@@ -222,8 +222,9 @@ def batch_norm_jvp(
         x_, statistics = frame.view(frame.x), (frame.statistic(mean_), frame.statistic(rstd_))
         if tx_ is not None:
             frame.backend.jvp(
-                frame.view(tx_), x_, _float64(frame, gamma_, 1.0), *statistics,
-                _float64(frame, tgamma_, 0.0), _float64(frame, tbeta_, 0.0), training, ty.written,
+                frame.view(tx_), x_, frame.statistic_or(gamma_, 1.0), *statistics,
+                frame.statistic_or(tgamma_, 0.0), frame.statistic_or(tbeta_, 0.0), training,
+                ty.written,
             )  # fmt: skip
         else:
             a, b = _scale_and_shift(frame, tgamma_, tbeta_)
@@ -287,14 +288,6 @@ def batch_norm_backward_statistics(
     home = home_of(rstd)
     with np.errstate(all="ignore"):  # NaN and Inf pass through to their channel
         return home(-scale * sum_dy_), home(-scale * rstd_ * sum_dy_xhat_ / 2)
-
-
-def _float64(frame: Frame, array: NDArray | None, otherwise: float) -> NDArray:
-    """Return a parameter or its gradient as contiguous float64 of shape (C,)."""
-    if array is not None:
-        return frame.statistic(array)
-    same: NDArray = frame.memory.constant(frame.channels, otherwise, np.dtype("float64"))
-    return same
 
 
 def _scale_and_shift(

@@ -380,6 +380,45 @@ def statistics_add_up_over_steps(comm):
 
 
 @case
+def renormalises_with_the_statistics_of_all_ranks(comm):
+    """Empty batches on some rank, bounds that clip and bounds that follow a schedule."""
+    renorms = nbnorm.Renorm(1.05, 0.1), nbnorm.Renorm(nbnorm.Ramp(0, 2, 1, 3), np.inf)
+    for renorm in renorms:
+        for with_residual in (False, True):
+            options = {"renorm": renorm, "dtype": np.float64, "momentum": 0.3}
+            options |= {"activation": "relu" if with_residual else None}
+            batch = Batch(comm)
+            layer = SyncBatchNorm(4, comm=comm, **options)
+            single = nbnorm.BatchNorm(4, **options)
+            for one in (layer, single):
+                one.parameters["weight"][...], one.parameters["bias"][...] = batch.gamma, batch.beta
+            for seed in range(3):
+                whole = np.random.default_rng(seed).normal(2 * seed, 1 + seed, batch.x.shape)
+                added = (batch.residual,) if with_residual else ()
+                y = layer.forward(batch.own(whole), *map(batch.own, added))
+                assert_allclose(y, batch.own(single.forward(whole, *added)), **CLOSE)
+                ours, theirs = layer.backward(batch.own(batch.dy)), single.backward(batch.dy)
+                pairs = zip(ours, theirs, strict=True) if with_residual else [(ours, theirs)]
+                for array, expected in pairs:
+                    assert_allclose(array, batch.own(expected), **CLOSE)
+                for name, grad in layer.grads.items():
+                    assert_allclose(gathered(comm, grad).sum(axis=0), single.grads[name], **CLOSE)
+            for name, array in layer.state_dict().items():
+                assert_allclose(array, single.state_dict()[name], err_msg=name, **CLOSE)
+                assert_same_on_all_ranks(comm, array, name)
+
+
+@case
+def renormalises_no_values(comm):
+    layer = SyncBatchNorm(4, comm=comm, renorm=nbnorm.Renorm(3, 5))
+    x = np.ones((0, 4, 2), np.float32)
+    assert layer.forward(x).shape == layer.backward(x).shape == x.shape
+    for array in (layer.running_mean, *layer.grads.values()):
+        assert_same_bits(array, np.zeros(4, np.float32))
+    assert layer.num_batches_tracked == 0
+
+
+@case
 def recalibration_takes_what_all_ranks_have_seen(comm):
     steps = [Batch(comm, offset=offset) for offset in (0.0, 3.0)]
     layer = SyncBatchNorm(4, comm=comm, dtype=np.float64).eval()
@@ -497,6 +536,75 @@ def refuses_statistics_of_another_shape(comm):
 def refuses_a_count_that_is_no_count(comm):
     call = backward_with(comm, count="many")
     refused_on_the_last_rank(comm, call, TypeError, "count must be an int, got 'many'")
+
+
+def layer_with(comm, spoil, **options):
+    """Return a call of a layer's forward, which `spoil` changes where the arguments are wrong."""
+    batch = Batch(comm)
+
+    def call(wrong):
+        layer = SyncBatchNorm(4, comm=comm, dtype=np.float64, **options)
+        given = (spoil(layer) if wrong else None) or {}
+        before = layer.state_dict()
+        try:
+            layer.forward(batch.own(batch.x).copy(), **given)
+        except Exception:
+            for name, array in layer.state_dict().items():
+                assert_same_bits(array, before[name], name)
+            raise
+
+    return call
+
+
+@case
+def refuses_on_all_ranks_what_a_layer_refuses(comm):
+    """The layer's own checks come before any communication; the others must hear of them."""
+
+    def momentum(layer):
+        layer.momentum = 1.5
+
+    def gamma(layer):
+        layer.parameters["weight"][1] = 0
+
+    def bounds(layer):
+        layer.renorm = nbnorm.Renorm(0.5, 1)
+
+    def schedule(layer):
+        layer.renorm = nbnorm.Renorm(lambda batch: 1 / batch, 1)
+
+    renorm = {"renorm": nbnorm.Renorm(3, 5)}
+    for spoil, options, error, match in (
+        (momentum, {"debias": True}, ValueError, re.escape("momentum must be in (0, 1]")),
+        (gamma, {"inplace": True}, ValueError, "gamma is 0"),
+        (lambda _: {"groups": 2}, {}, ValueError, "groups and offsets are not supported"),
+        (lambda _: {"groups": 2}, renorm, ValueError, "groups cannot be combined with renorm"),
+        (bounds, renorm, ValueError, "r_max must be at least 1, got 0.5"),
+        (schedule, renorm, ZeroDivisionError, "division by zero"),
+    ):
+        refused_on_the_last_rank(comm, layer_with(comm, spoil, **options), error, match)
+
+
+@case
+def a_layer_alone_refuses_alone(comm):
+    layer = SyncBatchNorm(4, comm=comm, inplace=True).eval()
+    layer.comm = Silent()
+    with pytest.raises(ValueError, match="residual is given"):
+        layer.forward(np.ones((3, 4)), np.ones((3, 4)))
+
+
+@case
+def ranks_of_different_bounds(comm):
+    def wider(layer):
+        layer.renorm = nbnorm.Renorm(4, 5)
+
+    def without(layer):
+        layer.renorm = None
+
+    options = {"renorm": nbnorm.Renorm(3, 5)}
+    call = layer_with(comm, wider, **options)
+    disagree(comm, call, "on r_max of renorm: 3.0 on rank 0, 4.0 on rank {last}$")
+    call = layer_with(comm, without, **options)
+    disagree(comm, call, "on r_max of renorm: 3.0 on rank 0, none on rank {last}$")
 
 
 @case

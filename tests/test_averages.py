@@ -178,6 +178,71 @@ def test_with_renorm_and_with_ranks():
         assert_same_bits(layer.running_var, plain.running_var)
 
 
+WEIGHTED = [{"momentum": None}, {"momentum": 0.3, "debias": True}]
+weighted = pytest.mark.parametrize("options", WEIGHTED, ids=["equal", "debiased"])
+
+
+def after(layer, weight, old, x):
+    """Check that a batch moves the running mean from `old` with this weight."""
+    layer.forward(x)
+    expected = (1 - weight) * old + weight * x.mean(axis=0)
+    assert_allclose(layer.running_mean, expected, rtol=1e-14)
+
+
+@weighted
+def test_statistics_that_were_set_are_not_forgotten(options):
+    """They count as one batch, or as many as one says."""
+    moments, x = nbnorm.batch_norm_stats(draw(1, (60, 3))), draw(2)
+    for number in (None, 1, 5):
+        layer = BatchNorm(3, dtype=np.float64, **options)
+        layer.set_statistics(moments, num_batches_tracked=number)
+        seen = number or 1
+        assert layer.num_batches_tracked == seen
+        weight = 1 / (seen + 1) if layer.momentum is None else debiased(0.3, seen)
+        after(layer, weight, moments.mean, x)
+        assert layer.num_batches_tracked == seen + 1
+
+
+@weighted
+def test_a_layer_that_has_seen_batches_keeps_their_number(options):
+    layer = BatchNorm(3, dtype=np.float64, **options)
+    for seed in range(4):
+        layer.forward(draw(seed))
+    with nbnorm.recalibrate(layer):
+        layer.forward(draw(7))
+    layer.set_statistics(nbnorm.batch_norm_stats(draw(5)))
+    assert layer.num_batches_tracked == 4
+    layer.set_statistics(nbnorm.batch_norm_stats(draw(5)), num_batches_tracked=0)
+    after(layer, 1.0, np.zeros(3), draw(6))  # one may ask for it
+
+
+@weighted
+def test_recalibration_counts_its_batches(options):
+    layer, xs = BatchNorm(3, dtype=np.float64, **options), [draw(seed) for seed in range(4)]
+    with nbnorm.recalibrate(layer):
+        for x in xs:
+            layer.forward(x)
+    assert layer.num_batches_tracked == 4
+    weight = 1 / 5 if layer.momentum is None else debiased(0.3, 4)
+    after(layer, weight, np.concatenate(xs).mean(axis=0), draw(9))
+
+
+def test_a_number_of_batches_that_is_none_sets_nothing():
+    layer, moments = debiasing(), nbnorm.batch_norm_stats(draw(1))
+    for bad, error in ((-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match=f"num_batches_tracked must .* got {bad}"):
+            layer.set_statistics(moments, num_batches_tracked=bad)
+    assert_array_equal(layer.running_mean, np.zeros(3))
+    assert layer.num_batches_tracked == 0
+
+
+def test_an_ordinary_momentum_needs_no_number():
+    layer, moments = BatchNorm(3, dtype=np.float64), nbnorm.batch_norm_stats(draw(1))
+    layer.set_statistics(moments)
+    assert layer.num_batches_tracked == 0
+    after(layer, 0.1, moments.mean, draw(2))
+
+
 def test_repr_names_it():
     assert "activation=None, debias=True, dtype=" in repr(BatchNorm(3, debias=True))
 

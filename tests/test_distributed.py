@@ -268,9 +268,9 @@ def test_ranks_of_another_version():
         def Allgather(self, sendbuf, recvbuf):
             assert sendbuf.size == 16, "the header has one length in all versions"
             recvbuf[...] = sendbuf
-            recvbuf[1, :2] = 3, 1
+            recvbuf[1, :2] = 4, 1
 
-    message = r"^ranks disagree on the version of the protocol: 2 on rank 0, 3 on rank 1$"
+    message = r"^ranks disagree on the version of the protocol: 3 on rank 0, 4 on rank 1$"
     with pytest.raises(ValueError, match=message):
         sync_batch_norm_forward(np.ones((3, 2)), comm=Newer())
     with pytest.raises(ValueError, match=r"^eps"):

@@ -21,6 +21,7 @@ from tolerances import (
 
 import nbnorm
 from nbnorm import BatchNorm, reference
+from nbnorm.activations import NAMES
 from nbnorm.distributed import (
     SelfComm,
     SyncBatchNorm,
@@ -75,10 +76,65 @@ def test_backward_from_y_is_that_from_x_but_for_the_rounding_of_y(recipe, traini
     assert_within(got.dgamma, ref.dgamma, dgamma_error + dgamma_more, "dgamma")
 
 
+LEAKY = nbnorm.activation("leaky_relu", slope=0.25)
+
+
+def before(y, slope):
+    """v of y = leaky_relu(v) in y's compute dtype, exact for a slope that is a power of two."""
+    wide = y.astype(np.float64 if y.dtype == np.float64 else np.float32)
+    return np.where(wide > 0, wide, wide / wide.dtype.type(slope))
+
+
+@given(recipes(), st.booleans(), st.sampled_from([2.0**-2, 2.0**-7, 2.0]))
+def test_leaky_relu_is_inverted(recipe, training, slope):
+    """As if v, and dy through the activation, had been given: the quarter loses no digit."""
+    act = nbnorm.activation("leaky_relu", slope=slope)
+    x, gamma, beta, (y, mean, rstd) = forward_of(recipe, activation=act)
+    dy, axis = recipe.like_x(5), recipe.axis
+    options = {"beta": beta, "y": y, "training": training, "axis": axis, "activation": act}
+    got = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, **options)
+    ref = reference.batch_norm_backward(dy, None, gamma, mean, rstd, **options)
+    v = before(y, slope)
+    through = np.where(v > 0, dy, dy.astype(v.dtype) * v.dtype.type(slope))
+    center, over_gamma, factor = inverse(gamma, beta, rstd, mean)
+    error = dx_tolerance(through, v, factor, center, over_gamma, axis=axis, training=training)
+    dbeta_error, dgamma_error = sums_tolerance(through, v, center, over_gamma, axis=axis)
+    dtype = x.dtype if gamma is None else gamma.dtype
+    assert_within(got.dx, ref.dx, stored(error, ref.dx, x.dtype), "dx")
+    assert_within(got.dgamma, ref.dgamma, stored(dgamma_error, ref.dgamma, dtype), "dgamma")
+    assert_within(got.dbeta, ref.dbeta, stored(dbeta_error, ref.dbeta, dtype), "dbeta")
+    assert got.dresidual is None
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 40), (30, 7), (2, 3, 20, 20)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("slope", [0.01, 0.2, 3.0])
+def test_leaky_relu_from_y_is_that_from_x_but_for_rounding(shape, dtype, slope):
+    recipe = Recipe(shape, 1, dtype=dtype)
+    act = nbnorm.activation("leaky_relu", slope=slope)
+    x, gamma, beta, (y, mean, rstd) = forward_of(recipe, activation=act)
+    dy, options = recipe.like_x(5), {"axis": recipe.axis, "activation": act, "beta": beta}
+    got = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, y=y, **options)
+    ref = reference.batch_norm_backward(dy, x, gamma, mean, rstd, **options)
+    through = reference.batch_norm_apply(x, gamma, beta, mean, rstd, axis=recipe.axis)
+    through = np.where(through > 0, dy, slope * dy).astype(np.float64)
+    dx_more, dgamma_more = from_y_tolerance(
+        through, x, gamma, beta, mean, rstd, axis=recipe.axis, training=True
+    )
+    error = dx_tolerance(through, x, gamma, mean, rstd, axis=recipe.axis)
+    _, dgamma_error = sums_tolerance(through, x, mean, rstd, axis=recipe.axis)
+    # v is rounded three times, not once, and the slope, too.
+    assert_within(got.dx, ref.dx, 2 * error + 4 * dx_more, "dx")
+    error = stored(2 * dgamma_error, ref.dgamma, got.dgamma.dtype) + 4 * dgamma_more
+    assert_within(got.dgamma, ref.dgamma, error, "dgamma")
+
+
+@pytest.mark.parametrize("activation", [None, LEAKY])
 @given(recipes(dtypes=("float32",)), other_layouts())
-def test_split_backward_from_y_is_the_fused_one(recipe, dy_layout):
-    _, gamma, beta, (y, mean, rstd) = forward_of(recipe)
+def test_split_backward_from_y_is_the_fused_one(activation, recipe, dy_layout):
+    _, gamma, beta, (y, mean, rstd) = forward_of(recipe, activation=activation)
     dy, options = recipe.like_x(5, dy_layout), {"beta": beta, "y": y, "axis": recipe.axis}
+    options["activation"] = activation
     fused = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, **options)
     sums = nbnorm.batch_norm_backward_reduce(dy, None, mean, rstd, gamma=gamma, **options)
     dx = nbnorm.batch_norm_backward_apply(
@@ -89,7 +145,11 @@ def test_split_backward_from_y_is_the_fused_one(recipe, dy_layout):
     assert_same_bits(sums[0].astype(fused.dbeta.dtype), fused.dbeta, "dbeta")
     ref = reference.batch_norm_backward_reduce(dy, None, mean, rstd, gamma=gamma, **options)
     center, over_gamma, factor = inverse(gamma, beta, rstd, mean)
-    errors = sums_tolerance(dy, y, center, over_gamma, axis=recipe.axis)
+    v, through = y, dy
+    if activation is not None:
+        v = before(y, 0.25)
+        through = np.where(v > 0, dy, dy * np.float32(0.25))
+    errors = sums_tolerance(through, v, center, over_gamma, axis=recipe.axis)
     for name, total, expected, error in zip(
         ("sum_dy", "sum_dy_xhat"), sums, ref, errors, strict=True
     ):
@@ -97,7 +157,7 @@ def test_split_backward_from_y_is_the_fused_one(recipe, dy_layout):
     ref_dx = reference.batch_norm_backward_apply(
         dy, None, gamma, mean, rstd, *ref, recipe.count, **options
     )
-    error = dx_tolerance(dy, y, factor, center, over_gamma, axis=recipe.axis)
+    error = dx_tolerance(through, v, factor, center, over_gamma, axis=recipe.axis)
     assert_within(dx, ref_dx, error, "dx")
 
 
@@ -122,15 +182,16 @@ def test_gamma_of_any_size(dtype, size, scale):
     assert_within(got.dx, ref.dx, error, "dx")
 
 
-def test_the_oracle_from_y_is_the_oracle_from_x():
+@pytest.mark.parametrize("activation", [None, "leaky_relu", LEAKY])
+def test_the_oracle_from_y_is_the_oracle_from_x(activation):
     recipe = Recipe((4, 3, 5, 2), 1, dtype="float64")
     x, gamma, beta, dy = recipe.x(), recipe.gamma(), recipe.beta(), recipe.like_x(5)
-    y, mean, rstd = reference.batch_norm_forward(x, gamma, beta)
+    y, mean, rstd = reference.batch_norm_forward(x, gamma, beta, activation=activation)
+    options = {"beta": beta, "activation": activation}
     for training in (True, False):
-        from_x = reference.batch_norm_backward(dy, x, gamma, mean, rstd, training=training)
-        from_y = reference.batch_norm_backward(
-            dy, None, gamma, mean, rstd, beta=beta, y=y, training=training
-        )
+        options["training"] = training
+        from_x = reference.batch_norm_backward(dy, x, gamma, mean, rstd, **options)
+        from_y = reference.batch_norm_backward(dy, None, gamma, mean, rstd, y=y, **options)
         for one, other in zip(from_x[:3], from_y[:3], strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-16, atol=1e-16)
 
@@ -145,19 +206,20 @@ def test_where_rstd_is_0_x_hat_is_0():
     assert (got.dbeta == 4).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("activation", [None, LEAKY])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["y", "gamma"])
-def test_nan_and_inf_stay_in_their_channel(value, where):
+def test_nan_and_inf_stay_in_their_channel(value, where, activation):
     recipe = Recipe((5, 4, 30), 1)
-    _, gamma, beta, (y, mean, rstd) = forward_of(recipe)
-    dy = recipe.like_x(5)
-    clean = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, beta=beta, y=y)
+    _, gamma, beta, (y, mean, rstd) = forward_of(recipe, activation=activation)
+    dy, options = recipe.like_x(5), {"beta": beta, "y": y, "activation": activation}
+    clean = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, **options)
     if where == "y":
         y[2, 1, 3] = value
     else:
         gamma[1] = value
     with np.errstate(all="raise"):
-        got = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, beta=beta, y=y)
+        got = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, **options)
     others = [0, 2, 3]
     assert_same_bits(got.dx[:, others], clean.dx[:, others], "dx")
     assert_same_bits(got.dgamma[others], clean.dgamma[others], "dgamma")
@@ -242,9 +304,29 @@ def test_gamma_of_0_among_several_channel_axes():
 
 
 @pytest.mark.parametrize("function", BACKWARD)
-def test_activation_that_cannot_be_inverted(function):
-    match = r"^activation='relu' cannot be inverted.*; pass x"
-    refuses(function, ValueError, match, **spoiled(function, activation="relu"))
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_that_cannot_be_inverted(function, name):
+    if name == "leaky_relu":
+        return
+    match = rf"^activation={name!r} cannot be inverted, so.*; pass x"
+    refuses(function, ValueError, match, **spoiled(function, activation=name))
+
+
+@pytest.mark.parametrize("function", BACKWARD)
+@pytest.mark.parametrize("slope", [0.0, -0.5, 2.0**-1050, 1e200])
+def test_slope_that_cannot_be_divided_by(function, slope):
+    act = nbnorm.activation("leaky_relu", slope=slope)
+    match = r"^activation=.* cannot be inverted where slope is .*; pass x"
+    refuses(function, ValueError, match, **spoiled(function, activation=act))
+    if slope < 1:
+        with pytest.raises(ValueError, match=r"cannot be inverted where .*; use inplace=False"):
+            BatchNorm(3, activation=act, inplace=True)
+
+
+@pytest.mark.parametrize("function", BACKWARD[:1])
+def test_a_residual_is_not_taken_back(function):
+    more = {"residual": VALID[function]()["y"], "activation": "leaky_relu"}
+    refuses(function, ValueError, r"^residual is given, and y", **spoiled(function, **more))
 
 
 @pytest.mark.parametrize(
@@ -308,13 +390,14 @@ def layers(**options):
     return pair
 
 
+@pytest.mark.parametrize("activation", [None, LEAKY])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_layer_in_place(dtype, affine, training):
+def test_layer_in_place(dtype, affine, training, activation):
     recipe = Recipe((4, 3, 50), 1, dtype=dtype)
     x, dy = recipe.x(), recipe.like_x(5)
-    plain, inplace = layers(dtype=dtype, affine=affine)
+    plain, inplace = layers(dtype=dtype, affine=affine, activation=activation)
     plain.training = inplace.training = training
     y, mine = plain.forward(x), x.copy()
     assert inplace.forward(mine) is mine
@@ -362,6 +445,14 @@ def peak_of(stack, x):
     return peak
 
 
+def test_a_layer_whose_activation_is_set_later_checks_it():
+    layer, x = BatchNorm(3, inplace=True), np.ones((4, 3), np.float32)
+    layer.activation = "silu"
+    with pytest.raises(ValueError, match=r"^activation='silu' cannot .*; use inplace=False"):
+        layer.forward(x)
+    assert (x == 1).all()
+
+
 def test_what_a_layer_in_place_refuses():
     with pytest.raises(ValueError, match=r"^activation='relu' cannot be .*; use inplace=False"):
         BatchNorm(3, activation="relu", inplace=True)
@@ -394,16 +485,20 @@ def test_repr_says_in_place():
     assert "inplace" not in repr(BatchNorm(3))
 
 
-def test_synchronised():
+@pytest.mark.parametrize("activation", [None, LEAKY])
+def test_synchronised(activation):
     recipe = Recipe((4, 3, 50), 1)
     x, gamma, beta, dy = recipe.x(), recipe.gamma(), recipe.beta(), recipe.like_x(5)
     comm = SelfComm()
-    y, mean, rstd, count = sync_batch_norm_forward(x, gamma, beta, out=x, comm=comm)
-    got = sync_batch_norm_backward(dy, None, gamma, mean, rstd, count, beta=beta, y=y, comm=comm)
-    expected = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, beta=beta, y=y)
+    act = {"activation": activation}
+    y, mean, rstd, count = sync_batch_norm_forward(x, gamma, beta, out=x, comm=comm, **act)
+    options = {"beta": beta, "y": y} | act
+    got = sync_batch_norm_backward(dy, None, gamma, mean, rstd, count, comm=comm, **options)
+    expected = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, **options)
     for ours, theirs in zip(got[:3], expected[:3], strict=True):
         assert_same_bits(ours, theirs)
-    layer, alone = SyncBatchNorm(3, comm=comm, inplace=True), BatchNorm(3, inplace=True)
+    layer = SyncBatchNorm(3, comm=comm, inplace=True, **act)
+    alone = BatchNorm(3, inplace=True, **act)
     x = recipe.x()
     assert layer.forward(x) is x
     alone.forward(recipe.x())

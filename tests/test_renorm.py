@@ -113,8 +113,8 @@ def test_the_narrowest_bounds_are_batch_normalization_to_the_bit(recipe, activat
         x, gamma, beta, *running, eps=recipe.eps, **PLAIN, **options
     )
     assert_same_bits(mean, plain.mean)
-    if (rstd == plain.rstd).all():
-        assert_same_bits(y, plain.y)
+    assert_same_bits(rstd, plain.rstd)
+    assert_same_bits(y, plain.y)
     for new, wanted in zip(running, expected, strict=True):
         assert_same_bits(new, wanted)
     assert (r == 1).all()
@@ -132,6 +132,34 @@ def case(seed=0, shape=SHAPE, dtype=np.float64):
     x, dy = rng.normal(1, 2, shape).astype(dtype), rng.normal(size=shape).astype(dtype)
     gamma, beta, mean = rng.normal(size=(3, shape[1]))
     return x, dy, gamma, beta, mean, rng.uniform(1, 9, shape[1])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    # By rows and by columns: serial, in blocks of channels, and in two steps.
+    [(6, 5, 300), (40, 24, 300), (3, 2, 30_000), (7, 9), (600, 48, 4), (256, 512), (2000, 24)],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_one_pass_is_statistics_then_apply_to_the_bit(shape, activation):
+    x, dy, gamma, beta, mean, var = case(shape=shape, dtype=np.float32)
+    y, *saved = nbnorm.batch_renorm_forward(
+        x, gamma, beta, mean.copy(), var.copy(), r_max=1.1, d_max=0.4, activation=activation
+    )
+    moments = nbnorm.batch_norm_stats(x)
+    rstd, std, running = moments.rstd(1e-5), np.sqrt(moments.var() + 1e-5), np.sqrt(var + 1e-5)
+    r = np.clip(std / running, 1 / 1.1, 1.1)
+    d = np.clip((moments.mean - mean) / running, -0.4, 0.4)
+    for got, expected in zip(saved, (moments.mean, rstd, r, d), strict=True):
+        assert_same_bits(got, expected)
+    applied = nbnorm.batch_norm_apply(
+        x, gamma * r, beta + gamma * d, moments.mean, rstd, activation=activation
+    )
+    assert_same_bits(y, applied)
+    if activation:  # backward recomputes the mask of y
+        grads = nbnorm.batch_renorm_backward(dy, x, gamma, *saved, beta=beta, activation="relu")
+        masked = np.where(y > 0, dy, 0)
+        assert_same_bits(grads.dx, nbnorm.batch_renorm_backward(masked, x, gamma, *saved).dx)
 
 
 def test_without_bounds_training_normalises_as_inference():
@@ -371,10 +399,6 @@ def test_options_that_make_no_sense_together():
     for bad in (True, (3.0, 5.0), {"r_max": 3.0}, 3.0):
         with pytest.raises(TypeError, match=r"renorm must be an nbnorm\.Renorm or None, got"):
             BatchNorm(3, renorm=bad)
-    from nbnorm.distributed import SelfComm, SyncBatchNorm
-
-    with pytest.raises(ValueError, match="renorm must be None: SyncBatchNorm"):
-        SyncBatchNorm(3, comm=SelfComm(), renorm=Renorm())
 
 
 def test_repr_names_renorm():

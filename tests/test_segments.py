@@ -134,6 +134,27 @@ def test_backward_is_that_of_each_part(division, rows, training, dy_layout):
         assert_same_bits(dx, got.dx, "dx of the halves")
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("segments", [{"groups": 3}, {"offsets": np.array([0, 2, 2, 9])}], ids=str)
+def test_one_parameter_alone_has_gradients_of_its_shape(segments, rows, activation):
+    """dgamma and dbeta look like gamma; without gamma, dbeta looks like beta."""
+    x, dy = np.random.default_rng(3).normal(1.0, 2.0, (2, 9, 4, 5))
+    gamma, beta = np.random.default_rng(4).normal(1.0, 0.5, (2, *(3,) * rows, 4))
+    for scale, shift in ((gamma, None), (None, beta)):
+        arguments = {"axis": 1, "activation": activation, "correction": 0, **segments}
+        _, mean, rstd = nbnorm.batch_norm_forward(x, scale, shift, **arguments)
+        options = {"beta": shift, "activation": activation, **segments}
+        got = nbnorm.batch_norm_backward(dy, x, scale, mean, rstd, **options)
+        ref = reference.batch_norm_backward(dy, x, scale, mean, rstd, **options)
+        for name in ("dx", "dgamma", "dbeta"):
+            one, other = getattr(got, name), getattr(ref, name)
+            assert one.shape == other.shape, name
+            np.testing.assert_allclose(one, other.astype(float), rtol=1e-10, atol=1e-12)
+        assert got.dbeta.shape == gamma.shape
+        assert got.dgamma.shape == ((4,) if scale is None else gamma.shape)
+
+
 @given(divisions(), st.booleans())
 def test_the_oracle_is_itself_on_each_part(division, rows):
     recipe, segments, _ = division
@@ -281,6 +302,44 @@ def test_moments_whose_counts_differ():
         Moments(np.ones(3), one.mean, one.m2).var()
     with pytest.raises(ValueError, match=r"^moments.count must not be negative"):
         Moments(-one.count, one.mean, one.m2).var()
+
+
+def test_moments_without_values_have_no_influence():
+    """Whatever their mean is, and where the square of its distance leaves float64's range."""
+    zero = np.zeros((2, 1))
+    one = Moments(np.array([[0.0], [3.0]]), np.array([[np.nan], [1.0]]), zero)
+    other = Moments(np.array([[2.0], [0.0]]), np.array([[1e200], [0.0]]), np.array([[4.0], [0.0]]))
+    for merged in (one.merge(other), other.merge(one), one._replace(mean=zero + 1).merge(other)):
+        assert_array_equal(merged.count, [[2.0], [3.0]])
+        assert_array_equal(merged.mean, [[1e200], [1.0]])
+        assert_array_equal(merged.m2, [[4.0], [0.0]])
+    assert_array_equal(one.rstd(4.0), [[0.0], [0.5]])
+
+
+def test_an_empty_part_beside_a_large_one():
+    """All threads take a large part together, and none an empty one."""
+    x = np.random.default_rng(0).normal(size=(64, 2, 300)).astype(np.float32)
+    y, mean, rstd = nbnorm.batch_norm_forward(x, offsets=np.array([0, 0, 64]))
+    expected = nbnorm.batch_norm_forward(x)
+    assert_same_bits(y, expected.y)
+    assert_array_equal(mean, [[0, 0], expected.mean])
+    assert_array_equal(rstd, [[0, 0], expected.rstd])
+
+
+def test_a_part_may_count_values_elsewhere():
+    """As those of other ranks; each part its own number of them."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 3, 4, 300)).astype(np.float32)
+    counts, offsets = np.array([[300.0], [600.0], [1200.0]]).repeat(4, axis=1), np.arange(4)
+    moments = nbnorm.batch_norm_stats(x, offsets=offsets)
+    norm = moments.mean, moments.rstd(1e-5)
+    sums = nbnorm.batch_norm_backward_reduce(dy, x, *norm, offsets=offsets)
+    dx = nbnorm.batch_norm_backward_apply(dy, x, None, *norm, *sums, counts, offsets=offsets)
+    for g in range(3):
+        part, (mean, rstd, *of_part) = slice(g, g + 1), (a[g] for a in (*norm, *sums))
+        expected = nbnorm.batch_norm_backward_apply(
+            dy[part], x[part], None, mean, rstd, *of_part, int(counts[g, 0])
+        )
+        assert_same_bits(dx[part], expected)
 
 
 @pytest.mark.parametrize("segments", [{"groups": 4}, {"offsets": np.array([0, 1, 3, 3, 4])}])

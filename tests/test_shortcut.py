@@ -5,8 +5,9 @@ result or error, and every array's memory afterwards, must agree.
 """
 
 import pickle
-from itertools import count
+from itertools import count, product
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import nbnorm
 from nbnorm import _shortcut
+from nbnorm.activations import NAMES
 
 SHAPES = [(2, 3), (5, 4), (1, 3), (2, 3, 4), (3, 2, 4, 4), (2, 5, 3, 2, 2), (9, 3, 20, 20)]
 # Memory layouts of an array.
@@ -159,6 +161,18 @@ def described(result, arrays):
     )
 
 
+@numba.njit
+def squared(v):
+    return v * v
+
+
+@numba.njit
+def doubled(v):
+    return v + v
+
+
+MINE = nbnorm.activation(squared, doubled)
+LEAKY = nbnorm.activation("leaky_relu", slope=0.25)
 REQUIRED = {"x", "dy", "mean", "var", "rstd", "running_mean", "running_var"}
 NEVER = {name: lambda *_: None for name in ("forward", "inference", "backward")}
 EVERY = [(True, True, True, True), (True, False, True, False), (False, True, True, True)]
@@ -168,7 +182,10 @@ FORWARD = {
     "momentum": ([0.1], NUMBERS),
     "eps": ([1e-5], NUMBERS),
     "correction": ([0, 1], [2, 3, 36, 100, -1, 10**400, *NUMBERS]),
-    "activation": ([None, "relu"], ["gelu", np.str_("relu"), 0]),
+    "activation": (
+        [None, "relu", LEAKY],
+        ["leaky_relu", nbnorm.activation("relu"), "mish", np.str_("relu"), np.str_("gelu"), 0],
+    ),
 }
 INFERENCE = {name: FORWARD[name] for name in ("eps", "activation")}
 BACKWARD = {
@@ -206,7 +223,12 @@ CALLS = {
         FORWARD,
     ),
     "inference": (inference, ("residual", "out"), ("gamma", "beta", "mean", "var"), INFERENCE),
-    "backward": (backward, ("dy", "y", "out"), ("gamma", "mean", "rstd", "beta"), BACKWARD),
+    "backward": (
+        backward,
+        ("dy", "y", "residual", "out"),
+        ("gamma", "mean", "rstd", "beta"),
+        BACKWARD,
+    ),
 }
 
 
@@ -248,6 +270,13 @@ def test_the_same_with_and_without(name, compare):
     assert 20 < sum(ordinary) < len(ordinary) - 20  # draws depend on Hypothesis
 
 
+def useless(name, activation):
+    """Return what does not give the derivative of an activation."""
+    if name != "backward":
+        return ()
+    return {None: ("y", "residual"), "relu": ("residual",)}.get(activation, ("y",))
+
+
 @pytest.mark.parametrize("layout", ["C", "F", "channels-last", "offset", "stepped"])
 @pytest.mark.parametrize("name", CALLS)
 def test_all_arrays_in_one_order(name, layout, compare):
@@ -258,7 +287,9 @@ def test_all_arrays_in_one_order(name, layout, compare):
         recipe = {
             "seed": 0,
             "axis": 1,
-            "arrays": dict.fromkeys(("x", *like_x), (shape, "f4", layout))
+            "arrays": dict.fromkeys(
+                ("x", *(n for n in like_x if n not in useless(name, "relu"))), (shape, "f4", layout)
+            )
             | {n: (channels, "f8" if n in ("mean", "rstd") else "f4", "C") for n in per_channel},
             "same": {},
             "others": {n: wanted[0][0] for n, wanted in others.items()} | {"activation": "relu"},
@@ -270,7 +301,7 @@ def test_all_arrays_in_one_order(name, layout, compare):
             assert ordinary is (layout in ("C", "F", "channels-last")), shape
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", LEAKY])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CALLS)
 def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
@@ -281,7 +312,7 @@ def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
         "seed": 0,
         "axis": 1,
         "arrays": {"x": (shape, "f4", "C")}
-        | {n: (shape, "f4", "C") for n in like_x if not (n == "y" and activation is None)}
+        | {n: (shape, "f4", "C") for n in like_x if n not in useless(name, activation)}
         | {n: ((3,), "f8" if n in ("mean", "rstd") else "f4", "C") for n in per_channel},
         "same": {},
         "others": {n: wanted[0][0] for n, wanted in others.items()},
@@ -336,7 +367,10 @@ def test_arrays_that_were_unpickled_are_ordinary(compare):
         recipe = {
             "seed": 0,
             "axis": 1,
-            "arrays": dict.fromkeys(("x", *like_x), ((4, 3), "f4", "unpickled"))
+            "arrays": dict.fromkeys(
+                ("x", *(n for n in like_x if n not in useless(name, "relu"))),
+                ((4, 3), "f4", "unpickled"),
+            )
             | dict.fromkeys(per_channel, ((3,), "f4", "unpickled")),
             "same": {},
             "others": {n: wanted[0][0] for n, wanted in others.items()} | {"activation": "relu"},
@@ -344,6 +378,33 @@ def test_arrays_that_were_unpickled_are_ordinary(compare):
         if name == "backward":
             recipe["arrays"] |= dict.fromkeys(("mean", "rstd"), ((3,), "f8", "unpickled"))
         assert compare(name, recipe)
+
+
+@pytest.mark.slow  # each activation is kernels of its own
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("activation", [*NAMES, MINE], ids=str)
+def test_every_activation(name, activation, compare):
+    """By name, as an object and of the user's own functions; with and without a residual."""
+    _, like_x, per_channel, others = CALLS[name]
+    arrays = {n: ((3,), "f8" if n in ("mean", "rstd") else "f4", "C") for n in per_channel}
+    if name == "inference":
+        arrays["mean"] = ((3,), "f4", "C")
+    without = useless(name, activation)
+    for added, given_ in product((False, True), (activation, as_object(activation))):
+        like = [n for n in like_x if n not in without and (added or n not in ("residual", "y"))]
+        usual = {n: wanted[0][0] for n, wanted in others.items()} | {"activation": given_}
+        recipe = {
+            "seed": 0,
+            "axis": 1,
+            "arrays": dict.fromkeys(("x", *like), ((9, 3, 2, 2), "f4", "C")) | arrays,
+            "same": {},
+            "others": usual,
+        }
+        assert compare(name, recipe)
+
+
+def as_object(activation):
+    return nbnorm.activation(activation) if isinstance(activation, str) else activation
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])

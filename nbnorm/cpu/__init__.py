@@ -88,12 +88,26 @@ def forward(
     weights: Any = None,
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Normalise x with its own statistics into y; return mean, M2 and rstd, shape (C,) each."""
+    C = x.shape[1]
+    mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
+    _forward(x, (mean, rstd, gamma, beta), m2, eps, residual, activation, y, weights)
+    return mean, m2, rstd
+
+
+def _forward(
+    x: NDArray,
+    norm: tuple[Any, ...],
+    m2: NDArray,
+    eps: float,
+    residual: NDArray | None,
+    activation: Fused,
+    y: NDArray,
+    weights: Any = None,
+) -> None:
+    """Normalise x into y; fill in m2 and what norm has from the batch (see `channel`)."""
     cut, run = _cut(x, 2 + (residual is not None), weights)
     x_, residual_, y_ = _x(x, cut, weights), _view(residual), _view(y)
-    C = cut.grid.C
-    partial = np.empty((4, cut.chunks, C))
-    mean, m2, rstd = np.empty(C), np.empty(C), np.empty(C)
-    norm = mean, rstd, gamma, beta
+    partial = np.empty((4, cut.chunks, cut.grid.C))
     with turn(cut.parallel):
         run.forward(
             x_,
@@ -107,7 +121,46 @@ def forward(
             m2,
             y_,
         )
-    return mean, m2, rstd
+
+
+def renorm_forward(
+    x: NDArray,
+    gamma: NDArray,
+    beta: NDArray,
+    running_mean: NDArray,
+    running_var: NDArray,
+    r_max: float,
+    d_max: float,
+    eps: float,
+    residual: NDArray | None,
+    activation: Fused,
+    y: NDArray,
+) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
+    """`forward` with gamma r and beta + gamma d; return mean, M2, rstd, r and d, shape (C,) each.
+
+    gamma, beta and the running statistics are float64.
+    """
+    mean, m2, rstd, r, d, scale, shift = (np.empty(x.shape[1]) for _ in range(7))
+    renorm = (running_mean, running_var, r_max, d_max), gamma, beta, r, d
+    _forward(x, (mean, rstd, scale, shift, renorm), m2, eps, residual, activation, y)
+    return mean, m2, rstd, r, d
+
+
+def corrections(
+    mean: NDArray,
+    m2: NDArray,
+    count: int,
+    eps: float,
+    running_mean: NDArray,
+    running_var: NDArray,
+    r_max: float,
+    d_max: float,
+) -> tuple[NDArray, NDArray]:
+    """Return r and d of batch renormalization, shape (C,) each; all arrays are float64."""
+    r, d = np.empty(mean.size), np.empty(mean.size)
+    population = running_mean, running_var, r_max, d_max
+    kernels.corrections_all(mean, m2, float(count), eps, population, r, d)
+    return r, d
 
 
 def rstd(var: NDArray, eps: float) -> NDArray:

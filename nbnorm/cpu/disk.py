@@ -86,9 +86,13 @@ class KernelCache(NullCache):  # type: ignore[misc]
         file = f"nbnorm-{self._name}-{state.hexdigest()[:8]}{digest.hexdigest()[:16]}.nbc"
         return Path(self.cache_path) / file, digest.digest()
 
+    def _of_a_user(self, sig: Any) -> bool:
+        """Whether a kernel holds functions of a user: an entry tells by its name."""
+        return OF_A_USER in self._name or OF_A_USER in str(sig)
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled kernel, or None if its file is missing or damaged."""
-        if OF_A_USER in str(sig):
+        if self._of_a_user(sig):
             return None
         target_context.refresh()
         path, key = self._place(sig, target_context.codegen())
@@ -102,7 +106,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Write a temporary file, then rename it: other processes see all of it or nothing."""
-        if OF_A_USER in str(sig) or sources.now() != sources.IMPORTED:
+        if self._of_a_user(sig) or sources.now() != sources.IMPORTED:
             return
         if not self._numba.check_cachable(data):
             return

@@ -8,7 +8,7 @@ load and store sums once for all four, those for two rows load coefficients once
 import numpy as np
 from numba import types
 
-from nbnorm.cpu.functions import derivative_at, value_at
+from nbnorm.cpu.functions import derivative_at, inverts, value_at
 from nbnorm.cpu.intrinsics import unconditional
 from nbnorm.cpu.jit import (
     by_types,
@@ -62,6 +62,22 @@ def normalised(x, hi, u, a, b):
     return deviation(x, hi, u) * a + b
 
 
+@inlined_by_types
+def taken(x, j, act):
+    """x[j]; v from y[j], which stands in for x, if `act` is an inverse."""
+    if inverts(act):
+        return lambda x, j, act: value_at(load(x, j), act)
+    return lambda x, j, act: load(x, j)
+
+
+@inlined_by_types
+def before(x, hi, u, a, b, act):
+    """v before residual and activation, from what was `taken`."""
+    if inverts(act):
+        return lambda x, hi, u, a, b, act: x
+    return lambda x, hi, u, a, b, act: normalised(x, hi, u, a, b)
+
+
 @ordered
 def rectified(v, floor):
     """max(v, floor), but NaN stays NaN; floor is 0 for ReLU, -inf for no activation."""
@@ -109,18 +125,18 @@ def through(dy, y, v, threshold, act):
 @inlined
 def masked_dy(j, dy, x, y, hi, u, a, b, act):
     """g = dy[j] through the activation."""
-    v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
+    v = before(taken(x, j, act), at(hi, j), at(u, j), at(a, j), at(b, j), act)
     return through(unconditional(load(dy, j)), load(y, j), v, stored_as_zero(x), act)
 
 
-@ordered
-def centred(j, g, x, hi, u, hpq, v):
+@inlined
+def centred(j, g, x, hi, u, hpq, v, act):
     """dx / f = (g v - h) - ((x u - hi) p + q), or g v for frozen statistics (hpq is None)."""
     if hpq is None:
         return times(g, at(v, j))
     h, p, q = hpq
     return deviation(g, at(h, j), at(v, j)) - normalised(
-        load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j)
+        taken(x, j, act), at(hi, j), at(u, j), at(p, j), at(q, j)
     )
 
 
@@ -199,7 +215,7 @@ def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     """s += g and t += g (x u - hi) scale, where g = dy through the activation."""
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     s[j] += g
-    t[j] += g * (deviation(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
+    t[j] += g * (deviation(taken(x, j, act), at(hi, j), at(u, j)) * at(scale, j))
 
 
 @inlined
@@ -209,10 +225,10 @@ def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, s, t):
     g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, act)
     g2 = masked_dy(j, dy[2], x[2], y[2], hi, u, a, b, act)
     g3 = masked_dy(j, dy[3], x[3], y[3], hi, u, a, b, act)
-    t0 = g0 * (deviation(load(x[0], j), at(hi, j), at(u, j)) * at(scale, j))
-    t1 = g1 * (deviation(load(x[1], j), at(hi, j), at(u, j)) * at(scale, j))
-    t2 = g2 * (deviation(load(x[2], j), at(hi, j), at(u, j)) * at(scale, j))
-    t3 = g3 * (deviation(load(x[3], j), at(hi, j), at(u, j)) * at(scale, j))
+    t0 = g0 * (deviation(taken(x[0], j, act), at(hi, j), at(u, j)) * at(scale, j))
+    t1 = g1 * (deviation(taken(x[1], j, act), at(hi, j), at(u, j)) * at(scale, j))
+    t2 = g2 * (deviation(taken(x[2], j, act), at(hi, j), at(u, j)) * at(scale, j))
+    t3 = g3 * (deviation(taken(x[3], j, act), at(hi, j), at(u, j)) * at(scale, j))
     s[j] += (g0 + g1) + (g2 + g3)
     t[j] += (t0 + t1) + (t2 + t3)
 
@@ -225,7 +241,7 @@ def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
     dy itself: dy is read first.
     """
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
-    d = centred(j, g, x, hi, u, hpq, v)
+    d = centred(j, g, x, hi, u, hpq, v, act)
     store_gradients(j, g, d, f, dx, dresidual)
 
 
@@ -243,8 +259,8 @@ def backward_apply_rows(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual)
     """`backward_apply` of two rows."""
     g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, act)
     g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, act)
-    d0 = centred(j, g0, x[0], hi, u, hpq, v)
-    d1 = centred(j, g1, x[1], hi, u, hpq, v)
+    d0 = centred(j, g0, x[0], hi, u, hpq, v, act)
+    d1 = centred(j, g1, x[1], hi, u, hpq, v, act)
     store_gradients(j, g0, d0, f, dx[0], dresidual[0])
     store_gradients(j, g1, d1, f, dx[1], dresidual[1])
 
@@ -388,19 +404,19 @@ def add_weighted_gradient_row(j, dy, x, w, y, hi, u, a, b, scale, act, s, t):
     """`add_gradient_row` where the weight is not 0."""
     zero = s.dtype.type(0)
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
-    along = g * (deviation(load(x, j), at(hi, j), at(u, j)) * at(scale, j))
+    along = g * (deviation(taken(x, j, act), at(hi, j), at(u, j)) * at(scale, j))
     s[j] += g if at(w, j) != 0 else zero
     t[j] += along if at(w, j) != 0 else zero
 
 
-@ordered
-def weighted_centred(j, weight, g, x, hi, u, hpq, v):
+@inlined
+def weighted_centred(j, weight, g, x, hi, u, hpq, v, act):
     """dx / f = (g v - w h) - w ((x u - hi) p + q), or g v for frozen statistics (hpq is None)."""
     if hpq is None:
         return times(g, at(v, j))
     h, p, q = hpq
     return (times(g, at(v, j)) - weight * at(h, j)) - weight * normalised(
-        load(x, j), at(hi, j), at(u, j), at(p, j), at(q, j)
+        taken(x, j, act), at(hi, j), at(u, j), at(p, j), at(q, j)
     )
 
 
@@ -409,7 +425,7 @@ def backward_apply_weighted(j, dy, x, w, y, hi, u, a, b, hpq, v, f, act, like, d
     """`backward_apply` where the weight is not 0; dx = dresidual = 0 where it is."""
     weight, zero = weight_at(w, j, like), like.dtype.type(0)
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
-    d = at(f, j) * weighted_centred(j, weight, g, x, hi, u, hpq, v)
+    d = at(f, j) * weighted_centred(j, weight, g, x, hi, u, hpq, v, act)
     if dresidual is not None:
         store(dresidual, j, g if weight != 0 else zero)
     if dx is not None:

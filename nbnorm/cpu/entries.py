@@ -6,6 +6,8 @@ anything is. A MemoryError may leave results half written. The arithmetic is tha
 
 Entries take Python objects as they are. `numbers` is an int64 array of what all calls of one shape
 have in common: the fields of `ordinary.Site`, those of `kernels.Work`, x's shape and strides.
+`number` is the lower bound of y or, for another activation, whose class in functions.py is `of`,
+its parameter; `act` makes of it what kernels take.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from numba import types
 
 from nbnorm.cpu import kernels
 from nbnorm.cpu.intrinsics import new
-from nbnorm.cpu.jit import entry_point, ordered
+from nbnorm.cpu.jit import by_types, entry_point, inlined, named, ordered
 from nbnorm.cpu.objects import anything, kind_of, values
 from nbnorm.cpu.ordinary import (
     SITE,
@@ -92,17 +94,36 @@ def _tensor(dtype: Any) -> tuple[Any, Any]:
     return tensor, absent
 
 
-@lru_cache(maxsize=64)
-def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
+@by_types
+def derived(norm, act):
+    """`norm` of a backward pass: with the activation, unless that is ReLU or none."""
+    if isinstance(act, types.Number):
+        return lambda norm, act: norm
+    return lambda norm, act: (*norm, act)
+
+
+def _act(of: Any) -> Any:
+    """Return a function that makes what kernels take for an activation from its number."""
+    if of is None:
+        return inlined(lambda number: number)
+    return inlined(named(_name("act", of))(lambda number: of(number)))
+
+
+def _name(name: str, of: Any) -> str:
+    return name if of is None else f"{name}_{of.__name__}"
+
+
+@lru_cache(maxsize=256)
+def forward(traversal: str, dtype: str, added: bool, of: Any = None) -> Callable[..., Any]:
     """Compile the entry of a training forward, with a residual if `added`."""
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
-    forward_pass, move_pass = passes.forward, kernels.move_pass
+    forward_pass, move_pass, act = passes.forward, kernels.move_pass, _act(of)
 
     def forward(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
-        numbers, eps, momentum, correction, floor,
+        numbers, eps, momentum, correction, number,
     ):  # fmt: skip
         if not forward_is_ordinary(
             x, gamma, beta, running_mean, running_var, residual, out, numbers,
@@ -116,7 +137,7 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         )  # fmt: skip
         partial, m2 = new((4, work.chunks, site.C), np.float64), new(site.C, np.float64)
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
-        forward_pass(x_, residual_, grid_of(site), work, norm, eps, floor, partial, m2, y_)
+        forward_pass(x_, residual_, grid_of(site), work, norm, eps, act(number), partial, m2, y_)
         if given(running_mean, site):
             running = values(running_mean, site.C, kind), values(running_var, site.C, kind)
             move_pass(*running, norm[0], m2, momentum, site.N * site.S - correction)
@@ -124,20 +145,22 @@ def forward(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
 
     scalars = (types.float64,) * 4
     signature = types.boolean(*(anything,) * 11, *scalars)
-    return entry_point(forward, f"entry_{traversal}_forward_{dtype}_{added}", signature)
+    name = _name(f"entry_{traversal}_forward_{dtype}_{added}", of)
+    return entry_point(forward, name, signature)
 
 
-@lru_cache(maxsize=64)
-def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
+@lru_cache(maxsize=256)
+def inference(traversal: str, dtype: str, added: bool, of: Any = None) -> Callable[..., Any]:
     """Compile the entry of inference; it also gives rstd, and the mean as float64, if asked to."""
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent
     apply_pass, inference_statistics = passes.apply, kernels.inference_statistics
+    act = _act(of)
 
     def inference(
         x, gamma, beta, running_mean, running_var, residual, out, y, mean, rstd,
-        numbers, eps, floor,
+        numbers, eps, number,
     ):  # fmt: skip
         if not forward_is_ordinary(
             x, gamma, beta, running_mean, running_var, residual, out, numbers,
@@ -152,31 +175,35 @@ def inference(traversal: str, dtype: str, added: bool) -> Callable[..., Any]:
         mean_, var = values(running_mean, site.C, kind), values(running_var, site.C, kind)
         inference_statistics(mean_, var, eps, norm[0], norm[1])
         x_, residual_, y_ = view(x, site), residual_view(residual, site), view(y, site)
-        apply_pass(x_, residual_, grid_of(site), work, norm, floor, y_)
+        apply_pass(x_, residual_, grid_of(site), work, norm, act(number), y_)
         return True
 
     signature = types.boolean(*(anything,) * 11, types.float64, types.float64)
-    return entry_point(inference, f"entry_{traversal}_inference_{dtype}_{added}", signature)
+    name = _name(f"entry_{traversal}_inference_{dtype}_{added}", of)
+    return entry_point(inference, name, signature)
 
 
-@lru_cache(maxsize=64)
-def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
+@lru_cache(maxsize=256)
+def backward(traversal: str, dtype: str, mask: str, of: Any = None) -> Callable[..., Any]:
     """Compile the entry of a training backward.
 
-    `mask` says where ReLU's mask comes from: "none", "beta", or "y" (with a residual).
+    `mask` says where ReLU's mask comes from: "none", "beta", or "y" (with a residual). The
+    derivative of another activation comes from "beta", and from the residual in place of "y".
     """
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     y_view = view if mask == "y" else absent
-    backward_pass = passes.backward
+    backward_pass, act = passes.backward, _act(of)
 
     @ordered
     def no_beta(beta, site, default, dtype):
         return None
 
-    beta_values = parameter_values if mask == "beta" else no_beta
+    beta_values = parameter_values if mask == "beta" or of is not None else no_beta
 
-    def backward(dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers):
+    def backward(
+        dy, x, gamma, mean, rstd, beta, y, out, dx, dresidual, dgamma, dbeta, numbers, number
+    ):
         if not backward_is_ordinary(dy, x, gamma, mean, rstd, beta, y, out, numbers):
             return False
         site, work = site_of(numbers), work_of(numbers)
@@ -189,7 +216,7 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
         dy_, x_, y_ = view(dy, site), view(x, site), y_view(y, site)
         dx_, dresidual_ = view(dx, site), y_view(dresidual, site)
         backward_pass(
-            dy_, x_, y_, grid_of(site), work, norm, float(site.N * site.S),
+            dy_, x_, y_, grid_of(site), work, derived(norm, act(number)), float(site.N * site.S),
             partial, sums, dx_, dresidual_,
         )  # fmt: skip
         of_beta, of_gamma = values(dbeta, site.C, kind), values(dgamma, site.C, kind)
@@ -198,5 +225,6 @@ def backward(traversal: str, dtype: str, mask: str) -> Callable[..., Any]:
             of_gamma[c] = sums[1, c]
         return True
 
-    signature = types.boolean(*(anything,) * 13)
-    return entry_point(backward, f"entry_{traversal}_backward_{dtype}_{mask}", signature)
+    signature = types.boolean(*(anything,) * 13, types.float64)
+    name = _name(f"entry_{traversal}_backward_{dtype}_{mask}", of)
+    return entry_point(backward, name, signature)

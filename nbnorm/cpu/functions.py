@@ -4,7 +4,8 @@ In the loops of kernels a call of the C library would compute one value at a tim
 made for float32 and float64 from one source; `Constants` holds what differs. NaN gives NaN.
 
 A kernel gets an activation as a named tuple of its parameters, and is compiled for the tuple's
-class. `value_at` and `derivative_at` find the functions by that class.
+class. `value_at` and `derivative_at` find the functions by that class. An activation whose inverse
+a backward pass computes has a second class.
 """
 
 import marshal
@@ -17,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from nbnorm.activations import TABLE, Activation, Math, Pair
+from nbnorm.activations import TABLE, TAIL, Activation, Inverse, Math, Pair
 from nbnorm.cpu.disk import OF_A_USER
 from nbnorm.cpu.jit import inlined, inlined_by_types
 
@@ -25,8 +26,7 @@ from nbnorm.cpu.jit import inlined, inlined_by_types
 class Constants(NamedTuple):
     """Numbers of one dtype, whose bits are `integer`.
 
-    exp(f) = 1 + f + f^2 q(f) for |f| <= log(2) / 2, and the upper tail of the normal distribution
-    is exp(-a^2 / 2) r(t) / (1 + 1.25 a) with t = (a - middle) / (a + middle). Polynomials
+    exp(f) = 1 + f + f^2 q(f) for |f| <= log(2) / 2. middle and r are those of `TAIL`. Polynomials
     interpolate at the nodes of Chebyshev, computed with 40 digits; lowest coefficient first.
     """
 
@@ -48,10 +48,7 @@ CONSTANTS = {
         np.int32, 1.5 * 2.0**23, 23, 127, 0.693359375, -2.12194440e-4, 87.0, 10.0,
         (0.50000000134658092, 0.166666666816232314, 0.0416664649252859054,
          0.00833331092548090083, 0.00139336499963092504, 0.000198909908246736538),
-        3.5,
-        (0.5716052008, -0.07535580425, -0.03048027466, 0.06296985745, -0.04258637033,
-         0.01336183563, 0.0006734500783, -0.0018650007, 0.0001523933259, 0.0002559495443,
-         -2.774279217e-5, -2.791354151e-5, 2.268827809e-6),
+        *TAIL["float32"],
     ),
     np.float64: Constants(
         np.int64, 1.5 * 2.0**52, 52, 1023, 0.6931471803691238, 1.9082149292705877e-10,
@@ -60,16 +57,7 @@ CONSTANTS = {
          0.00138888888888837483, 0.000198412698748206253, 0.0000248015873255477412,
          2.75572554002064244e-6, 2.75572736431102953e-7, 2.51052170047207452e-8,
          2.09146869680868772e-9),
-        5.0,
-        (0.557664961068795646, -0.0785759634765081645, 0.00977075756095271807,
-         0.032723909797554296, -0.0449651417788754292, 0.0365246791769622632,
-         -0.0212108618917760721, 0.00874721191758869455, -0.00214997810553825656,
-         -0.0000238296634216931527, 0.000243024497326302196, -0.0000672500544351151836,
-         -0.0000140310286786287342, 0.0000116431164702879189, 8.0362239709403769e-8,
-         -1.69693129015937474e-6, 1.41322561819503152e-7, 2.57779632690586752e-7,
-         -3.08880475270242815e-8, -4.2720638813177341e-8, 4.57975362889795204e-9,
-         7.28715736886612332e-9, -4.73119998380536542e-10, -1.07067691558379395e-9,
-         2.53015116649280576e-11, 9.25006840171799923e-11),
+        *TAIL["float64"],
     ),
 }  # fmt: skip
 
@@ -124,7 +112,7 @@ def math_of(real: Any) -> Math:
     zero, one, two, half = real(0), real(1), real(2), real(0.5)
     shift_bits = shift.view(integer)
     q, r = _polynomial(k.q, real), _polynomial(k.r, real)
-    middle, slope, far = real(k.middle), real(1.25), real(40)
+    middle, slope = real(k.middle), real(1.25)
     flat = real(k.flat)
 
     @inlined
@@ -164,7 +152,6 @@ def math_of(real: Any) -> Math:
 
     @inlined
     def tail(a):
-        a = far if a > far else a  # its tail is 0
         t = (a - middle) / (a + middle)
         return bell(a) * (r(t) / multiply_add(slope, a, one))
 
@@ -173,19 +160,30 @@ def math_of(real: Any) -> Math:
 
 # Part of the classes' names, so that no kernel is loaded from disk that was compiled from another
 # table: the table lies outside the folder whose source is part of the key.
-_STATE = f"{zlib.crc32(b''.join(marshal.dumps(row.of.__code__) for row in TABLE.values())):08x}"
+_MAKERS = [maker for row in TABLE.values() for maker in (row.of, row.inverse) if maker is not None]
+_CODE = b"".join(marshal.dumps(maker.__code__) for maker in _MAKERS)
+_STATE = f"{zlib.crc32(_CODE + repr(TAIL).encode()):08x}"
+
+
+_NONE = ("nothing",)
 
 
 def _class_of(name: str, parameters: tuple[str, ...]) -> Any:
     """Return a named tuple; Numba cannot take an empty one."""
-    return namedtuple(name, parameters or ("nothing",), module=__name__)  # noqa: PYI024
+    return namedtuple(name, parameters or _NONE, module=__name__)  # noqa: PYI024
 
 
 CLASSES = {
     name: _class_of(f"{name}_{_STATE}", tuple(row.parameters)) for name, row in TABLE.items()
 }
-_NAMES = {of: name for name, of in CLASSES.items()}
-globals().update((of.__name__, of) for of in _NAMES)  # for kernels that are loaded from disk
+INVERSES = {
+    name: _class_of(f"{name}_inverse_{_STATE}", tuple(row.parameters))
+    for name, row in TABLE.items()
+    if row.inverse is not None
+}
+_MADE = {of: TABLE[name].of for name, of in CLASSES.items()}
+_MADE |= {of: TABLE[name].inverted for name, of in INVERSES.items()}
+globals().update((of.__name__, of) for of in _MADE)  # for kernels that are loaded from disk
 
 _of_users: dict[Any, Pair] = {}
 
@@ -201,7 +199,8 @@ def argument(activation: Activation) -> Any:
     """Return what kernels take for an activation of the table or of the user."""
     if activation.functions is not None:
         return _class_for(activation.functions)(0.0)
-    return CLASSES[activation.name](*activation.parameters or (0.0,))
+    classes = INVERSES if isinstance(activation, Inverse) else CLASSES
+    return classes[activation.name](*activation.parameters or (0.0,))
 
 
 @cache
@@ -209,8 +208,13 @@ def _functions(of: Any, real: type) -> tuple[Pair, int]:
     """Return the compiled functions of a class, and how many parameters they take."""
     if of in _of_users:
         return _of_users[of], 0
-    row = TABLE[_NAMES[of]]
-    return Pair(*map(inlined, row.of(math_of(real)))), len(row.parameters)
+    count = 0 if of._fields == _NONE else len(of._fields)
+    return Pair(*map(inlined, _MADE[of](math_of(real)))), count
+
+
+def inverts(act: Any) -> bool:
+    """Return True for the type of an argument that stands for an `Inverse`."""
+    return getattr(act, "instance_class", None) in INVERSES.values()
 
 
 def _called(function: Any, count: int, real: type) -> Any:

@@ -14,8 +14,8 @@ import numpy as np
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
 from nbnorm.cpu import weighted
-from nbnorm.cpu.channel import finish_moments, finish_sums, rstd_of
-from nbnorm.cpu.jit import entry, named, ordered
+from nbnorm.cpu.channel import corrections, finish_moments, finish_sums, fold, rstd_of
+from nbnorm.cpu.jit import by_types, entry, named, ordered
 from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import Plan
 from nbnorm.cpu.threads import pool
@@ -71,6 +71,19 @@ def channels(block, u, C):
     return u * block, min((u + 1) * block, C)
 
 
+def renormalise_channels(norm, m2, grid, eps, c0, c1):
+    """Corrections of a renormalization's `norm`, and gamma and beta that contain them."""
+    mean, _, scale, shift, (population, gamma, beta, r, d) = norm
+    corrections(mean, m2, grid[0] * grid[2], eps, population, c0, c1, r, d)
+    fold(gamma, beta, r, d, c0, c1, scale, shift)
+
+
+@by_types
+def renormalise(norm, m2, grid, eps, c0, c1):
+    """`renormalise_channels`, if norm is one of batch renormalization."""
+    return renormalise_channels if len(norm) == 5 else lambda norm, m2, grid, eps, c0, c1: None
+
+
 def _build(
     name: str, traversal: ModuleType | SimpleNamespace
 ) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
@@ -116,6 +129,7 @@ def _build(
         for k in range(partial.shape[1]):
             stats_chunk(x, grid, c0, c1, k, partial)
         finish_moments(partial, c0, c1, eps, norm[0], m2, norm[1])
+        renormalise(norm, m2, grid, eps, c0, c1)
         for k in range(partial.shape[1]):
             apply_chunk(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
 
@@ -129,6 +143,7 @@ def _build(
             launch((work.pool, work.threads), work.blocks, forward_block, args)
         else:
             stats(x, grid, work, eps, partial, norm[0], m2, norm[1])
+            renormalise(norm, m2, grid, eps, _FIRST, grid[1])
             apply(x, residual, grid, work, norm, floor, y)
 
     @ordered
@@ -255,6 +270,12 @@ def rstd_all(var, eps, rstd):
     """rstd = 1 / sqrt(var + eps) of every channel."""
     for c in range(var.size):
         rstd[c] = rstd_of(var[c], eps)
+
+
+@entry("corrections")
+def corrections_all(mean, m2, count, eps, population, r, d):
+    """`corrections` of every channel, towards statistics of moments that come from elsewhere."""
+    corrections(mean, m2, count, eps, population, _FIRST, np.int64(mean.size), r, d)
 
 
 @ordered

@@ -221,7 +221,7 @@ def gradient_sums64(dy, x, y, grid, k, c, hi, u, a, b, scale, act):
             for i in range(size):
                 g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
                 s_sum += g
-                t_sum += g * ((np.float64(load(x_, i)) * u - hi) * scale)
+                t_sum += g * ((np.float64(element.taken(x_, i, act)) * u - hi) * scale)
     return s_sum, t_sum
 
 

@@ -224,7 +224,7 @@ def weighted_sums64(dy, x, w, y, grid, k, c, hi, u, a, b, scale, act):
                 if element.at(w_, i) != 0:
                     g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
                     s_sum += g
-                    t_sum += g * ((np.float64(load(x_, i)) * u - hi) * scale)
+                    t_sum += g * ((np.float64(element.taken(x_, i, act)) * u - hi) * scale)
     return s_sum, t_sum
 
 

@@ -1,9 +1,10 @@
 """CUDA backend: batch normalization of (N, C, S) device arrays, same functions as `nbnorm.cpu`.
 
 x, dy, y, residual, dx and dresidual are CuPy arrays of shape (N, C, S), with no axis of length 0
-and one dtype, in a layout that `_layout` accepts. Per-channel arrays have shape (C,) and are
-contiguous float64; gamma and beta may both be float32 instead. Nothing is checked here, and nothing
-waits for the device. CuPy allocates all memory, on its current stream.
+and one dtype (but dy and residual may be float32 beside a half-precision x), in a layout that
+`_layout` accepts. Per-channel arrays have shape (C,) and are contiguous float64; gamma and beta may
+both be float32 instead. Nothing is checked here, and nothing waits for the device. CuPy allocates
+all memory, on its current stream.
 
 The backward functions mask dy by ReLU if they get beta or y, as on the CPU; `double_backward` and
 `jvp` have no ReLU. `weights` of the other functions say how often each value of x counts: see
@@ -21,10 +22,10 @@ import numba_cuda  # noqa: F401  # replaces Numba's own, older `numba.cuda`
 from nbnorm import _running
 from nbnorm._layout import PLANE, Axes
 from nbnorm._typing import Array
-from nbnorm.activations import Activation, Fused, with_own_kernels
+from nbnorm.activations import Activation, Fused, Inverse, with_own_kernels
 from nbnorm.cuda import kernels, launch
 from nbnorm.cuda import memory as memory
-from nbnorm.cuda.plan import THREADS, VECTOR, WARP, plan, residence
+from nbnorm.cuda.plan import THREADS, VECTOR, WARP, Names, plan, residence
 
 
 def stats(x: Array, *, weights: Any = None) -> tuple[Array, Array]:
@@ -62,15 +63,16 @@ def apply(
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
     tensors = x, residual, y
+    own, wide = with_own_kernels(activation), _wide(x, residual=residual)
     if weights is not None:
         fills = weights.fill is not None
         _run_weighted(
             "apply", x, gamma, tensors, weights, mean, rstd, gamma, beta,
             0.0 if activation == "relu" else -inf, residual is not None,
-            weights.fill if fills else 0.0, fills, activation=with_own_kernels(activation),
+            weights.fill if fills else 0.0, fills, activation=own, wide=wide,
         )  # fmt: skip
         return
-    ready = _pass("apply", x, gamma, *tensors, activation=with_own_kernels(activation))
+    ready = _pass("apply", x, gamma, *tensors, activation=own, wide=wide)
     floor = 0.0 if activation == "relu" else -inf
     _run(ready, x, tensors, mean, rstd, gamma, beta, floor, residual is not None)
 
@@ -93,7 +95,8 @@ def forward(
         return mean, m2, rstd
     tensors = x, residual, y
     own = with_own_kernels(activation)
-    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=own)
+    wide = _wide(x, residual=residual)
+    fused = _fused("forward", x, gamma, *tensors, keeps=1, activation=own, wide=wide)
     if fused is None:
         mean, m2, rstd = _stats(x, eps)
         apply(x, gamma, beta, mean, rstd, residual, activation, y)
@@ -108,6 +111,51 @@ def forward(
         residual is not None,
     )  # fmt: skip
     return mean, m2, rstd
+
+
+def renorm_forward(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    r_max: float,
+    d_max: float,
+    eps: float,
+    residual: Array | None,
+    activation: Fused,
+    y: Array,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """`forward` with gamma r and beta + gamma d; return mean, M2, rstd, r and d, shape (C,) each.
+
+    gamma, beta and the running statistics are float64.
+    """
+    mean, m2, rstd = _stats(x, eps)
+    count = x.shape[0] * x.shape[2]
+    r, d = corrections(mean, m2, count, eps, running_mean, running_var, r_max, d_max)
+    # By CuPy, as the backward pass has them: a compiler might fuse the product and the sum, and
+    # ReLU's mask would not be that of y.
+    apply(x, gamma * r, beta + gamma * d, mean, rstd, residual, activation, y)
+    return mean, m2, rstd, r, d
+
+
+def corrections(
+    mean: Array,
+    m2: Array,
+    count: int,
+    eps: float,
+    running_mean: Array,
+    running_var: Array,
+    r_max: float,
+    d_max: float,
+) -> tuple[Array, Array]:
+    """Return r and d of batch renormalization, shape (C,) each; all arrays are float64."""
+    C = mean.size
+    r, d = memory.empty(C), memory.empty(C)
+    if C:  # CUDA refuses a grid without blocks
+        args = mean, m2, float(count), eps, running_mean, running_var, r_max, d_max, C, r, d
+        launch.run(kernels.corrections, "float64", "float64", _ceil(C, THREADS), THREADS, *args)
+    return r, d
 
 
 def rstd(var: Array, eps: float) -> Array:
@@ -158,16 +206,17 @@ def backward_reduce(
     C, dtype = x.shape[1], _name(x.dtype)
     empty = memory.empty
     tensors = dy, x, y
+    wide = _wide(x, dy=dy, y=y)
     mask, beta_ = _mask(gamma, beta, y, activation)
     if weights is None:
-        ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation)
+        ready = _pass("backward_reduce", x, gamma, *tensors, activation=activation, wide=wide)
         partial, chunks = empty((2, C, ready.chunks)), ready.chunks
         _run(ready, x, tensors, mean, rstd, gamma, beta_, mask, partial)
     else:
         partial, chunks = _partial(x, 2)
         _run_weighted(
             "backward_reduce", x, gamma, tensors, weights, mean, rstd, gamma, beta_, mask, partial,
-            activation=activation,
+            activation=activation, wide=wide,
         )  # fmt: skip
     sums = empty((2, C))
     args = partial, C, chunks, mean, rstd, sums
@@ -198,6 +247,7 @@ def backward_apply(
     and `count` may be an array of shape (C,).
     """
     tensors = dy, x, y, dx, dresidual
+    wide = _wide(x, dy=dy, y=y)
     mask, beta_ = _mask(gamma, beta, y, activation)
     wanted = (dx is not None) + 2 * (dresidual is not None)
     training = sums is not None
@@ -209,9 +259,10 @@ def backward_apply(
         _run_weighted(
             "backward_apply", x, gamma, tensors, weights, mean, rstd, gamma, beta_,
             sums if training else mean, counts, mask, training, wanted, activation=activation,
+            wide=wide,
         )  # fmt: skip
         return
-    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation)
+    ready = _pass("backward_apply", x, gamma, *tensors, activation=activation, wide=wide)
     _run(
         ready, x, tensors, mean, rstd, gamma, beta_,
         sums if training else mean, float(count), mask, training, wanted,
@@ -237,7 +288,8 @@ def backward(
     tensors = dy, x, y, dx, dresidual
     fused, count = None, N * S if weights is None else weights.count
     if weights is None:
-        fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation)
+        wide = _wide(x, dy=dy, y=y)
+        fused = _fused("backward", x, gamma, *tensors, keeps=2, activation=activation, wide=wide)
     if fused is None:
         norm = gamma, mean, rstd
         sums = backward_reduce(dy, x, *norm, beta, y, activation, weights=weights)
@@ -278,7 +330,8 @@ def jvp(
     statistics = mean, rstd, gamma, tgamma, tbeta
     table, _ = _second_table(statistics, sums, _count(x, training), False)
     tensors = tx, None, x, ty, None
-    _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, False)
+    ready = _pass("second_apply", x, gamma, *tensors, wide=_wide(x, ddx=tx))
+    _run(ready, x, tensors, mean, table, False)
 
 
 def double_backward(
@@ -300,7 +353,8 @@ def double_backward(
     """
     C = x.shape[1]
     read, count = (ddx, dy, x), _count(x, training)
-    ready = _pass("second_reduce", x, gamma, *read)
+    wide = _wide(x, ddx=ddx, dy=dy)
+    ready = _pass("second_reduce", x, gamma, *read, wide=wide)
     partial, sums = memory.empty((5, C, ready.chunks)), memory.empty((5, C))
     _run(ready, x, read, mean, rstd, partial)
     dtype = ready.dtype
@@ -308,7 +362,7 @@ def double_backward(
     launch.run(kernels.finish_second_sums(dtype), dtype, dtype, _warps(C), THREADS, *args)
     table, dgamma = _second_table((mean, rstd, gamma, ddgamma, ddbeta), sums, count, True)
     tensors = ddx, dy, x, ddy, dx
-    _run(_pass("second_apply", x, gamma, *tensors), x, tensors, mean, table, True)
+    _run(_pass("second_apply", x, gamma, *tensors, wide=wide), x, tensors, mean, table, True)
     return dgamma
 
 
@@ -348,6 +402,7 @@ def _run_weighted(
     weights: Any,
     *args: Any,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> None:
     """Launch a kernel for values with weights; x stands in for an absent tensor."""
     N, C, S = x.shape
@@ -359,7 +414,7 @@ def _run_weighted(
     shared = values.shape[1] == 1
     views += values, S if shared else C * S, 0 if shared else S
     launch.run(
-        getattr(kernels.weighted(dtype, activation), name), dtype, _name(parameters.dtype),
+        getattr(kernels.weighted(dtype, activation, wide), name), dtype, _name(parameters.dtype),
         cut.blocks, THREADS, *views, C, S, N, cut.group, cut.length, cut.chunks, *args,
         weights=_name(values.dtype),
     )  # fmt: skip
@@ -389,8 +444,10 @@ def _mask(
 
     `mask` is 0 without ReLU, 1 if its mask is recomputed from x, and 2 if it is read from y. beta
     is read only if `mask` is 1; otherwise gamma stands in for it. Another activation is recomputed
-    from x, and if `mask` is 2 from the residual y too.
+    from x, and if `mask` is 2 from the residual y too. An inverse needs no beta.
     """
+    if isinstance(activation, Inverse):
+        return 1, gamma
     if activation is not None:
         assert beta is not None
         return (1 if y is None else 2), beta
@@ -420,10 +477,11 @@ def _pass(
     parameters: Array,
     *tensors: Array | None,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> _Pass:
     """Prepare a kernel for these tensors, given in the order of its arguments."""
-    placed = _placed(tensors)
-    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *placed, activation=activation)
+    placed, how = _placed(tensors), {"activation": activation, "wide": wide}
+    ready = _prepared(name, x.shape, x.dtype, parameters.dtype, *placed, **how)
     assert ready is not None
     return ready
 
@@ -435,6 +493,7 @@ def _fused(
     *tensors: Array | None,
     keeps: int,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> _Pass | None:
     """Prepare a kernel that reads memory once and keeps `keeps` tensors on chip; None if it cannot.
 
@@ -447,7 +506,7 @@ def _fused(
         return None
     return _prepared(
         name, x.shape, x.dtype, parameters.dtype, *_placed(tensors),
-        resident=resident, activation=activation,
+        resident=resident, activation=activation, wide=wide,
     )  # fmt: skip
 
 
@@ -459,7 +518,10 @@ def _may_keep(shape: Axes, itemsize: int, keeps: int, shared: int, clusters: boo
 
 
 def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
-    """Return whether all tensors begin at a multiple of a vector; their strides, None if absent."""
+    """Return whether all tensors begin at a multiple of a vector; their strides and itemsizes.
+
+    An absent tensor has None.
+    """
     address, addresses = launch.address, 0
     strides: list[Axes | None] = []
     for tensor in tensors:
@@ -467,8 +529,15 @@ def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
             strides.append(None)
         else:
             addresses |= address(tensor)
-            strides.append(tensor.strides)
+            strides.append((*tensor.strides, tensor.itemsize))
     return addresses % VECTOR == 0, *strides
+
+
+def _wide(x: Array, **tensors: Array | None) -> Names:
+    """Return the names of tensors that are float32 although x is float16 or bfloat16."""
+    if x.itemsize > 2:
+        return ()
+    return tuple(name for name, t in tensors.items() if t is not None and t.itemsize > 2)
 
 
 @lru_cache(maxsize=4096)
@@ -481,8 +550,11 @@ def _prepared(
     *strides: Axes | None,
     resident: tuple[int, int, bool] | None = None,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> _Pass | None:
     """Prepare a kernel; an absent tensor, which the kernel does not touch, has strides 0.
+
+    `strides` are those of n, c and s in bytes, followed by the itemsize.
 
     `resident` is None or, for a kernel that reads memory once, how many tensors it keeps on chip,
     followed by the device's limits. Returns None if they do not fit.
@@ -490,7 +562,7 @@ def _prepared(
     N, C, S = shape
     itemsize = dtype.itemsize
     divisible = VECTOR if aligned else 1
-    for n_stride, c_stride, _ in filter(None, strides):
+    for n_stride, c_stride, *_ in filter(None, strides):
         if N > 1:
             divisible |= n_stride
         if S >= PLANE and C > 1:
@@ -504,17 +576,18 @@ def _prepared(
         step = 2
         geometry = (C, S, N, cut.group, cut.readers, cut.length, cut.chunks)
     for stride in strides:
-        views += 0, *(s // itemsize for s in (stride or (0, 0))[: step - 1])
+        *of_axes, size = stride or (0, 0, 1)
+        views += 0, *(s // size for s in of_axes[: step - 1])
     blocks, cluster, shared = cut.blocks, 1, 0
     of = cut.traversal, dtype.name, cut.width
     if resident is None:
-        source = kernels.build(*of, activation)
+        source = kernels.build(*of, activation, wide)
     else:
         kept = None if divisible % VECTOR else residence(cut, *resident)
         if kept is None:
             return None
         cluster, each, blocks, shared = kept
-        source = kernels.fused(*of, cluster > 1, activation)
+        source = kernels.fused(*of, cluster > 1, activation, wide)
         geometry += cluster, each
     return _Pass(
         getattr(source, name), dtype.name, parameters.name, blocks, cluster, shared, cut.chunks,

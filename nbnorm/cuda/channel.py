@@ -87,6 +87,27 @@ def move(running_mean, running_var, mean, m2, momentum, divisor, C):
 
 
 @device
+def clipped(value, least, most):
+    """value clipped to [least, most]; NaN stays."""
+    if value < least:
+        return least
+    return most if value > most else value
+
+
+@kernel()
+def corrections(mean, m2, count, eps, running_mean, running_var, r_max, d_max, C, r, d):
+    """r and d of batch renormalization, of all channels; see the CPU's."""
+    c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if c < C:
+        std, running_std = math.sqrt(m2[c] / count + eps), math.sqrt(running_var[c] + eps)
+        off = mean[c] - running_mean[c]
+        ratio = 1.0 if std == 0.0 and running_std == 0.0 else std / running_std
+        distance = 0.0 if off == 0.0 and running_std == 0.0 else off / running_std
+        r[c] = clipped(ratio, 1.0 / r_max, r_max)
+        d[c] = clipped(distance, -d_max, d_max)
+
+
+@device
 def rstd_exponent(rstd):
     """Exponent of the CPU's `rstd_power`, clamped to float32's normal numbers."""
     return min(max(exponent_of(rstd), -126), 126)

@@ -30,9 +30,10 @@ from nbnorm.cuda.channel import (
 )
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL, WARP
+from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL, WARP, Names
 from nbnorm.cuda.values import (
     centred,
+    float32_load,
     gradient_sums_of,
     moment_sums_of,
     normalised,
@@ -43,10 +44,15 @@ from nbnorm.cuda.values import (
 SHORT = 8  # columns of a channel that a single thread adds up
 
 
-def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamespace:
-    """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
+def build(
+    dtype: str, width: int, activation: Activation | None, wide: Names = ()
+) -> SimpleNamespace:
+    """Return the kernels for tensors of a dtype, read and written `width` values at a time.
+
+    Those named in `wide`, among dy, ddx, residual and y, are float32.
+    """
     computed = STORAGE[dtype].computed
-    activate, through = activation_functions(activation, computed)
+    activate, through, taken = activation_functions(activation, computed)
     load, store = memory_of(dtype, width)
     load_one, store_one = memory_of(dtype, 1)
     # Vectors in flight per tensor if two or three tensors are read at once.
@@ -88,17 +94,22 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
         start = at * length * readers * width + quotient(column, width)
         return slab, readers, k * length, start, length * readers
 
-    @device
-    def fetch(view, unroll, n, end, at_once, values):
-        """Load up to `unroll` samples n, n + at_once, ... before end; return their number."""
-        memory, n_stride, start = view
-        count = 0
-        for r in range(unroll):
-            i = n + r * at_once
-            if i < end:
-                load(memory, i * n_stride + start, values, r * width)
-                count += 1
-        return count
+    def fetch_with(load: Any) -> Any:
+        """Make `fetch`, which loads a sample's columns by `load`."""
+
+        @device
+        def fetch(view, unroll, n, end, at_once, values):
+            """Load up to `unroll` samples n, n + at_once, ... before end; return their number."""
+            memory, n_stride, start = view
+            count = 0
+            for r in range(unroll):
+                i = n + r * at_once
+                if i < end:
+                    load(memory, i * n_stride + start, values, r * width)
+                    count += 1
+            return count
+
+        return fetch
 
     @device
     def keep(kept, unroll, n, end, at_once, values):
@@ -124,12 +135,25 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
     def drop(kept, unroll, n, end, at_once, values):
         """Keep nothing."""
 
-    @device
-    def fetch_one(view, i, w):
-        """Return column w of sample i."""
-        value = cuda.local.array(1, computed)
-        load_one(view[0], i * view[1] + view[2] + w, value, 0)
-        return value[0]
+    def fetch_one_with(load_one: Any) -> Any:
+        """Make `fetch_one`, which loads a value by `load_one`."""
+
+        @device
+        def fetch_one(view, i, w):
+            """Return column w of sample i."""
+            value = cuda.local.array(1, computed)
+            load_one(view[0], i * view[1] + view[2] + w, value, 0)
+            return value[0]
+
+        return fetch_one
+
+    fetch, fetch_one = fetches = fetch_with(load), fetch_one_with(load_one)
+    if wide:
+        fetches = fetch_with(float32_load(width)), fetch_one_with(float32_load(1))
+    (fetch_dy, fetch_one_dy), (fetch_ddx, _), of_residual, of_y = (
+        fetches if name in wide else (fetch, fetch_one) for name in ("dy", "ddx", "residual", "y")
+    )
+    (fetch_residual, fetch_one_residual), (fetch_y, fetch_one_y) = of_residual, of_y
 
     @device
     def write_one(view, i, w, value):
@@ -275,7 +299,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 while i < end:
                     value = normalised(fetch_one_x(x, i, w), hi, u, a, b)
                     if added:
-                        value += fetch_one(residual, i, w)
+                        value += fetch_one_residual(residual, i, w)
                     write_one(y, i, w, activate(value, low))
                     i += at_once
 
@@ -290,7 +314,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             while n < end:
                 fetch_x(x, few, n, end, at_once, values)
                 if added:
-                    fetch(residual, few, n, end, at_once, more)
+                    fetch_residual(residual, few, n, end, at_once, more)
                 for r in range(few):
                     i = n + r * at_once
                     if i < end:
@@ -316,10 +340,11 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             unit, scale = types.float64(u), types.float64(scale_channel(rstd, u, c))
             s, t, output = 0.0, 0.0, zero
             while n < end:
-                g, value = fetch_one(dy, n, w), fetch_one(x, n, w)
+                g, value = fetch_one_dy(dy, n, w), fetch_one(x, n, w)
                 if mask == 2:
-                    output = fetch_one(y, n, w)
+                    output = fetch_one_y(y, n, w)
                 if mask:
+                    value = taken(value)
                     g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
                 keep_one(kept_g, n, w, g)
                 d = cuda.fma(types.float64(value), unit, -types.float64(hi))
@@ -350,14 +375,15 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 s[w] = 0.0
                 t[w] = 0.0
             while n < end:
-                count = fetch(dy, fewer, n, end, at_once, g)
+                count = fetch_dy(dy, fewer, n, end, at_once, g)
                 fetch(x, fewer, n, end, at_once, values)
                 if mask == 2:
-                    fetch(y, fewer, n, end, at_once, outputs)
+                    fetch_y(y, fewer, n, end, at_once, outputs)
                 if mask:
                     for r in range(fewer):
                         for w in range(width):
                             j = r * width + w
+                            values[j] = taken(values[j])
                             g[j] = through(
                                 g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                 threshold, zero,
@@ -374,8 +400,8 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
 
         return backward_reduce_chunk
 
-    def backward_apply_with(fetch_g: Any, fetch_one_g: Any) -> Any:
-        """Make `backward_apply_chunk`, which loads dy and x by `fetch_g`."""
+    def backward_apply_with(fetch_g: Any, fetch_one_g: Any, fetch_x: Any, fetch_one_x: Any) -> Any:
+        """Make `backward_apply_chunk`, which loads dy by `fetch_g` and x by `fetch_x`."""
 
         @device
         def backward_apply_singly(
@@ -392,10 +418,11 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                     h, p, q = coefficients_channel(mean, rstd, sums, C, count, u, v, c)
                 i = n
                 while i < end:
-                    g, value = fetch_one_g(dy, i, w), fetch_one_g(x, i, w)
+                    g, value = fetch_one_g(dy, i, w), fetch_one_x(x, i, w)
                     if mask == 2:
-                        output = fetch_one(y, i, w)
+                        output = fetch_one_y(y, i, w)
                     if mask:
+                        value = taken(value)
                         g = through(g, value, output, hi, u, a, b, mask, threshold, zero)
                     if wanted & 2:
                         write_one(dresidual, i, w, g)
@@ -421,15 +448,16 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 return
             while n < end:
                 fetch_g(dy, few, n, end, at_once, g)
-                fetch_g(x, few, n, end, at_once, values)
+                fetch_x(x, few, n, end, at_once, values)
                 if mask == 2:
-                    fetch(y, few, n, end, at_once, outputs)
+                    fetch_y(y, few, n, end, at_once, outputs)
                 for r in range(few):
                     i = n + r * at_once
                     if i < end:
                         for w in range(width):
                             j = r * width + w
                             if mask:
+                                values[j] = taken(values[j])
                                 g[j] = through(
                                     g[j], values[j], outputs[j], hi[w], one, a[w], b[w], mask,
                                     threshold, zero,
@@ -450,7 +478,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
 
     stats_chunk, apply_chunk = stats_with(drop), apply_with(fetch, fetch_one)
     backward_reduce_chunk = backward_reduce_with(drop, drop_one)
-    backward_apply_chunk = backward_apply_with(fetch, fetch_one)
+    backward_apply_chunk = backward_apply_with(fetch_dy, fetch_one_dy, fetch, fetch_one)
 
     @kernel(2)
     def stats(x, xn, C, S, N, group, readers, length, chunks, partial, mean, again):
@@ -592,8 +620,8 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                 c = c0 + quotient(column + w, S)
                 hi[w], scale[w] = computed(mean[c]), scale_channel(rstd, one, c)
         while n < end:
-            count = fetch((ddx, ddxn, start), least, n, end, at_once, d)
-            fetch((dy, dyn, start), least, n, end, at_once, g)
+            count = fetch_ddx((ddx, ddxn, start), least, n, end, at_once, d)
+            fetch_dy((dy, dyn, start), least, n, end, at_once, g)
             fetch((x, xn, start), least, n, end, at_once, values)
             for w in range(width):
                 more_d, more_dt, more_g, more_gt, more_dg = second_sums(
@@ -646,10 +674,10 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
                     b[w], k[w], s[w], t[w], fits = curvature_channel(mean, table, C, c)
                     plain = plain and fits
         while n < end:
-            fetch((ddx, ddxn, start), least, n, end, at_once, d)
+            fetch_ddx((ddx, ddxn, start), least, n, end, at_once, d)
             fetch((x, xn, start), least, n, end, at_once, values)
             if curved:
-                fetch((dy, dyn, start), least, n, end, at_once, g)
+                fetch_dy((dy, dyn, start), least, n, end, at_once, g)
             for r in range(least):
                 i = n + r * at_once
                 if i < end:
@@ -674,7 +702,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
 
     stats_keeping, apply_kept = stats_with(keep), apply_with(recall, recall_one)
     backward_reduce_keeping = backward_reduce_with(keep, keep_one)
-    backward_apply_kept = backward_apply_with(recall, recall_one)
+    backward_apply_kept = backward_apply_with(recall, recall_one, recall, recall_one)
 
     def fused(barrier: Any) -> SimpleNamespace:
         """Return kernels that read memory once and keep a group of channels on chip.

@@ -15,21 +15,30 @@ from nbnorm.activations import Activation
 from nbnorm.cuda import channel, columns, rows
 from nbnorm.cuda import weighted as with_weights
 from nbnorm.cuda.intrinsics import STORAGE, cluster_barrier
+from nbnorm.cuda.plan import Names
 from nbnorm.cuda.values import block_barrier
 
 _TENSORS = frozenset(("x", "dy", "y", "dx", "residual", "dresidual", "ddx", "ddy"))
-_STATISTICS = frozenset(("mean", "rstd", "m2", "var", "sums", "partial", "table", "dgamma"))
-_STATISTICS |= {"counts"}
-_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor", "fill"))
-# gamma and beta, running statistics: float32 or float64. In the second order, float64.
+_STATISTICS = frozenset(
+    ("mean", "rstd", "m2", "var", "sums", "partial", "table", "dgamma", "r", "d", "counts")
+)
+_FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor", "r_max", "d_max", "fill"))
+# gamma and beta, running statistics: float32 or float64. In the second order and in
+# `corrections`, float64.
 _PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var", "tgamma", "tbeta"))
 
 
 @lru_cache(maxsize=64)
-def build(traversal: str, dtype: str, width: int, activation: Activation | None = None) -> Any:
+def build(
+    traversal: str,
+    dtype: str,
+    width: int,
+    activation: Activation | None = None,
+    wide: Names = (),
+) -> Any:
     """Return the kernels of a traversal; without activation, those that have ReLU too."""
     source = rows if traversal == "rows" else columns
-    return source.build(dtype, width, activation)
+    return _noted(source.build(dtype, width, activation, wide), wide)
 
 
 @lru_cache(maxsize=64)
@@ -39,16 +48,25 @@ def fused(
     width: int,
     clusters: bool,
     activation: Activation | None = None,
+    wide: Names = (),
 ) -> Any:
     """Return the kernels that read memory once, for single blocks or for clusters of blocks."""
     barrier = cluster_barrier if clusters else block_barrier
-    return build(traversal, dtype, width, activation).fused(barrier)
+    return _noted(build(traversal, dtype, width, activation, wide).fused(barrier), wide)
+
+
+def _noted(source: Any, wide: Names) -> Any:
+    """Return kernels that know which of their tensors are float32, for `signature`."""
+    for kernel in vars(source).values():
+        if hasattr(kernel, "py_func"):
+            kernel.py_func.wide = wide
+    return source
 
 
 @lru_cache(maxsize=64)
-def weighted(dtype: str, activation: Activation | None = None) -> Any:
+def weighted(dtype: str, activation: Activation | None = None, wide: Names = ()) -> Any:
     """Return the kernels for values with weights."""
-    return with_weights.build(dtype, activation)
+    return _noted(with_weights.build(dtype, activation, wide), wide)
 
 
 @lru_cache(maxsize=4)
@@ -66,14 +84,16 @@ def finish_second_sums(dtype: str) -> Any:
 second_table = channel.second_table
 finish_weighted = with_weights.finish_weighted
 finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
+corrections = channel.corrections
 
 
 def signature(kernel: Any, dtype: str, parameters: str, weights: str = "") -> tuple[Any, ...]:
     """Return the argument types of a kernel for tensors, parameters and weights of these dtypes."""
+    wide = getattr(kernel.py_func, "wide", ())
 
     def kind(name: str) -> Any:
         if name in _TENSORS:
-            return STORAGE[dtype].pointer
+            return STORAGE["float32" if name in wide else dtype].pointer
         if name in _STATISTICS:
             return types.CPointer(types.float64)
         if name in _PARAMETERS:

@@ -25,6 +25,9 @@ STORED_AS_ZERO = {"float16": 2.0**-25, "bfloat16": 2.0**-134}
 READERS = 32  # threads that read a sample, at least, if it has as many vectors
 
 
+Names = tuple[str, ...]  # of tensors that are float32 although x is float16 or bfloat16
+
+
 class Plan(NamedTuple):
     """How a pass is divided.
 

@@ -27,10 +27,11 @@ from nbnorm.cuda.channel import (
 )
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL, WARP
+from nbnorm.cuda.plan import STORED_AS_ZERO, UNROLL, WARP, Names
 from nbnorm.cuda.values import (
     block_sum,
     centred,
+    float32_load,
     gradient_sums_of,
     moment_sums_of,
     normalised,
@@ -38,10 +39,15 @@ from nbnorm.cuda.values import (
 )
 
 
-def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamespace:
-    """Return the kernels for tensors of a dtype, read and written `width` values at a time."""
+def build(
+    dtype: str, width: int, activation: Activation | None, wide: Names = ()
+) -> SimpleNamespace:
+    """Return the kernels for tensors of a dtype, read and written `width` values at a time.
+
+    Those named in `wide`, among dy, ddx, residual and y, are float32.
+    """
     computed = STORAGE[dtype].computed
-    activate, through = activation_functions(activation, computed)
+    activate, through, taken = activation_functions(activation, computed)
     load, store = memory_of(dtype, width)
     load_one, _ = memory_of(dtype, 1)
     # Vectors in flight per tensor if two or three tensors are read at once.
@@ -71,16 +77,27 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
         n = quotient(i, vectors)
         return n * n_stride + start + (i - n * vectors) * width
 
-    @device
-    def fetch(view, unroll, i, end, values):
-        """Load up to `unroll` vectors before end, a block apart; return their number of values."""
-        count = 0
-        for r in range(unroll):
-            j = i + r * cuda.blockDim.x
-            if j < end:
-                load(view[0], place(view, j), values, r * width)
-                count += width
-        return count
+    def fetch_with(load: Any) -> Any:
+        """Make `fetch`, which loads vectors by `load`."""
+
+        @device
+        def fetch(view, unroll, i, end, values):
+            """Load up to `unroll` vectors before end, a block apart; return how many values."""
+            count = 0
+            for r in range(unroll):
+                j = i + r * cuda.blockDim.x
+                if j < end:
+                    load(view[0], place(view, j), values, r * width)
+                    count += width
+            return count
+
+        return fetch
+
+    fetch = fetch_with(load)
+    fetch_wide = fetch_with(float32_load(width)) if wide else fetch
+    fetch_dy, fetch_ddx, fetch_residual, fetch_y = (
+        fetch_wide if name in wide else fetch for name in ("dy", "ddx", "residual", "y")
+    )
 
     @device
     def keep(kept, unroll, i, end, values):
@@ -155,7 +172,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             while i < end:
                 fetch_x(x, few, i, end, values)
                 if added:
-                    fetch(residual, few, i, end, more)
+                    fetch_residual(residual, few, i, end, more)
                 for r in range(few):
                     j = i + r * cuda.blockDim.x
                     if j < end:
@@ -182,12 +199,13 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             t = 0.0
             i = first + cuda.threadIdx.x
             while i < end:
-                count = fetch(dy, few, i, end, g)
+                count = fetch_dy(dy, few, i, end, g)
                 fetch(x, few, i, end, values)
                 if mask == 2:
-                    fetch(y, few, i, end, outputs)
+                    fetch_y(y, few, i, end, outputs)
                 if mask:
                     for w in range(pair_size):
+                        values[w] = taken(values[w])
                         g[w] = through(
                             g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
                         )
@@ -201,8 +219,8 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
 
         return backward_reduce_chunk
 
-    def backward_apply_with(fetch_g: Any) -> Any:
-        """Make `backward_apply_chunk`, which loads dy and x by `fetch_g`."""
+    def backward_apply_with(fetch_g: Any, fetch_x: Any) -> Any:
+        """Make `backward_apply_chunk`, which loads dy by `fetch_g` and x by `fetch_x`."""
 
         @device
         def backward_apply_chunk(
@@ -216,17 +234,19 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
             i = first + cuda.threadIdx.x
             while i < end:
                 fetch_g(dy, few, i, end, g)
-                fetch_g(x, few, i, end, values)
+                fetch_x(x, few, i, end, values)
                 if mask == 2:
-                    fetch(y, few, i, end, outputs)
+                    fetch_y(y, few, i, end, outputs)
+                if mask:
+                    # Here, and not vector by vector, the loop is unrolled for every activation.
+                    for w in range(pair_size):
+                        values[w] = taken(values[w])
+                        g[w] = through(
+                            g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
+                        )
                 for r in range(few):
                     j = i + r * cuda.blockDim.x
                     if j < end:
-                        if mask:
-                            for w in range(r * width, (r + 1) * width):
-                                g[w] = through(
-                                    g[w], values[w], outputs[w], hi, u, a, b, mask, threshold, zero
-                                )
                         if wanted & 2:
                             store(dresidual[0], place(dresidual, j), g, r * width)
                         if wanted & 1:
@@ -241,7 +261,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
     stats_chunk, apply_chunk = stats_with(drop), apply_with(fetch)
     backward_reduce_chunk, backward_apply_chunk = (
         backward_reduce_with(drop),
-        backward_apply_with(fetch),
+        backward_apply_with(fetch_dy, fetch),
     )
 
     @kernel(3)
@@ -329,8 +349,8 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
         s_d, s_dt, s_g, s_gt, s_dg = 0.0, 0.0, 0.0, 0.0, 0.0
         i = first + cuda.threadIdx.x
         while i < end:
-            count = fetch((ddx, vectors, ddxn, c * ddxc), few, i, end, d)
-            fetch((dy, vectors, dyn, c * dyc), few, i, end, g)
+            count = fetch_ddx((ddx, vectors, ddxn, c * ddxc), few, i, end, d)
+            fetch_dy((dy, vectors, dyn, c * dyc), few, i, end, g)
             fetch((x, vectors, xn, c * xc), few, i, end, values)
             more_d, more_dt, more_g, more_gt, more_dg = second_sums(
                 d, g, values, 0, count, hi, scale
@@ -364,10 +384,10 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
         values = cuda.local.array(pair_size, computed)
         i = first + cuda.threadIdx.x
         while i < end:
-            fetch((ddx, vectors, ddxn, c * ddxc), few, i, end, d)
+            fetch_ddx((ddx, vectors, ddxn, c * ddxc), few, i, end, d)
             fetch((x, vectors, xn, c * xc), few, i, end, values)
             if curved:
-                fetch((dy, vectors, dyn, c * dyc), few, i, end, g)
+                fetch_dy((dy, vectors, dyn, c * dyc), few, i, end, g)
             for r in range(few):
                 j = i + r * cuda.blockDim.x
                 if j < end:
@@ -392,7 +412,7 @@ def build(dtype: str, width: int, activation: Activation | None) -> SimpleNamesp
     stats_keeping, apply_kept = stats_with(keep), apply_with(recall)
     backward_reduce_keeping, backward_apply_kept = (
         backward_reduce_with(keep),
-        backward_apply_with(recall),
+        backward_apply_with(recall, recall),
     )
 
     def fused(barrier: Any) -> SimpleNamespace:

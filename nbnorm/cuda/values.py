@@ -16,8 +16,9 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from nbnorm.cuda.intrinsics import memory_of
 from nbnorm.cuda.jit import device
-from nbnorm.cuda.plan import WARP
+from nbnorm.cuda.plan import VECTOR, WARP
 
 ALL_LANES = 0xFFFFFFFF
 
@@ -85,6 +86,20 @@ def masked(g, x, y, hi, u, a, b, mask, threshold, zero):
     if mask == 1:
         return g if normalised(x, hi, u, a, b) > threshold else zero
     return g if y > zero else zero
+
+
+def float32_load(width: int) -> Any:
+    """Return a load of `width` float32 values, in as many vectors as that takes."""
+    at_once = min(width, VECTOR // 4)
+    load, _ = memory_of("float32", at_once)
+
+    @device
+    def load_all(memory, index, values, start):
+        """values[start : start + width] = memory[index : index + width]."""
+        for i in range(0, width, at_once):
+            load(memory, index + i, values, start + i)
+
+    return load_all
 
 
 def moment_sums_of(computed: Any, number: int, step: int) -> Any:

@@ -27,8 +27,8 @@ from nbnorm.cuda.activations import activation_functions
 from nbnorm.cuda.channel import channel_functions, rstd_of
 from nbnorm.cuda.intrinsics import STORAGE, memory_of, quotient
 from nbnorm.cuda.jit import device, kernel
-from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL, WARP
-from nbnorm.cuda.values import ALL_LANES, normalised
+from nbnorm.cuda.plan import STORED_AS_ZERO, THREADS, UNROLL, WARP, Names
+from nbnorm.cuda.values import ALL_LANES, float32_load, normalised
 
 ITEMS = 2 * UNROLL  # values of x in flight if nothing else but weights is read
 MOMENT_CELLS, SUM_CELLS = 3 * THREADS, 2 * THREADS  # of shared memory
@@ -219,10 +219,10 @@ def combine_block(shared, S, group, moments):
     return row == 0 and place == 0
 
 
-def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
-    """Return the kernels for tensors of a dtype."""
+def build(dtype: str, activation: Activation | None, wide: Names = ()) -> SimpleNamespace:
+    """Return the kernels for tensors of a dtype; those named in `wide` are float32."""
     computed = STORAGE[dtype].computed
-    activate, through = activation_functions(activation, computed)
+    activate, through, taken = activation_functions(activation, computed)
     load, store = memory_of(dtype, 1)
     tile_moments, tile_gradients = tile_moments_of(computed), tile_gradients_of(computed)
     of = channel_functions(computed)
@@ -263,14 +263,25 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
             n += 1
         return n, s, dn, ds, S
 
-    @device
-    def fetch(view, number, at, count, values):
-        """Load the next `number` values, of which `count` are there; view is memory, n and c."""
-        memory, n_stride, start = view
-        for i in range(number):
-            if i < count:
-                load(memory, at[0] * n_stride + start + at[1], values, i)
-            at = after(at, 1)
+    def fetch_with(load: Any) -> Any:
+        """Make `fetch`, which loads values by `load`."""
+
+        @device
+        def fetch(view, number, at, count, values):
+            """Load the next `number` values, of which `count` are there; view is memory, n, c."""
+            memory, n_stride, start = view
+            for i in range(number):
+                if i < count:
+                    load(memory, at[0] * n_stride + start + at[1], values, i)
+                at = after(at, 1)
+
+        return fetch
+
+    fetch = fetch_with(load)
+    fetch_wide = fetch_with(float32_load(1)) if wide else fetch
+    fetch_dy, fetch_residual, fetch_y = (
+        fetch_wide if name in wide else fetch for name in ("dy", "residual", "y")
+    )
 
     @device
     def fetch_weights(view, number, at, count, weights):
@@ -333,7 +344,7 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
         while count > 0:
             fetch((x, xn, c * xc), UNROLL, at, count, values)
             if added:
-                fetch((residual, rn, c * rc), UNROLL, at, count, more)
+                fetch_residual((residual, rn, c * rc), UNROLL, at, count, more)
             if fills:
                 fetch_weights((weights, wn, c * wc), UNROLL, at, count, w)
             for i in range(UNROLL):
@@ -361,13 +372,14 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
         scale = scale_channel(rstd, u, c)
         s, t = 0.0, 0.0
         while count > 0:
-            fetch((dy, dyn, c * dyc), UNROLL, at, count, g)
+            fetch_dy((dy, dyn, c * dyc), UNROLL, at, count, g)
             fetch((x, xn, c * xc), UNROLL, at, count, values)
             fetch_weights((weights, wn, c * wc), UNROLL, at, count, w)
             if mask == 2:
-                fetch((y, yn, c * yc), UNROLL, at, count, outputs)
+                fetch_y((y, yn, c * yc), UNROLL, at, count, outputs)
             if mask:
                 for i in range(UNROLL):
+                    values[i] = taken(values[i])
                     g[i] = through(g[i], values[i], outputs[i], hi, u, a, b, mask, threshold, zero)
             more_s, more_t = tile_gradients(g, values, w, hi, u, scale)
             s += more_s
@@ -402,13 +414,14 @@ def build(dtype: str, activation: Activation | None) -> SimpleNamespace:
         if training:
             h, p, q = coefficients_channel(mean, rstd, sums, C, m, u, v, c)
         while count > 0:
-            fetch((dy, dyn, c * dyc), UNROLL, at, count, g)
+            fetch_dy((dy, dyn, c * dyc), UNROLL, at, count, g)
             fetch((x, xn, c * xc), UNROLL, at, count, values)
             fetch_weights((weights, wn, c * wc), UNROLL, at, count, w)
             if mask == 2:
-                fetch((y, yn, c * yc), UNROLL, at, count, outputs)
+                fetch_y((y, yn, c * yc), UNROLL, at, count, outputs)
             for i in range(UNROLL):
                 if mask:
+                    values[i] = taken(values[i])
                     g[i] = through(g[i], values[i], outputs[i], hi, u, a, b, mask, threshold, zero)
                 d = g[i] * v
                 if training:

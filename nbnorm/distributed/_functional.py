@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from nbnorm.functional import (
     flat_stats,
 )
 from nbnorm.moments import Moments
+from nbnorm.renorm import checked_bounds, corrected, gamma_sum, with_corrections
 
 # Forward
 
@@ -92,7 +94,7 @@ def sync_batch_norm_forward(
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array of x's shape and dtype, optional
-        Added before the activation. May be float32 if x is float16 or bfloat16 in CPU memory.
+        Added before the activation. May be float32 if x is float16 or bfloat16.
     activation : None, str or Activation, default None
         Applied last.
     out : array of x's shape and dtype, optional
@@ -146,36 +148,67 @@ def sync_batch_norm_forward(
             correction=correction, axis=axis, residual=residual, activation=activation, out=out,
         )  # fmt: skip
         return SyncBatchNormForward(*alone, _values_per_channel(x, axis))
+    forward: SyncBatchNormForward[X]
+    forward, *_ = forward_of_all(
+        comm, x, gamma, beta, running_mean, running_var, momentum, eps, correction, axis, residual,
+        activation, out,
+    )  # fmt: skip
+    return forward
+
+
+def forward_of_all(
+    comm: Communicator,
+    x: X,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    eps: float,
+    correction: int,
+    axis: Axis,
+    residual: Array | None,
+    activation: Activation,
+    out: Array | None,
+    *,
+    bounds: Callable[[], dict[str, float]] | None = None,
+) -> tuple[Any, ...]:
+    """Return the result of `sync_batch_norm_forward` in training; with `bounds`, then r and d.
+
+    `bounds` returns r_max and d_max of batch renormalization, as keywords.
+    """
     ranks = Ranks(comm)
 
-    def check() -> tuple[ForwardCall, Header]:
+    def check() -> tuple[tuple[ForwardCall, tuple[float, float] | None], Header]:
         """Check the arguments as `batch_norm_forward` does; add what the ranks must agree on."""
         call = check_forward(
             x, gamma, beta, running_mean, running_var, True, momentum, eps, correction, axis,
             residual, activation, out, alone=False,
         )  # fmt: skip
+        limits = None if bounds is None else checked_bounds(**bounds())
         header = Header(
             step=FORWARD, eps=call.eps, momentum=call.momentum, correction=call.correction,
+            **dict(zip(("r_max", "d_max"), limits or (), strict=False)),
             **common_fields(call.frame, call.activation),
         )  # fmt: skip
-        return call, header
+        return (call, limits), header
 
-    call, counts = ranks.checked(check)
+    (call, limits), counts = ranks.checked(check)
     total = sum(counts)
     _checks.enough_values(total, call.correction, "{} on all ranks together", total)
     frame = call.frame
     moments = _merged(ranks, counts, Moments(frame.m, *flat_stats(frame)))
     rstd = moments.rstd(call.eps)
+    renorm: list[NDArray] = []
+    if limits is not None:
+        call, *renorm = corrected(call, moments.mean, moments.m2, total, limits)
     target = call.apply(moments.mean, rstd)
     if call.running is not None and total > 0:
         divisor = total - call.correction
         frame.backend.move(*call.running, moments.mean, moments.m2, call.momentum, divisor)
-    return SyncBatchNormForward(
-        frame.settle(target),
-        frame.home(frame.unflat(moments.mean)),
-        frame.home(frame.unflat(rstd)),
-        total,
-    )
+    y, statistics = frame.settle(target), (moments.mean, rstd, *renorm)
+    mean, rstd, *corrections = (frame.home(frame.unflat(array)) for array in statistics)
+    return SyncBatchNormForward(y, mean, rstd, total), *corrections
 
 
 def _values_per_channel(x: Array, axis: Axis) -> int:
@@ -323,27 +356,59 @@ def sync_batch_norm_backward(
             axis=axis, activation=activation, output_mask=output_mask, out=out,
         )  # fmt: skip
         return SyncBatchNormBackward(*alone)
+    return backward_of_all(
+        comm, dy, x, gamma, mean, rstd, count, beta, y, residual, axis, activation, output_mask, out
+    )
+
+
+def backward_of_all(
+    comm: Communicator,
+    dy: Array,
+    x: X,
+    gamma: Array | None,
+    mean: Array,
+    rstd: Array,
+    count: int,
+    beta: Array | None,
+    y: Array | None,
+    residual: Array | None,
+    axis: Axis,
+    activation: Activation,
+    output_mask: Mask,
+    out: Array | None,
+    *,
+    corrections: Sequence[Array] = (),
+) -> SyncBatchNormBackward[X]:
+    """Return the result of `sync_batch_norm_backward` in training.
+
+    `corrections` are r and d of batch renormalization.
+    """
     ranks = Ranks(comm)
 
-    def check() -> tuple[tuple[BackwardCall, Wanted, Out | None, int], Header]:
+    def check() -> tuple[tuple[BackwardCall, list[NDArray], Wanted, Out | None, int], Header]:
         """Check the arguments, including count; add what the ranks must agree on."""
         call = check_backward(
             dy, x, gamma, mean, rstd, beta, axis, activation, y=y, residual=residual
         )
-        wanted, out_ = call.wanted(output_mask), call.frame.out(out, inplace="dy")
+        frame = call.frame
+        renorm = [
+            frame.statistic(frame.required(array, name))
+            for name, array in zip("rd", corrections, strict=False)
+        ]
+        wanted, out_ = call.wanted(output_mask), frame.out(out, inplace="dy")
         m = _checks.count(count, call.frame.x)
         common = common_fields(call.frame, call.activation)
         header = Header(step=BACKWARD, total=float(m), dx=float(wanted.dx), **common)
-        return (call, wanted, out_, m), header
+        return (call, renorm, wanted, out_, m), header
 
-    (call, wanted, out_, m), counts = ranks.checked(check)
+    (call, renorm, wanted, out_, m), counts = ranks.checked(check)
     if sum(counts) != m:
         raise ValueError(f"count is {m}, but the ranks' x have {sum(counts)} values per channel")
     # The ranks agree on whether to compute dx; each decides on the other gradients by itself.
     frame = call.frame
     dx = frame.target(out_) if wanted.dx else None
     dresidual = frame.target() if wanted.dresidual else None
-    operands, mask = call.operands()
+    operands, mask = (with_corrections(call, *renorm) if renorm else call).operands()
     own: NDArray = frame.memory.zeros((2, frame.channels))
     if (wanted.dx or wanted.dgamma or wanted.dbeta) and not frame.empty:
         own = frame.backend.backward_reduce(*operands, *mask, call.recomputed)
@@ -351,9 +416,10 @@ def sync_batch_norm_backward(
     if (wanted.dx or wanted.dresidual) and not frame.empty:
         written = dx and dx.written, dresidual and dresidual.written
         frame.backend.backward_apply(*operands, sums, m, *mask, *written, call.recomputed)
+    of_gamma = gamma_sum(own, *renorm) if renorm else own[1]
     return SyncBatchNormBackward(
         dx and frame.settle(dx),
-        frame.parameter_gradient(own[1], call.gamma) if wanted.dgamma else None,
+        frame.parameter_gradient(of_gamma, call.gamma) if wanted.dgamma else None,
         frame.parameter_gradient(own[0], call.gamma) if wanted.dbeta else None,
         dresidual and frame.settle(dresidual),
     )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from nbnorm._typing import Array
-from nbnorm.distributed._functional import sync_batch_norm_backward, sync_batch_norm_forward
+from nbnorm.distributed._functional import (
+    backward_of_all,
+    forward_of_all,
+    sync_batch_norm_forward,
+)
 from nbnorm.distributed._ranks import Communicator, Ranks
-from nbnorm.layer import _PARTS, BatchNorm, Saved
+from nbnorm.layer import BatchNorm, Saved
 
 
 class SyncBatchNorm(BatchNorm):
@@ -25,9 +30,8 @@ class SyncBatchNorm(BatchNorm):
     comm : Communicator
         An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
     **options
-        The other arguments of `BatchNorm` but `renorm`. They must be the same on all ranks, as must
-        be what `forward` gets: options that a layer refuses by itself raise before the ranks speak
-        to each other.
+        The other arguments of `BatchNorm`. They must be the same on all ranks. With `renorm`, r and
+        d correct the statistics of all ranks' values. groups and offsets of `forward` are refused.
 
     Attributes
     ----------
@@ -40,7 +44,8 @@ class SyncBatchNorm(BatchNorm):
     Raises
     ------
     TypeError, ValueError
-        As in `BatchNorm`; comm is not a communicator; `renorm` is given, which is not synchronised.
+        As in `BatchNorm`; comm is not a communicator. What `forward` refuses on one rank raises on
+        every rank.
 
     Notes
     -----
@@ -67,30 +72,48 @@ class SyncBatchNorm(BatchNorm):
         self, num_features: int | tuple[int, ...], *, comm: Communicator, **options: Any
     ) -> None:
         super().__init__(num_features, **options)
-        if self.renorm is not None:
-            raise ValueError("renorm must be None: SyncBatchNorm has no batch renormalization")
         Ranks(comm)
         self.comm = comm
         self._count: int | None = None  # count of the last forward; None if not synchronised
 
+    def _synchronised(self) -> bool:
+        """Return whether `forward` communicates."""
+        return self.training or self._seen is not None
+
+    def _prepared(self, x: Array, residual: Array | None, **given: Any) -> tuple[Any, ...]:
+        try:
+            prepared = super()._prepared(x, residual, **given)
+            if (parts := prepared[-1]) and self._synchronised():
+                names = " and ".join(parts)
+                raise ValueError(f"{names} cannot be combined with a synchronised batch")
+        except Exception as error:
+            if self._synchronised():
+                Ranks(self.comm).refuse(error)  # the others wait for this rank
+            raise
+        return prepared
+
     def _normalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
-        if not self.training and self._seen is None:
+        if not self._synchronised():
             alone = super()._normalise(x, training, **options)
             self._count = None
             return alone
-        if given := _PARTS & options.keys():
-            names = " and ".join(sorted(given))
-            raise ValueError(f"{names} cannot be combined with a synchronised batch")
         y, mean, rstd, self._count = sync_batch_norm_forward(x, comm=self.comm, **options)
         # Count the values of all ranks: a batch that is empty on this rank still counts as one.
         return y, mean, rstd, self._count * math.prod(mean.shape)
 
+    def _renormalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
+        assert self.renorm is not None
+        bounds = partial(self.renorm.bounds, self.num_batches_tracked)
+        forward, *corrections = forward_of_all(self.comm, x, **options, bounds=bounds)
+        y, mean, rstd, self._count = forward
+        return y, mean, rstd, *corrections, self._count * math.prod(mean.shape)
+
     def _differentiate(self, dy: Array, saved: Saved, **options: Any) -> tuple[Array | None, ...]:
         if self._count is None:
             return super()._differentiate(dy, saved, **options)
-        return sync_batch_norm_backward(
-            dy, saved.x, mean=saved.mean, rstd=saved.rstd, count=self._count, comm=self.comm,
-            **options,
+        return backward_of_all(
+            self.comm, dy, saved.x, mean=saved.mean, rstd=saved.rstd, count=self._count,
+            corrections=saved.renorm, out=None, **options,
         )  # fmt: skip
 
     def __repr__(self) -> str:

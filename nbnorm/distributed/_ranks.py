@@ -110,7 +110,7 @@ class TorchProcessGroup:
 class Header(NamedTuple):
     """What each rank sends before any computation; all fields but the last must agree."""
 
-    version: float = 2.0
+    version: float = 3.0
     failed: float = 0.0
     step: float = 0.0
     channels: float = 0.0
@@ -123,6 +123,8 @@ class Header(NamedTuple):
     correction: float = 0.0
     total: float = 0.0
     dx: float = 0.0
+    r_max: float = 0.0  # of batch renormalization
+    d_max: float = 0.0
     values: float = 0.0  # values per channel of this rank's x
 
 
@@ -148,6 +150,8 @@ _WORDS: dict[str, tuple[str, Callable[[float], str]]] = {
     "correction": ("correction", "{:g}".format),
     "total": ("count", "{:.0f}".format),
     "dx": ("whether output_mask wants dx", lambda wanted: str(bool(wanted))),
+    "r_max": ("r_max of renorm", lambda bound: repr(bound) if bound else "none"),
+    "d_max": ("d_max of renorm", repr),
 }
 
 
@@ -221,6 +225,15 @@ class Ranks:
         if error is not None or call is None or (agreed != agreed[0]).any():
             self._refuse(table, error)
         return call, [int(values) for values in table[:, _AGREED].tolist()]
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raise an error of this rank's own, after telling the ranks that are in `checked`."""
+
+        def check() -> NoReturn:
+            raise error
+
+        self.checked(check)
+        raise error
 
     def _refuse(self, table: NDArray, error: Exception | None) -> NoReturn:
         """Raise this rank's error, or else report another rank's error or a disagreement."""

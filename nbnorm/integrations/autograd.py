@@ -16,6 +16,7 @@ from autograd.tracer import getval, isbox
 from nbnorm import _checks
 from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray
+from nbnorm.activations import Activation as Fused
 from nbnorm.functional import batch_norm_apply, batch_norm_backward, batch_norm_forward
 from nbnorm.second_order import batch_norm_double_backward
 
@@ -64,8 +65,8 @@ def batch_norm(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : ndarray of x's shape and dtype, or a box of one, optional
         Added before the activation. May be float32 if x is float16 or bfloat16.
-    activation : {None, "relu"}
-        Applied last.
+    activation : None, str or Activation, default None
+        Applied last, as in `nbnorm.batch_norm_forward`.
 
     Returns
     -------
@@ -82,7 +83,8 @@ def batch_norm(
     RuntimeError
         A third derivative is requested.
     NotImplementedError
-        Forward mode is requested (`autograd.make_jvp`).
+        Forward mode is requested (`autograd.make_jvp`), or a second derivative with an activation
+        other than ReLU.
 
     Notes
     -----
@@ -111,7 +113,7 @@ def batch_norm(
                 f"{name} is an autograd box, and running statistics have no gradient; "
                 "expected an ndarray that is not an argument of the differentiated function"
             )
-    activation = _checks.relu_or_none(activation)
+    activation = _checks.activation(activation)
     y, mean, rstd = batch_norm_forward(
         getval(x),
         getval(gamma),
@@ -145,14 +147,16 @@ def _differentiate(
     of_x, of_gamma, of_beta, of_residual = (i in argnums for i in range(4))
     added = residual is not None and activation is None  # the residual's gradient is dy
     mask = of_x, of_gamma, of_beta, of_residual and not added
-    y = None if residual is None or added else y
+    y = None if residual is None or activation != "relu" else y
+    taken = residual if isinstance(activation, Fused) else None  # as y is not, by the derivative
     dtype = x.dtype
 
     def gradients(dy: Array) -> tuple[Array, ...]:
         dy = dy.astype(dtype, copy=False)  # the loss may be computed in another dtype
         grads: tuple[Array, ...] = ()
         if any(mask):
-            grads = _gradients(dy, x, gamma, beta, mean, rstd, y, training, axis, activation, mask)
+            statistics = mean, rstd, y, training, axis, activation, taken, mask
+            grads = _gradients(dy, x, gamma, beta, *statistics)
         if of_residual and added:
             grads = *grads, dy
         if of_residual and residual.dtype != dtype:
@@ -174,6 +178,7 @@ def _gradients(
     training: bool,
     axis: Axis,
     activation: Activation,
+    residual: NDArray | None,
     mask: Mask,
 ) -> tuple[NDArray, ...]:
     """Return those of dx, dgamma, dbeta and dresidual that are in `mask`."""
@@ -185,6 +190,7 @@ def _gradients(
         rstd,
         beta=beta,
         y=y,
+        residual=residual,
         training=training,
         axis=axis,
         activation=activation,
@@ -199,12 +205,17 @@ def _differentiate_gradients(
     argnums: tuple[int, ...], _: Any, arguments: tuple[Any, ...], __: dict[str, Any]
 ) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
     """Return a function that maps gradients of `_gradients` to those of its arguments."""
-    *given, mask = arguments
+    *given, activation, _, mask = arguments
+    if isinstance(activation, Fused):
+        raise NotImplementedError(
+            f"nbnorm's batch_norm has no second derivative with {activation!r}; apply a function "
+            "of autograd.numpy's to its result instead"
+        )
 
     def gradients(grads: tuple[Array, ...]) -> tuple[Array, ...]:
         of_results = iter(grads)
         directions = [next(of_results) if wanted else None for wanted in mask]
-        found = _second(*directions, *given)
+        found = _second(*directions, *given, activation)
         return tuple(found[i] for i in argnums)
 
     return gradients

@@ -9,6 +9,7 @@ from mygrad.operation_base import Operation
 from nbnorm import _checks
 from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Axis, NDArray
+from nbnorm.activations import Activation as Fused
 from nbnorm.functional import batch_norm_backward, batch_norm_forward
 
 __all__ = ["batch_norm"]
@@ -60,8 +61,8 @@ def batch_norm(
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     residual : array_like of x's shape and dtype, optional
         Added before the activation. May be float32 if x is float16.
-    activation : {None, "relu"}
-        Applied last.
+    activation : None, str or Activation, default None
+        Applied last, as in `nbnorm.batch_norm_forward`.
     constant : bool, optional
         Whether the result is a constant, which stops back-propagation. None makes it a constant if
         all of x, gamma, beta and residual are constants.
@@ -83,6 +84,9 @@ def batch_norm(
     pass computes the gradients of all tensors that are not constant, and no others. It reuses mean
     and rstd from the forward pass and keeps y if ReLU follows a residual.
 
+    Gradients cannot be differentiated: mygrad's are NumPy arrays, which have no graph. For second
+    derivatives pass arrays to `nbnorm.batch_norm_double_backward`.
+
     Examples
     --------
     >>> import mygrad as mg
@@ -99,7 +103,7 @@ def batch_norm(
     """
     if not isinstance(constant, bool | None):
         raise TypeError(f"constant must be a bool or None, got {constant!r}")
-    activation = _checks.relu_or_none(activation)
+    activation = _checks.activation(activation)
     optional = {"gamma": gamma, "beta": beta, "residual": residual}
     given = {"x": x} | {name: array for name, array in optional.items() if array is not None}
     return execute_op(
@@ -145,7 +149,7 @@ class _BatchNorm(Operation):
         y, self._mean, self._rstd = batch_norm_forward(
             **arrays, **self._options, **others, out=np.empty_like(arrays["x"])
         )
-        self._y = y if "residual" in names and activation is not None else None
+        self._y = y if "residual" in names and activation == "relu" else None
         return y
 
     def backward(self, grad: NDArray, **kwargs: Any) -> None:
@@ -156,6 +160,7 @@ class _BatchNorm(Operation):
             not constant.get(name, True) for name in ("x", "gamma", "beta", "residual")
         )
         gamma, beta = arrays.get("gamma"), arrays.get("beta")
+        activation = self._options["activation"]
         dx, dgamma, dbeta, dresidual = batch_norm_backward(
             grad,
             x,
@@ -164,11 +169,12 @@ class _BatchNorm(Operation):
             self._rstd,
             beta=beta,
             y=self._y,
+            residual=arrays.get("residual") if isinstance(activation, Fused) else None,
             **self._options,
             output_mask=(of_x, of_gamma, of_beta, of_residual),
             out=np.empty_like(x) if of_x else None,
         )
-        if self._y is None:
+        if activation is None:
             dresidual = grad  # there is no activation after the sum
         if not constant.get("residual", True):
             dresidual = dresidual.astype(arrays["residual"].dtype, copy=False)

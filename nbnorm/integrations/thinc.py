@@ -43,8 +43,9 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     axis : int, default -1
         Channel axis, which **keeps** its statistics; all other axes are reduced. The default, the
         last axis, is the width of thinc's arrays.
-    activation : {None, "relu"}
-        Applied last, in the same pass over memory.
+    activation : None, str or Activation, default None
+        Applied last, in the same pass over memory, as in `nbnorm.batch_norm_forward`. thinc stores
+        names, not objects: make the model that loads with the same `nbnorm.activation`.
     affine : bool, "gamma" or "beta", default True
         Whether the layer has the parameters "G" and "b", or which of them.
 
@@ -106,7 +107,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
         axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an int, got {axis!r}") from None
-    _checks.relu_or_none(activation)
+    _checks.activation(activation)
     names = [_PARAMETERS[name] for name in names_of(affine)]
     return Model(
         "batchnorm",
@@ -126,7 +127,7 @@ def _forward(
 ) -> tuple[FloatsXd, Callable[[FloatsXd], FloatsXd]]:
     """Return Y and the callback that maps dY to dX."""
     gamma, beta = (model.get_param(name) if _has(model, name) else None for name in ("G", "b"))
-    activation = _checks.relu_or_none(model.attrs["activation"])
+    activation = _checks.activation(model.attrs["activation"])
     options: dict[str, Any] = {"axis": model.attrs["axis"], "activation": activation}
     Y, mean, rstd = batch_norm_forward(
         X,

@@ -5,7 +5,7 @@ Blocks have two warps and chunks few values, so that small shapes have many of b
 
 import inspect
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -33,7 +33,7 @@ from tolerances import (
 )
 
 from nbnorm import activation, reference
-from nbnorm.activations import TABLE
+from nbnorm.activations import TABLE, inverse_of, with_own_kernels
 
 THREADS, BLOCK_VALUES, ALIGNMENT, UNTOUCHED = 64, 256, 256, 0xA5
 backend = simulator.load(THREADS=THREADS, BLOCK_VALUES=BLOCK_VALUES)
@@ -51,6 +51,7 @@ REACHED = {  # kernels that each function launches
     "forward": ["stats", "finish_moments", "apply"],
     "apply": ["apply"],
     "rstd": ["rstd_all"],
+    "corrections": ["corrections"],
     "backward_reduce": ["backward_reduce", "finish_sums"],
     "backward_apply": ["backward_apply"],
     "backward": ["backward_reduce", "finish_sums", "backward_apply"],
@@ -324,26 +325,43 @@ def test_segments(arena, shape, ends, gap):
 
 @dtypes
 @both
-def test_backward_from_y(arena, shape, dtype):
+@pytest.mark.parametrize("act", [None, activation("leaky_relu", slope=0.25)], ids=str)
+def test_backward_from_y(arena, shape, dtype, act):
     """y in place of x, with parameters of both signs; what `functional` passes to the backend."""
     recipe = Recipe(shape, 1, dtype, offset=3.0)
     gamma, beta = recipe.gamma(), recipe.beta()
-    y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta)
+    y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta, activation=act)
     y, dy = arena.given(y.astype(dtype_of(dtype))), arena.given(recipe.like_x(5))
     dx, frozen = arena.wanted(y), arena.wanted(y)
     center, over_gamma, factor = inverse(gamma, beta, rstd.astype(np.float64), mean)
     rest = dy, y, factor, center, over_gamma
-    sums = call("backward", *rest, None, None, dx, None)
-    call("backward_apply", *rest, None, 1, None, None, frozen, None)
+    inverted = None if act is None else inverse_of(act)
+    options = {"beta": beta, "y": y, "activation": act}
+
+    sums = call("backward", *rest, None, None, dx, None, inverted)
+    call("backward_apply", *rest, None, 1, None, None, frozen, None, inverted)
+    again = call("backward_reduce", *rest, None, None, inverted)
+    assert_same_bits(again, sums, "sums")
+    v, through = y, dy
+    if act is not None:  # a power of two: nothing is rounded
+        v = np.where(y > 0, y, y * y.dtype.type(4))
+        through = np.where(y > 0, dy, dy * y.dtype.type(0.25))
     for training, got in ((True, dx), (False, frozen)):
         ref = reference.batch_norm_backward(
-            dy, None, gamma, mean, rstd, beta=beta, y=y, training=training
+            dy, None, gamma, mean, rstd, training=training, **options
         )
-        error = dx_tolerance(dy, y, *rest[2:], axis=1, training=training)
+        error = dx_tolerance(through, v, *rest[2:], axis=1, training=training)
         assert_within(got, ref.dx, error, "dx")
-    dbeta_error, dgamma_error = sums_tolerance(dy, y, center, over_gamma, axis=1)
+    dbeta_error, dgamma_error = sums_tolerance(through, v, center, over_gamma, axis=1)
     assert_within(sums[0], ref.dbeta, dbeta_error, "sum dy")
     assert_within(sums[1], ref.dgamma, dgamma_error, "sum dy x_hat")
+    if dtype != "float64":  # which is never kept
+        kept = arena.wanted(y)
+        with fused():
+            assert_same_bits(
+                call("backward", *rest, None, None, kept, None, inverted), sums, "sums"
+            )
+        assert_same_bits(kept, dx, "dx")
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 255), (9, 3, 144), (40, 260, 1), (3, 2, 256)], ids=str)
@@ -1235,6 +1253,73 @@ def test_second_order_beyond_float32(arena, shape, of_x, of_ddx, of_dy):
     check_second_order(arena, recipe, scales=(of_ddx, of_dy))
 
 
+# -- mixed precision ------------------------------------------------------------------------------
+
+
+def passes_of(arena, x, dy, residual, activation, layout):
+    """Return the results of all functions for x beside these dy and residual."""
+    C = x.shape[1]
+    gamma, beta = np.linspace(0.5, 2, C), np.linspace(-1, 1, C)
+    gamma[C // 2] = 1e-42  # its columns need a unit, and are done one after the other
+    x_, dy_, residual_ = (arena.given(values, **layout) for values in (x, dy, residual))
+    y, dx, dresidual, ddy, dx2, ty = (arena.wanted(x, **layout) for _ in range(6))
+    own = with_own_kernels(activation)
+    mean, m2, rstd = backend.forward(x_, gamma, beta, 1e-5, residual_, activation, y)
+    kept = residual_ if own is not None else y if activation else None
+    args = dy_, x_, gamma, mean, rstd, beta if own is not None else None, kept
+    sums = backend.backward(*args, dx, dresidual, own)
+    again = backend.backward_reduce(*args, own)
+    dgamma = backend.double_backward(dy_, dy_, x_, gamma, mean, rstd, beta, beta, True, ddy, dx2)
+    backend.jvp(dy_, x_, gamma, mean, rstd, beta, beta, True, ty)
+    results = y, dx, dresidual, sums, again, ddy, dx2, ty, dgamma, mean, m2, rstd
+    return [np.array(result) for result in results]
+
+
+def same_beside_float32(arena, recipe, name=None, layout=None, *, dy=True, residual=True):
+    """Check that float32 in place of halves changes no bit: kernels compute both in float32."""
+    act = activation(name) if name == "silu" else name
+    x, *halves = recipe.x(), recipe.like_x(5), recipe.like_x(6)
+    wide = [
+        a.astype(np.float32 if w else a.dtype) for a, w in zip(halves, (dy, residual), strict=True)
+    ]
+    expected = passes_of(arena, x, *halves, act, layout or {})
+    for one, other in zip(passes_of(arena, x, *wide, act, layout or {}), expected, strict=True):
+        assert_same_bits(one, other)
+
+
+@both
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "relu"), ("bfloat16", "silu")])
+@pytest.mark.parametrize("once", [False, True])
+def test_float32_beside_halves_has_the_bits_of_equal_halves(arena, shape, dtype, name, once):
+    with fused() if once else nullcontext():
+        same_beside_float32(arena, Recipe(shape, 1, dtype=dtype, offset=2.0), name)
+
+
+@pytest.mark.parametrize("dy", [True, False])
+def test_one_tensor_of_float32_beside_halves(arena, dy):
+    for shape in ((2, 3, 289), (9, 5, 2)):  # read value by value
+        same_beside_float32(arena, Recipe(shape, 1, dtype="float16"), dy=dy, residual=not dy)
+
+
+@both
+@pytest.mark.parametrize("layout", [{"first": 1}, {"first": 4}, {"sample_gap": 4}], ids=str)
+def test_float32_beside_halves_in_any_layout(arena, shape, layout):
+    """Vectors of float32 and of halves are aligned at different indices."""
+    same_beside_float32(arena, Recipe(shape, 1, dtype="float16"), "relu", layout)
+
+
+@both
+def test_a_float32_residual_is_not_rounded(arena, shape):
+    recipe = Recipe(shape, 1, dtype="float16")
+    x, C = recipe.x(), shape[1]
+    residual = (-recipe.like_x(6).astype(np.float32) * (1 + 2.0**-13)).astype(np.float32)
+    rounded, y = residual.astype(np.float16), arena.wanted(x)
+    norm = np.full(C, -1.0), np.zeros(C), np.zeros(C), np.ones(C)
+    backend.apply(arena.given(rounded), *norm, arena.given(residual), None, y)
+    assert_same_bits(y, (residual - rounded.astype(np.float32)).astype(np.float16))
+    assert (y != 0).any()
+
+
 # -- numbers of a channel --------------------------------------------------------------------------
 
 
@@ -1246,6 +1331,39 @@ def test_rstd_of_any_number_of_channels(C, eps):
     expected = np.where(var + eps == 0, 0, 1 / np.sqrt(np.maximum(var + eps, 1e-300)))
     got = call("rstd", var, eps)
     assert_within(got, expected, 2 * relative_unit(np.float64) * expected, "rstd")
+
+
+@pytest.mark.parametrize("C", [1, 64, 65])
+@pytest.mark.parametrize("bounds", [(1.0, 0.0), (1.2, 0.3), (np.inf, np.inf)])
+def test_corrections_of_any_number_of_channels(C, bounds):
+    rng = np.random.default_rng(C)
+    mean, running_mean = rng.normal(size=(2, C))
+    m2, running_var = rng.uniform(0.1, 9, (2, C))
+    mean[-1], r_max, d_max = np.nan, *bounds
+    got = call("corrections", mean, m2, 7, 1e-3, running_mean, running_var, r_max, d_max)
+    running_std = np.sqrt(running_var + 1e-3)
+    r = np.clip(np.sqrt(m2 / 7 + 1e-3) / running_std, 1 / r_max, r_max)
+    d = np.clip((mean - running_mean) / running_std, -d_max, d_max)
+    for one, expected in zip(got, (r, d), strict=True):
+        assert_same_bits(one, expected)
+
+
+@both
+def test_renormalisation_folds_its_corrections(arena, shape):
+    recipe = Recipe(shape, 1, offset=3.0)
+    x, C = recipe.x(), shape[1]
+    gamma, beta, running_mean = np.random.default_rng(1).normal(size=(3, C))
+    y, applied = arena.wanted(x), arena.wanted(x)
+    population = running_mean, np.full(C, 2.0), 1.1, 0.4
+    x_ = arena.given(x)
+    mean, m2, rstd, r, d = backend.renorm_forward(
+        x_, gamma, beta, *population, 1e-5, None, "relu", y
+    )
+    again = backend.corrections(mean, m2, shape[0] * shape[2], 1e-5, *population)
+    for one, other in zip((r, d), again, strict=True):
+        assert_same_bits(one, other)
+    backend.apply(x_, gamma * r, beta + gamma * d, mean, rstd, None, "relu", applied)
+    assert_same_bits(y, applied)
 
 
 @pytest.mark.parametrize("C", [1, 64, 65])

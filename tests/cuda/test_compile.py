@@ -41,7 +41,7 @@ from numba.cuda import types  # noqa: E402
 from offline import FLOAT32, code_of, compiled, problems, ptx_of  # noqa: E402
 
 import nbnorm  # noqa: E402
-from nbnorm.activations import TABLE  # noqa: E402
+from nbnorm.activations import TABLE, inverse_of  # noqa: E402
 from nbnorm.cuda import kernels  # noqa: E402
 from nbnorm.cuda.intrinsics import STORAGE  # noqa: E402
 from nbnorm.cuda.jit import kernel  # noqa: E402
@@ -77,24 +77,31 @@ def test_a_pass_stays_in_registers_and_moves_vectors(traversal, name, dtype, wid
     assert_lean(codes, of, width=width, loads=READ[name], stores=WRITTEN[name])
 
 
-# erfc is so long that the loop over a vector is not unrolled: its arrays lie in local memory.
-TOO_LONG = pytest.mark.xfail(reason="gelu spills where it is computed vector by vector")
+WIDE = {
+    "apply": ("residual",), "backward_reduce": ("dy",), "backward_apply": ("dy",),
+    "second_reduce": ("ddx", "dy"), "second_apply": ("ddx", "dy"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("traversal", "name", "activation"),
-    [
-        pytest.param(
-            traversal,
-            name,
-            activation,
-            marks=[TOO_LONG]
-            if (traversal, activation) == ("rows", "gelu") and "apply" in name
-            else [],
-        )
-        for traversal, name, activation in product(TRAVERSALS, ACTIVATED, TABLE)
-    ],
-)
+@pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, WIDE)))
+def test_float32_beside_halves_is_read_in_vectors(traversal, name):
+    """Eight values are one vector of halves and two of float32."""
+    of = getattr(kernels.build(traversal, "float16", 8, None, WIDE[name]), name)
+    codes = compiled(of, "float16", "float32")
+    loads = READ[name] + len(WIDE[name])
+    assert_lean(codes, of, width=8, loads=loads, stores=WRITTEN[name])
+
+
+@pytest.mark.parametrize("traversal", TRAVERSALS)
+@pytest.mark.parametrize(("name", "wide"), [("forward", "residual"), ("backward", "dy")])
+def test_float32_beside_halves_that_are_kept(traversal, name, wide):
+    of = getattr(kernels.fused(traversal, "bfloat16", 8, True, None, (wide,)), name)
+    codes = compiled(of, "bfloat16", "float32", ("sm_90a",))
+    assert_lean(codes, of, width=8, loads=KEPT_READ[name] + 1, stores=KEPT_WRITTEN[name])
+
+
+@pytest.mark.parametrize("activation", TABLE)
+@pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, ACTIVATED)))
 def test_passes_with_activations_stay_in_registers_too(traversal, name, activation):
     of = getattr(kernels.build(traversal, "float32", 4, nbnorm.activation(activation)), name)
     codes = compiled(of, "float32", "float32", ("sm_90a",))
@@ -122,6 +129,14 @@ def test_a_pass_with_weights_and_an_activation_stays_in_registers_too(name, acti
     of = getattr(kernels.weighted("float32", nbnorm.activation(activation)), name)
     codes = compiled(of, "float32", "float32", ("sm_90a",), weights="uint8")
     assert_lean(codes, of, width=1, loads=READ[name], stores=WRITTEN[name])
+
+
+@pytest.mark.parametrize(("traversal", "name"), list(product(TRAVERSALS, ACTIVATED[1:])))
+def test_passes_that_invert_an_activation_stay_in_registers_too(traversal, name):
+    inverse = inverse_of(nbnorm.activation("leaky_relu"))
+    of = getattr(kernels.build(traversal, "float32", 4, inverse), name)
+    codes = compiled(of, "float32", "float64", ("sm_90a",))
+    assert_lean(codes, of, width=4, loads=READ[name], stores=WRITTEN[name])
 
 
 def kept_passes():
@@ -198,6 +213,7 @@ def test_no_compiler_chooses_what_to_fuse_with_weights(weights):
         (kernels.rstd_all, "float64"),
         (kernels.move, "float32"),
         (kernels.move, "float64"),
+        (kernels.corrections, "float64"),
         (kernels.second_table, "float64"),
         *((kernels.finish_sums(dtype), dtype) for dtype in STORAGE),
         *((kernels.finish_second_sums(dtype), dtype) for dtype in STORAGE),

@@ -99,8 +99,8 @@ def names_of(launch):
     from nbnorm.cuda import kernels
 
     module, name = launch.kernel.split(".")
-    if name == "finish_sums":
-        kernel = kernels.finish_sums("float32")
+    if name in ("finish_sums", "finish_second_sums"):
+        kernel = getattr(kernels, name)("float32")
     elif name in ("forward", "backward"):
         kernel = getattr(kernels.fused(module, "float32", 4, False), name)
     elif module == "channel" or name == "finish_weighted":
@@ -307,6 +307,69 @@ def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend)
         )  # fmt: skip
 
 
+@under_the_driver
+def test_the_second_order_hands_over_addresses_strides_and_numbers(driver, backend):
+    for rows, dtype, gap in LAYOUTS:
+        ddx, dy, x, ddy, dx = (tensor(dtype, rows=rows, gap=gap * i) for i in range(5))
+        N, C, S = x.shape
+        gamma, mean, rstd, ddgamma, ddbeta = (channels(F64, C) for _ in range(5))
+        cut, numbers = geometry(rows, x)
+        traversal = "rows" if rows else "columns"
+        read = {
+            **view(rows, "ddx", "ddx", ddx), **view(rows, "dy", "dy", dy),
+            **view(rows, "x", "x", x), **numbers, "mean": mean,
+        }  # fmt: skip
+        for training in (True, False):
+            count = float(N * S) if training else inf
+            cupy.allocated.clear()
+            reduce, finish, coefficients, apply = driver.during(
+                backend.double_backward,
+                ddx, dy, x, gamma, mean, rstd, ddgamma, ddbeta, training, ddy, dx,
+            )  # fmt: skip
+            partial, sums, table, dgamma = cupy.allocated
+            assert (partial.shape, sums.shape) == ((5, C, cut.chunks), (5, C))
+            assert (table.shape, dgamma.shape) == ((7, C), (C,))
+            assert driver.returned is dgamma
+            check(
+                reduce, f"{traversal}.second_reduce", cut.blocks, **read, rstd=rstd, partial=partial
+            )
+            check(
+                finish, "channel.finish_second_sums", -(-C // 8), partial=partial, C=C,
+                chunks=cut.chunks, count=count, mean=mean, rstd=rstd, sums=sums,
+            )  # fmt: skip
+            of_channels = {
+                "mean": mean, "rstd": rstd, "gamma": gamma, "tgamma": ddgamma, "tbeta": ddbeta,
+                "C": C,
+            }  # fmt: skip
+            check(
+                coefficients, "channel.second_table", 1, **of_channels, sums=sums,
+                count=count, curved=1, table=table, dgamma=dgamma,
+            )  # fmt: skip
+            check(
+                apply, f"{traversal}.second_apply", cut.blocks, **read, table=table, curved=1,
+                **view(rows, "ddy", "ddy", ddy), **view(rows, "dx", "dx", dx),
+            )  # fmt: skip
+        cupy.allocated.clear()
+        reduce, finish, coefficients, apply = driver.during(
+            backend.jvp, ddx, x, gamma, mean, rstd, ddgamma, ddbeta, True, ddy
+        )
+        partial, sums, table, dgamma = cupy.allocated
+        assert (reduce.kernel, finish.kernel) == (
+            f"{traversal}.backward_reduce", "channel.finish_sums"
+        )  # fmt: skip
+        assert arguments_of(reduce)["dy"] == ddx.data.ptr
+        check(
+            coefficients, "channel.second_table", 1, **of_channels, sums=sums,
+            count=float(N * S), curved=0, table=table, dgamma=dgamma,
+        )  # fmt: skip
+        check(
+            apply, f"{traversal}.second_apply", cut.blocks, **view(rows, "ddx", "ddx", ddx),
+            **view(rows, "dy", "dy", x, absent=True), **view(rows, "x", "x", x), **numbers,
+            mean=mean, **view(rows, "ddy", "ddy", ddy), **view(rows, "dx", "dx", x, absent=True),
+            table=table, curved=0,
+        )  # fmt: skip
+
+
 @contextmanager
 def fused(driver, shared=SHARED, clusters=True):
     """Give devices this much shared memory, so that forward and backward read memory once."""
@@ -456,6 +519,15 @@ def test_statistics_are_moved_and_inverted(driver, backend):
             mean=mean, m2=m2, momentum=0.1, divisor=31.0, C=C,
         )  # fmt: skip
         assert types_of(move)["running_mean"] == types_of(move)["running_var"] == f"{dtype}*"
+    running_mean, running_var = channels(F64, C), channels(F64, C)
+    population = running_mean, running_var, 3.0, 5.0
+    (corrections,) = driver.during(backend.corrections, mean, m2, 8, 1e-3, *population)
+    r, d = driver.returned
+    check(
+        corrections, "channel.corrections", 2, mean=mean, m2=m2, count=8.0, eps=1e-3,
+        running_mean=running_mean, running_var=running_var, r_max=3.0, d_max=5.0, C=C, r=r, d=d,
+    )  # fmt: skip
+    assert types_of(corrections)["running_mean"] == "float64*"
     (rstd,) = driver.during(backend.rstd, var, 1e-3)
     check(rstd, "channel.rstd_all", 2, var=var, eps=1e-3, rstd=driver.returned, C=C)
 
@@ -517,6 +589,7 @@ def calls_of(backend, dtype=F32, *, rows=True, samples=3):
     running = channels(F32, C), channels(F32, C)
     mask = fake.Array((shape[0], 1, shape[2]), np.dtype("uint8"))
     counts = {"weights": SimpleNamespace(values=mask, count=channels(F64, C), fill=0.0)}
+    wide = channels(F64, C), channels(F64, C)
     return {
         "forward": (3, lambda: backend.forward(x, gamma, beta, 1e-5, None, "relu", y)),
         "forward with weights": (
@@ -532,6 +605,12 @@ def calls_of(backend, dtype=F32, *, rows=True, samples=3):
         "stats": (2, lambda: backend.stats(x)),
         "move": (1, lambda: backend.move(*running, mean, m2, 0.1, 2.0)),
         "rstd": (1, lambda: backend.rstd(m2, 1e-5)),
+        "corrections": (1, lambda: backend.corrections(mean, m2, 9, 1e-5, *wide, 3.0, 5.0)),
+        "double_backward": (
+            4,
+            lambda: backend.double_backward(dy, dy, x, mean, mean, rstd, *wide, True, y, dx),
+        ),
+        "jvp": (4, lambda: backend.jvp(dy, x, mean, mean, rstd, *wide, True, y)),
         "backward_reduce": (
             2, lambda: backend.backward_reduce(dy, x, gamma, mean, rstd, beta, None),
         ),

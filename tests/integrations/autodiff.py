@@ -17,6 +17,7 @@ from tolerances import (
     y_tolerance,
 )
 
+import nbnorm
 from nbnorm import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,10 @@ FUSED = {
     "residual": (True, None),
     "residual and relu": (True, "relu"),
 }
+
+
+# Smooth, piecewise, and with a parameter.
+ACTIVATIONS = ("silu", "hardswish", nbnorm.activation("leaky_relu", slope=0.2))
 
 
 class Batch(NamedTuple):
@@ -109,6 +114,23 @@ def assert_right(b, y, grads, *, axis, training=True, activation=None, eps=1e-5)
     for name, grad in grads.items():
         assert grad.dtype == getattr(b, name).dtype, name
         assert_within(grad, *expected[name], f"gradient of {name}")
+
+
+def assert_right_through(b, y, grads, *, training, activation):
+    """Compare y and gradients with the oracle's where an activation is not ReLU."""
+    options = {"residual": b.residual, "activation": activation}
+    running = b.running_mean.copy(), b.running_var.copy()
+    ref_y, mean, rstd = reference.batch_norm_forward(
+        b.x, b.gamma, b.beta, *running, training=training, **options
+    )
+    ref = reference.batch_norm_backward(
+        b.dy, b.x, b.gamma, mean, rstd, beta=b.beta, training=training, **options
+    )
+    np.testing.assert_allclose(y, ref_y, rtol=1e-11, atol=1e-11)
+    expected = dict(zip(("x", "gamma", "beta", "residual"), ref, strict=True))
+    for name, grad in grads.items():
+        assert grad.dtype == getattr(b, name).dtype, name
+        np.testing.assert_allclose(grad, expected[name], rtol=1e-11, atol=1e-11, err_msg=name)
 
 
 def assert_moved_once(before, after, x, *, axis, momentum=0.1, correction=1):

@@ -8,11 +8,13 @@ from itertools import product
 import numpy as onp
 import pytest
 from autodiff import (
+    ACTIVATIONS,
     FUSED,
     LAYOUTS,
     assert_like_with_like,
     assert_moved_once,
     assert_right,
+    assert_right_through,
     drawn,
     run_example,
 )
@@ -89,6 +91,20 @@ def test_values_and_gradients(layout, fused, training, dtype):
     y, grads = differentiate(b, axis=axis, activation=activation, eps=1e-3, **options)
     assert set(grads) == set(b.differentiable)
     assert_right(b, y, grads, axis=axis, training=training, activation=activation, eps=1e-3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@modes
+def test_other_activations(activation, residual, training):
+    b = drawn(residual=residual)
+    options = {} if training else frozen(b)
+    y, grads = differentiate(b, activation=activation, **options)
+    assert set(grads) == set(b.differentiable)
+    assert_right_through(b, y, grads, training=training, activation=activation)
+    function = function_of(b, tuple(b.differentiable), activation=activation, **options)
+    for i in range(len(b.differentiable)):
+        check_grads(function, i, modes=["rev"], order=1)(*b.differentiable.values())
 
 
 @layouts
@@ -363,6 +379,14 @@ def test_second_derivatives(training, activation, with_residual):
 
             hessians.append(jacobian(grad(loss, i), j)(*arguments))
         onp.testing.assert_allclose(*hessians, rtol=1e-9, atol=1e-9)
+
+
+def test_a_second_derivative_with_another_activation_is_refused():
+    b = drawn("NC")
+    function = function_of(b, ("x",), activation="silu")
+    first = elementwise_grad(lambda x: function(x) ** 2)
+    with pytest.raises(NotImplementedError, match=r"no second derivative with .*silu.*numpy"):
+        elementwise_grad(first)(b.x)
 
 
 def test_a_mixed_second_derivative():

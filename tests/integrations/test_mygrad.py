@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 from autodiff import (
+    ACTIVATIONS,
     FUSED,
     LAYOUTS,
     assert_like_with_like,
     assert_moved_once,
     assert_right,
+    assert_right_through,
     drawn,
     run_example,
 )
@@ -33,6 +35,30 @@ affine = pytest.mark.parametrize(
     ("gamma", "beta"), [(True, True), (True, False), (False, True), (False, False)]
 )
 LARGE = (1024, 64, 2, 2)  # 2 MiB in float64: memory of results is pooled
+
+
+def test_gradients_have_no_graph_and_second_derivatives_take_arrays():
+    """mygrad differentiates once: a penalty needs `batch_norm_double_backward`."""
+    rng = np.random.default_rng(0)
+    x, gamma = mg.tensor(rng.normal(size=(6, 3))), mg.tensor(rng.uniform(1, 2, 3))
+    direction = rng.normal(size=(6, 3))
+
+    def penalty():
+        """Half the squared gradient of sum(direction * y)."""
+        batch_norm(x, gamma).backward(direction)
+        assert type(x.grad) is np.ndarray  # of which mygrad knows no origin
+        return np.sum(x.grad**2) / 2
+
+    value = penalty()
+    _, mean, rstd = nbnorm.batch_norm_forward(x.data, gamma.data)
+    arguments = x.grad, None, None, direction, x.data, gamma.data, mean, rstd
+    found = nbnorm.batch_norm_double_backward(*arguments)
+    gamma.data[1] += 1e-6
+    assert (penalty() - value) / 1e-6 == pytest.approx(found.dgamma[1], rel=1e-4)
+    for i, name in ((0, "ddx"), (3, "dy"), (4, "x"), (5, "gamma")):
+        tensors = [*arguments[:i], mg.tensor(arguments[i]), *arguments[i + 1 :]]
+        with pytest.raises(TypeError, match=f"^{name} is a mygrad tensor, whose gradient would"):
+            nbnorm.batch_norm_double_backward(*tensors)
 
 
 @pytest.fixture
@@ -84,6 +110,17 @@ def test_values_and_gradients(layout, fused, training, dtype):
     y, grads = differentiate(b, axis=axis, activation=activation, eps=1e-3, **options)
     assert set(grads) == set(b.differentiable)
     assert_right(b, y, grads, axis=axis, training=training, activation=activation, eps=1e-3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@modes
+def test_other_activations(activation, residual, training):
+    b = drawn(residual=residual)
+    options = {} if training else frozen(b)
+    y, grads = differentiate(b, activation=activation, **options)
+    assert set(grads) == set(b.differentiable)
+    assert_right_through(b, y, grads, training=training, activation=activation)
 
 
 @fused

@@ -37,6 +37,7 @@ from thinc.api import (
     with_array,
 )
 
+import nbnorm
 import nbnorm.integrations.thinc as integration
 from nbnorm import reference
 from nbnorm.integrations.thinc import BatchNorm
@@ -49,6 +50,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.hosts import thinc as benchmark  # noqa: E402
 
 EXAMPLE = ROOT / "docs" / "examples" / "thinc_mlp.py"
+LEAKY = nbnorm.activation("leaky_relu", slope=0.2)
 PARAMETERS = ("G", "b", "running_mean", "running_var")
 SHAPES = [((6, 3), -1), ((4, 5, 3), -1), ((2, 4, 5, 3), -1), ((4, 3, 5), 1), ((4, 3, 2, 5), 1)]
 shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
@@ -72,6 +74,26 @@ def state(layer):
 
 
 # Values and gradients
+
+
+@pytest.mark.parametrize("activation", ["silu", "leaky_relu", LEAKY], ids=str)
+@pytest.mark.parametrize("is_train", [True, False])
+def test_other_activations(is_train, activation):
+    layer = layer_of(dtype="d", eps=1e-3, activation=activation)
+    X, dY = drawn(0, dtype="d"), drawn(1, dtype="d")
+    G, b, mean, var = state(layer).values()
+    options = {"axis": -1, "activation": activation}
+    ref = reference.batch_norm_forward(X, G, b, mean, var, training=is_train, eps=1e-3, **options)
+    back = reference.batch_norm_backward(
+        dY, X, G, ref.mean, ref.rstd, beta=b, training=is_train, **options
+    )
+    Y, backprop = layer(X, is_train=is_train)
+    assert_allclose(Y, ref.y, rtol=1e-11, atol=1e-11)
+    assert_allclose(backprop(dY), back.dx, rtol=1e-11, atol=1e-11)
+    assert_allclose(layer.get_grad("G"), back.dgamma, rtol=1e-11, atol=1e-11)
+    assert_allclose(layer.get_grad("b"), back.dbeta, rtol=1e-11, atol=1e-11)
+    same = BatchNorm(3, eps=1e-3, activation=activation).from_bytes(layer.to_bytes())
+    assert_same_bits(same.predict(X), layer.predict(X))
 
 
 @shapes

@@ -80,6 +80,26 @@ def test_recalibrated_by_all_that_was_seen(dtype, momentum, converted):
         close(model[i].running_var.double(), values.var(1), dtype)
 
 
+@pytest.mark.parametrize("converted", [True, False])
+@pytest.mark.parametrize(("momentum", "trained"), [(None, 0), (None, 3), (0.1, 0)])
+def test_a_cumulative_average_does_not_forget_the_statistics(converted, momentum, trained):
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum)).double()
+    *batches, last = torch.arange(36.0).double().reshape(3, 4, 3)
+    if converted:
+        convert(model)
+    for _ in range(trained):
+        model(last)
+    with recalibrate(model):
+        for x in batches:
+            model(x)
+    seen = trained or (len(batches) if momentum is None else 0)
+    assert model[0].num_batches_tracked == seen
+    model(last)
+    weight = momentum or 1 / (seen + 1)
+    expected = (1 - weight) * torch.cat(batches).mean(0) + weight * last.mean(0)
+    torch.testing.assert_close(model[0].running_mean, expected)
+
+
 def test_modes_may_change_within_the_block():
     """Evaluation functions often begin with `eval`."""
     model, (x, *_) = two_layers()[:4].train(), uneven()

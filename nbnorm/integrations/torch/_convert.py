@@ -138,7 +138,9 @@ def _fusible(norm: nn.Module | None, relu: nn.Module | None) -> bool:
     """Return True if `norm` can apply `relu` and no hook sees the value between them."""
     return (
         type(relu) is nn.ReLU
+        and isinstance(norm, BatchNormModule)
         and type(norm) in (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+        and norm.activation is None
         and not _hooked(norm)
         and not _hooked(relu)
     )

@@ -1,12 +1,16 @@
 """The function `batch_norm` and its gradient, computed through operators or directly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from nbnorm import _checks
 from nbnorm._arrays import stand_in_of
+from nbnorm._typing import Activation
+from nbnorm.activations import Activation as Fused
 from nbnorm.integrations.torch import _operators, _tensors
 from nbnorm.moments import Pairwise
 
@@ -23,10 +27,11 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
+    activation: Activation = None,
 ) -> Tensor:
-    """Compute `torch.nn.functional.batch_norm`, with a residual and ReLU in the same pass.
+    """Compute `torch.nn.functional.batch_norm`, with residual and activation in the same pass.
 
-    y = relu(weight (input - mean) / sqrt(var + eps) + bias + residual), with the statistics of the
+    y = act(weight (input - mean) / sqrt(var + eps) + bias + residual), with the statistics of the
     batch in training, the running ones otherwise.
 
     Parameters
@@ -48,10 +53,13 @@ def batch_norm(
     eps : float, default 1e-5
         Added to the variance.
     residual : Tensor of input's shape and dtype, optional
-        Added before ReLU. May be float32 if input is float16 or bfloat16 in CPU memory, as under
+        Added before the activation. May be float32 if input is float16 or bfloat16, as under
         autocast; y has input's dtype.
     relu : bool, default False
         Whether to apply ReLU last.
+    activation : None, str or Activation, default None
+        Another activation to apply last, by name ("silu", "leaky_relu", ...) or a result of
+        `nbnorm.activation`; "relu" is the same as ``relu=True``.
 
     Returns
     -------
@@ -66,12 +74,14 @@ def batch_norm(
     ValueError
         A shape is invalid; only one running statistic is given, or none with ``training=False``; in
         training, a channel has a single value, running statistics have the negative bit
-        (``is_neg()``), or `torch.func.vmap` does not map over them.
+        (``is_neg()``), or `torch.func.vmap` does not map over them. The activation is unknown, or
+        given beside ``relu=True``.
     RuntimeError
         A third derivative is requested.
     NotImplementedError
         Forward mode of forward mode is requested (``jacfwd`` of ``jacfwd``), or
-        `torch.func.linearize`.
+        `torch.func.linearize`; or anything but first derivatives of direct calls with an
+        activation of functions of your own.
 
     Notes
     -----
@@ -84,8 +94,11 @@ def batch_norm(
     ``hessian`` and ``vmap`` work; ``vmap`` makes one call per sample. ``grad`` and ``vmap`` also
     work inside `torch.compile`.
 
-    The backward pass keeps input, weight, and the float64 mean and rstd; with ReLU also bias, or
-    the result if ReLU follows a residual.
+    The backward pass keeps input, weight, and the float64 mean and rstd; with an activation also
+    bias, or the result if ReLU follows a residual, or the residual with another activation.
+
+    Activations other than ReLU are fused where a call is computed directly. In graphs, `torch.func`
+    and forward mode, and for second derivatives, PyTorch's own function follows the batch norm.
 
     The first call of a kind compiles kernels, which takes some seconds, once per machine.
 
@@ -103,9 +116,18 @@ def batch_norm(
     >>> weight.grad
     tensor([ 4., 40.])
     """
+    last = relu if activation is None else chosen(relu, activation)
     return normalise(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, last
     )
+
+
+def chosen(relu: bool, activation: Activation) -> bool | Fused:
+    """Return whether to apply ReLU, or another activation to apply."""
+    found = _checks.activation(activation)
+    if relu and isinstance(found, Fused):
+        raise ValueError(f"relu=True and activation={activation!r} are both given; pass one")
+    return found if isinstance(found, Fused) else relu or found == "relu"
 
 
 def normalise(
@@ -118,12 +140,12 @@ def normalise(
     momentum: float,
     eps: float,
     residual: Tensor | None,
-    relu: bool,
+    relu: bool | Fused,
     seen: Sequence[Pairwise] = (),
 ) -> Tensor:
     """Compute `batch_norm`, and add the moments of the batch to each item of `seen`.
 
-    `seen` requires training mode without running statistics.
+    `seen` requires training mode without running statistics. `relu` is what `chosen` returns.
     """
     if not isinstance(input, Tensor):
         if what := stand_in_of(type(input)):  # type: ignore[arg-type]
@@ -144,7 +166,11 @@ def normalise(
         *(training, momentum, eps, relu),
     )
     y: Tensor
-    if _tensors.eager(*arguments[:6]):
+    eager = _tensors.eager(*arguments[:6])
+    if isinstance(relu, Fused) and not (eager and not _operators.in_forward_mode()):
+        plain = running_mean, running_var, weight, bias, training, momentum, eps, residual, False
+        return _composed(relu)(normalise(input, *plain, seen))
+    if eager:
         y = _Eager.apply(*arguments, seen)  # type: ignore[no-untyped-call]
         return y
     if _tensors.transformed():
@@ -159,6 +185,30 @@ def normalise(
     if seen:  # the operators do not return M2
         _operators.see(input, seen)
     return y
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "relu6": torch.nn.functional.relu6,
+    "hardswish": torch.nn.functional.hardswish,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def _composed(activation: Fused) -> Callable[[Tensor], Tensor]:
+    """Return PyTorch's function for an activation: it has all derivatives, and graphs know it."""
+    if activation.functions is not None:
+        raise NotImplementedError(
+            f"{activation!r} has functions of your own, which have first derivatives of direct "
+            "calls only: no graphs, torch.func, forward mode and second derivatives; "
+            "apply a function of PyTorch's to the result instead"
+        )
+    function = _FUNCTIONS[activation.name]
+    return lambda v: function(v, *activation.parameters)
 
 
 def _transformed(*arguments: Any) -> Tensor:
@@ -200,12 +250,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """Save what the gradient and the tangent need."""
-    x, weight, bias, _, _, residual, training, _, _, relu = inputs
+    x, weight, bias, running_mean, running_var, residual, training, _, eps, relu = inputs
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # the gradients have its dtype
-    by_y = relu and residual is not None  # x alone does not determine the ReLU mask then
+    own = isinstance(relu, Fused)
+    # x alone does not determine the ReLU mask then
+    by_y = relu and residual is not None and not own
     saved = x, weight, bias if relu and not by_y else None, mean, rstd
-    ctx.save_for_backward(*saved, y if by_y else None)
+    ctx.save_for_backward(*saved, y if by_y else residual if own else None)
+    if own:  # what the batch norm before it needs, if a derivative of the gradient is requested
+        frozen = None, None
+        if not training:
+            frozen = running_mean.clone(), running_var.clone()
+        ctx.options = *frozen, eps
     if _may_have_tangents():
         # Detached, or y would hold on to itself.
         ctx.save_for_forward(*saved, y.detach() if by_y else None)
@@ -216,19 +273,43 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     of_x, of_weight, of_bias, of_residual = (ctx.needs_input_grad[i] for i in (0, 1, 2, 5))
     grads: list[Tensor | None] = [None] * 4
     if dy is not None:
-        mask = [of_x, of_weight, of_bias, of_residual and ctx.relu]
+        mask = [of_x, of_weight, of_bias, of_residual and bool(ctx.relu)]
         if any(mask):
             arguments = (dy, *ctx.saved_tensors, ctx.training, ctx.relu, mask)
             recorded = torch.is_grad_enabled() or _operators.in_forward_mode()
             batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
+            own = isinstance(ctx.relu, Fused)
             if _tensors.eager(*arguments[:7]) and not recorded and not batched:
                 grads = _operators.gradients(*arguments)
+            elif own:
+                grads = _gradients_of_composed(ctx, dy, mask)
             else:
                 grads = _gradients_of(*arguments)
         if of_residual and not ctx.relu:
             grads[3] = dy
     dx, dweight, dbias, dresidual = grads
     return dx, dweight, dbias, None, None, dresidual, None, None, None, None
+
+
+def _gradients_of_composed(ctx: Any, dy: Tensor, mask: list[bool]) -> list[Tensor | None]:
+    """Return the gradients of PyTorch's function after a batch norm computed again.
+
+    They can be differentiated once more if this is recorded.
+    """
+    x, weight, bias, _, _, residual = ctx.saved_tensors
+    running_mean, running_var, eps = ctx.options
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, as one tensor may be input and residual: each has a gradient of its own.
+        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+        v = normalise(
+            *(inputs[0], running_mean, running_var, inputs[1], inputs[2]),
+            *(ctx.training, 0.0, eps, inputs[3], False),
+        )
+        wanted = [t for t, requested in zip(inputs, mask, strict=True) if requested]
+        y = _composed(ctx.relu)(v)
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=recorded))
+    return [next(found) if requested else None for requested in mask]
 
 
 def _gradients_of(*arguments: Any) -> list[Tensor | None]:

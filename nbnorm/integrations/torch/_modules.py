@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nbnorm.integrations.torch._functional import batch_norm, normalise
+from nbnorm._typing import Activation
+from nbnorm.integrations.torch._functional import batch_norm, chosen, normalise
 from nbnorm.integrations.torch._operators import statistics_apart
 from nbnorm.moments import Pairwise
 
@@ -18,11 +19,16 @@ class BatchNormModule(_BatchNorm):
 
     # Class attributes, as `convert` does not call __init__.
     relu: bool = False
+    activation: Activation = None
     _seen: tuple[Pairwise, ...] = ()  # collect the moments of batches, inside `_collecting`
 
-    def __init__(self, *args: Any, relu: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, relu: bool = False, activation: Activation = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        chosen(relu, activation)  # raises what forward would
         self.relu = relu
+        self.activation = activation
 
     def forward(
         self,
@@ -31,13 +37,16 @@ class BatchNormModule(_BatchNorm):
         *,
         relu: bool = False,
     ) -> Tensor:
-        """Normalise input, add residual, and apply ReLU if the module or the call has relu=True."""
+        """Normalise input, add residual, and apply ReLU or the module's activation.
+
+        ReLU if the module or the call has relu=True.
+        """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum
         if self._seen:
             return normalise(
                 *(input, None, None, self.weight, self.bias, True, momentum, self.eps),
-                *(residual, self.relu or relu, self._seen),
+                *(residual, chosen(self.relu or relu, self.activation), self._seen),
             )
         tracked = self.track_running_stats or not self.training
         mean, var = running = (self.running_mean, self.running_var) if tracked else (None, None)
@@ -70,6 +79,7 @@ class BatchNormModule(_BatchNorm):
             self.eps,
             residual=residual,
             relu=self.relu or relu,
+            activation=self.activation,
         )
         if mean is not running[0]:
             weight = 1.0 / self.num_batches_tracked.double()
@@ -100,13 +110,16 @@ class BatchNormModule(_BatchNorm):
         return state
 
     def extra_repr(self) -> str:
-        """Describe the module as PyTorch does, followed by relu=True if set."""
+        """Describe the module as PyTorch does, followed by relu=True or an activation if set."""
         described = str(super().extra_repr())  # type: ignore[no-untyped-call]
-        return described + ", relu=True" * self.relu
+        described += ", relu=True" * self.relu
+        return (
+            described if self.activation is None else f"{described}, activation={self.activation!r}"
+        )
 
 
 class BatchNorm1d(BatchNormModule, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` computed by nbnorm, with optional ReLU and residual.
+    """`torch.nn.BatchNorm1d` computed by nbnorm, with optional activation and residual.
 
     A subclass of PyTorch's class, with the same arguments, parameters, buffers and ``state_dict``.
 
@@ -116,6 +129,8 @@ class BatchNorm1d(BatchNormModule, nn.BatchNorm1d):
         As in `torch.nn.BatchNorm1d`: num_features, eps, momentum, affine, track_running_stats, ...
     relu : bool, default False
         Whether to apply ReLU last.
+    activation : None, str or Activation, default None
+        Another activation to apply last, as in `batch_norm`.
 
     Raises
     ------
@@ -136,7 +151,7 @@ class BatchNorm1d(BatchNormModule, nn.BatchNorm1d):
 
 
 class BatchNorm2d(BatchNormModule, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` computed by nbnorm, with optional ReLU and residual.
+    """`torch.nn.BatchNorm2d` computed by nbnorm, with optional activation and residual.
 
     A subclass of PyTorch's class, with the same arguments, parameters, buffers and ``state_dict``.
 
@@ -146,6 +161,8 @@ class BatchNorm2d(BatchNormModule, nn.BatchNorm2d):
         As in `torch.nn.BatchNorm2d`: num_features, eps, momentum, affine, track_running_stats, ...
     relu : bool, default False
         Whether to apply ReLU last.
+    activation : None, str or Activation, default None
+        Another activation to apply last, as in `batch_norm`.
 
     Raises
     ------
@@ -164,7 +181,7 @@ class BatchNorm2d(BatchNormModule, nn.BatchNorm2d):
 
 
 class BatchNorm3d(BatchNormModule, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` computed by nbnorm, with optional ReLU and residual.
+    """`torch.nn.BatchNorm3d` computed by nbnorm, with optional activation and residual.
 
     A subclass of PyTorch's class, with the same arguments, parameters, buffers and ``state_dict``.
 
@@ -174,6 +191,8 @@ class BatchNorm3d(BatchNormModule, nn.BatchNorm3d):
         As in `torch.nn.BatchNorm3d`: num_features, eps, momentum, affine, track_running_stats, ...
     relu : bool, default False
         Whether to apply ReLU last.
+    activation : None, str or Activation, default None
+        Another activation to apply last, as in `batch_norm`.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from nbnorm import _checks
 from nbnorm._arrays import take
+from nbnorm.activations import Activation
 from nbnorm.functional import (
     batch_norm_apply,
     batch_norm_backward,
@@ -19,6 +20,13 @@ from nbnorm.functional import (
 from nbnorm.integrations.torch._tensors import array_of, direct, laid_out, tensor_of
 from nbnorm.moments import Moments, Pairwise
 from nbnorm.second_order import batch_norm_double_backward, batch_norm_jvp
+
+
+def fused(relu: bool | Activation) -> Activation | Literal["relu"] | None:
+    """Return what nbnorm's functions take as activation."""
+    if isinstance(relu, Activation):
+        return relu
+    return "relu" if relu else None
 
 
 def compute(
@@ -31,12 +39,13 @@ def compute(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool,
+    relu: bool | Activation,
     seen: Sequence[Pairwise] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, rstd); in training, update the running statistics in place.
 
-    If `seen` is not empty, add the moments of the batch to each item and update no statistics.
+    `relu` may be another activation, which no operator has: only a direct call. If `seen` is not
+    empty, add the moments of the batch to each item and update no statistics.
     """
     correction = 1
     if seen:
@@ -55,7 +64,7 @@ def compute(
         eps=eps,
         correction=correction,
         residual=array_of(residual),
-        activation="relu" if relu else None,
+        activation=fused(relu),
     )
     if seen:
         collect(Moments(count, mean, array_of(running_var)), seen)
@@ -232,10 +241,14 @@ def gradients(
     rstd: Tensor,
     y: Tensor | None,
     training: bool,
-    relu: bool,
+    relu: bool | Activation,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return [dx, dweight, dbias, dresidual]; gradients not in `output_mask` are None."""
+    """Return [dx, dweight, dbias, dresidual]; gradients not in `output_mask` are None.
+
+    With an activation other than ReLU, `y` is the residual, or None.
+    """
+    own = isinstance(relu, Activation)
     dx, dweight, dbias, dresidual = batch_norm_backward(
         array_of(dy),
         array_of(x),
@@ -243,9 +256,10 @@ def gradients(
         array_of(mean),
         array_of(rstd),
         beta=array_of(bias),
-        y=array_of(y),
+        y=None if own else array_of(y),
+        residual=array_of(y) if own else None,
         training=training,
-        activation="relu" if relu else None,
+        activation=fused(relu),
         output_mask=tuple(output_mask),  # type: ignore[arg-type]  # four of them
     )
     return [

@@ -11,6 +11,7 @@ from nbnorm.integrations.torch._modules import BatchNormModule
 from nbnorm.integrations.torch._operators import refuse_shared, see
 from nbnorm.integrations.torch._tensors import tensor_of
 from nbnorm.moments import Pairwise
+from nbnorm.population import batches_of
 
 
 @contextmanager
@@ -46,7 +47,8 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
     See `nbnorm.population.recalibrate`. The running variance is the unbiased M2 / (count - 1), with
     the count of all batches together. `torch.optim.swa_utils.update_bn` averages over batches
     instead, which weights all batches equally and omits the variance between their means.
-    Parameters, modes and ``num_batches_tracked`` do not change.
+    Parameters and modes do not change, nor does ``num_batches_tracked``, unless ``momentum=None``
+    and it is 0: it then becomes the number of batches seen, as after `update_bn`.
 
     Converted modules get the moments of a batch from the pass that normalises it. PyTorch's modules
     need an extra pass over each batch.
@@ -91,6 +93,8 @@ def recalibrate(model: nn.Module) -> Iterator[None]:
             moments = merged.total()
             norm.running_mean.copy_(tensor_of(moments.mean))
             norm.running_var.copy_(tensor_of(moments.var(correction=1)))
+            if (batches := batches_of(norm, merged)) is not None:
+                norm.num_batches_tracked.fill_(batches)
 
 
 def _collector_of(norm: nn.Module) -> AbstractContextManager[Pairwise]:
