@@ -229,7 +229,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
     affine_channel, scale_channel = of.affine_channel, of.scale_channel
     factors_channel, coefficients_channel = of.factors_channel, of.coefficients_channel
     zero, threshold = computed(0), computed(STORED_AS_ZERO.get(dtype, 0.0))
-    wide = computed == types.float64
+    double = computed == types.float64
 
     @device
     def located(block, C, S, N, group, length, chunks):
@@ -315,7 +315,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
         while count > 0:
             fetch_weights((weights, wn, c * wc), ITEMS, at, count, w)
             fetch((x, xn, c * xc), ITEMS, at, count, values)
-            if wide and again:
+            if double and again:
                 for i in range(ITEMS):
                     values[i] -= computed(mean[c])
             more_m, more_center, more_m2 = tile_moments(values, w)

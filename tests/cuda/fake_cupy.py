@@ -88,6 +88,9 @@ class ndarray:  # noqa: N801  # CuPy's name
     def sum(self, axis=None, dtype=None):
         return self._like(np.asarray(self.numpy.sum(axis, dtype)))
 
+    def mean(self, axis=None):
+        return self._like(np.asarray(self.numpy.mean(axis)))
+
     def min(self):
         return self._like(np.asarray(self.numpy.min()))
 
@@ -117,6 +120,8 @@ class ndarray:  # noqa: N801  # CuPy's name
         return self._like(np.asarray(ufunc(*map(_host, inputs), **options)))
 
     def __array_function__(self, function, types, args, kwargs):
+        if function is np.ndim:
+            return args[0].ndim
         assert function in _FUNCTIONS, function
         return self._like(function(*map(_host, args), **kwargs))
 

@@ -87,6 +87,15 @@ expected = nbnorm.batch_norm_forward(x.array, weight.array, bias.array).y
 np.testing.assert_allclose(y.array, expected, 1e-5)
 elsewhere(nbnorm.batch_norm_backward, dy, x, weight, m, r)
 elsewhere(nbnorm.batch_norm_inference, x, weight, bias, mean, var)
+mask = Tensor(np.array([[True], [True], [False], [True]]))
+for counting in ({"mask": mask}, {"weights": tensor(4, 1)}, {"mask": mask, "groups": 2}):
+    found = elsewhere(nbnorm.batch_norm_forward, x, weight, bias, correction=0, **counting)
+    expected = nbnorm.batch_norm_forward(
+        x.array, weight.array, bias.array, correction=0,
+        **{name: getattr(given, "array", given) for name, given in counting.items()},
+    )
+    np.testing.assert_allclose(found.y.array, expected.y, 1e-4, 1e-4)
+    elsewhere(nbnorm.batch_norm_backward, dy, x, weight, *found[1:], **counting)
 elsewhere(nbnorm.batch_norm_apply, x=x, gamma=weight, beta=bias, mean=m, rstd=r)
 moments = elsewhere(nbnorm.batch_norm_stats, x)
 for function in (moments.merge, moments.var):
@@ -96,7 +105,10 @@ elsewhere(nbnorm.update_running_stats, mean, var, moments)
 elsewhere(nbnorm.fold_batch_norm, weight, bias, mean, var)
 elsewhere(nbnorm.fold_into_linear, tensor(3, 2), bias, weight, bias, mean, var)
 elsewhere(nbnorm.fold_into_conv, tensor(3, 2, 1, 1), bias, weight, bias, mean, var)
-for given in ({"gamma": weight.array}, {"gamma": cupy.asarray(weight.array)}):
+for given in (
+    {"gamma": weight.array}, {"gamma": cupy.asarray(weight.array)}, {"mask": mask.array},
+    {"weights": cupy.asarray(weight.array)},
+):
     try:
         nbnorm.batch_norm_forward(x, **given)
     except ValueError as error:
