@@ -111,7 +111,7 @@ class Frame:
         float32 anyway, and are compiled for the dtype that they load.
         """
         taken = take(array, name)
-        if taken is not array or self.backend is not cpu:
+        if taken is not array or self.memory is not cpu.memory:
             self._same_place(array, taken, name)
         wider = self.x.itemsize == 2 and taken.dtype == _FLOAT32
         if not (wider and name != "y"):
@@ -131,7 +131,7 @@ class Frame:
     def required(self, array: Array, name: str) -> NDArray:
         """Return a parameter or statistic as an array; check its dtype and shape."""
         taken = take_floating(array, name)
-        if taken is not array or self.backend is not cpu:
+        if taken is not array or self.memory is not cpu.memory:
             self._same_place(array, taken, name)
         _checks.channel_shape(taken, name, self.channel_shape, self.x, self._axis)
         self.inputs[name] = taken
@@ -143,7 +143,7 @@ class Frame:
             return None
         taken = take(out, "out")
         _checks.mutable(out, "out", "pass a writable array, or omit out")
-        if taken is not out or self.backend is not cpu:
+        if taken is not out or self.memory is not cpu.memory:
             self._same_place(out, taken, "out")
         _checks.output(taken, self.x, self.inputs.items(), inplace)
         return Out(out, taken)
@@ -151,7 +151,7 @@ class Frame:
     def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
         """Raise if an array is not in the same memory, or on the same device, as x."""
         _checks.same_place(place_of(taken), name, place_of(self.x))
-        if self.backend is cpu:  # on a GPU, the place already names the device
+        if self.memory is cpu.memory:  # on a GPU, the place already names the device
             _checks.same_device(given, name, self._given)
 
     def count(self) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +249,12 @@ def test_results_are_on_the_device_of_x_though_all_of_them_are_cpu_memory():
         assert nbnorm.batch_norm_backward(x, x, None, *got[1:]).dx.device == device
 
 
-@pytest.mark.parametrize("argument", ["gamma", "running_var", "residual", "out"])
-def test_arrays_on_different_devices_of_one_library(argument):
+PARTS = {"all": {}, "groups": {"groups": 2}, "mask": {"mask": np.ones((4, 1, 1, 1), bool)}}
+ELSEWHERE = [*product(("gamma", "running_var", "residual", "out"), PARTS), ("mask", "mask")]
+
+
+@pytest.mark.parametrize(("argument", "parts"), ELSEWHERE)
+def test_arrays_on_different_devices_of_one_library(argument, parts):
     xp = pytest.importorskip("array_api_strict")
     arguments = {
         "x": drawn(),
@@ -262,7 +267,9 @@ def test_arrays_on_different_devices_of_one_library(argument):
     here, there = xp.Device("device1"), xp.Device("device2")
     arguments = {
         name: xp.asarray(array, device=there if name == argument else here, copy=True)
-        for name, array in arguments.items()
+        if isinstance(array, np.ndarray)
+        else array
+        for name, array in (arguments | PARTS[parts]).items()
     }
     with pytest.raises(ValueError, match=rf"^{argument} is on .*device2.*expected .*device1"):
         nbnorm.batch_norm_forward(**arguments)
