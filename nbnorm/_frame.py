@@ -86,7 +86,7 @@ class Frame:
 
     backend: ModuleType = cpu
     memory: Any = cpu.memory
-    part = "x of shape {}"  # what has m values per channel
+    described = "x of shape {}"  # what has m values per channel
     unit = 1.0  # of the weights that kernels take; M2 is in these units, too
 
     def __init__(self, x: Array, axis: Axis, name: str = "x") -> None:
@@ -264,7 +264,7 @@ class Frame:
     ) -> Array:
         """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None.
 
-        Pass beta too for its own gradient: `_segments` has it decide the shape if gamma is None.
+        `beta` is read by `_segments` alone, where it gives the shape if gamma is None.
         """
         dtype = self.x.dtype if gamma is None else gamma.dtype
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # IEEE results

@@ -54,7 +54,7 @@ class SegmentedFrame(WeightedFrame):
     sum of weights.
     """
 
-    part = "a part of x of shape {}"
+    described = "a part of x of shape {}"
 
     def __init__(
         self, x: Array, axis: Axis, groups: Any, offsets: Any, counting: Counting, name: str = "x"

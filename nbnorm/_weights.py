@@ -51,7 +51,7 @@ class Counting(NamedTuple):
         return not (self.mask is None and self.lengths is None and self.weights is None)
 
     def check_alone(self) -> None:
-        """Raise if there is a `length_axis`, although nothing says what counts."""
+        """Raise if `length_axis` is given without `lengths`."""
         if self.length_axis is not None:
             raise ValueError("length_axis is given without lengths")
 
@@ -63,7 +63,7 @@ class WeightedFrame(Frame):
     `unit`, a power of two, which is not 1 if they would leave the range of float32.
     """
 
-    part = "x of shape {}, of which fewer count"
+    described = "x of shape {}, of which fewer values count"
     weights: Weights | None = None
 
     def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
@@ -75,7 +75,11 @@ class WeightedFrame(Frame):
         self._found = found
 
     def _weigh(self, counting: Counting) -> Weights:
-        """Check what counts and return it; set `_every` if each value counts once."""
+        """Check what counts and return it.
+
+        Sets `unit` and `m`; also `_shared` (by all channels), `_kind` (of a single count), `_count` and
+        `_totals` (of each channel, on x's device and the host) and `_every` (each value counts once).
+        """
         found = _given(self, counting)
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
@@ -166,7 +170,7 @@ def bound(backend: Any, weights: Weights) -> Any:
 
 
 def _given(frame: Frame, counting: Counting) -> NDArray:
-    """Return the one array that says what counts, checked and with as many axes as x."""
+    """Return the mask or weights, checked and with as many axes as x; a mask made from lengths."""
     x, name = frame.x, frame._name
     given = {name: getattr(counting, name) for name in ("mask", "lengths", "weights")}
     which = [name for name, array in given.items() if array is not None]

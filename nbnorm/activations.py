@@ -112,7 +112,7 @@ def _sigmoid(m: Math) -> Pair:
 
 
 def _tanh(m: Math) -> Pair:
-    """tanh(v), and 1 - tanh(v)^2 without the difference."""
+    """tanh(v), and 1 - tanh(v)^2 without cancellation."""
     one, two, four, decay, tanh = m.real(1), m.real(2), m.real(4), m.decay, m.tanh
 
     def value(v: Scalar) -> Scalar:
@@ -205,7 +205,7 @@ class Definition(NamedTuple):
 # ReLU is no row: the kernels have it as a lower bound of y, and its derivative as a mask.
 
 # middle and r of the upper tail of the normal distribution, exp(-a^2 / 2) r(t) / (1 + 1.25 a) with
-# t = (a - middle) / (a + middle). The polynomials interpolate at the nodes of Chebyshev, computed
+# t = (a - middle) / (a + middle). The polynomials interpolate at the Chebyshev nodes, computed
 # with 40 digits; lowest coefficient first.
 TAIL = {
     "float32": (
@@ -296,9 +296,9 @@ class Activation:
 
 
 class Inverse(Activation):
-    """What a backward pass gets that has y in place of x: `value` is v from y.
+    """Activation for a backward pass that reads y in place of x: `value` returns v from y.
 
-    The derivative is taken at that v.
+    `derivative` is that of the activation, at this v.
     """
 
     __slots__ = ()
@@ -323,7 +323,7 @@ Fused = Activation | Literal["relu"] | None
 
 
 def with_own_kernels(activation: Fused) -> Activation | None:
-    """Return an activation that has kernels of its own, else None: the others have ReLU too."""
+    """Return the activation if it needs kernels of its own; None for none and for ReLU."""
     return activation if isinstance(activation, Activation) else None
 
 

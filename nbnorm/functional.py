@@ -305,7 +305,7 @@ def check_forward(
     running = None if mean_ is None or var_ is None else (mean_, var_)
     if training:
         if alone:
-            _checks.enough_values(frame.m, correction_, frame.part, frame.x.shape)
+            _checks.enough_values(frame.m, correction_, frame.described, frame.x.shape)
         if running is not None:
             instead = _UPDATE_BY_HAND if alone else _UPDATED_IN_PLACE
             _checks.mutable(running_mean, "running_mean", instead)

@@ -318,7 +318,7 @@ def batch_renorm_backward(
     frame, wanted = call.frame, call.wanted(output_mask)
     r_, d_ = (frame.statistic(frame.required(a, name)) for a, name in ((r, "r"), (d, "d")))
     out_ = frame.out(out, inplace="dy")
-    folded = with_corrections(call, r_, d_)
+    folded = with_r_and_d(call, r_, d_)
     dx, sums, dresidual = folded.gradients(wanted, True, out_)
     return BatchNormBackward(
         dx and frame.settle(dx),
@@ -334,7 +334,7 @@ def checked_bounds(r_max: Any, d_max: Any) -> tuple[float, float]:
 
 
 def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Return gamma, beta and the running statistics as the backend's corrections take them."""
+    """Return gamma, beta and the running statistics as the backend's `renorm_factors` takes them."""
     frame, running = call.frame, call.running
     assert running is not None
     return (
@@ -354,18 +354,18 @@ def corrected(
         r, d = _none(frame)
     else:
         population = parameters(call)[2:]
-        r, d = frame.backend.corrections(mean, m2, count, call.eps, *population, *bounds)
-    scale, shift = _folded(frame, call.gamma, call.beta, r, d)
-    return call._replace(gamma=scale, beta=shift), r, d
+        r, d = frame.backend.renorm_factors(mean, m2, count, call.eps, *population, *bounds)
+    gamma_, beta_ = _folded(frame, call.gamma, call.beta, r, d)
+    return call._replace(gamma=gamma_, beta=beta_), r, d
 
 
-def with_corrections(call: BackwardCall, r: NDArray, d: NDArray) -> BackwardCall:
+def with_r_and_d(call: BackwardCall, r: NDArray, d: NDArray) -> BackwardCall:
     """Return the call of batch normalization that has the same dx."""
-    scale, shift = _folded(call.frame, call.gamma, call.beta, r, d)
+    gamma_, beta_ = _folded(call.frame, call.gamma, call.beta, r, d)
     if call.from_y:
         rstd = call.frame.statistic(call.rstd)
-        _checks.divisor(on_host(scale), call.frame.x.dtype, on_host(rstd))
-    return call._replace(gamma=scale, beta=shift)
+        _checks.divisor(on_host(gamma_), call.frame.x.dtype, on_host(rstd))
+    return call._replace(gamma=gamma_, beta=beta_)
 
 
 def gamma_sum(sums: NDArray, r: NDArray, d: NDArray) -> NDArray:
@@ -384,12 +384,12 @@ def _folded(
     frame: Frame, gamma: NDArray | None, beta: NDArray | None, r: NDArray, d: NDArray
 ) -> tuple[NDArray, NDArray]:
     """Return gamma r and beta + gamma d in float64, of shape (C,)."""
-    scale, shift = r, d
+    gamma_, beta_ = r, d
     with np.errstate(all="ignore"):  # NaN and Inf stay in their channel
         if gamma is not None:
             wide = frame.statistic(gamma)
-            scale, shift = wide * r, wide * d
-        return scale, shift if beta is None else frame.statistic(beta) + shift
+            gamma_, beta_ = wide * r, wide * d
+        return gamma_, beta_ if beta is None else frame.statistic(beta) + beta_
 
 
 def _at_least(least: float, value: Any, name: str) -> float:

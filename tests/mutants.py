@@ -161,7 +161,7 @@ SEGMENTS = of(
     "_segments",
     (
         "test_segments.py",
-        ("part = \"a part of x of shape {}\"", "part = \"x of shape {}\""),
+        ("described = \"a part of x of shape {}\"", "described = \"x of shape {}\""),
         ("in self._counts if count), default=0)", "in self._counts), default=0)"),
         ("if shape[first] > 1:  # the", "if False:  # the"),
         ("strides if fitting else None", "strides"),
@@ -640,14 +640,14 @@ DISTRIBUTED = of(
         ("                Ranks(self.comm).refuse(error)", "                pass"),
         ("if self._synchronised():\n                Ranks", "if True:\n                Ranks"),
         ("if (parts := prepared[-1]) and self._synchronised():", "if parts := ():"),
-        ("corrections=saved.renorm, out=None", "out=None"),
+        ("r_and_d=saved.renorm, out=None", "out=None"),
     ),
 ) + of(
     "distributed/_functional",
     (
         "test_distributed.py",
         ("gamma_sum(own, *renorm) if renorm else own[1]", "own[1]"),
-        ("(with_corrections(call, *renorm) if renorm else call).operands()", "call.operands()"),
+        ("(with_r_and_d(call, *renorm) if renorm else call).operands()", "call.operands()"),
         ('**dict(zip(("r_max", "d_max"), limits or (), strict=False)),', ""),
     ),
 ) + of("renorm", ("test_distributed.py", ("    if count == 0:\n", "    if False:\n")))  # fmt: skip
@@ -669,7 +669,7 @@ RENORM = of(
         ("    if not bound >= least:", "    if bound < least:"),
         ("r * sums[1]", "sums[1]"),
         (" + d * sums[0]", ""),
-        ("scale, shift = wide * r, wide * d", "scale, shift = wide * r, d"),
+        ("gamma_, beta_ = wide * r, wide * d", "gamma_, beta_ = wide * r, d"),
         ("call._replace(gamma=scale, beta=shift)\n\n", "call._replace(gamma=scale)\n\n"),
         ("folded.gradients(wanted, True, out_)", "folded.gradients(wanted, False, out_)"),
         (

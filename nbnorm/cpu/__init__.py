@@ -146,7 +146,7 @@ def renorm_forward(
     return mean, m2, rstd, r, d
 
 
-def corrections(
+def renorm_factors(
     mean: NDArray,
     m2: NDArray,
     count: int,
@@ -380,7 +380,7 @@ def _cut(x: NDArray, tensors: int, weights: Any = None) -> tuple[Plan, Any]:
     if weights is None:
         cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
         return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
-    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors, weighted.PLANE)
+    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors, weighted.WEIGHTED_PLANE)
     return cut, kernels.weighted_rows if cut.traversal == "rows" else kernels.weighted_columns
 
 

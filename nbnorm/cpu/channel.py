@@ -7,7 +7,7 @@ to rounding at every merge.
 
 `norm` is (mean, rstd, gamma, beta), arrays of shape (C,), the first two float64, and, in a backward
 pass, an activation other than ReLU. In a forward pass of batch renormalization gamma and beta are
-results of `fold`, and the fifth is (population, gamma, beta, r, d), see `corrections`. `like` is an
+results of `fold`, and the fifth is (population, gamma, beta, r, d), see `renorm_factors`. `like` is an
 array of the compute dtype, to which coefficients are rounded. Loops over channels run through
 `each`, which vectorises them: merging 49 chunks of 1024 channels one by one took a quarter of
 forward's time.
@@ -100,8 +100,8 @@ def clipped(value, least, most):
 
 
 @ordered
-def correction_channel(c, mean, m2, count, eps, running_mean, running_var, r_max, d_max, r, d):
-    """r and d of channel c; see `corrections`."""
+def renorm_factors_channel(c, mean, m2, count, eps, running_mean, running_var, r_max, d_max, r, d):
+    """r and d of channel c; see `renorm_factors`."""
     std, running_std = np.sqrt(m2[c] / count + eps), np.sqrt(running_var[c] + eps)
     off = mean[c] - running_mean[c]
     ratio = 1.0 if std == 0 and running_std == 0 else std / running_std
@@ -110,7 +110,7 @@ def correction_channel(c, mean, m2, count, eps, running_mean, running_var, r_max
 
 
 @ordered
-def corrections(mean, m2, count, eps, population, c0, c1, r, d):
+def renorm_factors(mean, m2, count, eps, population, c0, c1, r, d):
     """r and d of batch renormalization (Ioffe 2017), of channels c0 <= c < c1.
 
     `population` is (running_mean, running_var, r_max, d_max): arrays of shape (C,) in float64, and
@@ -119,20 +119,20 @@ def corrections(mean, m2, count, eps, population, c0, c1, r, d):
     running_mean, running_var, r_max, d_max = population
     args = part(mean, c0, c1), part(m2, c0, c1), count, eps
     towards = part(running_mean, c0, c1), part(running_var, c0, c1), r_max, d_max
-    each(c1 - c0, correction_channel, (*args, *towards, part(r, c0, c1), part(d, c0, c1)))
+    each(c1 - c0, renorm_factors_channel, (*args, *towards, part(r, c0, c1), part(d, c0, c1)))
 
 
 @ordered
-def fold_channel(c, gamma, beta, r, d, scale, shift):
-    """gamma r and beta + gamma d of channel c, so that y = (x - mean) rstd scale + shift."""
-    scale[c], shift[c] = gamma[c] * r[c], beta[c] + gamma[c] * d[c]
+def fold_channel(c, gamma, beta, r, d, gamma_, beta_):
+    """gamma r and beta + gamma d of channel c, so that y = (x - mean) rstd gamma_ + beta_."""
+    gamma_[c], beta_[c] = gamma[c] * r[c], beta[c] + gamma[c] * d[c]
 
 
 @ordered
-def fold(gamma, beta, r, d, c0, c1, scale, shift):
+def fold(gamma, beta, r, d, c0, c1, gamma_, beta_):
     """gamma r and beta + gamma d of channels c0 <= c < c1; all arrays are float64."""
     args = part(gamma, c0, c1), part(beta, c0, c1), part(r, c0, c1), part(d, c0, c1)
-    each(c1 - c0, fold_channel, (*args, part(scale, c0, c1), part(shift, c0, c1)))
+    each(c1 - c0, fold_channel, (*args, part(gamma_, c0, c1), part(beta_, c0, c1)))
 
 
 @ordered

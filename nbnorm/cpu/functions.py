@@ -27,7 +27,7 @@ class Constants(NamedTuple):
     """Numbers of one dtype, whose bits are `integer`.
 
     exp(f) = 1 + f + f^2 q(f) for |f| <= log(2) / 2. middle and r are those of `TAIL`. Polynomials
-    interpolate at the nodes of Chebyshev, computed with 40 digits; lowest coefficient first.
+    interpolate at Chebyshev nodes, computed with 40 digits; lowest coefficient first.
     """
 
     integer: type

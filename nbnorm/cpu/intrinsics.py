@@ -393,7 +393,7 @@ def _fetch(builder, pointer, write=True):
 
 
 @intrinsic
-def fetch(typing_context, values):
+def prefetch(typing_context, values):
     """Prefetch a row that will not be read; nothing for None.
 
     The processor prefetches what is read in sequence. Where it is not, the next row arrives late.

@@ -14,7 +14,7 @@ import numpy as np
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
 from nbnorm.cpu import weighted
-from nbnorm.cpu.channel import corrections, finish_moments, finish_sums, fold, rstd_of
+from nbnorm.cpu.channel import finish_moments, finish_sums, fold, renorm_factors, rstd_of
 from nbnorm.cpu.jit import by_types, entry, named, ordered
 from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import Plan
@@ -73,9 +73,9 @@ def channels(block, u, C):
 
 def renormalise_channels(norm, m2, grid, eps, c0, c1):
     """Corrections of a renormalization's `norm`, and gamma and beta that contain them."""
-    mean, _, scale, shift, (population, gamma, beta, r, d) = norm
-    corrections(mean, m2, grid[0] * grid[2], eps, population, c0, c1, r, d)
-    fold(gamma, beta, r, d, c0, c1, scale, shift)
+    mean, _, gamma_, beta_, (population, gamma, beta, r, d) = norm
+    renorm_factors(mean, m2, grid[0] * grid[2], eps, population, c0, c1, r, d)
+    fold(gamma, beta, r, d, c0, c1, gamma_, beta_)
 
 
 @by_types
@@ -272,10 +272,10 @@ def rstd_all(var, eps, rstd):
         rstd[c] = rstd_of(var[c], eps)
 
 
-@entry("corrections")
+@entry("renorm_factors")
 def corrections_all(mean, m2, count, eps, population, r, d):
-    """`corrections` of every channel, towards statistics of moments that come from elsewhere."""
-    corrections(mean, m2, count, eps, population, _FIRST, np.int64(mean.size), r, d)
+    """`renorm_factors` of every channel, towards statistics of moments that come from elsewhere."""
+    renorm_factors(mean, m2, count, eps, population, _FIRST, np.int64(mean.size), r, d)
 
 
 @ordered

@@ -1,9 +1,9 @@
 """Row and column traversals of values with weights; a mask is weights of 0 and 1.
 
-x is (view of x, weights, fill): the passes of kernels.py hand it on as it is. The weights of
-`rows.py`'s traversal, and of columns, are a view like x's; a stride of 0 along c shares them among
-the channels. In place of that view `Each` sample may have one weight, (memory, stride of n), for
-S = 1. Weights are uint8 (a mask) or of the compute dtype.
+x is (view of x, weights, fill): the passes of kernels.py hand it on as it is. The weights
+are a view like x's; a stride of 0 along c shares them among the channels. For S = 1 that view may
+be replaced by (memory, stride of n): one weight per sample. Weights are uint8 (a mask) or of the
+compute dtype.
 
 Values of weight 0 are read, but change no bit: they may be NaN or Inf. partial[0] is the sum of
 weights. It can be 0 in a tile, in a chunk, or in all of them.
@@ -45,13 +45,13 @@ from nbnorm.cpu.intrinsics import (
     each,
     each_to,
     fence,
-    fetch,
     four,
     new,
     news,
     of_chunk,
     part,
     piece,
+    prefetch,
     row,
     zeros,
 )
@@ -61,7 +61,7 @@ from nbnorm.cpu.storage import computed, load
 
 # Planes of this many values or more are traversed by rows, where all channels can read the same
 # weights. Columns need a weight for each value, or for each sample if S = 1.
-PLANE = 32
+WEIGHTED_PLANE = 32
 
 
 @by_types
@@ -383,7 +383,7 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
             r = in_quarters(i, r0, r1)
             n, short = r * fold, row_size(grid, r, c0, c1)
             if beside(w, n, r0, r1):
-                fetch(piece(x, n, c0, 0, short))
+                prefetch(piece(x, n, c0, 0, short))
             if not counts(w, n):
                 continue
             if short < size:
@@ -456,8 +456,8 @@ def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
         n, size = r * fold, row_size(grid, r, c0, c1)
         hi_, a_, b_ = part((hi, a, b), 0, size)
         if beside(w, n, begin, end):
-            fetch(piece(values, n, c0, 0, size))
-            fetch(piece(residual, n, c0, 0, size))
+            prefetch(piece(values, n, c0, 0, size))
+            prefetch(piece(residual, n, c0, 0, size))
         args = (
             piece(values, n, c0, 0, size), weights_of(w, n, c0, 0, size), other,
             piece(residual, n, c0, 0, size), hi_, None, a_, b_, low,
@@ -486,9 +486,9 @@ def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             dy_, x_ = piece(dy, n, c0, 0, short), piece(values, n, c0, 0, short)
             w_, y_ = weights_of(w, n, c0, 0, short), piece(y, n, c0, 0, short)
             if beside(w, n, r0, r1):
-                fetch(dy_)
-                fetch(x_)
-                fetch(y_)
+                prefetch(dy_)
+                prefetch(x_)
+                prefetch(y_)
             if not counts(w, n):
                 continue
             args = dy_, x_, w_, y_, hi, None, a, b, scale, act, s, t
@@ -525,9 +525,9 @@ def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, 
         w_, y_ = weights_of(w, n, c0, 0, size), piece(y, n, c0, 0, size)
         outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
         if beside(w, n, begin, end):
-            fetch(dy_)
-            fetch(x_)
-            fetch(y_)
+            prefetch(dy_)
+            prefetch(x_)
+            prefetch(y_)
         hi_, a_, b_, hpq_ = part((hi, a, b, hpq), 0, size)
         args = dy_, x_, w_, y_, hi_, None, a_, b_, hpq_, None, a_, act, like
         each_to(size, element.backward_apply_weighted, args, outs, streamed)

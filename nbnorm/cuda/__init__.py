@@ -61,7 +61,7 @@ def apply(
     *,
     weights: Any = None,
 ) -> None:
-    """y = act(gamma (x - mean) rstd + beta [+ residual]), where act is ReLU if `relu`."""
+    """y = act(gamma (x - mean) rstd + beta [+ residual])."""
     tensors = x, residual, y
     own, wide = with_own_kernels(activation), _wide(x, residual=residual)
     if weights is not None:
@@ -132,14 +132,14 @@ def renorm_forward(
     """
     mean, m2, rstd = _stats(x, eps)
     count = x.shape[0] * x.shape[2]
-    r, d = corrections(mean, m2, count, eps, running_mean, running_var, r_max, d_max)
+    r, d = renorm_factors(mean, m2, count, eps, running_mean, running_var, r_max, d_max)
     # By CuPy, as the backward pass has them: a compiler might fuse the product and the sum, and
     # ReLU's mask would not be that of y.
     apply(x, gamma * r, beta + gamma * d, mean, rstd, residual, activation, y)
     return mean, m2, rstd, r, d
 
 
-def corrections(
+def renorm_factors(
     mean: Array,
     m2: Array,
     count: int,
@@ -154,7 +154,7 @@ def corrections(
     r, d = memory.empty(C), memory.empty(C)
     if C:  # CUDA refuses a grid without blocks
         args = mean, m2, float(count), eps, running_mean, running_var, r_max, d_max, C, r, d
-        launch.run(kernels.corrections, "float64", "float64", _ceil(C, THREADS), THREADS, *args)
+        launch.run(kernels.renorm_factors, "float64", "float64", _ceil(C, THREADS), THREADS, *args)
     return r, d
 
 

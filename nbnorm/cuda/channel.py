@@ -95,7 +95,7 @@ def clipped(value, least, most):
 
 
 @kernel()
-def corrections(mean, m2, count, eps, running_mean, running_var, r_max, d_max, C, r, d):
+def renorm_factors(mean, m2, count, eps, running_mean, running_var, r_max, d_max, C, r, d):
     """r and d of batch renormalization, of all channels; see the CPU's."""
     c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if c < C:

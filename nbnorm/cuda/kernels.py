@@ -24,7 +24,7 @@ _STATISTICS = frozenset(
 )
 _FLOATS = frozenset(("eps", "count", "floor", "momentum", "divisor", "r_max", "d_max", "fill"))
 # gamma and beta, running statistics: float32 or float64. In the second order and in
-# `corrections`, float64.
+# `renorm_factors`, float64.
 _PARAMETERS = frozenset(("gamma", "beta", "running_mean", "running_var", "tgamma", "tbeta"))
 
 
@@ -84,7 +84,7 @@ def finish_second_sums(dtype: str) -> Any:
 second_table = channel.second_table
 finish_weighted = with_weights.finish_weighted
 finish_moments, rstd_all, move = channel.finish_moments, channel.rstd_all, channel.move
-corrections = channel.corrections
+renorm_factors = channel.renorm_factors
 
 
 def signature(kernel: Any, dtype: str, parameters: str, weights: str = "") -> tuple[Any, ...]:

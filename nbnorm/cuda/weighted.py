@@ -36,7 +36,7 @@ MOMENT_CELLS, SUM_CELLS = 3 * THREADS, 2 * THREADS  # of shared memory
 
 @device
 def merge(m, mean, m2, other_m, other_mean, other_m2):
-    """Weight, mean and M2 of two parts together, of which either may be of weight 0."""
+    """Merge weight, mean and M2 of two sets of values; either may have weight 0."""
     if other_m == 0.0:
         return m, mean, m2
     if m == 0.0:
@@ -196,7 +196,7 @@ def combine(shared, i, j, moments):
 
 @device
 def combine_block(shared, S, group, moments):
-    """`combine` what the threads of a channel have; whether this is the thread with the result.
+    """Combine what the threads of a channel have; True in the thread that has the result.
 
     First that of all rows, in a tree, then that of the row that is left.
     """
@@ -268,7 +268,10 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
 
         @device
         def fetch(view, number, at, count, values):
-            """Load the next `number` values, of which `count` are there; view is memory, n, c."""
+            """Load up to `count` of `number` values from the place `at` on; the rest stay as they are.
+
+            `view` is (memory, stride of n, where the channel begins).
+            """
             memory, n_stride, start = view
             for i in range(number):
                 if i < count:
@@ -399,7 +402,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
     ):  # fmt: skip
         """Write dx (wanted & 1), dresidual (wanted & 2); both are 0 where the weight is 0.
 
-        Statistics are frozen unless `training`. counts[c] is what the sums of channel c go by.
+        Statistics are frozen unless `training`. counts[c] divides the sums of channel c.
         """
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         _, c, _, at, count = located(block, C, S, N, group, length, chunks)

@@ -23,7 +23,7 @@ from nbnorm.functional import (
     flat_stats,
 )
 from nbnorm.moments import Moments
-from nbnorm.renorm import checked_bounds, corrected, gamma_sum, with_corrections
+from nbnorm.renorm import checked_bounds, corrected, gamma_sum, with_r_and_d
 
 # Forward
 
@@ -207,8 +207,8 @@ def forward_of_all(
         divisor = total - call.correction
         frame.backend.move(*call.running, moments.mean, moments.m2, call.momentum, divisor)
     y, statistics = frame.settle(target), (moments.mean, rstd, *renorm)
-    mean, rstd, *corrections = (frame.home(frame.unflat(array)) for array in statistics)
-    return SyncBatchNormForward(y, mean, rstd, total), *corrections
+    mean, rstd, *r_and_d = (frame.home(frame.unflat(array)) for array in statistics)
+    return SyncBatchNormForward(y, mean, rstd, total), *r_and_d
 
 
 def _values_per_channel(x: Array, axis: Axis) -> int:
@@ -377,11 +377,11 @@ def backward_of_all(
     output_mask: Mask,
     out: Array | None,
     *,
-    corrections: Sequence[Array] = (),
+    r_and_d: Sequence[Array] = (),
 ) -> SyncBatchNormBackward[X]:
     """Return the result of `sync_batch_norm_backward` in training.
 
-    `corrections` are r and d of batch renormalization.
+    `r_and_d` are r and d of batch renormalization.
     """
     ranks = Ranks(comm)
 
@@ -393,7 +393,7 @@ def backward_of_all(
         frame = call.frame
         renorm = [
             frame.statistic(frame.required(array, name))
-            for name, array in zip("rd", corrections, strict=False)
+            for name, array in zip("rd", r_and_d, strict=False)
         ]
         wanted, out_ = call.wanted(output_mask), frame.out(out, inplace="dy")
         m = _checks.count(count, call.frame.x)
@@ -408,7 +408,7 @@ def backward_of_all(
     frame = call.frame
     dx = frame.target(out_) if wanted.dx else None
     dresidual = frame.target() if wanted.dresidual else None
-    operands, mask = (with_corrections(call, *renorm) if renorm else call).operands()
+    operands, mask = (with_r_and_d(call, *renorm) if renorm else call).operands()
     own: NDArray = frame.memory.zeros((2, frame.channels))
     if (wanted.dx or wanted.dgamma or wanted.dbeta) and not frame.empty:
         own = frame.backend.backward_reduce(*operands, *mask, call.recomputed)

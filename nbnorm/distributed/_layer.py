@@ -104,16 +104,16 @@ class SyncBatchNorm(BatchNorm):
     def _renormalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         assert self.renorm is not None
         bounds = partial(self.renorm.bounds, self.num_batches_tracked)
-        forward, *corrections = forward_of_all(self.comm, x, **options, bounds=bounds)
+        forward, *r_and_d = forward_of_all(self.comm, x, **options, bounds=bounds)
         y, mean, rstd, self._count = forward
-        return y, mean, rstd, *corrections, self._count * math.prod(mean.shape)
+        return y, mean, rstd, *r_and_d, self._count * math.prod(mean.shape)
 
     def _differentiate(self, dy: Array, saved: Saved, **options: Any) -> tuple[Array | None, ...]:
         if self._count is None:
             return super()._differentiate(dy, saved, **options)
         return backward_of_all(
             self.comm, dy, saved.x, mean=saved.mean, rstd=saved.rstd, count=self._count,
-            corrections=saved.renorm, out=None, **options,
+            r_and_d=saved.renorm, out=None, **options,
         )  # fmt: skip
 
     def __repr__(self) -> str:

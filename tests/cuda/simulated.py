@@ -51,7 +51,7 @@ REACHED = {  # kernels that each function launches
     "forward": ["stats", "finish_moments", "apply"],
     "apply": ["apply"],
     "rstd": ["rstd_all"],
-    "corrections": ["corrections"],
+    "renorm_factors": ["renorm_factors"],
     "backward_reduce": ["backward_reduce", "finish_sums"],
     "backward_apply": ["backward_apply"],
     "backward": ["backward_reduce", "finish_sums", "backward_apply"],
@@ -1340,7 +1340,7 @@ def test_corrections_of_any_number_of_channels(C, bounds):
     mean, running_mean = rng.normal(size=(2, C))
     m2, running_var = rng.uniform(0.1, 9, (2, C))
     mean[-1], r_max, d_max = np.nan, *bounds
-    got = call("corrections", mean, m2, 7, 1e-3, running_mean, running_var, r_max, d_max)
+    got = call("renorm_factors", mean, m2, 7, 1e-3, running_mean, running_var, r_max, d_max)
     running_std = np.sqrt(running_var + 1e-3)
     r = np.clip(np.sqrt(m2 / 7 + 1e-3) / running_std, 1 / r_max, r_max)
     d = np.clip((mean - running_mean) / running_std, -d_max, d_max)
@@ -1359,7 +1359,7 @@ def test_renormalisation_folds_its_corrections(arena, shape):
     mean, m2, rstd, r, d = backend.renorm_forward(
         x_, gamma, beta, *population, 1e-5, None, "relu", y
     )
-    again = backend.corrections(mean, m2, shape[0] * shape[2], 1e-5, *population)
+    again = backend.renorm_factors(mean, m2, shape[0] * shape[2], 1e-5, *population)
     for one, other in zip((r, d), again, strict=True):
         assert_same_bits(one, other)
     backend.apply(x_, gamma * r, beta + gamma * d, mean, rstd, None, "relu", applied)

@@ -213,7 +213,7 @@ def test_no_compiler_chooses_what_to_fuse_with_weights(weights):
         (kernels.rstd_all, "float64"),
         (kernels.move, "float32"),
         (kernels.move, "float64"),
-        (kernels.corrections, "float64"),
+        (kernels.renorm_factors, "float64"),
         (kernels.second_table, "float64"),
         *((kernels.finish_sums(dtype), dtype) for dtype in STORAGE),
         *((kernels.finish_second_sums(dtype), dtype) for dtype in STORAGE),

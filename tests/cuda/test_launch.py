@@ -521,13 +521,13 @@ def test_statistics_are_moved_and_inverted(driver, backend):
         assert types_of(move)["running_mean"] == types_of(move)["running_var"] == f"{dtype}*"
     running_mean, running_var = channels(F64, C), channels(F64, C)
     population = running_mean, running_var, 3.0, 5.0
-    (corrections,) = driver.during(backend.corrections, mean, m2, 8, 1e-3, *population)
+    (renorm_factors,) = driver.during(backend.renorm_factors, mean, m2, 8, 1e-3, *population)
     r, d = driver.returned
     check(
-        corrections, "channel.corrections", 2, mean=mean, m2=m2, count=8.0, eps=1e-3,
+        renorm_factors, "channel.renorm_factors", 2, mean=mean, m2=m2, count=8.0, eps=1e-3,
         running_mean=running_mean, running_var=running_var, r_max=3.0, d_max=5.0, C=C, r=r, d=d,
     )  # fmt: skip
-    assert types_of(corrections)["running_mean"] == "float64*"
+    assert types_of(renorm_factors)["running_mean"] == "float64*"
     (rstd,) = driver.during(backend.rstd, var, 1e-3)
     check(rstd, "channel.rstd_all", 2, var=var, eps=1e-3, rstd=driver.returned, C=C)
 
@@ -605,7 +605,7 @@ def calls_of(backend, dtype=F32, *, rows=True, samples=3):
         "stats": (2, lambda: backend.stats(x)),
         "move": (1, lambda: backend.move(*running, mean, m2, 0.1, 2.0)),
         "rstd": (1, lambda: backend.rstd(m2, 1e-5)),
-        "corrections": (1, lambda: backend.corrections(mean, m2, 9, 1e-5, *wide, 3.0, 5.0)),
+        "renorm_factors": (1, lambda: backend.renorm_factors(mean, m2, 9, 1e-5, *wide, 3.0, 5.0)),
         "double_backward": (
             4,
             lambda: backend.double_backward(dy, dy, x, mean, mean, rstd, *wide, True, y, dx),

@@ -313,7 +313,10 @@ def _gradients_of_composed(ctx: Any, dy: Tensor, mask: list[bool]) -> list[Tenso
 
 
 def _gradients_of(*arguments: Any) -> list[Tensor | None]:
-    """Return `_operators.gradients`, which can be differentiated once more."""
+    """Return the gradients that `mask` asks for; None for the others.
+
+    They can be differentiated again where `_by_function` says so.
+    """
     *given, mask = arguments
     if _by_function(*given):
         found = _Gradient.apply(*given, *mask)  # type: ignore[no-untyped-call]
