@@ -77,8 +77,9 @@ class WeightedFrame(Frame):
     def _weigh(self, counting: Counting) -> Weights:
         """Check what counts and return it.
 
-        Sets `unit` and `m`; also `_shared` (by all channels), `_kind` (of a single count), `_count` and
-        `_totals` (of each channel, on x's device and the host) and `_every` (each value counts once).
+        Sets `unit` and `m`; also `_shared` (by all channels), `_kind` (of a single count), `_count`
+        and `_totals` (of each channel, on x's device and the host) and `_every` (each value counts
+        once).
         """
         found = _given(self, counting)
         self.unit, self._shared = 1.0, self._channels_share(found)

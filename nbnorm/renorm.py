@@ -334,7 +334,7 @@ def checked_bounds(r_max: Any, d_max: Any) -> tuple[float, float]:
 
 
 def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Return gamma, beta and the running statistics as the backend's `renorm_factors` takes them."""
+    """Return gamma, beta and the running statistics as `renorm_factors` takes them."""
     frame, running = call.frame, call.running
     assert running is not None
     return (

@@ -670,7 +670,7 @@ RENORM = of(
         ("r * sums[1]", "sums[1]"),
         (" + d * sums[0]", ""),
         ("gamma_, beta_ = wide * r, wide * d", "gamma_, beta_ = wide * r, d"),
-        ("call._replace(gamma=scale, beta=shift)\n\n", "call._replace(gamma=scale)\n\n"),
+        ("call._replace(gamma=gamma_, beta=beta_)\n\n", "call._replace(gamma=gamma_)\n\n"),
         ("folded.gradients(wanted, True, out_)", "folded.gradients(wanted, False, out_)"),
         (
             '    _checks.enough_values(frame.m, call.correction, "x',

@@ -7,8 +7,8 @@ to rounding at every merge.
 
 `norm` is (mean, rstd, gamma, beta), arrays of shape (C,), the first two float64, and, in a backward
 pass, an activation other than ReLU. In a forward pass of batch renormalization gamma and beta are
-results of `fold`, and the fifth is (population, gamma, beta, r, d), see `renorm_factors`. `like` is an
-array of the compute dtype, to which coefficients are rounded. Loops over channels run through
+results of `fold`, and the fifth is (population, gamma, beta, r, d), see `renorm_factors`. `like` is
+an array of the compute dtype, to which coefficients are rounded. Loops over channels run through
 `each`, which vectorises them: merging 49 chunks of 1024 channels one by one took a quarter of
 forward's time.
 """

@@ -268,7 +268,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
 
         @device
         def fetch(view, number, at, count, values):
-            """Load up to `count` of `number` values from the place `at` on; the rest stay as they are.
+            """Load up to `count` of `number` values from place `at` on; others stay as they are.
 
             `view` is (memory, stride of n, where the channel begins).
             """
