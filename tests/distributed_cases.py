@@ -576,7 +576,7 @@ def refuses_on_all_ranks_what_a_layer_refuses(comm):
     for spoil, options, error, match in (
         (momentum, {"debias": True}, ValueError, re.escape("momentum must be in (0, 1]")),
         (gamma, {"inplace": True}, ValueError, "gamma is 0"),
-        (lambda _: {"groups": 2}, {}, ValueError, "groups and offsets are not supported"),
+        (lambda _: {"groups": 2}, {}, ValueError, "groups cannot be combined"),
         (lambda _: {"groups": 2}, renorm, ValueError, "groups cannot be combined with renorm"),
         (bounds, renorm, ValueError, "r_max must be at least 1, got 0.5"),
         (schedule, renorm, ZeroDivisionError, "division by zero"),
