@@ -553,6 +553,12 @@ def weights(least: float, most: float) -> None:
         raise ValueError(f"weights must be finite and not negative, got {worst:g}")
 
 
+def finite_sums(totals: NDArray) -> None:
+    """Raise if the sum of a channel's weights is beyond float64."""
+    if (totals == np.inf).any():
+        raise ValueError("weights must have a finite sum")
+
+
 def weight(value: Any, m: float) -> float:
     """Return the `count` of weighted values; raise if it is not positive although some count."""
     count = number(value, "count")
@@ -567,12 +573,30 @@ def weight_each(values: NDArray, own: NDArray) -> None:
         raise ValueError(f"count must be positive and finite where x counts, got {values}")
 
 
-def count(value: Any, x: NDArray) -> int:
-    """Return `count` as an int; raise if it is not positive although x is not empty."""
+def count(value: Any, x: NDArray) -> float:
+    """Return `count`, an int or float; raise if it is not positive although x is not empty."""
     try:
-        m = operator.index(value)
+        m: float = operator.index(value)
     except TypeError:
-        raise TypeError(f"count must be an int, got {value!r}") from None
-    if m < (x.size > 0):
+        if not isinstance(value, float | np.floating) or not math.isfinite(value):
+            raise TypeError(f"count must be an int or a finite float, got {value!r}") from None
+        m = float(value)
+    if not (m > 0 or (m == 0 and x.size == 0)):
         raise ValueError(f"count must be positive for x of shape {x.shape}, got {m}")
     return m
+
+
+def whole_count(value: Any, x: NDArray) -> int:
+    """Return `count`, which must be an int."""
+    if isinstance(value, float | np.floating):
+        raise TypeError(f"count must be an int, got {value!r}")
+    return int(count(value, x))
+
+
+def single_count(values: NDArray, x: NDArray) -> float:
+    """Return the count that all channels have; raise if they differ."""
+    if values.size == 0 or (values != values.flat[0]).any():
+        raise ValueError(
+            f"count differs by channel, got {values}; pass mask=np.ones({(1,) * x.ndim}, bool) too"
+        )
+    return count(values.flat[0].item(), x)

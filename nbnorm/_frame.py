@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm import _checks, cpu
-from nbnorm._arrays import cuda_backend, home_of, place_of, take, take_floating
+from nbnorm._arrays import cuda_backend, home_of, on_host, place_of, take, take_floating
 from nbnorm._layout import Layout, fits, layout_of
 from nbnorm._typing import Array, Axis, NDArray
 from nbnorm.activations import Fused
@@ -160,6 +160,8 @@ class Frame:
 
     def counted(self, count: Any) -> Any:
         """Check the `count` of a backward pass."""
+        if len(getattr(count, "shape", ())) > 0:
+            return _checks.single_count(on_host(take(count, "count")), self.x)
         return _checks.count(count, self.x)
 
     def move(

@@ -20,7 +20,7 @@ from nbnorm._arrays import on_host, take
 from nbnorm._frame import Frame
 from nbnorm._layout import PLANE, fits, layout_beginning
 from nbnorm._typing import Array, Axis, NDArray
-from nbnorm._weights import Counting, WeightedFrame, bound
+from nbnorm._weights import Counting, WeightedFrame, Weights, bound
 from nbnorm.activations import Activation, Fused
 from nbnorm.cpu import segments
 from nbnorm.cpu.plan import SERIAL_BELOW
@@ -39,11 +39,11 @@ def frame_of(
 ) -> Frame:
     """Return the frame of a call, of a subclass if it has segments or not every value counts."""
     counting = Counting(**what_counts)
+    counting.check()
     if groups is not None or offsets is not None:
         return SegmentedFrame(x, axis, groups, offsets, counting, name)
     if counting.given:
         return WeightedFrame(x, axis, counting, name)
-    counting.check_alone()
     return Frame(x, axis, name)
 
 
@@ -69,32 +69,32 @@ class SegmentedFrame(WeightedFrame):
         step = self.m // max(shape[first], 1)
         self._equal = offsets is None
         self._counts: list[Any] = [(end - begin) * step for begin, end in pairwise(ends)]
-        self.m = min((count for count in self._counts if count), default=0)
         if shape[first] > 1:  # the parts must be slices of N
             self._layout = layout_beginning(self._layout, shape, axes, first)
             fitting = fits(self._layout, shape, strides, self.x.itemsize)
             self._fitting = strides if fitting else None
         rows = self._layout.shape[0] // max(shape[first], 1)
-        backends = None
-        if counting.given:
-            weights = self._weigh(counting)
-            self.weights = None if self._every or self.empty else weights
-        else:
-            counting.check_alone()
-        if self.weights is not None:
-            parts = [self.weights.of(b * rows, e * rows, self.backend) for b, e in pairwise(ends)]
-            backends = [bound(self.backend, of_part) for of_part in parts]
-            self._counts = [of_part.count * self.unit for of_part in parts]
-            self._totals = on_host(np.stack(self._counts))
-            self.m = min(self._totals[self._totals > 0].tolist(), default=0)
-        kind = Threaded if self.backend is cpu and self.weights is None else Segmented
-        self.backend = kind(  # type: ignore[assignment]
-            self.backend, self.memory, [end * rows for end in ends], self.channels, self._counts,
-            backends,
-        )  # fmt: skip
+        self._plain, self._rows, self._C = self.backend, [end * rows for end in ends], self.channels
+        found = self._found = self._weigh(counting) if counting.given else None
+        self.m = min((count for count in self._counts if count), default=0)
+        self._bind(None if found is None or self._every or self.empty else found)
         self._of_part = self.channel_shape
         self.channel_shape = (len(self._counts), *self._of_part)
         self.channels *= len(self._counts)
+
+    def _bind(self, weights: Weights | None) -> None:
+        """Set the backend; if x has weights, with those of each part, whose sums are the counts."""
+        self.weights, backends = weights, None
+        if weights is not None:
+            parts = [weights.of(begin, end, self._plain) for begin, end in pairwise(self._rows)]
+            backends = [bound(self._plain, of_part) for of_part in parts]
+            self._counts = [of_part.count * self.unit for of_part in parts]
+            self._totals = on_host(np.stack(self._counts))
+            self.m = min(self._totals[self._totals > 0].tolist(), default=0)
+        kind = Threaded if self._plain is cpu and weights is None else Segmented
+        self.backend = kind(  # type: ignore[assignment]
+            self._plain, self.memory, self._rows, self._C, self._counts, backends
+        )
 
     def required(self, array: Array, name: str) -> NDArray:
         """Return a parameter or statistic, of the shape of the channel axes or with a row per part.
@@ -125,8 +125,10 @@ class SegmentedFrame(WeightedFrame):
             if self.weights is not None:
                 return [_checks.weight(count, self.m) / self.unit] * number
             return [_checks.count(count, self.x)] * number
+        if self.weights is None and self._found is not None and not self.empty:
+            self._bind(self._found)  # counts elsewhere may differ by channel
         if self.weights is not None:
-            given = self.statistic(self.required(count, "count"))
+            given = self.statistic(self.required(self._floating(count), "count"))
             _checks.weight_each(on_host(given), self._totals.reshape(-1))
             return list(given.reshape(number, -1) / self.unit)
         counts = on_host(take(count, "count"))

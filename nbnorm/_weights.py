@@ -50,10 +50,12 @@ class Counting(NamedTuple):
         """Whether anything may not count."""
         return not (self.mask is None and self.lengths is None and self.weights is None)
 
-    def check_alone(self) -> None:
-        """Raise if `length_axis` is given without `lengths`."""
-        if self.length_axis is not None:
+    def check(self) -> None:
+        """Raise if `length_axis` is given without `lengths`, or `fill` is not a number or None."""
+        if self.length_axis is not None and self.lengths is None:
             raise ValueError("length_axis is given without lengths")
+        if self.fill is not None:
+            _checks.number(self.fill, "fill")
 
 
 class WeightedFrame(Frame):
@@ -65,6 +67,7 @@ class WeightedFrame(Frame):
 
     described = "x of shape {}, of which fewer values count"
     weights: Weights | None = None
+    _found: Weights | None
 
     def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
         super().__init__(x, axis, name)
@@ -87,9 +90,15 @@ class WeightedFrame(Frame):
         if found.dtype != np.bool_:
             found = self._in_range(found)
         values = self._spread(found)
-        count = self.backend.weigh(values, self.channels)
+        count = self.backend.weigh(values, max(self.channels, 1))
+        with np.errstate(over="ignore"):
+            totals = on_host(
+                count * self.unit
+            )  # the only time that a GPU is waited for, for a mask
+        _checks.finite_sums(totals)
+        self._one = self._kind(totals[0])
+        count, self._totals = count[: self.channels], totals[: self.channels]
         self._count = count * self.unit
-        self._totals = on_host(self._count)  # the only time that a GPU is waited for, for a mask
         self.m = min(self._totals[self._totals > 0].tolist(), default=0)
         every = self.x.size // max(self.channels, 1)
         self._every = self._kind is int and bool((self._totals == every).all())
@@ -117,7 +126,10 @@ class WeightedFrame(Frame):
             self.unit = 2.0 ** (np.frexp(most)[1] - 1)
         if self.unit != 1:
             weights = weights.astype(np.float64) / self.unit
-        return weights.astype(dtype, copy=False)
+        narrow: NDArray = weights.astype(dtype, copy=False)
+        if dtype == np.float32 and weights.itemsize > 4:  # weights above 0 stay above 0
+            narrow[(narrow == 0) & (weights > 0)] = np.finfo(dtype).tiny
+        return narrow
 
     def _spread(self, given: NDArray) -> NDArray:
         """Return weights, of as many axes as x, with shape (N, C, S), or (N, 1, S) if shared."""
@@ -133,21 +145,27 @@ class WeightedFrame(Frame):
     def count(self) -> Any:
         """Return what counts per channel: an int, a float under weights, or an array like mean."""
         if self._shared:
-            return self._kind(self._totals[0]) if self.channels else self._kind(0)
+            return self._one
         return self.home(self.unflat(self._count))
 
     def counted(self, count: Any) -> Any:
         """Check the `count` of a backward pass: a number, or one for each channel."""
         if len(getattr(count, "shape", ())) == 0:
             return _checks.weight(count, self.m) / self.unit
-        counts = self.required(count, "count")
+        counts = self.required(self._floating(count), "count")
         given = on_host(counts)
         _checks.weight_each(given, self.unflat(self._totals))
         if self.weights is None and given.size and (given == given.flat[0]).all():
             return float(given.flat[0])
         # Other parts of the batch differ by channel, which only these kernels allow for.
+        assert self._found is not None
         self.backend = bound(self._plain, self._found)
         return self.statistic(counts) / self.unit
+
+    def _floating(self, count: Array) -> Array:
+        """Return counts that are integers, such as ``mask.sum(0)``, as float64."""
+        taken = take(count, "count")
+        return taken.astype(np.float64) if taken.dtype.kind in "iu" else count
 
     def move(
         self,
@@ -176,9 +194,7 @@ def _given(frame: Frame, counting: Counting) -> NDArray:
     given = {name: getattr(counting, name) for name in ("mask", "lengths", "weights")}
     which = [name for name, array in given.items() if array is not None]
     _checks.one_of(which)
-    if counting.lengths is None:
-        counting.check_alone()
-    else:
+    if counting.lengths is not None:
         lengths = on_host(take(counting.lengths, "lengths"))
         channels = [i % x.ndim for i in _checks.axes(frame._axis)]
         along = _checks.lengths(lengths, counting.length_axis, x.shape, channels, name)

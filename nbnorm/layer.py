@@ -17,6 +17,7 @@ from nbnorm._arrays import (
     on_host,
     ones_like,
     overwrite,
+    take,
     take_floating,
 )
 from nbnorm._typing import Activation, Array, NDArray, X
@@ -312,10 +313,7 @@ class BatchNorm:
     def _normalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Return y, mean, rstd and the number of values in the batch."""
         y, mean, rstd = batch_norm_forward(x, training=training, **options)
-        values = math.prod(x.shape)
-        if not _COUNTING.isdisjoint(options):  # rstd is 0 where nothing counts
-            values *= bool((rstd != 0).any())
-        return y, mean, rstd, values
+        return y, mean, rstd, math.prod(x.shape) * _anything_counts(options)
 
     def _renormalise(self, x: Array, training: bool, **options: Any) -> tuple[Any, ...]:
         """Return y, mean, rstd, r, d and the number of values in the batch."""
@@ -466,7 +464,10 @@ class BatchNorm:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
         if np.ndim(moments.mean) > np.ndim(self.running_mean):
             raise ValueError("moments have rows of segments, expected one row; merge them first")
-        if not (on_host(np.asarray(moments.count)) > 0).all():
+        count = moments.count
+        if len(getattr(count, "shape", ())) > 0:
+            count = on_host(take_floating(count, "count"))
+        if not np.all(count > 0):
             raise ValueError("moments.count is 0, expected at least one value per channel")
         tracked = self.num_batches_tracked
         if num_batches_tracked is not None:
@@ -477,7 +478,7 @@ class BatchNorm:
         zeros = np.zeros(self.running_mean.shape, self.dtype)
         mean, m2 = (on_host(take_floating(getattr(moments, n), n)) for n in ("mean", "m2"))
         mean, var = update_running_stats(
-            zeros, zeros, Moments(moments.count, mean, m2),
+            zeros, zeros, Moments(count, mean, m2),
             momentum=1.0, correction=self.correction, inplace=False,
         )  # fmt: skip
         self._arrays_to_write()
@@ -569,6 +570,15 @@ class BatchNorm:
             f"{extras}dtype={self.dtype}, {'inplace=True, ' * self.inplace}"
             f"training={self.training})"
         )
+
+
+def _anything_counts(options: Mapping[str, Any]) -> bool:
+    """Return whether any value counts in a call with these options, which are valid."""
+    return all(
+        bool((take(options[name], name) > 0).any())
+        for name in ("mask", "lengths", "weights")
+        if name in options
+    )
 
 
 _COUNTING = frozenset({"mask", "lengths", "length_axis", "weights"})

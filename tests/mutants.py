@@ -209,7 +209,7 @@ WEIGHTS = of(
         "test_weights.py",
         ("self._kind is int and bool(", "bool("),
         ("2.0 ** (np.frexp(most)[1] - 1)", "1.0"),
-        ("count * self.unit\n", "count\n"),
+        ("self._count = count * self.unit\n", "self._count = count\n"),
         ("if self._shared:\n            for i", "if False:\n            for i"),
         ("var = m2 * self.unit /", "var = m2 /"),
         ("(mean, var), momentum, self._count > 0)", "(mean, var), momentum)"),
@@ -344,8 +344,8 @@ CHECKS = of(
     ),
     (
         "test_arithmetic.py::test_a_count_of_0_is_for_empty_arrays",
-        ("if m < (x.size > 0):", "if m < 0:"),
-        ("if m < (x.size > 0):", "if m < 1:"),
+        ("if not (m > 0 or (m == 0 and x.size == 0)):", "if m < 0:"),
+        ("if not (m > 0 or (m == 0 and x.size == 0)):", "if m < 1:"),
     ),
 )
 

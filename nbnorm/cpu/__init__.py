@@ -408,7 +408,7 @@ def weigh(values: NDArray, C: int) -> NDArray:
         mask = values.dtype == np.uint8
         shared = np.count_nonzero(values) if mask else values.sum(dtype=np.float64)
         return np.full(C, shared, np.float64)
-    parts = min(N, 4 * thread_count()) if values.size >= SERIAL_BELOW else 1
+    parts = min(N, 64) if values.size >= SERIAL_BELOW else 1  # for any number of threads
     partial = np.zeros((parts, channels))
     parallel = parts > 1
     with turn(parallel):

@@ -295,13 +295,20 @@ def finish_sums(partial, norm, c0, c1, x, sums):
 
 
 @ordered
+def divisor(count, c):
+    """What the sums of channel c are divided by; 1 if nothing counts, where they are 0."""
+    m = at(count, c)
+    return m if m > 0 else 1.0
+
+
+@ordered
 def factors_channel(c, c0, rstd, gamma, sums, count, u, v, f):
     """v and f of channel c; see `factors`."""
     a = np.float64(gamma[c]) * rstd[c]
     least, most = 1.0, np.inf
     if sums is not None:
         tiny, greatest = limits(u)
-        m = at(count, c0 + c)
+        m = divisor(count, c0 + c)
         mean_dy, mean_dy_xhat = sums[0, c0 + c] / m, sums[1, c0 + c] / m
         p = floor_power(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
@@ -338,8 +345,9 @@ def factors(norm, sums, count, c0, c1, u):
 def coefficients_channel(c, mean, rstd, sum_dy, sum_dy_xhat, count, u, v, h, p, q):
     """h, p and q of channel c; see `coefficients`."""
     _, lo = split(mean[c], h)
-    mean_dy, l = split(sum_dy[c] / at(count, c), h)
-    p_c = rstd[c] * (sum_dy_xhat[c] / at(count, c))
+    m = divisor(count, c)
+    mean_dy, l = split(sum_dy[c] / m, h)
+    p_c = rstd[c] * (sum_dy_xhat[c] / m)
     h[c] = mean_dy * v[c]
     p[c] = p_c * v[c] / u[c]
     q[c] = (l - lo * p_c) * v[c]

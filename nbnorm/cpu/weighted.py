@@ -315,24 +315,30 @@ def in_quarters(i, r0, r1):
 
 
 @noinline
+def first_that_counts(x, w, n0, n1, c, S):
+    """The first value of x[n0:n1, c] that counts, or 0. Only weights are read before it."""
+    for n in range(n0, n1):
+        weights = weights_of(w, n, c, 0, S)
+        for i in range(S):
+            if element.at(weights, i) != 0:
+                return np.float64(load(piece(x, n, c, 0, S), i))
+    return 0.0
+
+
+@noinline
 def first_shifts(x, w, grid, c0, c1, begin, end, shift):
     """shift = mean of the first values of weight above 0 of each channel, 0 where there are none.
 
-    It is exact if these values are all equal. The first FIRST rows are read, and as many more as it
-    takes until every column has a value.
+    It is exact if these values are all equal. They are those of the first FIRST rows, or, if none
+    of these counts, the first that does.
     """
-    _, _, S, _, fold, _ = grid
+    N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed((x, w, 0.0)).dtype
     K, s, m = zeros(3, fold * channels * S, dtype)
-    r, missing = begin, 1
-    while r < end and missing > 0:
-        for r_ in range(r, min(r + FIRST, end)):
-            short = row_size(grid, r_, c0, c1)
-            w_ = weights_of(w, r_ * fold, c0, 0, short)
-            each(short, element.add_first_row, (piece(x, r_ * fold, c0, 0, short), w_, K, s, m))
-        r, missing = r + FIRST, 0
-        for j in range(m.size):
-            missing += m[j] == 0
+    for r in range(begin, min(begin + FIRST, end)):
+        short = row_size(grid, r, c0, c1)
+        w_ = weights_of(w, r * fold, c0, 0, short)
+        each(short, element.add_first_row, (piece(x, r * fold, c0, 0, short), w_, K, s, m))
     for c in range(channels):
         count, first, rest = 0.0, 0.0, 0.0
         for j0 in range(c * S, K.size, channels * S):
@@ -341,6 +347,8 @@ def first_shifts(x, w, grid, c0, c1, begin, end, shift):
                     first = np.float64(K[j]) if count == 0 else first
                     rest += (K[j] - first) * m[j] + s[j]
                     count += m[j]
+        if count == 0:
+            first = first_that_counts(x, w, begin * fold, min(end * fold, N), c0 + c, S)
         mean = first + rest / max(count, 1.0)
         shift[c] = mean if abs(mean) < np.inf else first
 

@@ -396,7 +396,7 @@ def backward_of_all(
             for name, array in zip("rd", r_and_d, strict=False)
         ]
         wanted, out_ = call.wanted(output_mask), frame.out(out, inplace="dy")
-        m = _checks.count(count, call.frame.x)
+        m = _checks.whole_count(count, call.frame.x)
         common = common_fields(call.frame, call.activation)
         header = Header(step=BACKWARD, total=float(m), dx=float(wanted.dx), **common)
         return (call, renorm, wanted, out_, m), header
