@@ -161,8 +161,9 @@ def _gelu(m: Math) -> Pair:
         return (-far if v < -far else v) * probability(v)  # no Inf times 0
 
     def derivative(v: Scalar) -> Scalar:
-        w = far if v > far else (-far if v < -far else v)
-        return probability(w) + w * (density * bell(size(w)))  # whose exp is that of the tail
+        a = size(v)
+        w = -a if v < zero else a
+        return probability(v) + w * (density * bell(a))  # whose exp is that of the tail
 
     return Pair(value, derivative)
 

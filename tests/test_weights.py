@@ -1,5 +1,6 @@
 """What counts: masks, lengths and weights in every function, against the oracle."""
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -352,22 +353,97 @@ def test_segments_and_what_counts(shape, kind):
             assert_same_bits(dx, grads.dx)
 
 
-@examples
-def test_threads_change_no_bit(shape, axis, monkeypatch):
-    recipe, rng = Recipe(shape, axis), np.random.default_rng(6)
-    counting = what_counts(recipe, "weights", True, rng)
-    x, dy = recipe.x().repeat(4, axis=0), recipe.like_x(5).repeat(4, axis=0)
-    counting["weights"] = counting["weights"].repeat(4, axis=0)
+@pytest.mark.parametrize("shape", [(400, 130), (90, 60, 20), (16, 12, 40, 30)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_threads_change_no_bit(shape, dtype, thread_count):
+    x, dy = data(dtype, shape), data(dtype, shape, 1)
+    weights = np.random.default_rng(6).lognormal(0, 6, shape)
 
     def results():
-        y, mean, rstd = nbnorm.batch_norm_forward(x, axis=axis, **counting)
-        grads = nbnorm.batch_norm_backward(dy, x, None, mean, rstd, axis=axis, **counting)
-        return y, mean, rstd, *grads[:3]
+        running = np.zeros(shape[1]), np.ones(shape[1])
+        y, mean, rstd = nbnorm.batch_norm_forward(x, None, None, *running, weights=weights)
+        grads = nbnorm.batch_norm_backward(dy, x, None, mean, rstd, weights=weights)
+        count = nbnorm.batch_norm_stats(x, weights=weights).count
+        return y, mean, rstd, *grads[:3], *running, count
 
     together = results()
-    monkeypatch.setattr("nbnorm.cpu.SERIAL_BELOW", 1 << 62)
+    numba.set_num_threads(1)
     for a, b in zip(results(), together, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("counting", [{"mask": (4, 1)}, {"mask": (4, 3)}, {"lengths": 5}], ids=str)
+@pytest.mark.parametrize("segments", [{"groups": 2}, {"offsets": np.array([0, 1, 4])}], ids=str)
+def test_segments_in_which_everything_counts(segments, counting):
+    x, dy = data("float32", (4, 3, 5)), data("float32", (4, 3, 5), 1)
+    if "mask" in counting:
+        given_ = {"mask": np.ones((*counting["mask"], 1), bool)}
+    else:
+        given_ = {"lengths": np.full(4, 5)}
+    running = [(np.zeros(3), np.ones(3)) for _ in range(2)]
+    plain = nbnorm.batch_norm_forward(x, None, None, *running[0], **segments)
+    same = nbnorm.batch_norm_forward(x, None, None, *running[1], **segments, **given_)
+    for a, b in zip((*same, *running[1]), (*plain, *running[0]), strict=True):
+        assert_same_bits(a, b)
+    moments = nbnorm.batch_norm_stats(x, **segments, **given_)
+    for a, b in zip(moments, nbnorm.batch_norm_stats(x, **segments), strict=True):
+        assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="expected more than 1 value per channel"):
+        nbnorm.batch_norm_forward(x[:, :, 0], groups=4, mask=np.ones((4, 1), bool))
+    # Counts of other ranks, which differ by channel.
+    counts = np.array([[12.0, 13, 14], [15, 16, 17]])
+    grads = dy, x, None, plain.mean, plain.rstd
+    sums = nbnorm.batch_norm_backward_reduce(dy, x, plain.mean, plain.rstd, **segments)
+    dx = nbnorm.batch_norm_backward_apply(*grads, *sums, counts, **segments, **given_)
+    ref = reference.batch_norm_backward_apply(*grads, *sums, counts, **segments)
+    assert_allclose(dx, ref.astype(np.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_counts_of_other_parts_of_the_batch():
+    x, dy = data("float32", (6, 3)), data("float32", (6, 3), 1)
+    moments = nbnorm.batch_norm_stats(x)
+    arguments = dy, x, None, moments.mean, moments.rstd(1e-5)
+    sums = nbnorm.batch_norm_backward_reduce(dy, x, *arguments[3:])
+    counts, everything = np.array([7, 8, 9]), np.ones((1, 1), bool)
+    ref = reference.batch_norm_backward_apply(*arguments, *sums, counts)
+    for given_ in (counts, counts.astype(float)):
+        dx = nbnorm.batch_norm_backward_apply(*arguments, *sums, given_, mask=everything)
+        assert_allclose(dx, ref.astype(float), rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match=r"count differs by channel, .* pass mask=np.ones"):
+            nbnorm.batch_norm_backward_apply(*arguments, *sums, given_)
+    same = nbnorm.batch_norm_backward_apply(*arguments, *sums, 6)
+    for six in (6.0, np.full(3, 6), np.full(3, 6.0)):
+        dx = nbnorm.batch_norm_backward_apply(*arguments, *sums, six)
+        assert_same_bits(dx, same)
+
+
+@pytest.mark.parametrize("rows", [30, 700])
+def test_values_that_begin_to_count_late(rows):
+    """Also with a mean far from 0, which shows if a channel has no shift near it."""
+    x = np.random.default_rng(12).normal(1e6, 1, (rows, 140))
+    mask = np.zeros(x.shape, bool)
+    mask[-20:, ::3], mask[:25, 1::3], mask[::7, 2::3] = True, True, True
+    moments = nbnorm.batch_norm_stats(x, mask=mask)
+    ref = reference.batch_norm_stats(x, mask=mask)
+    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
+    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+
+
+def test_weights_above_0_count_however_small():
+    x = np.array([[1.0], [2.0], [3.0]], np.float32)
+    weights = np.array([[1.0], [1e-60], [1.0]])
+    y = nbnorm.batch_norm_forward(x, weights=weights, fill=9.0).y
+    assert y[1, 0] != 9.0
+    weights[1] = 0
+    assert nbnorm.batch_norm_forward(x, weights=weights, fill=9.0).y[1, 0] == 9.0
+
+
+def test_no_channels():
+    x = np.zeros((4, 0, 3), np.float32)
+    assert nbnorm.batch_norm_stats(x).count == 12
+    assert nbnorm.batch_norm_stats(x, mask=np.ones((4, 1, 1), bool)).count == 12
+    assert nbnorm.batch_norm_forward(x, mask=np.ones((4, 1, 1), bool)).y.shape == x.shape
+    assert nbnorm.batch_norm_stats(x, mask=np.ones((4, 0, 3), bool)).count.shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (6, 4, 40), (300, 200)], ids=str)
@@ -437,6 +513,29 @@ def test_layer(kind):
     assert_allclose(y, expected, rtol=1e-12)
 
 
+def test_a_constant_batch_is_tracked():
+    layer = BatchNorm(2, eps=0, momentum=None)
+    layer.forward(np.full((4, 2), 2, np.float32), mask=np.arange(4)[:, None] > 0)
+    assert layer.num_batches_tracked == 1
+    layer.set_statistics(
+        nbnorm.batch_norm_stats(data("float32", (9, 2)), mask=data("f8", (9, 2)) > -9)
+    )
+    assert (layer.running_mean != 2).all()
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+def test_in_place(activation):
+    x, dy = data("float32", (6, 4, 30)), data("float32", (6, 4, 30), 1)
+    mask = np.random.default_rng(13).random((6, 1, 30)) < 0.7
+    results = []
+    for inplace in (False, True):
+        layer = BatchNorm(4, inplace=inplace, activation=activation)
+        y = layer.forward(x.copy(), mask=mask)
+        results.append((y, layer.backward(dy), *layer.grads.values(), layer.running_var))
+    for a, b in zip(*results, strict=True):
+        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_in_which_nothing_counts_is_not_tracked():
     layer = BatchNorm(3, momentum=None)
     layer.forward(data("float32", (4, 3)), mask=np.zeros((4, 1), bool))
@@ -487,6 +586,8 @@ BAD = [
         "mask and weights are given, expected one of",
     ),
     ({"fill": "0", "mask": np.ones((2, 1, 1, 1), bool)}, TypeError, "fill must be a real number"),
+    ({"fill": "0", "groups": 1}, TypeError, "fill must be a real number"),
+    ({"weights": np.full((2, 1, 4, 4), 1e308)}, ValueError, "weights must have a finite sum"),
 ]
 
 
