@@ -155,7 +155,9 @@ def batch_norm_forward(
     ------
     TypeError
         x is not a floating array, is masked, or has non-native byte order; residual has another
-        dtype; parameters or statistics are not floating.
+        dtype; parameters or statistics are not floating; a mask is not bool, lengths or offsets are
+        not integers, weights are not floating; groups or length_axis is not an int, fill not a
+        number.
     ValueError
         A shape, axis, eps, activation or out is invalid; momentum is not finite; only one running
         statistic is given, or none with ``training=False``; in training, a running statistic is
@@ -621,7 +623,9 @@ def batch_norm_backward(
 
     dx = gamma rstd (dy - mean(dy) - x_hat mean(dy x_hat)), dgamma = sum dy x_hat, dbeta = sum dy,
     with x_hat = (x - mean) rstd or, without x, x_hat = (y - beta) / gamma. With an activation, dy
-    is first multiplied by its derivative; ReLU sets it to 0 wherever y > 0 is false.
+    is first multiplied by its derivative; ReLU sets it to 0 wherever y > 0 is false. With weights,
+    dx = gamma rstd (dy - w (sum dy + x_hat sum dy x_hat) / sum(w)) where w > 0, else 0, and the
+    sums are over what counts.
 
     Parameters
     ----------

@@ -199,8 +199,8 @@ class BatchNorm:
         ----------
         x : array
             Any floating dtype; the channel axes have the shape of the parameters. The layer keeps
-            a reference until the next `forward`: do not modify x or the parameters before
-            `backward`. With `inplace`, x becomes y: it must be writable, and y must not be
+            a reference until the next `forward`: do not modify x, the parameters or what counts
+            before `backward`. With `inplace`, x becomes y: it must be writable, and y must not be
             modified before `backward`.
         residual : array shaped like x, optional
             Added before the activation.

@@ -31,7 +31,8 @@ class SyncBatchNorm(BatchNorm):
         An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
     **options
         The other arguments of `BatchNorm`. They must be the same on all ranks. With `renorm`, r and
-        d correct the statistics of all ranks' values. groups and offsets of `forward` are refused.
+        d correct the statistics of all ranks' values. In training, `forward` refuses segments and
+        masks, lengths or weights.
 
     Attributes
     ----------
