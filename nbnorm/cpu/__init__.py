@@ -395,7 +395,8 @@ def _x(x: NDArray, cut: Plan, weights: Any) -> Any:
             return _view(x), (_row(w), 1), weights.fill
         w = np.ascontiguousarray(np.broadcast_to(w, x.shape))
     shared = w.shape[1] == 1
-    return _view(x), (_row(w), S if shared else C * S, 0 if shared else S), weights.fill
+    along_c = None if shared and cut.traversal == "rows" else S
+    return _view(x), (_row(w), S if shared else C * S, along_c), weights.fill
 
 
 def weigh(values: NDArray, C: int) -> NDArray:

@@ -349,11 +349,15 @@ def add_value(j, sums, values):
 
 @ordered
 def add_weighted_row(j, x, w, K, s, q, m):
-    """s += w d, q += w d^2 and m += w, where d = x - K; x of weight 0 may be anything."""
+    """s += w d, q += w d^2 and, unless m is None, m += w, where d = x - K.
+
+    x of weight 0 may be anything.
+    """
     weight, along, square = weighted_deviation(j, x, w, K, s)
     s[j] += along
     q[j] += square
-    m[j] += weight
+    if m is not None:
+        m[j] += weight
 
 
 @ordered
@@ -375,7 +379,8 @@ def add_weighted_rows(j, x, w, K, s, q, m):
     w3, s3, q3 = weighted_deviation(j, x[3], w[3], K, s)
     s[j] += pairwise(s0, s1, s2, s3)
     q[j] += pairwise(q0, q1, q2, q3)
-    m[j] += pairwise(w0, w1, w2, w3)
+    if m is not None:
+        m[j] += pairwise(w0, w1, w2, w3)
 
 
 @ordered

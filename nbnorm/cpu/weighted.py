@@ -1,9 +1,9 @@
 """Row and column traversals of values with weights; a mask is weights of 0 and 1.
 
 x is (view of x, weights, fill): the passes of kernels.py hand it on as it is. The weights
-are a view like x's; a stride of 0 along c shares them among the channels. For S = 1 that view may
-be replaced by (memory, stride of n): one weight per sample. Weights are uint8 (a mask) or of the
-compute dtype.
+are a view like x's, whose stride along c is None if all channels share them. For S = 1 that view
+may be replaced by (memory, stride of n): one weight per sample, also shared. Weights are uint8 (a
+mask) or of the compute dtype.
 
 Values of weight 0 are read, but change no bit: they may be NaN or Inf. partial[0] is the sum of
 weights. It can be 0 in a tile, in a chunk, or in all of them.
@@ -69,7 +69,17 @@ def weights_of(w, n, c, s, size):
     """Weights of x[n, c, s : s + size]: an array, or the one weight of sample n."""
     if len(w.types) == 2:
         return lambda w, n, c, s, size: w[0][n * w[1]]
+    if isinstance(w.types[2], types.NoneType):
+        return lambda w, n, c, s, size: piece((w[0], w[1], 0), n, c, s, size)
     return lambda w, n, c, s, size: piece(w, n, c, s, size)
+
+
+@by_types
+def own(w, sums):
+    """`sums` if each channel has weights of its own; None if all share them."""
+    if len(w.types) == 2 or isinstance(w.types[2], types.NoneType):
+        return lambda w, sums: None
+    return lambda w, sums: sums
 
 
 @none_without("fill")
@@ -108,7 +118,7 @@ def four_lanes(w, i):
 
 @ordered
 def add_weighted_piece(x, w, K, s, q, m):
-    """m += w, s += w d and q += w d^2 lane by lane, where d = x - K."""
+    """s += w d, q += w d^2 and, unless m is None, m += w lane by lane, where d = x - K."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         x_, w_ = four_lanes(x, i), four_lanes(w, i)
@@ -117,6 +127,24 @@ def add_weighted_piece(x, w, K, s, q, m):
         size = min(LANES, x.size - i)
         x_, w_ = part((x, w), i, i + size)
         each(size, element.add_weighted_row, (x_, w_, K, s, q, m))
+
+
+@noinline
+def add_weights(w, n0, n1, s, size, lanes):
+    """lanes += the weights of a tile, which all channels share."""
+    for n in range(n0, n1):
+        weights = weights_of(w, n, 0, s, size)
+        for i in range(0, size, LANES):
+            width = min(LANES, size - i)
+            each(width, element.add_value, (lanes, part(weights, i, i + width)))
+
+
+@ordered
+def tile_weight(lanes, shared, wide):
+    """Sum of the weights of a tile: that of all channels if there are no lanes of its own."""
+    if lanes is None:
+        return shared
+    return total(lanes, wide)
 
 
 @noinline
@@ -160,8 +188,14 @@ def rows_stats(x, grid, c0, c1, k, partial):
     wide = new(LANES, np.float64)
     clear_chunk(partial, k, c0, c1)
     begin, end = tiles(grid, k)
+    m_own, shared = own(w, m_lanes), 0.0
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
+        if m_own is None:
+            add_weights(w, n0, n1, s, size, m_lanes)
+            shared = total(m_lanes, wide)
+            if shared == 0:
+                continue
         for c in range(c0, c1):
             count, shift, delta = partial[0, k, c], partial[1, k, c], partial[2, k, c]
             m2 = partial[3, k, c]
@@ -172,8 +206,9 @@ def rows_stats(x, grid, c0, c1, k, partial):
             K = s_lanes.dtype.type(shift + delta)
             for n in range(n0, n1):
                 w_ = weights_of(w, n, c, s, size)
-                add_weighted_piece(piece(values, n, c, s, size), w_, K, s_lanes, q_lanes, m_lanes)
-            d, q, m = total(s_lanes, wide), total(q_lanes, wide), total(m_lanes, wide)
+                add_weighted_piece(piece(values, n, c, s, size), w_, K, s_lanes, q_lanes, m_own)
+            d, q = total(s_lanes, wide), total(q_lanes, wide)
+            m = tile_weight(m_own, shared, wide)
             if m == 0:
                 continue
             mean = d / m
@@ -295,6 +330,16 @@ def counts(w, n):
     return lambda w, n: True
 
 
+@by_types
+def sample_weight(w, n):
+    """Weight of sample n; 0 if its values have weights of their own."""
+    if len(w.types) > 2:
+        return lambda w, n: 0.0
+    if w.types[0].dtype == types.uint8:
+        return lambda w, n: 1.0 if w[0][n * w[1]] != 0 else 0.0
+    return lambda w, n: np.float64(w[0][n * w[1]])
+
+
 @ordered
 def beside(w, n, r0, r1):
     """Whether sample n does not count, but the one before or after does, r0 <= n < r1.
@@ -381,7 +426,8 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
     `sums` are scratch in the compute dtype: 0 on entry and on return.
     """
     fold, size = grid[4], K.size
-    s, q, m = sums
+    s, q, m = sums[0], sums[1], own(w, sums[2])
+    shared = 0.0
     waiting = new(4, np.int64)  # rows that count, to be added four at a time
     for j in range(3):
         clear(sums64[j])
@@ -394,6 +440,7 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
                 prefetch(piece(x, n, c0, 0, short))
             if not counts(w, n):
                 continue
+            shared += sample_weight(w, n)
             if short < size:
                 add_row(x, w, n, c0, short, K, s, q, m)
                 continue
@@ -406,6 +453,8 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
             add_row(x, w, waiting[i], c0, size, K, s, q, m)
         for j in range(3):
             each(size, element.drain, (sums[j], sums64[j]))
+    if m is None:
+        each(size, element.fill, (shared, sums64[2]))
 
 
 @noinline
