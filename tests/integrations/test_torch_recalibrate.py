@@ -73,8 +73,11 @@ def test_recalibrated_by_all_that_was_seen(dtype, momentum, converted):
             result = model(x)
             assert torch.equal(result, y)
             assert not result.requires_grad
-    assert_kept(model, before, ("running_mean", "running_var"))
+    # A plain average goes on from the batches seen here, as after PyTorch's update_bn.
+    tracked = ("num_batches_tracked",) if momentum is None else ()
+    assert_kept(model, before, ("running_mean", "running_var", *tracked))
     for i, inputs in seen.items():
+        assert model[i].num_batches_tracked == (len(batches) if momentum is None else 0)
         values = torch.cat([x.detach().double().transpose(0, 1).flatten(1) for x in inputs], 1)
         close(model[i].running_mean.double(), values.mean(1), dtype)
         close(model[i].running_var.double(), values.var(1), dtype)
