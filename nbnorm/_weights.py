@@ -92,9 +92,7 @@ class WeightedFrame(Frame):
         values = self._spread(found)
         count = self.backend.weigh(values, max(self.channels, 1))
         with np.errstate(over="ignore"):
-            totals = on_host(
-                count * self.unit
-            )  # the only time that a GPU is waited for, for a mask
+            totals = on_host(count * self.unit)  # for a mask, the only wait for a GPU
         _checks.finite_sums(totals)
         self._one = self._kind(totals[0])
         count, self._totals = count[: self.channels], totals[: self.channels]
