@@ -578,8 +578,8 @@ def count(value: Any, x: NDArray) -> float:
     try:
         m: float = operator.index(value)
     except TypeError:
-        if not isinstance(value, float | np.floating) or not math.isfinite(value):
-            raise TypeError(f"count must be an int or a finite float, got {value!r}") from None
+        if not isinstance(value, float | np.floating) or not float(value).is_integer():
+            raise TypeError(f"count must be an int, got {value!r}") from None
         m = float(value)
     if not (m > 0 or (m == 0 and x.size == 0)):
         raise ValueError(f"count must be positive for x of shape {x.shape}, got {m}")
