@@ -464,7 +464,7 @@ class BatchNorm:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
         if np.ndim(moments.mean) > np.ndim(self.running_mean):
             raise ValueError("moments have rows of segments, expected one row; merge them first")
-        count = moments.count
+        count: Any = moments.count
         if len(getattr(count, "shape", ())) > 0:
             count = on_host(take_floating(count, "count"))
         if not np.all(count > 0):

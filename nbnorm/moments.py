@@ -44,7 +44,7 @@ class Moments(NamedTuple):
     Moments(count=3, mean=array([2.]), m2=array([8.]))
     """
 
-    count: Any  # shadows tuple.count, on purpose
+    count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
     mean: Array
     m2: Array
 
@@ -99,7 +99,8 @@ class Moments(NamedTuple):
                     m2 = m2 + m2_b + d * d * (count * count_b / total)
                     count = total
         home = home_of(self.mean)
-        return Moments(count if isinstance(count, _ONE) else home(count), home(mean), home(m2))
+        total: Any = count if isinstance(count, _ONE) else home(count)
+        return Moments(total, home(mean), home(m2))
 
     @on_its_device("self")
     def var(self, correction: int = 0) -> Array:
