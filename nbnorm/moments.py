@@ -99,8 +99,8 @@ class Moments(NamedTuple):
                     m2 = m2 + m2_b + d * d * (count * count_b / total)
                     count = total
         home = home_of(self.mean)
-        total: Any = count if isinstance(count, _ONE) else home(count)
-        return Moments(total, home(mean), home(m2))
+        counted: Any = count if isinstance(count, _ONE) else home(count)
+        return Moments(counted, home(mean), home(m2))
 
     @on_its_device("self")
     def var(self, correction: int = 0) -> Array:
