@@ -140,9 +140,9 @@ def renorm_forward(
 
     gamma, beta and the running statistics are float64.
     """
-    mean, m2, rstd, r, d, scale, shift = (np.empty(x.shape[1]) for _ in range(7))
+    mean, m2, rstd, r, d, gamma_, beta_ = (np.empty(x.shape[1]) for _ in range(7))
     renorm = (running_mean, running_var, r_max, d_max), gamma, beta, r, d
-    _forward(x, (mean, rstd, scale, shift, renorm), m2, eps, residual, activation, y)
+    _forward(x, (mean, rstd, gamma_, beta_, renorm), m2, eps, residual, activation, y)
     return mean, m2, rstd, r, d
 
 
@@ -159,7 +159,7 @@ def renorm_factors(
     """Return r and d of batch renormalization, shape (C,) each; all arrays are float64."""
     r, d = np.empty(mean.size), np.empty(mean.size)
     population = running_mean, running_var, r_max, d_max
-    kernels.corrections_all(mean, m2, float(count), eps, population, r, d)
+    kernels.renorm_factors_all(mean, m2, float(count), eps, population, r, d)
     return r, d
 
 
@@ -412,8 +412,9 @@ def weigh(values: NDArray, C: int) -> NDArray:
     parts = min(N, 64) if values.size >= SERIAL_BELOW else 1  # for any number of threads
     partial = np.zeros((parts, channels))
     parallel = parts > 1
+    workers = (pool(), thread_count()) if parallel else (0, 1)
     with turn(parallel):
-        kernels.weigh(_row(values), N, S, partial, pool() if parallel else 0, thread_count())
+        kernels.weigh(_row(values), N, S, partial, *workers)
     total: NDArray = partial.sum(axis=0)
     return total
 

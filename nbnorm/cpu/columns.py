@@ -158,25 +158,23 @@ def moment_sums(x, grid, r0, r1, c0, c1, K, s, q, s64, q64):
 
 
 @noinline
-def moment_sums64(x, grid, n0, n1, c, K):
-    """sum d and sum d^2 of x[n0:n1, c, :] in float64, where d = x - K, and whether every d is 0.
+def moment_sums64(x, w, n0, n1, c, s, size, K):
+    """sum w d and sum w d^2 of x[n0:n1, c, s : s + size] in float64, and whether each d is 0.
 
-    Values are added one after another, hence with compensation (Kahan 1965).
+    d = x - K; values of weight 0 do not count, all weights are 1 if w is None. Values are added one
+    after another, hence with compensation (Kahan 1965).
     """
-    s = 0.0
-    q = 0.0
-    s_rest = 0.0
-    q_rest = 0.0
-    same = True
-    S = grid[2]
+    s_sum, q_sum, s_rest, q_rest, others = 0.0, 0.0, 0.0, 0.0, 0
     for n in range(n0, n1):
-        values = piece(x, n, c, 0, S)
-        for i in range(values.size):
-            d = np.float64(load(values, i)) - K
-            s, s_rest = add_compensated(s, d - s_rest)
-            q, q_rest = add_compensated(q, d * d - q_rest)
-            same = same and d == 0
-    return s, q, same
+        values, weights = piece(x, n, c, s, size), by_rows.weights_of(w, n, c, s, size)
+        for i in range(size):
+            weight = element.weight64(weights, i)
+            if weight != 0:
+                d = np.float64(load(values, i)) - K
+                s_sum, s_rest = add_compensated(s_sum, weight * d - s_rest)
+                q_sum, q_rest = add_compensated(q_sum, weight * d * d - q_rest)
+                others += d != 0
+    return s_sum, q_sum, others == 0
 
 
 @ordered
@@ -187,19 +185,18 @@ def add_compensated(so_far, value):
 
 
 @noinline
-def moments64(x, grid, n0, n1, c, K):
-    """Two-pass moments of x[n0:n1, c, :]: a value near the mean, the mean less that value, M2.
+def moments64(x, w, n0, n1, c, s, size, m, K):
+    """Two-pass moments of x[n0:n1, c, s : s + size], of weight m in all.
 
-    Used if the sums in the compute dtype are `lost`.
+    A value near the mean, the mean less that value, and M2. Used if the sums in the compute dtype
+    are `lost`.
     """
-    S = grid[2]
-    m = (n1 - n0) * S
-    s, _, same = moment_sums64(x, grid, n0, n1, c, K)
+    d, _, same = moment_sums64(x, w, n0, n1, c, s, size, K)
     if same:
         return K, 0.0, 0.0
-    center = K + s / m
-    s, q, _ = moment_sums64(x, grid, n0, n1, c, center)
-    return center, s / m, q - s * s / m
+    center = K + d / m
+    d, q, _ = moment_sums64(x, w, n0, n1, c, s, size, center)
+    return center, d / m, q - d * d / m
 
 
 @noinline
@@ -227,7 +224,8 @@ def first_means(x, grid, c0, c1, begin, end, center, K, s, s64, shift):
     n0, n1 = begin * fold, min(stop * fold, N)
     for c in range(shift.size):
         if not abs(shift[c]) < np.inf:
-            shift[c], _, _ = moment_sums64(x, grid, n0, n1, c0 + c, np.float64(center[c]))
+            K64 = np.float64(center[c])
+            shift[c], _, _ = moment_sums64(x, None, n0, n1, c0 + c, 0, S, K64)
         shift[c] = center[c] + shift[c] / ((n1 - n0) * S)
 
 
@@ -284,7 +282,7 @@ def stats(x, grid, c0, c1, k, partial):
         for c in range(channels):
             if gone[c]:
                 K64 = np.float64(center[c])
-                near, rest, m2_tile = moments64(x, grid, n0, n1, c0 + c, K64)
+                near, rest, m2_tile = moments64(x, None, n0, n1, c0 + c, 0, S, m, K64)
                 if count == 0:  # a shift that far off would cost delta digits
                     shift[c] = near
                 _, new_delta[c], new_m2[c] = merge(
@@ -405,7 +403,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         i = c - c0
         if u_c[i] != 1 or by_rows.overflowed(partial, k, c):
             partial[0, k, c], partial[1, k, c] = by_rows.gradient_sums64(
-                dy, x, y, grid, k, c,
+                dy, x, None, y, grid, k, c,
                 hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], act,
             )  # fmt: skip
 

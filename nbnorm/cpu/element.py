@@ -341,6 +341,16 @@ def weight_at(w, j, like):
     return lambda w, j, like: like.dtype.type(at(w, j))
 
 
+@by_types
+def weight64(w, j):
+    """The weight of value j in float64: 0 or 1 if it is a mask, 1 if w is None."""
+    if isinstance(w, types.NoneType):
+        return lambda w, j: 1.0
+    if getattr(w, "dtype", w) == types.uint8:
+        return lambda w, j: 1.0 if at(w, j) != 0 else 0.0
+    return lambda w, j: np.float64(at(w, j))
+
+
 @ordered
 def add_value(j, sums, values):
     """sums[j] += values[j]; values of a mask are 0 or 1."""

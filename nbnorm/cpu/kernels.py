@@ -72,7 +72,7 @@ def channels(block, u, C):
 
 
 def renormalise_channels(norm, m2, grid, eps, c0, c1):
-    """Corrections of a renormalization's `norm`, and gamma and beta that contain them."""
+    """r and d of a renormalization's `norm`, and gamma and beta that contain them."""
     mean, _, gamma_, beta_, (population, gamma, beta, r, d) = norm
     renorm_factors(mean, m2, grid[0] * grid[2], eps, population, c0, c1, r, d)
     fold(gamma, beta, r, d, c0, c1, gamma_, beta_)
@@ -273,7 +273,7 @@ def rstd_all(var, eps, rstd):
 
 
 @entry("renorm_factors")
-def corrections_all(mean, m2, count, eps, population, r, d):
+def renorm_factors_all(mean, m2, count, eps, population, r, d):
     """`renorm_factors` of every channel, towards statistics of moments that come from elsewhere."""
     renorm_factors(mean, m2, count, eps, population, _FIRST, np.int64(mean.size), r, d)
 

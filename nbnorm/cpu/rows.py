@@ -7,6 +7,7 @@ of c), or None if absent.
 """
 
 import numpy as np
+from numba import types
 
 from nbnorm.cpu import element
 from nbnorm.cpu.channel import (
@@ -22,7 +23,7 @@ from nbnorm.cpu.channel import (
     scales,
 )
 from nbnorm.cpu.intrinsics import clear, each, each_to, fence, four, new, of_chunk, piece, zeros
-from nbnorm.cpu.jit import noinline, none_without, ordered
+from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
 from nbnorm.cpu.storage import computed, load
 
 # Lanes that a tile is summed in: eight vectors of eight, enough to hide the latency of an
@@ -52,6 +53,18 @@ def locate(grid, t):
 def line(values):
     """A piece as a view whose samples are single values; None for None."""
     return values, 1, 0
+
+
+@by_types
+def weights_of(w, n, c, s, size):
+    """Weights of x[n, c, s : s + size]: an array, or the one weight of sample n; None for None."""
+    if isinstance(w, types.NoneType):
+        return lambda w, n, c, s, size: None
+    if len(w.types) == 2:
+        return lambda w, n, c, s, size: w[0][n * w[1]]
+    if isinstance(w.types[2], types.NoneType):
+        return lambda w, n, c, s, size: piece((w[0], w[1], 0), n, c, s, size)
+    return lambda w, n, c, s, size: piece(w, n, c, s, size)
 
 
 @ordered
@@ -210,18 +223,23 @@ def add_gradient_piece(dy, x, y, hi, u, a, b, scale, act, s, t):
 
 
 @noinline
-def gradient_sums64(dy, x, y, grid, k, c, hi, u, a, b, scale, act):
-    """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64."""
+def gradient_sums64(dy, x, w, y, grid, k, c, hi, u, a, b, scale, act):
+    """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64.
+
+    Over the values of weight above 0, if w has weights (see weighted.py) and is not None.
+    """
     s_sum, t_sum = 0.0, 0.0
     begin, end = tiles(grid, k)
     for t in range(begin, end):
         n0, n1, s, size = locate(grid, t)
         for n in range(n0, n1):
             dy_, x_, y_ = piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size)
+            w_ = weights_of(w, n, c, s, size)
             for i in range(size):
-                g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
-                s_sum += g
-                t_sum += g * ((np.float64(element.taken(x_, i, act)) * u - hi) * scale)
+                if element.weight64(w_, i) != 0:
+                    g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
+                    s_sum += g
+                    t_sum += g * ((np.float64(element.taken(x_, i, act)) * u - hi) * scale)
     return s_sum, t_sum
 
 
@@ -259,7 +277,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         if overflowed(partial, k, c):
             i = c - c0
             partial[0, k, c], partial[1, k, c] = gradient_sums64(
-                dy, x, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
+                dy, x, None, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
             )
 
 

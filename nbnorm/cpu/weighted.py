@@ -32,11 +32,11 @@ from nbnorm.cpu.channel import (
 from nbnorm.cpu.columns import (
     RUN_ROWS,
     TILE_ROWS,
-    add_compensated,
     by_columns_each,
     expand,
     gather,
     mean_so_far,
+    moments64,
     row_size,
 )
 from nbnorm.cpu.columns import rows as rows_of
@@ -56,22 +56,22 @@ from nbnorm.cpu.intrinsics import (
     zeros,
 )
 from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
-from nbnorm.cpu.rows import LANES, clear_chunk, line, locate, overflowed, tiles, total
+from nbnorm.cpu.rows import (
+    LANES,
+    clear_chunk,
+    gradient_sums64,
+    line,
+    locate,
+    overflowed,
+    tiles,
+    total,
+    weights_of,
+)
 from nbnorm.cpu.storage import computed, load
 
 # Planes of this many values or more are traversed by rows, where all channels can read the same
 # weights. Columns need a weight for each value, or for each sample if S = 1.
 WEIGHTED_PLANE = 32
-
-
-@by_types
-def weights_of(w, n, c, s, size):
-    """Weights of x[n, c, s : s + size]: an array, or the one weight of sample n."""
-    if len(w.types) == 2:
-        return lambda w, n, c, s, size: w[0][n * w[1]]
-    if isinstance(w.types[2], types.NoneType):
-        return lambda w, n, c, s, size: piece((w[0], w[1], 0), n, c, s, size)
-    return lambda w, n, c, s, size: piece(w, n, c, s, size)
 
 
 @by_types
@@ -148,39 +148,6 @@ def tile_weight(lanes, shared, wide):
 
 
 @noinline
-def moment_sums64(x, w, n0, n1, c, s, size, K):
-    """sum w d and sum w d^2 of a tile in float64, where d = x - K, and whether each d is 0.
-
-    Values are added one after another, hence with compensation (Kahan 1965).
-    """
-    s_sum, q_sum, s_rest, q_rest, others = 0.0, 0.0, 0.0, 0.0, 0
-    for n in range(n0, n1):
-        values, weights = piece(x, n, c, s, size), weights_of(w, n, c, s, size)
-        for i in range(size):
-            weight = np.float64(element.at(weights, i))
-            if weight != 0:
-                d = np.float64(load(values, i)) - K
-                s_sum, s_rest = add_compensated(s_sum, weight * d - s_rest)
-                q_sum, q_rest = add_compensated(q_sum, weight * d * d - q_rest)
-                others += d != 0
-    return s_sum, q_sum, others == 0
-
-
-@noinline
-def moments64(x, w, n0, n1, c, s, size, m, K):
-    """Two-pass moments of a tile of weight m: a value near the mean, the mean less that value, M2.
-
-    Used if the sums in x's dtype are `lost`.
-    """
-    d, _, same = moment_sums64(x, w, n0, n1, c, s, size, K)
-    if same:
-        return K, 0.0, 0.0
-    center = K + d / m
-    d, q, _ = moment_sums64(x, w, n0, n1, c, s, size, center)
-    return center, d / m, q - d * d / m
-
-
-@noinline
 def rows_stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = weight, shift, delta, M2 of chunk k, for channels c0 <= c < c1."""
     values, w, _ = x
@@ -246,24 +213,6 @@ def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @noinline
-def weighted_sums64(dy, x, w, y, grid, k, c, hi, u, a, b, scale, act):
-    """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64."""
-    s_sum, t_sum = 0.0, 0.0
-    begin, end = tiles(grid, k)
-    for t in range(begin, end):
-        n0, n1, s, size = locate(grid, t)
-        for n in range(n0, n1):
-            dy_, x_, y_ = piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size)
-            w_ = weights_of(w, n, c, s, size)
-            for i in range(size):
-                if element.at(w_, i) != 0:
-                    g = np.float64(element.masked_dy(i, dy_, x_, y_, hi, u, a, b, act))
-                    s_sum += g
-                    t_sum += g * ((np.float64(element.taken(x_, i, act)) * u - hi) * scale)
-    return s_sum, t_sum
-
-
-@noinline
 def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k; see `rows.backward_reduce`."""
     values, w, _ = x
@@ -292,7 +241,7 @@ def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     for c in range(c0, c1):
         if overflowed(partial, k, c):
             i = c - c0
-            partial[0, k, c], partial[1, k, c] = weighted_sums64(
+            partial[0, k, c], partial[1, k, c] = gradient_sums64(
                 dy, values, w, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
             )
 
@@ -335,9 +284,7 @@ def sample_weight(w, n):
     """Weight of sample n; 0 if its values have weights of their own."""
     if len(w.types) > 2:
         return lambda w, n: 0.0
-    if w.types[0].dtype == types.uint8:
-        return lambda w, n: 1.0 if w[0][n * w[1]] != 0 else 0.0
-    return lambda w, n: np.float64(w[0][n * w[1]])
+    return lambda w, n: element.weight64(w[0], n * w[1])
 
 
 @ordered
@@ -557,7 +504,7 @@ def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
     for c in range(c0, c1):
         i = c - c0
         if u_c[i] != 1 or overflowed(partial, k, c):
-            partial[0, k, c], partial[1, k, c] = weighted_sums64(
+            partial[0, k, c], partial[1, k, c] = gradient_sums64(
                 dy, values, w, y, grid, k, c,
                 hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], act,
             )  # fmt: skip
