@@ -20,7 +20,7 @@ from nbnorm._arrays import on_host, take
 from nbnorm._frame import Frame
 from nbnorm._layout import PLANE, fits, layout_beginning
 from nbnorm._typing import Array, Axis, NDArray
-from nbnorm._weights import Counting, WeightedFrame, Weights, bound
+from nbnorm._weights import Counting, WeightedFrame, Weights, bound, least
 from nbnorm.activations import Activation, Fused
 from nbnorm.cpu import segments
 from nbnorm.cpu.plan import SERIAL_BELOW
@@ -75,26 +75,28 @@ class SegmentedFrame(WeightedFrame):
             self._fitting = strides if fitting else None
         rows = self._layout.shape[0] // max(shape[first], 1)
         self._plain, self._rows, self._C = self.backend, [end * rows for end in ends], self.channels
-        found = self._found = self._weigh(counting) if counting.given else None
         self.m = min((count for count in self._counts if count), default=0)
-        self._bind(None if found is None or self._every or self.empty else found)
+        self._found = self._weigh(counting) if counting.given else None
+        if self._found is None or self._every or self.empty:
+            self.backend = self._part_by_part(Threaded if self.backend is cpu else Segmented)
+        else:
+            self._bind(self._found)
         self._of_part = self.channel_shape
         self.channel_shape = (len(self._counts), *self._of_part)
         self.channels *= len(self._counts)
 
-    def _bind(self, weights: Weights | None) -> None:
-        """Set the backend; if x has weights, with those of each part, whose sums are the counts."""
-        self.weights, backends = weights, None
-        if weights is not None:
-            parts = [weights.of(begin, end, self._plain) for begin, end in pairwise(self._rows)]
-            backends = [bound(self._plain, of_part) for of_part in parts]
-            self._counts = [of_part.count * self.unit for of_part in parts]
-            self._totals = on_host(np.stack(self._counts))
-            self.m = min(self._totals[self._totals > 0].tolist(), default=0)
-        kind = Threaded if self._plain is cpu and weights is None else Segmented
-        self.backend = kind(  # type: ignore[assignment]
-            self._plain, self.memory, self._rows, self._C, self._counts, backends
-        )
+    def _bind(self, weights: Weights) -> None:
+        """Compute with the weights of each part from now on; their sums are the counts."""
+        parts = [weights.of(begin, end, self._plain) for begin, end in pairwise(self._rows)]
+        self._counts = [of_part.count * self.unit for of_part in parts]
+        self._totals = on_host(np.stack(self._counts))
+        self.m = least(self._totals)
+        backends = [bound(self._plain, of_part) for of_part in parts]
+        self.weights, self.backend = weights, self._part_by_part(Segmented, backends)
+
+    def _part_by_part(self, kind: Any, backends: list[Any] | None = None) -> Any:
+        """Return a backend that runs every pass part by part."""
+        return kind(self._plain, self.memory, self._rows, self._C, self._counts, backends)
 
     def required(self, array: Array, name: str) -> NDArray:
         """Return a parameter or statistic, of the shape of the channel axes or with a row per part.

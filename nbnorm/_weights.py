@@ -71,20 +71,23 @@ class WeightedFrame(Frame):
 
     def __init__(self, x: Array, axis: Axis, counting: Counting, name: str = "x") -> None:
         super().__init__(x, axis, name)
-        self._plain, found = self.backend, self._weigh(counting)
-        self.weights = None if self._every or self.empty else found
-        if self.weights is not None:
-            self.backend = bound(self._plain, found)
-        self._found = found
+        self._plain, self._found = self.backend, self._weigh(counting)
+        self.m = least(self._totals)
+        if not (self._every or self.empty):
+            self._bind(self._found)
+
+    def _bind(self, weights: Weights) -> None:
+        """Compute with weights from now on."""
+        self.weights, self.backend = weights, bound(self._plain, weights)
 
     def _weigh(self, counting: Counting) -> Weights:
         """Check what counts and return it.
 
-        Sets `unit` and `m`; also `_shared` (by all channels), `_kind` (of a single count), `_count`
-        and `_totals` (of each channel, on x's device and the host) and `_every` (each value counts
+        Sets `unit`, `_shared` (by all channels), `_kind` (of a single count), `_count` and
+        `_totals` (of each channel, on x's device and the host) and `_every` (each value counts
         once).
         """
-        found = _given(self, counting)
+        found = self._given_by(counting)
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
         if found.dtype != np.bool_:
@@ -97,11 +100,34 @@ class WeightedFrame(Frame):
         self._one = self._kind(totals[0])
         count, self._totals = count[: self.channels], totals[: self.channels]
         self._count = count * self.unit
-        self.m = min(self._totals[self._totals > 0].tolist(), default=0)
         every = self.x.size // max(self.channels, 1)
         self._every = self._kind is int and bool((self._totals == every).all())
-        fill = None if counting.fill is None else _checks.number(counting.fill, "fill")
+        fill = None if counting.fill is None else float(counting.fill)
         return Weights(values, count, fill)
+
+    def _given_by(self, counting: Counting) -> NDArray:
+        """Return the mask or weights, checked, with as many axes as x; lengths as a mask."""
+        x = self.x
+        names = ("mask", "lengths", "weights")
+        given = [name for name in names if getattr(counting, name) is not None]
+        _checks.one_of(given)
+        [name] = given
+        array = getattr(counting, name)
+        if name == "lengths":
+            lengths = on_host(take(array, name))
+            axis, channels = counting.length_axis, self._channel_axes
+            along = _checks.lengths(lengths, axis, x.shape, channels, self._name)
+            inside = np.arange(x.shape[along]) < lengths[:, None]
+            shape = [x.shape[i] if i in (0, along) else 1 for i in range(x.ndim)]
+            mask: NDArray = self.memory.from_host(inside.reshape(shape))
+            return mask
+        taken = take(array, name) if name == "mask" else take_floating(array, name)
+        self._same_place(array, taken, name)
+        _checks.broadcastable(taken, name, x, self._name)
+        if name == "mask":
+            _checks.boolean(taken)
+        self.inputs[name] = taken
+        return taken.reshape((1,) * (x.ndim - taken.ndim) + taken.shape)
 
     def _channels_share(self, given: NDArray) -> bool:
         """Whether weights, of as many axes as x, are the same in all channels."""
@@ -155,9 +181,9 @@ class WeightedFrame(Frame):
         _checks.weight_each(given, self.unflat(self._totals))
         if self.weights is None and given.size and (given == given.flat[0]).all():
             return float(given.flat[0])
-        # Other parts of the batch differ by channel, which only these kernels allow for.
-        assert self._found is not None
-        self.backend = bound(self._plain, self._found)
+        if self.weights is None:  # other parts of the batch differ by channel
+            assert self._found is not None
+            self._bind(self._found)
         return self.statistic(counts) / self.unit
 
     def _floating(self, count: Array) -> Array:
@@ -179,32 +205,13 @@ class WeightedFrame(Frame):
         _running.move(running, (mean, var), momentum, self._count > 0)
 
 
+def least(totals: NDArray) -> Any:
+    """Return the least count above 0, or 0."""
+    return min(totals[totals > 0].tolist(), default=0)
+
+
 def bound(backend: Any, weights: Weights) -> Any:
     """Return a backend whose functions have these weights."""
     of_x = ("stats", "apply", "forward", "backward_reduce", "backward_apply", "backward")
     functions = {name: partial(getattr(backend, name), weights=weights) for name in of_x}
-    return SimpleNamespace(**functions, rstd=backend.rstd, memory=backend.memory)
-
-
-def _given(frame: Frame, counting: Counting) -> NDArray:
-    """Return the mask or weights, checked and with as many axes as x; a mask made from lengths."""
-    x, name = frame.x, frame._name
-    given = {name: getattr(counting, name) for name in ("mask", "lengths", "weights")}
-    which = [name for name, array in given.items() if array is not None]
-    _checks.one_of(which)
-    if counting.lengths is not None:
-        lengths = on_host(take(counting.lengths, "lengths"))
-        channels = [i % x.ndim for i in _checks.axes(frame._axis)]
-        along = _checks.lengths(lengths, counting.length_axis, x.shape, channels, name)
-        inside = np.arange(x.shape[along]) < lengths[:, None]
-        shape = [x.shape[i] if i in (0, along) else 1 for i in range(x.ndim)]
-        array: NDArray = frame.memory.from_host(inside.reshape(shape))
-        return array
-    given_ = given[which[0]]
-    taken = take(given_, "mask") if which == ["mask"] else take_floating(given_, "weights")
-    frame._same_place(given_, taken, which[0])
-    _checks.broadcastable(taken, which[0], x, name)
-    if which == ["mask"]:
-        _checks.boolean(taken)
-    frame.inputs[which[0]] = taken
-    return taken.reshape((1,) * (x.ndim - taken.ndim) + taken.shape)
+    return SimpleNamespace(**functions, rstd=backend.rstd)

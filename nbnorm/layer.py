@@ -575,7 +575,7 @@ class BatchNorm:
 def _anything_counts(options: Mapping[str, Any]) -> bool:
     """Return whether any value counts in a call with these options, which are valid."""
     return all(
-        bool((take(options[name], name) > 0).any())
+        bool(take(options[name], name).any())
         for name in ("mask", "lengths", "weights")
         if name in options
     )
