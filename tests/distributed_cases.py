@@ -353,6 +353,24 @@ def evaluation_is_each_rank_on_its_own(comm):
     assert ours.count == x.size // 4
 
 
+def assert_steps_agree(comm, batch, layer, single, whole, residual):
+    """Take a step of a layer on this rank's part and of one on the whole batch; compare them."""
+    added = () if residual is None else (residual,)
+    y = layer.forward(batch.own(whole), *map(batch.own, added))
+    assert_allclose(y, batch.own(single.forward(whole, *added)), **CLOSE)
+    ours, theirs = layer.backward(batch.own(batch.dy)), single.backward(batch.dy)
+    for array, expected in zip(ours, theirs, strict=True) if added else [(ours, theirs)]:
+        assert_allclose(array, batch.own(expected), **CLOSE)
+    for name, grad in layer.grads.items():
+        assert_allclose(gathered(comm, grad).sum(axis=0), single.grads[name], **CLOSE)
+
+
+def assert_states_agree(comm, layer, single):
+    for name, array in layer.state_dict().items():
+        assert_allclose(array, single.state_dict()[name], err_msg=name, **CLOSE)
+        assert_same_on_all_ranks(comm, array, name)
+
+
 @case
 def statistics_add_up_over_steps(comm):
     """On batches that are empty on some rank, the layer equals one process's layer."""
@@ -364,19 +382,8 @@ def statistics_add_up_over_steps(comm):
         for seed in range(3):
             whole = np.random.default_rng(seed).normal(size=batch.x.shape)
             residual = batch.residual if with_residual else None
-            own_residual = batch.own(residual) if with_residual else None
-            y, ref = layer.forward(batch.own(whole), own_residual), single.forward(whole, residual)
-            assert_allclose(y, batch.own(ref), **CLOSE)
-            ours, theirs = layer.backward(batch.own(batch.dy)), single.backward(batch.dy)
-            ours = ours if with_residual else (ours,)
-            theirs = theirs if with_residual else (theirs,)
-            for array, expected in zip(ours, theirs, strict=True):
-                assert_allclose(array, batch.own(expected), **CLOSE)
-            for name, grad in layer.grads.items():
-                assert_allclose(gathered(comm, grad).sum(axis=0), single.grads[name], **CLOSE)
-        for name, array in layer.state_dict().items():
-            assert_allclose(array, single.state_dict()[name], err_msg=name, **CLOSE)
-            assert_same_on_all_ranks(comm, array, name)
+            assert_steps_agree(comm, batch, layer, single, whole, residual)
+        assert_states_agree(comm, layer, single)
 
 
 @case
@@ -394,18 +401,9 @@ def renormalises_with_the_statistics_of_all_ranks(comm):
                 one.parameters["weight"][...], one.parameters["bias"][...] = batch.gamma, batch.beta
             for seed in range(3):
                 whole = np.random.default_rng(seed).normal(2 * seed, 1 + seed, batch.x.shape)
-                added = (batch.residual,) if with_residual else ()
-                y = layer.forward(batch.own(whole), *map(batch.own, added))
-                assert_allclose(y, batch.own(single.forward(whole, *added)), **CLOSE)
-                ours, theirs = layer.backward(batch.own(batch.dy)), single.backward(batch.dy)
-                pairs = zip(ours, theirs, strict=True) if with_residual else [(ours, theirs)]
-                for array, expected in pairs:
-                    assert_allclose(array, batch.own(expected), **CLOSE)
-                for name, grad in layer.grads.items():
-                    assert_allclose(gathered(comm, grad).sum(axis=0), single.grads[name], **CLOSE)
-            for name, array in layer.state_dict().items():
-                assert_allclose(array, single.state_dict()[name], err_msg=name, **CLOSE)
-                assert_same_on_all_ranks(comm, array, name)
+                residual = batch.residual if with_residual else None
+                assert_steps_agree(comm, batch, layer, single, whole, residual)
+            assert_states_agree(comm, layer, single)
 
 
 @case

@@ -203,17 +203,33 @@ SEGMENTS = of(
     ),
 )  # fmt: skip
 
+_COUNTS = (
+    "test_weights.py::test_segments_in_which_everything_counts "
+    "test_weights.py::test_when_everything_counts_the_bits_are_those_of_a_plain_call "
+    "test_weights.py::test_weights_whose_sum_is_the_number_of_values "
+    "test_weights.py::test_weights_of_any_size "
+    "test_weights.py::test_whole_weights_are_repeated_samples "
+    "test_weights.py::test_a_channel_in_which_nothing_counts "
+    "test_weights.py::test_lengths_are_a_mask test_weights.py::test_out_must_not_overlap_what_counts"
+)
+_BITS = (
+    "test_weights.py::test_what_does_not_count_changes_no_bit "
+    "test_weights.py::test_values_that_begin_to_count_late "
+    "test_weights.py::test_a_channel_in_which_nothing_counts "
+    "test_weights.py::test_whole_weights_are_repeated_samples "
+    "test_weights.py::test_forward test_weights.py::test_backward"
+)
 WEIGHTS = of(
     "_weights",
     (
-        "test_weights.py",
+        _COUNTS,
         ("self._kind is int and bool(", "bool("),
         ("2.0 ** (np.frexp(most)[1] - 1)", "1.0"),
         ("self._count = count * self.unit\n", "self._count = count\n"),
         ("if self._shared:\n            for i", "if False:\n            for i"),
         ("var = m2 * self.unit /", "var = m2 /"),
         ("(mean, var), momentum, self._count > 0)", "(mean, var), momentum)"),
-        ("frame.inputs[which[0]] = taken", "pass"),
+        ("self.inputs[name] = taken", "pass"),
         ("np.arange(x.shape[along]) < lengths", "np.arange(x.shape[along]) <= lengths"),
         ("if i in (0, along) else 1", "if i == along else 1"),
         ("return self.statistic(counts) / self.unit", "return self.statistic(counts)"),
@@ -221,7 +237,7 @@ WEIGHTS = of(
 ) + of(
     "cpu/weighted",
     (
-        "test_weights.py",
+        _BITS,
         ("first = value if found == 0 else first", "first = 0.0"),
         ("            if m == 0:\n                continue\n            mean", "            mean"),
         ("                if count == 0:  # a shift", "                if False:  # a shift"),
@@ -234,17 +250,21 @@ WEIGHTS = of(
 ) + of(
     "cpu/element",
     (
-        "test_weights.py",
+        _BITS,
         ("d = d if weight != 0 else weight", "d = d"),
         ("v = v if at(w, j) != 0 else other", "v = v"),
         ("s[j] += g if at(w, j) != 0 else zero", "s[j] += g"),
         ("store(dresidual, j, g if weight != 0 else zero)", "store(dresidual, j, g)"),
         ("weight * at(h, j)) - weight * normalised", "weight * at(h, j)) - normalised"),
     ),
+    (
+        "test_weights.py::test_a_mask_of_odd_bytes",
+        ("1.0 if at(w, j) != 0 else 0.0", "np.float64(at(w, j))"),
+    ),
 ) + of(
     "moments",
     (
-        "test_weights.py",
+        _COUNTS,
         ("if segments else count) > 0)", "if segments else count) >= 0)"),
     ),
 )  # fmt: skip
@@ -490,11 +510,11 @@ COLUMNS = of(
     (
         "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
         ("gone[c] = lost(m, mean, q[c], new_merged[c], center)", "gone[c] = False"),
-        ("center = K + s / m", "center = K"),
+        ("center = K + d / m", "center = K"),
     ),
     (
         "test_digits.py::test_equal_values_after_others_round_with_one_sign",
-        ("q, q_rest = add_compensated(q, d * d - q_rest)", "q, q_rest = add_compensated(q, d * d)"),
+        ("weight * d * d - q_rest)", "weight * d * d)"),
     ),
     (
         "test_arithmetic.py::test_sums_one_after_the_other_carry_their_rounding",

@@ -438,6 +438,24 @@ def test_weights_above_0_count_however_small():
     assert nbnorm.batch_norm_forward(x, weights=weights, fill=9.0).y[1, 0] == 9.0
 
 
+def test_weights_whose_sum_is_the_number_of_values():
+    """They are not a mask in which everything counts."""
+    x, weights = np.array([[1.0], [2.0]]), np.array([[0.5], [1.5]])
+    moments = nbnorm.batch_norm_stats(x, weights=weights)
+    assert (moments.count, moments.mean[0]) == (2.0, 1.75)
+
+
+def test_a_mask_of_odd_bytes():
+    """True is any byte but 0, also where sums are taken again in float64."""
+    x = np.array([[1e30], [-1e30], [3e30], [7.0]], np.float32)
+    mask = np.array([[2], [2], [1], [0]], np.uint8).view(bool)
+    odd = nbnorm.batch_norm_stats(x, mask=mask)
+    even = nbnorm.batch_norm_stats(x, mask=mask == True)  # noqa: E712
+    assert odd.count == even.count == 3
+    assert_array_equal(odd.mean, even.mean)
+    assert_array_equal(odd.m2, even.m2)
+
+
 def test_no_channels():
     x = np.zeros((4, 0, 3), np.float32)
     assert nbnorm.batch_norm_stats(x).count == 12
