@@ -210,7 +210,8 @@ _COUNTS = (
     "test_weights.py::test_weights_of_any_size "
     "test_weights.py::test_whole_weights_are_repeated_samples "
     "test_weights.py::test_a_channel_in_which_nothing_counts "
-    "test_weights.py::test_lengths_are_a_mask test_weights.py::test_out_must_not_overlap_what_counts"
+    "test_weights.py::test_lengths_are_a_mask "
+    "test_weights.py::test_out_must_not_overlap_what_counts"
 )
 _BITS = (
     "test_weights.py::test_what_does_not_count_changes_no_bit "
