@@ -26,8 +26,10 @@ _R = TypeVar("_R")
 _HOST, _GPU = (1, 3), (2, 13)
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+INTEGERS = ("uint8", "int8", "uint16", "int16")
 # Compare dtypes, not names, where possible: NumPy builds dtype.name at each access, in 1.7 us.
 _KNOWN = frozenset(np.dtype(name) for name in DTYPES[:3])
+_INTEGERS = frozenset(map(np.dtype, INTEGERS))
 
 
 def take(obj: Array, name: str) -> NDArray:
@@ -68,16 +70,43 @@ def take_floating(obj: Array, name: str) -> NDArray:
     return array
 
 
+def take_integers(obj: Array, name: str) -> NDArray | None:
+    """Call `take`, and return None if the dtype is not one of the four of `INTEGERS`."""
+    if type(obj) is np.ndarray and obj.dtype in _KNOWN:
+        return None
+    array = take(obj, name)
+    return array if array.dtype in _INTEGERS else None
+
+
+def take_numbers(obj: Array, name: str) -> NDArray:
+    """Call `take`, and raise if the dtype is neither floating nor one of `INTEGERS`."""
+    integers = take_integers(obj, name)
+    return take_floating(obj, name) if integers is None else integers
+
+
+def result_dtype(dtype: Any, name: str) -> np.dtype[Any]:
+    """Return the dtype of a result, given as `dtype` or by the argument `name`."""
+    try:
+        found = _bfloat16(name) if str(dtype) == "bfloat16" else np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be one of {_or(DTYPES)}, got {dtype!r}") from None
+    if found not in _KNOWN and found.name != "bfloat16":
+        raise TypeError(f"{name} is of dtype {found}, expected one of {_or(DTYPES)}")
+    return found
+
+
 def _remedy(obj: Array, name: str, dtype: str) -> str:
     """Return advice for converting an array to a floating dtype, or an empty string."""
     if "complex" in dtype:
         return f"; pass {name}.real and {name}.imag, separately or stacked as channels"
     if not dtype.startswith(("bool", "int", "uint")):
         return ""
+    taken = name == "x" and dtype in INTEGERS
+    hint = "; batch_norm_stats and batch_norm_inference take integers" if taken else ""
     for method, argument in ("astype", "np.float32"), ("float", ""):
         if hasattr(obj, method):
-            return f"; convert it with {name}.{method}({argument})"
-    return ""
+            return f"; convert it with {name}.{method}({argument}){hint}"
+    return hint
 
 
 def is_cupy(cls: type) -> bool:

@@ -82,6 +82,14 @@ def same_dtype(array: NDArray, name: str, x: NDArray, of: str = "x") -> None:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of {of}")
 
 
+def dtype_of_result(dtype: Any, expected: Any) -> None:
+    """Raise if the dtype asked for is not that of the result: only integers are converted."""
+    if dtype != expected:
+        raise ValueError(
+            f"dtype is {dtype}, expected {expected}, the dtype of x: only integers are converted"
+        )
+
+
 def same_place(place: str, name: str, expected: str) -> None:
     """Raise if an array is not in the same place as x; both places are given in words."""
     if place != expected:
@@ -185,14 +193,17 @@ def apart(written: NDArray, name: str, other: NDArray, other_name: str) -> None:
         raise ValueError(f"{name} and {other_name} share memory, and {name} is written")
 
 
-def output(out: NDArray, x: NDArray, inputs: Iterable[tuple[str, NDArray]], inplace: str) -> None:
-    """Raise if the shape or dtype of `out` is not that of x, or if `out` overlaps an input.
+def output(
+    out: NDArray, x: NDArray, dtype: Any, inputs: Iterable[tuple[str, NDArray]], inplace: str
+) -> None:
+    """Raise if `out` does not have x's shape and this dtype, or if it overlaps an input.
 
     The input named `inplace` may be `out` itself: the same memory with the same strides.
     """
     same_shape(out, "out", x)
-    if out.dtype != x.dtype:
-        raise ValueError(f"out has dtype {out.dtype}, expected {x.dtype}, the dtype of x")
+    if out.dtype != dtype:
+        of = "x" if dtype == x.dtype else "the result"
+        raise ValueError(f"out has dtype {out.dtype}, expected {dtype}, the dtype of {of}")
     writable(out, "out", "pass a writable array, or omit out")
     out = _mirror(out)
     for name, array in inputs:

@@ -70,6 +70,8 @@ class Frame:
     ----------
     x : ndarray
         x as a NumPy or CuPy array, in its own shape.
+    dtype : dtype
+        dtype of results in x's shape: x's own, or what is computed from integers.
     inputs : dict of str to ndarray
         x and the other arrays checked so far, by name.
     m, channels : int
@@ -89,8 +91,11 @@ class Frame:
     described = "x of shape {}"  # what has m values per channel
     unit = 1.0  # of the weights that kernels take; M2 is in these units, too
 
+    _take = staticmethod(take_floating)
+
     def __init__(self, x: Array, axis: Axis, name: str = "x") -> None:
-        self.x = taken = take_floating(x, name)
+        self.x = taken = self._take(x, name)
+        self.dtype = taken.dtype
         self._given = x
         self._name = name
         self.inputs = {name: taken}
@@ -145,7 +150,7 @@ class Frame:
         _checks.mutable(out, "out", "pass a writable array, or omit out")
         if taken is not out or self.memory is not cpu.memory:
             self._same_place(out, taken, "out")
-        _checks.output(taken, self.x, self.inputs.items(), inplace)
+        _checks.output(taken, self.x, self.dtype, self.inputs.items(), inplace)
         return Out(out, taken)
 
     def _same_place(self, given: Array, taken: NDArray, name: str) -> None:
@@ -185,19 +190,19 @@ class Frame:
         return copy.reshape(self._layout.shape)
 
     def target(self, out: Out | None = None) -> Target:
-        """Return where a result goes: out, or a new array of x's shape, dtype and order of axes.
+        """Return where a result goes: out, or a new array of x's shape and order of axes.
 
         A new array is in C order if x has gaps. If the array lacks the view that kernels need,
         they write another one, which `settle` copies.
         """
         layout = self._layout
         if out is None and layout.natural and layout.dense == layout.order:
-            array: NDArray = self.memory.empty(self.x.shape, self.x.dtype)
+            array: NDArray = self.memory.empty(self.x.shape, self.dtype)
             return Target(array, array.reshape(layout.shape), None)
         array = self._new() if out is None else out.taken
         if self.empty or self._fits(array):
             return Target(array, self._turned(array).reshape(layout.shape), out)
-        return Target(array, self.memory.empty(layout.shape, self.x.dtype), out)
+        return Target(array, self.memory.empty(layout.shape, self.dtype), out)
 
     def settle(self, target: Target) -> Any:
         """Return a finished result: the `out` that was passed, or an array of x's library."""
@@ -208,7 +213,7 @@ class Frame:
 
     def _new(self) -> NDArray:
         dense = self._layout.dense or tuple(range(self.x.ndim))
-        array: NDArray = self.memory.empty(tuple(self.x.shape[i] for i in dense), self.x.dtype)
+        array: NDArray = self.memory.empty(tuple(self.x.shape[i] for i in dense), self.dtype)
         return array.transpose(tuple(map(dense.index, range(len(dense)))))
 
     def statistic(self, array: NDArray) -> NDArray:
@@ -227,9 +232,9 @@ class Frame:
     ) -> tuple[NDArray, NDArray]:
         """Return gamma and beta with shape (C,), in a common dtype that kernels support.
 
-        The dtype is float64 if x, gamma or beta is float64, else float32, which is then exact.
+        The dtype is float64 if y, gamma or beta is float64, else float32, which is then exact.
         """
-        wide = self.x.dtype == _FLOAT64
+        wide = self.dtype == _FLOAT64
         for array in (gamma, beta):
             wide = wide or (array is not None and array.dtype == _FLOAT64)
         dtype = _FLOAT64 if wide else _FLOAT32

@@ -10,9 +10,10 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from nbnorm import _checks, _shortcut
-from nbnorm._arrays import on_host, on_its_device, untraced
+from nbnorm._arrays import on_host, on_its_device, result_dtype, untraced
 from nbnorm._checks import NOT_GIVEN
 from nbnorm._frame import Frame, Out, Target
+from nbnorm._integers import integer_frame
 from nbnorm._segments import frame_of
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray, OrNone, X
 from nbnorm.activations import Fused, inverse_of, with_own_kernels
@@ -354,6 +355,7 @@ def batch_norm_inference(
     length_axis: int | None = None,
     weights: Array | None = None,
     fill: float | None = 0.0,
+    dtype: Any = None,
     out: Array | None = None,
 ) -> X:
     """Normalise x with population statistics.
@@ -363,7 +365,8 @@ def batch_norm_inference(
     Parameters
     ----------
     x : array, at least 2-d
-        Any dtype that `batch_norm_forward` accepts.
+        Any dtype that `batch_norm_forward` accepts, or uint8, int8, uint16 or int16, such as the
+        bytes of images. These need no floating copy; they take no residual, segments or masks.
     gamma, beta : array of the shape of the channel axes, or None
         Scale and shift. None means 1 and 0.
     mean, var : array of the shape of the channel axes
@@ -380,18 +383,22 @@ def batch_norm_inference(
         Parts of x with statistics of their own, as in `batch_norm_forward`.
     mask, lengths, length_axis, weights, fill : optional
         What counts, and y where x does not, as in `batch_norm_forward`.
-    out : array of x's shape and dtype, optional
+    dtype : dtype, optional
+        dtype of y if x holds integers: float32 (the default), float64, float16 or bfloat16. The
+        arithmetic is in float32, for float64 in float64. If x is floating, y has its dtype.
+    out : array of x's shape and y's dtype, optional
         Array to write y to. It may be x itself; it must not overlap an input in any other way.
 
     Returns
     -------
     array
-        y, with the shape, dtype, memory order and library of x; `out` itself if given.
+        y, with the shape, memory order and library of x; `out` itself if given.
 
     Raises
     ------
     TypeError, ValueError
-        As in `batch_norm_forward`.
+        As in `batch_norm_forward`. x holds integers and is on a GPU; dtype is none of those above,
+        or not that of a floating x.
 
     Notes
     -----
@@ -406,15 +413,22 @@ def batch_norm_inference(
     >>> nbnorm.batch_norm_inference(x, None, None, np.array([3.0]), np.array([4.0]), eps=0.0)
     array([[-1.],
            [ 1.]])
+
+    Pixels of an image, to float32 in one pass:
+
+    >>> image = np.array([[[0, 128, 255]]], dtype=np.uint8)  # height, width, colour
+    >>> mean, std = np.full(3, 127.5), np.full(3, 63.75)
+    >>> nbnorm.batch_norm_inference(image, None, None, mean, std**2, eps=0.0, axis=-1).round(3)
+    array([[[-2.   ,  0.008,  2.   ]]], dtype=float32)
     """
     plain = groups is offsets is mask is lengths is weights is length_axis is None
-    if type(x) is np.ndarray and plain:
+    if type(x) is np.ndarray and plain and dtype is None:
         done = _shortcut.inference(x, gamma, beta, mean, var, eps, axis, residual, activation, out)
         if done is not None:
             y: X = done[0]
             return y
     return _inference(
-        x, gamma, beta, mean, var, eps, axis, residual, activation, out,
+        x, gamma, beta, mean, var, eps, axis, residual, activation, dtype, out,
         groups=groups, offsets=offsets, mask=mask, lengths=lengths, length_axis=length_axis,
         weights=weights, fill=fill,
     )  # fmt: skip
@@ -431,11 +445,14 @@ def _inference(
     axis: Axis,
     residual: Array | None,
     activation: Activation,
+    dtype: Any,
     out: Array | None,
     **parts: Any,
 ) -> X:
     """`batch_norm_inference` for arrays of any library."""
-    frame = frame_of(x, axis, **parts)
+    frame = integer_frame(x, axis, dtype, out, **parts) or frame_of(x, axis, **parts)
+    if dtype is not None:
+        _checks.dtype_of_result(result_dtype(dtype, "dtype"), frame.dtype)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
     mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
     residual_ = frame.like_x(residual, "residual")
@@ -546,7 +563,8 @@ def batch_norm_stats(
     Parameters
     ----------
     x : array, at least 2-d
-        Any dtype that `batch_norm_forward` accepts.
+        Any dtype that `batch_norm_forward` accepts, or uint8, int8, uint16 or int16, such as the
+        bytes of images, whose sums are exact. These take no segments or masks.
     axis : int or tuple of int, default 1
         Channel axes: the axes that **keep** their statistics, not the axes to reduce.
     groups, offsets : int, or array of int, optional
@@ -580,10 +598,11 @@ def batch_norm_stats(
     >>> nbnorm.batch_norm_stats(np.array([[1.0], [3.0]]))
     Moments(count=2, mean=array([2.]), m2=array([2.]))
     """
-    frame = frame_of(
-        x, axis, groups=groups, offsets=offsets, mask=mask, lengths=lengths,
-        length_axis=length_axis, weights=weights,
-    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "groups": groups, "offsets": offsets, "mask": mask, "lengths": lengths,
+        "length_axis": length_axis, "weights": weights,
+    }  # fmt: skip
+    frame = integer_frame(x, axis, **parts) or frame_of(x, axis, **parts)
     mean, m2 = flat_stats(frame)
     return Moments(frame.count(), frame.home(frame.unflat(mean)), frame.home(frame.unflat(m2)))
 

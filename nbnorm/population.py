@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import take_floating
+from nbnorm._arrays import take_numbers
 from nbnorm._typing import Array, Axis
 from nbnorm.functional import batch_norm_stats
 from nbnorm.layer import BatchNorm
@@ -61,8 +61,7 @@ def population_stats(
     ------
     TypeError
         `data` is neither an array nor an iterable of arrays, or an array has a dtype that
-        `batch_norm_stats` does not accept. Convert integers, such as images, with
-        ``(array.astype("f4") for array in arrays)``.
+        `batch_norm_stats` does not accept.
     ValueError
         `data` has no arrays; channel axes have different shapes; axis is invalid; chunk is less
         than 1.
@@ -225,7 +224,7 @@ def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
     from dask import delayed
 
     axes, _, _ = _checks.channel_axes(data.shape, _checks.axes(axis), "data")
-    take_floating(np.empty(0, data.dtype), "data")
+    take_numbers(np.empty(0, data.dtype), "data")
     stats_of = delayed(batch_norm_stats)
     merged = Pairwise()
     for block in data.rechunk(dict.fromkeys(axes, -1)).to_delayed().ravel():
@@ -238,7 +237,7 @@ def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
 def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
     """Yield pieces of at most `chunk` values, cut along the reduced axes of an array."""
     if not hasattr(array, "shape"):
-        take_floating(array, "data")  # raises, as this is not an array
+        take_numbers(array, "data")  # raises, as this is not an array
     shape = tuple(array.shape)
     axes, _, _ = _checks.channel_axes(shape, _checks.axes(axis), "data")
     size, steps = prod(shape), list(shape)
@@ -254,7 +253,7 @@ def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
     )
     for index in product(*cuts):
         piece = array[index]
-        take_floating(piece, "data")
+        take_numbers(piece, "data")
         yield piece
         del piece  # keep only one piece in memory
 

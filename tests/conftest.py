@@ -92,7 +92,7 @@ def _compiles_for_halves(item: pytest.Item) -> bool:
     file = item.path.stem.removeprefix("test_")
     params = getattr(item, "callspec", None)
     return (
-        file in ("accuracy", "distributed", "streaming")
+        file in ("accuracy", "distributed", "integers", "streaming")
         and params is not None
         and any(str(value) in ("float16", "bfloat16") for value in params.params.values())
     )

@@ -664,6 +664,21 @@ def test_integers_are_told_the_remedy(dtype):
         nbnorm.batch_norm_forward(np.ones((4, 3), dtype))
 
 
+@pytest.mark.parametrize("library", ["torch", "jax.numpy", "array_api_strict"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_integers_of_other_libraries(library, dtype):
+    xp = pytest.importorskip(library)
+    x = np.random.default_rng(0).integers(0, 100, (6, 5, 4), dtype)
+    given = xp.from_dlpack(x)
+    moments = nbnorm.batch_norm_stats(given, axis=-1)
+    y = nbnorm.batch_norm_inference(given, None, None, moments.mean, moments.var(), axis=-1)
+    assert type(y) is type(xp.zeros(1))
+    expected = nbnorm.batch_norm_stats(x, axis=-1)
+    assert_same_bits(moments.m2, expected.m2)
+    y_ = nbnorm.batch_norm_inference(x, None, None, expected.mean, expected.var(), axis=-1)
+    assert_same_bits(y, y_)
+
+
 @pytest.mark.parametrize(
     ("library", "remedy"),
     [

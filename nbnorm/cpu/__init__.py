@@ -11,6 +11,8 @@ None: they recompute v, the value before the activation.
 `double_backward` and `jvp` have no activation.
 
 `weights` of the other functions say how often each value of x counts: see `nbnorm._weights`.
+
+x of `stats` and `apply` may be integers of 8 or 16 bits, then without weights.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from nbnorm.cpu import sources as sources  # isort: split
 from nbnorm import _running
 from nbnorm._typing import NDArray
 from nbnorm.activations import Activation, Fused
-from nbnorm.cpu import functions, kernels, second_order, weighted
+from nbnorm.cpu import functions, integers, kernels, second_order, weighted
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
@@ -38,6 +40,8 @@ _COMPILED = (np.dtype("float32"), np.dtype("float64"))
 
 def stats(x: NDArray, *, weights: Any = None) -> tuple[NDArray, NDArray]:
     """Return mean and M2 = sum (x - mean)^2 of each channel, shape (C,) each."""
+    if x.dtype.kind in "iu":
+        return _integer_stats(x)
     cut, run = _cut(x, 1, weights)
     C = cut.grid.C
     partial = np.empty((4, cut.chunks, C))
@@ -56,6 +60,15 @@ def stats(x: NDArray, *, weights: Any = None) -> tuple[NDArray, NDArray]:
     return mean, m2
 
 
+def _integer_stats(x: NDArray) -> tuple[NDArray, NDArray]:
+    cut, _ = _cut(x, 1)
+    sums = integers.rows_sums if cut.traversal == "rows" else integers.columns_sums
+    partial = np.zeros((2, cut.chunks, cut.grid.C), np.int64)
+    with turn(cut.parallel):
+        sums(_strided(x), tuple(cut.grid), kernels.work_for(cut), partial)
+    return integers.moments(partial, x.shape[0] * x.shape[2])
+
+
 def apply(
     x: NDArray,
     gamma: NDArray,
@@ -69,7 +82,8 @@ def apply(
     weights: Any = None,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    cut, run = _cut(x, 2 + (residual is not None), weights)
+    # Planned for y, as x may be integers: what is written takes longer than what is read.
+    cut, run = _cut(y, 2 + (residual is not None), weights)
     x_, residual_, y_ = _x(x, cut, weights), _view(residual), _view(y)
     norm = mean, rstd, gamma, beta
     with turn(cut.parallel):
@@ -436,12 +450,20 @@ def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
 
     Memory is typed as one-dimensional, contiguous and writeable, so one compiled kernel serves
     every layout and read-only inputs too; kernels write to no input. Half precision is passed as
-    its bits (uint16, int16).
+    its bits (uint16, int16), integers of 16 bits as records: see `storage`.
     """
     if array is None:
         return None
-    if array.itemsize == 2:
-        array = array.view(np.uint16 if array.dtype == np.float16 else np.int16)
+    if array.itemsize != 2:
+        return _strided(array)
+    if array.dtype.kind in "iu":
+        memory, n, c = _strided(array)
+        return memory.view([("integer", memory.dtype)]), n, c
+    return _strided(array.view(np.uint16 if array.dtype == np.float16 else np.int16))
+
+
+def _strided(array: NDArray) -> tuple[NDArray, int, int]:
+    """`_view` of an array that kernels load as it is."""
     N, C, S = array.shape
     if array.flags.carray:
         return array.reshape(-1), C * S, S

@@ -337,7 +337,7 @@ def before_line(grid, r, begin, end, first, ahead):
 @noinline
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k, channels c0 <= c < c1."""
-    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
+    hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(y))
     if by_planes(x, grid, streamed, c0, c1) or not all_one(u_c):
         by_rows.apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return

@@ -190,7 +190,7 @@ def stats(x, grid, c0, c1, k, partial):
 @noinline
 def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     """y = act(gamma (x - mean) rstd + beta [+ residual]) in chunk k, channels c0 <= c < c1."""
-    hi, u, a, b = affine(norm, c0, c1, computed(x))
+    hi, u, a, b = affine(norm, c0, c1, computed(y))
     low = bound(floor, hi)
     begin, end = tiles(grid, k)
     for t in range(begin, end):

@@ -3,6 +3,9 @@
 Numba has no half precision on the CPU. Kernels receive float16 as uint16, bfloat16 as int16. `load`
 converts either to float32, exactly. `store` rounds to nearest, ties to even; values that are too
 large become Inf, and NaN stays NaN.
+
+Integers are loaded as float32, exactly: those of 8 bits as they are, those of 16 bits from records
+of one field, as uint16 and int16 are taken.
 """
 
 import numpy as np
@@ -36,6 +39,10 @@ def load(values, j):
         return lambda values, j: half_to_float(values[j])
     if values.dtype == types.int16:
         return lambda values, j: bfloat16_to_float(values[j])
+    if isinstance(values.dtype, types.Record):
+        return lambda values, j: np.float32(values[j].integer)
+    if isinstance(values.dtype, types.Integer):
+        return lambda values, j: np.float32(values[j])
     return lambda values, j: values[j]
 
 

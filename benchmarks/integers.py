@@ -1,0 +1,101 @@
+"""Time normalising images from bytes: `python benchmarks/integers.py`.
+
+Each library runs in processes of its own. Prints the least time of all rounds, in milliseconds, of
+float32 y from uint8 images in NHWC order: nbnorm's inference and statistics, NumPy's expression,
+and three ways of PyTorch.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+SHAPES = [(32, 224, 224, 3), (8, 512, 512, 3), (32, 64, 64, 16)]
+SECONDS = 1.0  # per call and round
+
+
+def numpy_calls(x, mean, std):
+    return {"(x.astype(f4) - mean) / std": lambda: (x.astype(np.float32) - mean) / std}
+
+
+def nbnorm_calls(x, mean, std):
+    import nbnorm
+
+    var = std.astype(np.float64) ** 2
+    return {
+        "nbnorm inference": lambda: nbnorm.batch_norm_inference(
+            x, None, None, mean, var, eps=0.0, axis=-1
+        ),
+        "nbnorm stats": lambda: nbnorm.batch_norm_stats(x, axis=-1),
+    }
+
+
+def torch_calls(x, mean, std):
+    import torch
+
+    x, mean, std = map(torch.from_numpy, (x, mean, std))
+    scale, shift = 1 / std, -mean / std
+    compiled = torch.compile(lambda x: x.float() * scale + shift)
+    functional, nchw, var = torch.nn.functional.batch_norm, x.permute(0, 3, 1, 2), std**2
+    return {
+        "torch x.float().sub_().div_()": lambda: x.float().sub_(mean).div_(std),
+        "torch addcmul": lambda: torch.addcmul(shift, x.float(), scale),
+        "torch F.batch_norm": lambda: functional(nchw.float(), mean, var, eps=0.0),
+        "torch.compile": lambda: compiled(x),
+    }
+
+
+CALLS = {"numpy": numpy_calls, "nbnorm": nbnorm_calls, "torch": torch_calls}
+
+
+def times(library):
+    """Return the least time of each call for each shape, in milliseconds."""
+    rng, found = np.random.default_rng(0), []
+    for shape in SHAPES:
+        x = rng.integers(0, 255, shape, np.uint8, endpoint=True)
+        mean = rng.uniform(90, 130, shape[-1]).astype(np.float32)
+        std = rng.uniform(40, 70, shape[-1]).astype(np.float32)
+        best = {}
+        for name, call in CALLS[library](x, mean, std).items():
+            try:
+                call()
+            except Exception as error:  # a compiler that is not there
+                print(f"{name}: {type(error).__name__}", file=sys.stderr)
+                continue
+            best[name], stop = np.inf, time.perf_counter() + SECONDS
+            while time.perf_counter() < stop:
+                start = time.perf_counter()
+                call()
+                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+        found.append(best)
+    return found
+
+
+def main():
+    """Print a table of all shapes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--library", choices=CALLS, help="print one round of one library as JSON")
+    arguments = parser.parse_args()
+    if arguments.library:
+        print(json.dumps(times(arguments.library)))
+        return
+    least = [{} for _ in SHAPES]
+    for _ in range(arguments.rounds):
+        for library in CALLS:
+            command = [sys.executable, __file__, "--library", library]
+            output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            for best, found in zip(least, json.loads(output), strict=True):
+                best.update({name: min(best.get(name, np.inf), ms) for name, ms in found.items()})
+    for shape, best in zip(SHAPES, least, strict=True):
+        print(" x ".join(map(str, shape)))
+        ours = best["nbnorm inference"]
+        for name, ms in best.items():
+            print(f"  {name:30} {ms:8.2f}  {ms / ours:5.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""`IntegerFrame`: calls in which x holds integers, such as the bytes of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nbnorm import cpu
+from nbnorm._arrays import result_dtype, take, take_integers
+from nbnorm._frame import Frame
+from nbnorm._typing import Array, Axis, NDArray
+from nbnorm.cpu.integers import MOST
+
+
+class IntegerFrame(Frame):
+    """Frame of a call with uint8, int8, uint16 or int16 x, of which y has the floating `dtype`.
+
+    That is by default the dtype of `out`, or float32.
+    """
+
+    _take = staticmethod(take)
+
+    def __init__(self, x: Array, axis: Axis, dtype: Any, out: Array | None) -> None:
+        super().__init__(x, axis)
+        if self.backend is not cpu:
+            raise TypeError(
+                f"x has dtype {self.x.dtype} and is on a GPU, where integers are not supported; "
+                "convert it with x.astype(np.float32)"
+            )
+        if self.m > MOST:
+            raise ValueError(
+                f"x has {self.m} integers per channel, expected at most 2^33; "
+                "population_stats takes them in parts"
+            )
+        if dtype is not None:
+            self.dtype = result_dtype(dtype, "dtype")
+        else:
+            self.dtype = (
+                np.dtype("f4") if out is None else result_dtype(take(out, "out").dtype, "out")
+            )
+
+    def required_like_x(self, array: Array, name: str) -> NDArray:
+        """Raise: what is added before the activation is added to floating x only."""
+        raise TypeError(f"{name} must be None if x has dtype {self.x.dtype}; convert x first")
+
+
+def integer_frame(
+    x: Array, axis: Axis, dtype: Any = None, out: Array | None = None, **parts: Any
+) -> IntegerFrame | None:
+    """Return the frame of a call with integers, None for floating x; `parts` need the latter."""
+    taken = take_integers(x, "x")
+    if taken is None:
+        return None
+    given = [name for name, value in parts.items() if value is not None and name != "fill"]
+    if given:
+        raise TypeError(
+            f"{given[0]} must be None if x has dtype {taken.dtype}; convert x first, with "
+            "x.astype(np.float32)"
+        )
+    return IntegerFrame(x, axis, dtype, out)
