@@ -1,6 +1,7 @@
 """What arguments and results are, to readers and to type checkers."""
 
-from typing import Any, Literal, TypeVar
+import os
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ Array = Any  # numpy.ndarray, or anything with __dlpack__
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 Axis = int | tuple[int, ...]
+NamedAxis = int | str | tuple[int | str, ...]  # names of xarray's dimensions
+File = str | os.PathLike[str] | IO[bytes]
 Activation = (
     Literal[
         "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"

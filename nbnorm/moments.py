@@ -2,14 +2,15 @@
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nbnorm import _checks
+from nbnorm import _checks, _files
 from nbnorm._arrays import home_of, on_host, on_its_device, take_floating
 from nbnorm._running import move
-from nbnorm._typing import Array, NDArray
+from nbnorm._typing import Array, File, NDArray
 
 # Types of the running statistics: results have the type of the arguments.
 Mean = TypeVar("Mean")
@@ -167,16 +168,100 @@ class Moments(NamedTuple):
             return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
         return home_of(self.mean)(np.where(count > 0, rstd, 0.0))
 
+    @on_its_device("self")
+    def save(self, file: File) -> None:
+        """Write the moments to a file, from which `load` reads them back exactly.
 
+        The file is an npz of the arrays ``count``, ``mean`` and ``m2``, which `numpy.load` reads as
+        well, and ``format``, by which `load` knows it.
+
+        Parameters
+        ----------
+        file : str, path or binary file object
+            Where to write. A path is taken as it is, whatever its suffix. A file that is there is
+            replaced once the new one is complete: an interrupted call leaves it as it was.
+
+        Raises
+        ------
+        TypeError
+            Mean or M2 is not a floating array; the count is not a number.
+        ValueError
+            Mean, M2 or count have different shapes; the count is negative, or beyond 64 bits.
+        OSError
+            The file cannot be written.
+
+        Examples
+        --------
+        >>> import io
+        >>> import numpy as np
+        >>> from nbnorm.moments import Moments
+        >>> file = io.BytesIO()
+        >>> Moments(3, np.array([3.0]), np.array([14.0])).save(file)
+        >>> _ = file.seek(0)
+        >>> Moments.load(file)
+        Moments(count=3, mean=array([3.]), m2=array([14.]))
+        """
+        count, mean, m2 = _taken(self)
+        counted = on_host(count) if hasattr(count, "shape") else np.array(count)
+        if counted.dtype == object:
+            raise ValueError(f"moments.count must fit into 64 bits, got {count}")
+        _files.write(file, _CONTENT, {"count": counted, "mean": on_host(mean), "m2": on_host(m2)})
+
+    @classmethod
+    def load(cls, file: File) -> "Moments":
+        """Read moments that `save` has written.
+
+        Parameters
+        ----------
+        file : str, path or binary file object
+            What to read.
+
+        Returns
+        -------
+        Moments
+            The same count, an int, a float or an array, and the same float64 values, as NumPy
+            arrays.
+
+        Raises
+        ------
+        ValueError
+            `file` was not written by `save`, or is damaged.
+        OSError
+            The file cannot be read.
+
+        Examples
+        --------
+        Merge what several machines have saved:
+
+        >>> import numpy as np
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from nbnorm.moments import Moments
+        >>> with TemporaryDirectory() as folder:
+        ...     for value in (1.0, 2.0, 6.0):
+        ...         Moments(1, np.array([value]), np.zeros(1)).save(f"{folder}/{value}.npz")
+        ...     first, *others = map(Moments.load, sorted(Path(folder).glob("*.npz")))
+        >>> first.merge(*others)
+        Moments(count=3, mean=array([3.]), m2=array([14.]))
+        """
+        stored = _files.read(file, _CONTENT, "file")
+        count: Any = stored["count"] if stored["count"].ndim else stored["count"].item()
+        return cls(count, stored["mean"], stored["m2"])
+
+
+_CONTENT = "nbnorm.Moments 1"  # the format of files; a new number where it changes
 _ONE = (int, float)  # a count of all channels
 
 
 class Pairwise:
-    """Merge moments in pairs, then pairs of pairs, and so on; leftovers at the end."""
+    """Merge moments in pairs, then pairs of pairs, and so on; leftovers at the end.
 
-    def __init__(self) -> None:
-        self._number = 0
-        self._waiting: list[Any] = []  # a merge of 2^k parts for each bit k set in the number
+    The number of parts and `waiting`, from which it can be made anew, are all of its state.
+    """
+
+    def __init__(self, number: int = 0, waiting: Iterable[Any] = ()) -> None:
+        self._number = number
+        self.waiting = list(waiting)  # a merge of 2^k parts for each bit k set in the number
 
     def __len__(self) -> int:
         return self._number
@@ -186,13 +271,13 @@ class Pairwise:
         self._number += 1
         number = self._number
         while number % 2 == 0:
-            moments = self._waiting.pop().merge(moments)
+            moments = self.waiting.pop().merge(moments)
             number //= 2
-        self._waiting.append(moments)
+        self.waiting.append(moments)
 
     def total(self) -> Any:
         """Return the moments of all parts; requires at least one part."""
-        *earlier, total = self._waiting
+        *earlier, total = self.waiting
         for part in reversed(earlier):
             total = part.merge(total)
         return total

@@ -4,20 +4,18 @@ Both merge the count, mean and M2 of parts, so every value has the same weight h
 split.
 """
 
-import operator
-import sys
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
-from itertools import product
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks
-from nbnorm._arrays import take_numbers
-from nbnorm._typing import Array, Axis
+from nbnorm import _sources
+from nbnorm._arrays import on_host, take, take_floating
+from nbnorm._checkpoint import Checkpoint
+from nbnorm._typing import Array, NamedAxis
 from nbnorm.functional import batch_norm_stats
 from nbnorm.layer import BatchNorm
 from nbnorm.moments import Moments, Pairwise
@@ -28,43 +26,66 @@ __all__ = ["population_stats", "recalibrate"]
 # 1.35 times as long, and of a 128th 2 to 3 times (benchmarks/population.py chunks).
 CHUNK = 1 << 23
 
+# Blocks of a dask array from one checkpoint to the next. A power of two, so that they are merged in
+# the same pairs as all blocks together.
+BLOCKS = 64
+
+Progress = bool | Callable[[int, int | None], object]
+
 
 def population_stats(
-    data: Array | Iterable[Array], *, axis: Axis = 1, chunk: int = CHUNK, progress: bool = False
+    data: Array | Iterable[Array],
+    *,
+    axis: NamedAxis = 1,
+    chunk: int = CHUNK,
+    progress: Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Moments:
     """Compute count, mean and M2 per channel of data that need not fit into memory.
 
     Parameters
     ----------
     data : array, or iterable of arrays
-        An array that `batch_norm_stats` accepts, a memory map, or an object that reads an array
-        when sliced (an h5py dataset). An iterable of these (files, a generator of batches) is
-        consumed once; its arrays must agree only in the shape of the channel axes. A dask array
-        is processed block by block, after rechunking so that blocks span the channel axes.
-    axis : int or tuple of int, default 1
+        An array that `batch_norm_stats` accepts, a memory map, an xarray.DataArray, or an object
+        that reads an array when sliced (a dataset of Zarr or h5py). An iterable of these (files, a
+        generator of batches) is consumed once; its arrays must agree only in the shape of the
+        channel axes. A dask array, also inside a DataArray, is processed block by block, after
+        rechunking so that blocks span the channel axes.
+    axis : int, str, or tuple of these, default 1
         Channel axes of each array: the axes that **keep** their statistics, not the axes to
-        reduce.
+        reduce. A str is the name of a dimension of a DataArray.
     chunk : int, default 8388608
         Maximum number of values to process at a time. Arrays are split along the reduced axes,
-        the outermost in memory first. Has no effect on dask arrays.
-    progress : bool, default False
-        Whether to show a progress bar of the values processed (for a dask array, of its tasks).
-        Needs the ``progress`` extra.
+        the outermost in memory first; Zarr's and HDF5's along the borders of their own chunks, so
+        that each of these is decompressed once, and is the least that is processed at a time. Has
+        no effect on dask arrays.
+    progress : bool or callable, default False
+        Whether to show a progress bar of the values processed, which needs the ``progress`` extra.
+        A callable is called as ``progress(done, total)`` before the first chunk and after each:
+        with the number of values processed, and that of all, or None if only the end of an iterable
+        will tell. What it returns is ignored; what it raises ends the call.
+    checkpoint : str or path, optional
+        A file that keeps what has been computed, so that a call that was interrupted can be
+        repeated and goes on where that one was. See Notes.
 
     Returns
     -------
     Moments
-        (count, mean, m2) of all values together, arrays of the first chunk's library. The same
-        chunks always give the same bits; other chunks may change the last bits.
+        (count, mean, m2) of all values together, arrays of the first chunk's library: NumPy's for
+        files and DataArrays. The same chunks always give the same bits; other chunks may change the
+        last bits.
 
     Raises
     ------
     TypeError
         `data` is neither an array nor an iterable of arrays, or an array has a dtype that
-        `batch_norm_stats` does not accept.
+        `batch_norm_stats` does not accept. Convert integers, such as images, with
+        ``(array.astype("f4") for array in arrays)``. An axis is a name, but the array has none.
     ValueError
         `data` has no arrays; channel axes have different shapes; axis is invalid; chunk is less
-        than 1.
+        than 1; `checkpoint` is a file of something else, or of a call with other data.
+    OSError
+        `checkpoint` cannot be read or written.
     ImportError
         `progress` is True and tqdm is not installed.
 
@@ -75,9 +96,18 @@ def population_stats(
     of a few float64 values with a mean of 1e6 standard deviations, the mean is off by 3 roundings;
     merging in sequence gives 280.
 
-    If slicing reads or copies (h5py, arrays without an (N, C, S) view), memory holds one chunk. A
-    memory map takes only pages that the system can reclaim. A dask array is computed by its
-    scheduler in one go, so memory holds as many blocks as the scheduler works on.
+    If slicing reads or copies (Zarr, h5py, arrays without an (N, C, S) view), memory holds one
+    chunk, and while it is read what the file's library needs to decompress it. A memory map takes
+    only pages that the system can reclaim. A dask array is computed by its scheduler in one go, so
+    memory holds as many blocks as the scheduler works on.
+
+    `checkpoint` is written as often as takes 2 % of the time, and when an exception ends the call;
+    it is replaced as a whole, so it is never half written. A call that completes removes it. It
+    holds the moments that wait to be merged and how many chunks they are of, so the bits are those
+    of a call that was not interrupted. The call that goes on must be given the same data, axis and
+    chunk: it does not read again the chunks of an array, but draws from an iterable what it drops,
+    and verifies the shapes and dtypes, not the values. With a checkpoint 64 blocks of a dask array
+    are computed at a time; what these share with others is computed again.
 
     Examples
     --------
@@ -95,46 +125,39 @@ def population_stats(
     >>> layer.set_statistics(population_stats(np.arange(9.0).reshape(9, 1), axis=layer.axis))
     >>> layer.running_mean, layer.running_var
     (array([4.], dtype=float32), array([7.5], dtype=float32))
+
+    Go on after an interruption:
+
+    >>> import os, tempfile
+    >>> x = np.arange(30.0).reshape(10, 3)
+    >>> def interrupted(done, total):
+    ...     if done == 15:
+    ...         raise KeyboardInterrupt
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "checkpoint.npz")
+    ...     try:
+    ...         population_stats(x, chunk=3, checkpoint=file, progress=interrupted)
+    ...     except KeyboardInterrupt:
+    ...         stats = population_stats(x, chunk=3, checkpoint=file)  # of five rows
+    >>> stats.count, stats.mean
+    (10, array([13.5, 14.5, 15.5]))
     """
-    _checks.axes(axis)
-    chunk = _positive(chunk)
-    dask = sys.modules.get("dask.array")
-    if dask is not None and isinstance(data, dask.Array):
-        return _of_dask(data, axis, progress)
-    arrays = [data] if hasattr(data, "shape") else data
-    if not isinstance(arrays, Iterable):
-        raise TypeError(
-            "data must be an array or an iterable of arrays, "
-            f"got {type(data).__module__}.{type(data).__qualname__}"
-        )
-    merged = Pairwise()
-    channels = None
-    bar_of = _bar(progress)
-    with ExitStack() as shown:
-        bar = None
-        for i, array in enumerate(arrays):
+    named, chunk = _sources.checked_axis(axis), _sources.positive(chunk)
+    arrays = _sources.arrays_of(data)
+    with _shown(progress) as show, Checkpoint(checkpoint) as merged:
+        run = _Run(arrays, merged, show)
+        number = 0
+        for array in arrays:  # not enumerate, which holds an array until it has the next
             try:
-                for piece in _pieces(array, axis, chunk):
-                    if bar is None:  # only once a piece has passed the checks
-                        bar = shown.enter_context(bar_of(_size(arrays)))
-                    moments = batch_norm_stats(piece, axis=axis)
-                    shape = tuple(moments.mean.shape)
-                    if channels not in (None, shape):
-                        raise ValueError(
-                            f"data has channel axes of shape {shape}, expected {channels}, the "
-                            "shape in the arrays before"
-                        )
-                    channels = shape
-                    merged.add(moments)
-                    if progress:
-                        bar.update(prod(piece.shape))
+                run.merge(_sources.Source(array, named), chunk, checkpoint is None)
             except (TypeError, ValueError) as error:
-                error.add_note(f"(array {i} of data)")
+                error.add_note(f"(array {number} of data)")
                 raise
-    if not merged:
-        raise ValueError("data has no arrays, expected at least one")
-    total: Moments = merged.total()
-    return total
+            number += 1
+            del array  # keep only one in memory
+        if not number:
+            raise ValueError("data has no arrays, expected at least one")
+        return merged.total()
 
 
 @contextmanager
@@ -219,76 +242,137 @@ def batches_of(layer: Any, seen: Pairwise) -> int | None:
     return len(seen) if weighted and layer.num_batches_tracked == 0 else None
 
 
-def _of_dask(data: Any, axis: Axis, progress: bool) -> Moments:
-    """Compute the moments of a dask array in one graph, which returns only the merged result."""
-    from dask import delayed
+class _Run:
+    """The parts of data that have been merged, and the progress shown of them."""
 
-    axes, _, _ = _checks.channel_axes(data.shape, _checks.axes(axis), "data")
-    take_numbers(np.empty(0, data.dtype), "data")
-    stats_of = delayed(batch_norm_stats)
-    merged = Pairwise()
-    for block in data.rechunk(dict.fromkeys(axes, -1)).to_delayed().ravel():
-        merged.add(stats_of(block, axis=axis))
-    with _bar(progress, of_dask=True)():
-        stats: Moments = merged.total().compute()
-    return stats
+    def __init__(
+        self,
+        arrays: Iterable[Any],
+        merged: Checkpoint,
+        show: Callable[[int, int | None], object] | None,
+    ) -> None:
+        self._arrays, self._merged, self._show = arrays, merged, show
+        self._channels: tuple[int, ...] | None = None
+        self._begun, self._done = False, merged.values()
+        self._total: int | None = None
+
+    def merge(self, source: _sources.Source, chunk: int, at_once: bool) -> None:
+        """Merge the moments of an array, of a dask array `at_once` or a few blocks at a time."""
+        if self._channels not in (None, source.channels):
+            raise ValueError(
+                f"data has channel axes of shape {source.channels}, expected {self._channels}, the "
+                "shape in the arrays before"
+            )
+        self._channels = source.channels
+        array = source.array
+        described = source.shape, str(getattr(array, "dtype", "")), source.axes
+        if not _sources.of_dask(array):
+            for cut in source.cuts(chunk):
+                if not self._merged.has(described, cut):
+                    self._merged.add(self._of_pieces(source, cut))
+                    self._tell()
+            return
+        take_floating(np.empty(0, array.dtype), "data")
+        blocks = array.rechunk(dict.fromkeys(source.axes, -1)).to_delayed().ravel()
+        step = len(blocks) if at_once else BLOCKS
+        for i in range(0, len(blocks), step):
+            if not self._merged.has(described, len(blocks), i):
+                self._merged.add(self._of_blocks(source, blocks[i : i + step]))
+                self._tell()
+
+    def _of_pieces(self, source: _sources.Source, cut: list[_sources.Index]) -> Moments:
+        """Return the moments of pieces that follow each other along the channel axes."""
+        if len(cut) == 1:
+            return self._of_piece(source, cut[0])
+        mean, m2 = np.empty(source.channels), np.empty(source.channels)
+        for index in cut:
+            if index is not cut[0]:
+                self._tell()
+            part = self._of_piece(source, index)
+            where = tuple(index[a] for a in source.axes)
+            mean[where], m2[where] = on_host(take(part.mean, "mean")), on_host(take(part.m2, "m2"))
+        return Moments(part.count, mean, m2)
+
+    def _of_piece(self, source: _sources.Source, index: _sources.Index) -> Moments:
+        piece = source.read(index)
+        self._begin()
+        moments = batch_norm_stats(piece, axis=source.axis)
+        self._done += prod(piece.shape)
+        return moments
+
+    def _of_blocks(self, source: _sources.Source, blocks: Any) -> Moments:
+        """Return the moments of blocks of a dask array, of one graph which returns only them."""
+        from dask import delayed
+        from dask.callbacks import Callback
+
+        stats_of = delayed(batch_norm_stats)
+        parts = [stats_of(block, axis=source.axis) for block in blocks]
+        merged = Pairwise()
+        for part in parts:
+            merged.add(part)
+        keys, before = {part.key for part in parts}, self._done
+
+        def count(key: Any, result: Any, *_: Any) -> None:
+            if key in keys:
+                self._done += _values(result)
+                self._tell()
+
+        self._begin()
+        with Callback(posttask=count):  # schedulers of several machines do not call it
+            moments: Moments = merged.total().compute()
+        self._done = before + _values(moments)
+        return moments
+
+    def _begin(self) -> None:
+        """Show that no more is done than a checkpoint holds, once data has passed the checks."""
+        if not self._begun:
+            self._begun = True
+            self._total = _size(self._arrays)
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._show is not None:
+            self._show(self._done, self._total)
 
 
-def _pieces(array: Any, axis: Axis, chunk: int) -> Iterator[Array]:
-    """Yield pieces of at most `chunk` values, cut along the reduced axes of an array."""
-    if not hasattr(array, "shape"):
-        take_numbers(array, "data")  # raises, as this is not an array
-    shape = tuple(array.shape)
-    axes, _, _ = _checks.channel_axes(shape, _checks.axes(axis), "data")
-    size, steps = prod(shape), list(shape)
-    if size > chunk:
-        # Cuts along the innermost axis would read every page of a memory map for every piece.
-        strides = getattr(array, "strides", None) or range(len(shape), 0, -1)
-        for a in sorted(set(range(len(shape))) - set(axes), key=lambda a: -abs(strides[a])):
-            size //= shape[a]
-            steps[a] = max(1, min(chunk // size, shape[a]))
-    cuts = (
-        [slice(begin, min(begin + step, length)) for begin in range(0, max(length, 1), step or 1)]
-        for length, step in zip(shape, steps, strict=True)
-    )
-    for index in product(*cuts):
-        piece = array[index]
-        take_numbers(piece, "data")
-        yield piece
-        del piece  # keep only one piece in memory
-
-
-def _bar(progress: bool, *, of_dask: bool = False) -> Callable[..., AbstractContextManager[Any]]:
-    """Return a function that opens a progress bar, updated with numbers of values or by dask."""
-    title = "population statistics"
-    if not progress:
-        return nullcontext
+@contextmanager
+def _shown(progress: Progress) -> Iterator[Callable[[int, int | None], object] | None]:
+    """Yield what shows the progress, by default with tqdm, or None."""
+    if callable(progress) or not progress:
+        yield progress if callable(progress) else None
+        return
     try:
-        if of_dask:
-            from tqdm.dask import TqdmCallback
-
-            return partial(TqdmCallback, desc=title, unit=" tasks")
         from tqdm.auto import tqdm
-
-        return lambda total: tqdm(desc=title, total=total, unit=" values", unit_scale=True)
     except ImportError as error:
         raise ImportError(
             'a progress bar needs tqdm: pip install "nbnorm-kernels[progress]"'
         ) from error
+    with ExitStack() as shown:
+        bars: list[Any] = []
+
+        def show(done: int, total: int | None) -> None:
+            if bars:
+                bars[0].update(done - bars[0].n)
+                return
+            bar = tqdm(
+                desc="population statistics",
+                total=total,
+                initial=done,
+                unit=" values",
+                unit_scale=True,
+            )
+            bars.append(shown.enter_context(bar))
+
+        yield show
+
+
+def _values(moments: Moments) -> int:
+    return int(moments.count * prod(moments.mean.shape))
 
 
 def _size(arrays: Iterable[Array]) -> int | None:
-    """Return the number of values, or None if only iterating over the arrays would tell."""
+    """Return the number of values, or None if only going through the arrays would tell."""
     if not isinstance(arrays, Sequence):
         return None
-    return sum(prod(getattr(array, "shape", ())) for array in arrays)
-
-
-def _positive(chunk: Any) -> int:
-    try:
-        values = operator.index(chunk)
-    except TypeError:
-        raise TypeError(f"chunk must be an int, got {chunk!r}") from None
-    if values < 1:
-        raise ValueError(f"chunk must be at least 1, got {values}")
-    return values
+    size = sum(prod(getattr(array, "shape", ())) for array in arrays)
+    return size if size == size else None  # the shape of a dask array may have NaN

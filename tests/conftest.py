@@ -18,7 +18,7 @@ settings.load_profile("nbnorm")
 CPU_ONLY = (
     *("arithmetic", "benchmarks", "cache", "config", "conventions", "digits", "distributed"),
     *("docs", "examples", "interop", "layer", "mutants", "plan", "pool", "population"),
-    *("reference", "site", "streaming", "threads", "warmup"),
+    *("reference", "resume", "site", "streaming", "streams", "threads", "warmup"),
     *("autograd", "mygrad"),
     *("torch_convert", "torch_functional", "torch_modules", "torch_operators", "torch_package"),
     *("torch_recalibrate", "torch_transforms"),

@@ -25,13 +25,16 @@ LAYERS = (
     ("nbnorm.renorm",),
     ("nbnorm.functional", "nbnorm.second_order"),
     ("nbnorm._segments",),
-    ("nbnorm._weights", "nbnorm._integers"),
-    ("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
+    ("nbnorm._weights",),
+    (
+        *("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
+        *("nbnorm._sources", "nbnorm._checkpoint"),
+    ),
     ("nbnorm._arrays",),
     ("nbnorm._checks",),
     ("nbnorm.cpu", "nbnorm.cuda"),
     ("nbnorm.cpu.*", "nbnorm.cuda.*"),
-    ("nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
+    ("nbnorm._files", "nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
     ("nbnorm._typing", "nbnorm._version", "nbnorm.activations"),
 )
 

@@ -1,0 +1,147 @@
+"""Moments merged part by part, kept in a file from which a later call goes on."""
+
+import os
+import time
+import zlib
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from nbnorm import _files
+from nbnorm._arrays import home_of, moved_to, on_host, take
+from nbnorm._typing import Array
+from nbnorm.moments import Moments, Pairwise
+
+_CONTENT = "nbnorm.population_stats 1"  # the format of files; a new number where it changes
+# A file is written when that has taken less than this part of the time since it was last written.
+SHARE = 1 / 50
+
+
+class Checkpoint:
+    """Moments merged in pairs; with a path, continued from that file and kept in it.
+
+    As a context manager it removes the file where the block ends, and leaves it up to date where an
+    exception ends the block.
+    """
+
+    def __init__(self, path: Any) -> None:
+        self._merged, self._sum = Pairwise(), 0
+        self._ahead, self._expected = 0, 0  # parts in the file that data has yet to name; their sum
+        self._path = None if path is None else _checked(path)
+        if self._path is not None and os.path.exists(self._path):
+            self._read(self._path)
+        self._restored = self._ahead > 0
+        # One object, replaced by one assignment: an interrupt between two would not leave it half.
+        self._state = self._saved = (len(self._merged), tuple(self._merged.waiting), 0)
+        self._cost, self._time = 0.0, time.perf_counter()
+
+    def __len__(self) -> int:
+        return len(self._merged)
+
+    def values(self) -> int:
+        """Return the number of values in the moments."""
+        parts = self._merged.waiting
+        return sum(int(part.count) * int(np.prod(part.mean.shape)) for part in parts)
+
+    def has(self, *part: Any) -> bool:
+        """Return True if the file has the moments of this part.
+
+        Must be called for each part in turn, with what tells it from parts of other data.
+        """
+        if self._path is None:
+            return False
+        self._sum = zlib.crc32(repr(part).encode(), self._sum)
+        if self._ahead == 0:
+            return False
+        self._ahead -= 1
+        if self._ahead == 0 and self._sum != self._expected:
+            raise self._of_other_data()
+        return True
+
+    def add(self, moments: Moments) -> None:
+        """Merge the moments of the part that `has` was called for."""
+        if self._restored:  # from NumPy arrays to what they were
+            self._merged.waiting = [_like(moments, part) for part in self._merged.waiting]
+            self._restored = False
+        self._merged.add(moments)
+        if self._path is None:
+            return
+        self._state = (len(self._merged), tuple(self._merged.waiting), self._sum)
+        if self._cost <= SHARE * (time.perf_counter() - self._time):
+            self._write(self._path)
+
+    def total(self) -> Moments:
+        """Return the moments of all parts; requires at least one."""
+        if self._ahead:
+            raise self._of_other_data()
+        total: Moments = self._merged.total()
+        return total
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._path is None:
+            return
+        if kind is None:
+            with suppress(FileNotFoundError):
+                os.remove(self._path)
+        elif self._state is not self._saved:
+            self._write(self._path)
+
+    def _read(self, path: str) -> None:
+        stored = _files.read(path, _CONTENT, "checkpoint")
+        counts, means, m2 = stored["count"].tolist(), stored["mean"], stored["m2"]
+        waiting = map(Moments, counts, means, m2)
+        self._ahead, self._expected = int(stored["number"]), int(stored["sum"])
+        self._merged = Pairwise(self._ahead, waiting)
+
+    def _write(self, path: str) -> None:
+        state = number, waiting, checksum = self._state
+        begin = time.perf_counter()
+        arrays = {
+            "number": number,
+            "sum": checksum,
+            "count": np.array([part.count for part in waiting]),
+            "mean": np.stack([on_host(take(part.mean, "mean")) for part in waiting]),
+            "m2": np.stack([on_host(take(part.m2, "m2")) for part in waiting]),
+        }
+        _files.write(path, _CONTENT, arrays)
+        self._saved, self._time = state, time.perf_counter()
+        self._cost = self._time - begin
+
+    def _of_other_data(self) -> ValueError:
+        return ValueError(
+            f"checkpoint {self._path!r} holds {len(self)} parts of other data: an array has "
+            "another shape or dtype, or axis or chunk is not what it was; remove the file to begin "
+            "anew"
+        )
+
+
+def _checked(path: Any) -> str:
+    """Return a path as a string, or raise."""
+    try:
+        path = os.fsdecode(path)
+    except TypeError:
+        raise TypeError(f"checkpoint must be a path or None, got {path!r}") from None
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"checkpoint {path!r} is in {folder!r}, which is no folder")
+    return str(path)
+
+
+def _like(moments: Moments, part: Moments) -> Moments:
+    """Return a part with arrays of the library and on the device of other moments."""
+    home = home_of(moments.mean)
+
+    def given(array: Array) -> Array:
+        return home(moved_to(moments.mean, array))
+
+    return Moments(part.count, given(part.mean), given(part.m2))

@@ -1,0 +1,68 @@
+"""Files of arrays that a later run reads back: npz, marked, and replaced as a whole."""
+
+import os
+import pickle
+import secrets
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import IO, Any
+
+import numpy as np
+
+from nbnorm._typing import NDArray
+
+# What NumPy raises for other files, cut or damaged ones; TypeError, as an array opens no block.
+_NOT_NPZ = (
+    *(EOFError, TypeError, ValueError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+)
+MARK = "format"  # the array that says what the others are, so that no other file passes for it
+
+
+def write(file: Any, content: str, arrays: dict[str, Any]) -> None:
+    """Write arrays to an npz file: to a path all at once, to a file object as it comes."""
+    marked: dict[str, Any] = {MARK: np.array(content), **arrays}
+    if hasattr(file, "write"):
+        np.savez(file, **marked)
+        return
+    with _replacing(os.path.realpath(file)) as stream:
+        np.savez(stream, **marked)
+
+
+def read(file: Any, content: str, name: str) -> dict[str, NDArray]:
+    """Return the arrays of a file that `write` has written; `name` is the caller's argument."""
+    named = f"{name} {file if hasattr(file, 'read') else os.fspath(file)!r}"
+    try:
+        with _opened(file) as stream, np.load(stream, allow_pickle=False) as stored:
+            found = str(stored[MARK]) if MARK in stored else None
+            arrays = {key: stored[key] for key in stored if found == content and key != MARK}
+            names = ", ".join(stored) or "nothing"
+    except _NOT_NPZ as error:
+        raise ValueError(f"{named} is not an npz file, or a damaged one ({error})") from error
+    if found != content:
+        holds = f"arrays named {names}" if found is None else repr(found)
+        raise ValueError(f"{named} holds {holds}, expected {content!r}")
+    return arrays
+
+
+def _opened(file: Any) -> AbstractContextManager[IO[bytes]]:
+    # NumPy does not close what it opens if that is no zip file.
+    return nullcontext(file) if hasattr(file, "read") else open(file, "rb")
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """Open a file beside `path`, which takes its place once it is whole and on the disk."""
+    beside = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(beside, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(beside)
+        raise

@@ -1,0 +1,152 @@
+"""Arrays that need not fit into memory: what is accepted, where it is cut, how a piece is read."""
+
+import operator
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import product
+from math import prod
+from typing import Any
+
+from nbnorm import _checks
+from nbnorm._arrays import take_floating
+from nbnorm._typing import Array
+
+Index = tuple[slice, ...]
+
+
+def arrays_of(data: Any) -> Iterable[Any]:
+    """Return the arrays of an argument that is one or goes through several."""
+    if hasattr(data, "shape"):
+        return (data,)
+    kind = f"{type(data).__module__}.{type(data).__qualname__}"
+    if hasattr(data, "keys"):  # a mapping would go through its keys
+        raise TypeError(
+            f"data must be an array or an iterable of arrays, got {kind}; pass data[key]"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be an array or an iterable of arrays, got {kind}")
+    return data
+
+
+def checked_axis(axis: Any) -> tuple[int | str, ...]:
+    """Return axis as a tuple, or raise TypeError; names are looked up in each array."""
+    given = axis if isinstance(axis, tuple) else (axis,)
+    if not any(isinstance(a, str) for a in given):
+        return _checks.axes(axis)
+    return tuple(a if isinstance(a, str) else _checks.axes(a)[0] for a in given)
+
+
+def positive(chunk: Any) -> int:
+    """Return the number of values of a chunk, or raise."""
+    try:
+        values = operator.index(chunk)
+    except TypeError:
+        raise TypeError(f"chunk must be an int, got {chunk!r}") from None
+    if values < 1:
+        raise ValueError(f"chunk must be at least 1, got {values}")
+    return values
+
+
+def of_dask(array: Any) -> bool:
+    """Return True for a dask array."""
+    dask = sys.modules.get("dask.array")
+    return dask is not None and isinstance(array, dask.Array)
+
+
+class Source:
+    """An array, or what reads one when it is sliced, and its channel axes.
+
+    `array` is what computes and reads: of an xarray.DataArray the dask array that it holds, or its
+    Variable, whose slices need no coordinates.
+    """
+
+    def __init__(self, array: Any, axis: tuple[int | str, ...]) -> None:
+        if not hasattr(array, "shape"):
+            take_floating(array, "data")  # raises, as this is not an array
+        self._labelled = _is_labelled(array)
+        self.array = array.variable if hasattr(array, "variable") and self._labelled else array
+        if self._labelled and array.chunks is not None:
+            self._labelled, self.array = False, self.array.data
+        named = tuple(_number(a, array) if isinstance(a, str) else a for a in axis)
+        self.shape = tuple(array.shape)
+        self.axes, self.channels, _ = _checks.channel_axes(self.shape, named, "data")
+        self.axis = self.axes[0] if len(self.axes) == 1 else self.axes
+        self.size = prod(self.shape)
+
+    def read(self, index: Index) -> Array:
+        """Return a piece as an array in memory, or raise if it has an unknown dtype."""
+        piece = self.array[index]
+        if self._labelled:
+            piece = piece.data
+        take_floating(piece, "data")
+        return piece
+
+    def cuts(self, chunk: int) -> Iterator[list[Index]]:
+        """Cut the array into pieces of at most `chunk` values, along the chunks of a file.
+
+        Yields the pieces of all channels for each part of the other axes: usually one. If chunks of
+        a file divide the channel axes, and those of all channels are too many values, it is several
+        that follow each other along the channel axes.
+        """
+        steps = self._steps(chunk)
+        ranges = [
+            [slice(i, min(i + step, length)) for i in range(0, max(length, 1), step or 1)]
+            for length, step in zip(self.shape, steps, strict=True)
+        ]
+        over = [a for a in range(len(steps)) if a not in self.axes]
+        order = [[*over, *self.axes].index(a) for a in range(len(steps))]
+        for part in product(*(ranges[a] for a in over)):
+            pieces = product(*(ranges[a] for a in self.axes))
+            yield [tuple((*part, *piece)[i] for i in order) for piece in pieces]
+
+    def _steps(self, chunk: int) -> list[int]:
+        """Return the lengths of a piece along the axes."""
+        steps, stored = list(self.shape), self._stored()
+        if stored is not None:  # while a piece is read its chunks are there as well, in both forms
+            chunk //= 3
+        if self.size <= chunk:
+            return steps
+        # Cuts along the innermost axis would read every page of a memory map for every piece.
+        strides = getattr(self.array, "strides", None) or range(len(steps), 0, -1)
+        over = [a for a in range(len(steps)) if a not in self.axes]
+        order = sorted(over, key=lambda a: -abs(strides[a]))
+        if stored is None:  # channels are never divided
+            grains = dict.fromkeys(order, 1)
+        else:  # a chunk that is read in parts is decompressed for each of them
+            order += self.axes
+            grains = {a: min(stored[a], self.shape[a]) for a in order}
+        values = self.size  # of a piece
+        for a in order:
+            values //= steps[a]
+            steps[a] = min(max(chunk // values // grains[a], 1) * grains[a], steps[a])
+            values *= steps[a]
+        return steps
+
+    def _stored(self) -> tuple[int, ...] | None:
+        """Return the shape of the chunks in which a file holds the array, or None."""
+        chunks = getattr(self.array, "chunks", None)
+        if self._labelled:
+            preferred = self.array.encoding.get("preferred_chunks", {})
+            lengths = zip(self.array.dims, self.shape, strict=True)
+            chunks = preferred and tuple(preferred.get(dim, length) for dim, length in lengths)
+        if not isinstance(chunks, tuple) or len(chunks) != len(self.shape):
+            return None
+        return chunks if all(isinstance(n, int) and n > 0 for n in chunks) else None
+
+
+def _is_labelled(array: Any) -> bool:
+    """Return True for arrays of xarray."""
+    xarray = sys.modules.get("xarray")
+    return xarray is not None and isinstance(array, xarray.DataArray | xarray.Variable)
+
+
+def _number(name: str, array: Any) -> int:
+    """Return the number of the axis with this name."""
+    if not _is_labelled(array):
+        raise TypeError(
+            f"axis must be an int or a tuple of ints, got {name!r}; only axes of xarray have names"
+        )
+    if name not in array.dims:
+        raise ValueError(f"axis {name!r} is not a dimension of data, which has {array.dims}")
+    number: int = array.get_axis_num(name)
+    return number
