@@ -2,6 +2,7 @@
 
 python benchmarks/population.py merge     # many chunks in pairs and in sequence, errors of both
 python benchmarks/population.py chunks    # a file of 2 GB, in chunks of several sizes
+python benchmarks/population.py files     # compressed files, cut along their chunks and across
 python benchmarks/population.py batches   # averages over batches, against all values together
 """
 
@@ -9,7 +10,9 @@ import argparse
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a program: make this folder's package and nbnorm importable
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,7 +23,7 @@ from benchmarks.runs import conditions, describe
 from benchmarks.tables import markdown
 from nbnorm import Moments, batch_norm_stats
 from nbnorm.moments import Pairwise
-from nbnorm.population import population_stats
+from nbnorm.population import CHUNK, population_stats
 
 DIGITS = Path(__file__).resolve().parents[1] / "docs" / "examples" / "data" / "mnist5k.npz"
 SHAPES = ((2720, 3, 256, 256), (40_000, 64, 14, 14), (4_000_000, 128))
@@ -83,6 +86,51 @@ def chunks() -> Lines:
     return lines
 
 
+class Across:
+    """A dataset that does not tell its chunks."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index]
+
+
+def files() -> Lines:
+    """Time statistics of compressed files of 256 MiB: best of three, in seconds."""
+    import h5py
+    import zarr
+
+    shape, layouts = (1024, 4, 128, 128), ((8, 4, 128, 128), (100, 1, 128, 128))
+    lines = [["file", "its chunks", "compressed, MiB", "along its chunks", "across"]]
+    rng = np.random.default_rng(0)
+    for kind, chunks in product(("Zarr", "HDF5"), layouts):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "x"
+            if kind == "Zarr":
+                x = zarr.create_array(path, shape=shape, chunks=chunks, dtype="float32")
+            else:
+                file = h5py.File(path, "w")
+                x = file.create_dataset("x", shape, "float32", chunks=chunks, compression=1)
+            for first in range(0, shape[0], 200):  # whole chunks, each compressed once
+                samples = min(200, shape[0] - first)
+                values = rng.integers(1 << 12, size=(samples, *shape[1:])) / 256
+                x[first : first + samples] = values
+            spent: dict[str, list[float]] = {"along": [], "across": []}
+            for _ in range(4):  # the first compiles and fills the page cache
+                for way, data, chunk in (("along", x, CHUNK), ("across", Across(x), CHUNK // 3)):
+                    begin = time.perf_counter()
+                    population_stats(data, chunk=chunk)
+                    spent[way].append(time.perf_counter() - begin)
+            if kind == "HDF5":
+                file.close()
+            stored = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+            size = sum(file.stat().st_size for file in stored) / 2**20
+            times = [f"{min(seconds[1:]):.2f}" for seconds in spent.values()]
+            lines.append([kind, " x ".join(map(str, chunks)), f"{size:.0f}", *times])
+    return lines
+
+
 def batches() -> Lines:
     """Greatest errors of averaged and merged statistics of a layer of 100 units on 5000 digits."""
     with np.load(DIGITS) as digits:
@@ -114,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measure = {"merge": merge, "chunks": chunks, "batches": batches}
+    measure = {"merge": merge, "chunks": chunks, "files": files, "batches": batches}
     parser.add_argument("what", choices=measure)
     what = parser.parse_args().what
     command = f"python benchmarks/population.py {what}"

@@ -15,6 +15,7 @@ from nbnorm._typing import Array
 from nbnorm.moments import Moments, Pairwise
 
 _CONTENT = "nbnorm.population_stats 1"  # the format of files; a new number where it changes
+_KEYS = ("number", "sum", "count", "mean", "m2")  # of parts; of their names; of those that wait
 # A file is written when that has taken less than this part of the time since it was last written.
 SHARE = 1 / 50
 
@@ -97,7 +98,7 @@ class Checkpoint:
             self._write(self._path)
 
     def _read(self, path: str) -> None:
-        stored = _files.read(path, _CONTENT, "checkpoint")
+        stored = _files.read(path, _CONTENT, _KEYS, "checkpoint")
         counts, means, m2 = stored["count"].tolist(), stored["mean"], stored["m2"]
         waiting = map(Moments, counts, means, m2)
         self._ahead, self._expected = int(stored["number"]), int(stored["sum"])
@@ -106,13 +107,10 @@ class Checkpoint:
     def _write(self, path: str) -> None:
         state = number, waiting, checksum = self._state
         begin = time.perf_counter()
-        arrays = {
-            "number": number,
-            "sum": checksum,
-            "count": np.array([part.count for part in waiting]),
-            "mean": np.stack([on_host(take(part.mean, "mean")) for part in waiting]),
-            "m2": np.stack([on_host(take(part.m2, "m2")) for part in waiting]),
-        }
+        counts = np.array([part.count for part in waiting])
+        means = np.stack([on_host(take(part.mean, "mean")) for part in waiting])
+        m2 = np.stack([on_host(take(part.m2, "m2")) for part in waiting])
+        arrays = dict(zip(_KEYS, (number, checksum, counts, means, m2), strict=True))
         _files.write(path, _CONTENT, arrays)
         self._saved, self._time = state, time.perf_counter()
         self._cost = self._time - begin
@@ -126,15 +124,15 @@ class Checkpoint:
 
 
 def _checked(path: Any) -> str:
-    """Return a path as a string, or raise."""
+    """Return a path that no change of the working directory affects, or raise."""
     try:
-        path = os.fsdecode(path)
+        absolute = os.path.abspath(os.fsdecode(path))
     except TypeError:
         raise TypeError(f"checkpoint must be a path or None, got {path!r}") from None
-    folder = os.path.dirname(os.path.realpath(path))
+    folder = os.path.dirname(os.path.realpath(absolute))
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"checkpoint {path!r} is in {folder!r}, which is no folder")
-    return str(path)
+        raise FileNotFoundError(f"checkpoint {absolute!r} is in {folder!r}, which is no folder")
+    return absolute
 
 
 def _like(moments: Moments, part: Moments) -> Moments:

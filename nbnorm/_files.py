@@ -5,7 +5,7 @@ import pickle
 import secrets
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ from nbnorm._typing import NDArray
 
 # What NumPy raises for other files, cut or damaged ones; TypeError, as an array opens no block.
 _NOT_NPZ = (
-    *(EOFError, TypeError, ValueError),
+    *(EOFError, KeyError, RuntimeError, TypeError, ValueError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
 )
 MARK = "format"  # the array that says what the others are, so that no other file passes for it
@@ -31,13 +31,13 @@ def write(file: Any, content: str, arrays: dict[str, Any]) -> None:
         np.savez(stream, **marked)
 
 
-def read(file: Any, content: str, name: str) -> dict[str, NDArray]:
-    """Return the arrays of a file that `write` has written; `name` is the caller's argument."""
+def read(file: Any, content: str, keys: Iterable[str], name: str) -> dict[str, NDArray]:
+    """Return arrays of a file that `write` has written; `name` is the caller's argument."""
     named = f"{name} {file if hasattr(file, 'read') else os.fspath(file)!r}"
     try:
         with _opened(file) as stream, np.load(stream, allow_pickle=False) as stored:
             found = str(stored[MARK]) if MARK in stored else None
-            arrays = {key: stored[key] for key in stored if found == content and key != MARK}
+            arrays = {key: stored[key] for key in keys if found == content}
             names = ", ".join(stored) or "nothing"
     except _NOT_NPZ as error:
         raise ValueError(f"{named} is not an npz file, or a damaged one ({error})") from error

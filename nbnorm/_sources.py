@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from math import prod
 from typing import Any
@@ -64,7 +64,7 @@ class Source:
         if not hasattr(array, "shape"):
             take_floating(array, "data")  # raises, as this is not an array
         self._labelled = _is_labelled(array)
-        self.array = array.variable if hasattr(array, "variable") and self._labelled else array
+        self.array = getattr(array, "variable", array) if self._labelled else array
         if self._labelled and array.chunks is not None:
             self._labelled, self.array = False, self.array.data
         named = tuple(_number(a, array) if isinstance(a, str) else a for a in axis)
@@ -89,6 +89,9 @@ class Source:
         that follow each other along the channel axes.
         """
         steps = self._steps(chunk)
+        if steps == self.shape:
+            yield [tuple(slice(0, length) for length in steps)]
+            return
         ranges = [
             [slice(i, min(i + step, length)) for i in range(0, max(length, 1), step or 1)]
             for length, step in zip(self.shape, steps, strict=True)
@@ -99,13 +102,14 @@ class Source:
             pieces = product(*(ranges[a] for a in self.axes))
             yield [tuple((*part, *piece)[i] for i in order) for piece in pieces]
 
-    def _steps(self, chunk: int) -> list[int]:
+    def _steps(self, chunk: int) -> Sequence[int]:
         """Return the lengths of a piece along the axes."""
-        steps, stored = list(self.shape), self._stored()
+        stored = self._stored()
         if stored is not None:  # while a piece is read its chunks are there as well, in both forms
             chunk //= 3
         if self.size <= chunk:
-            return steps
+            return self.shape
+        steps = list(self.shape)
         # Cuts along the innermost axis would read every page of a memory map for every piece.
         strides = getattr(self.array, "strides", None) or range(len(steps), 0, -1)
         over = [a for a in range(len(steps)) if a not in self.axes]

@@ -244,7 +244,7 @@ class Moments(NamedTuple):
         >>> first.merge(*others)
         Moments(count=3, mean=array([3.]), m2=array([14.]))
         """
-        stored = _files.read(file, _CONTENT, "file")
+        stored = _files.read(file, _CONTENT, cls._fields, "file")
         count: Any = stored["count"] if stored["count"].ndim else stored["count"].item()
         return cls(count, stored["mean"], stored["m2"])
 

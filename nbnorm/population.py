@@ -56,14 +56,15 @@ def population_stats(
         reduce. A str is the name of a dimension of a DataArray.
     chunk : int, default 8388608
         Maximum number of values to process at a time. Arrays are split along the reduced axes,
-        the outermost in memory first; Zarr's and HDF5's along the borders of their own chunks, so
-        that each of these is decompressed once, and is the least that is processed at a time. Has
-        no effect on dask arrays.
+        the outermost in memory first. Zarr's and HDF5's are split along the borders of their own
+        chunks, so that each of these is decompressed once, into pieces of a third as many values,
+        but of at least one chunk of the file. Has no effect on dask arrays.
     progress : bool or callable, default False
         Whether to show a progress bar of the values processed, which needs the ``progress`` extra.
         A callable is called as ``progress(done, total)`` before the first chunk and after each:
         with the number of values processed, and that of all, or None if only the end of an iterable
-        will tell. What it returns is ignored; what it raises ends the call.
+        will tell. What it returns is ignored; what it raises ends the call. A dask scheduler of
+        several machines tells it only of the end.
     checkpoint : str or path, optional
         A file that keeps what has been computed, so that a call that was interrupted can be
         repeated and goes on where that one was. See Notes.
@@ -97,9 +98,10 @@ def population_stats(
     merging in sequence gives 280.
 
     If slicing reads or copies (Zarr, h5py, arrays without an (N, C, S) view), memory holds one
-    chunk, and while it is read what the file's library needs to decompress it. A memory map takes
-    only pages that the system can reclaim. A dask array is computed by its scheduler in one go, so
-    memory holds as many blocks as the scheduler works on.
+    chunk. While Zarr or HDF5 reads, it holds its chunks both compressed and decompressed; as pieces
+    are a third of a chunk, that is less than two chunks, unless a single one of the file's is more.
+    A memory map takes only pages that the system can reclaim. A dask array is computed by its
+    scheduler in one go, so memory holds as many blocks as the scheduler works on.
 
     `checkpoint` is written as often as takes 2 % of the time, and when an exception ends the call;
     it is replaced as a whole, so it is never half written. A call that completes removes it. It
@@ -265,7 +267,7 @@ class _Run:
             )
         self._channels = source.channels
         array = source.array
-        described = source.shape, str(getattr(array, "dtype", "")), source.axes
+        described = source.shape, getattr(array, "dtype", None), source.axes
         if not _sources.of_dask(array):
             for cut in source.cuts(chunk):
                 if not self._merged.has(described, cut):

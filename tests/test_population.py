@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 import weakref
-from itertools import pairwise
+from itertools import pairwise, product
 
 import ml_dtypes
 import numpy as np
@@ -118,6 +118,41 @@ def test_however_an_array_is_cut(shape_and_axis, chunk, offset, layout, seed):
     assert_statistics(comp, x, axis, merges=merges_of(x.size))
 
 
+@given(
+    shape_and_axis=shapes_and_axes(most=3000, least_count=1),
+    chunk=st.integers(1, 4000),
+    drawn_chunks=st.data(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_however_a_file_is_divided(shape_and_axis, chunk, drawn_chunks, seed):
+    """Every value is read once; no chunk of the file is in two pieces, which are no larger."""
+    shape, axis = shape_and_axis
+    x = drawn(shape, seed=seed, offset=1.0)
+    stored = Stored(x)
+    stored.chunks = tuple(drawn_chunks.draw(st.integers(1, n + 2)) for n in shape)
+    comp = population_stats(stored, axis=axis, chunk=chunk)
+    assert_statistics(comp, x, axis, merges=merges_of(x.size))
+    owner = np.full(shape, -1)
+    for number, index in enumerate(stored.indices):
+        assert (owner[index] == -1).all()
+        assert owner[index].size <= max(chunk // 3, math.prod(stored.chunks))
+        owner[index] = number
+    assert (owner >= 0).all()
+    for begin in product(*(range(0, n, c) for n, c in zip(shape, stored.chunks, strict=True))):
+        block = owner[tuple(slice(i, i + c) for i, c in zip(begin, stored.chunks, strict=True))]
+        assert (block == block.flat[0]).all()
+
+
+@pytest.mark.parametrize(
+    "chunks", [(3, 3), (4.0, 3, 4, 4), ((7, 5), 3, 4, 4), "abcd", (0, 3, 4, 4)]
+)
+def test_chunks_that_say_nothing_are_no_borders(chunks, pieces):
+    stored = Stored(drawn((60, 3, 4, 4)))
+    stored.chunks = chunks
+    population_stats(stored, chunk=500)
+    assert [piece.size for piece in pieces] == [480] * 6
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (5, 0), (0, 3, 4), (3, 2, 0)], ids=str)
 def test_an_array_without_values(shape):
     comp = population_stats(np.zeros(shape))
@@ -159,9 +194,10 @@ class Stored:
 
     def __init__(self, array):
         self._array, self.shape = array, array.shape
-        self.reads = []
+        self.reads, self.indices = [], []
 
     def __getitem__(self, index):
+        self.indices.append(index)
         self.reads.append(self._array[index].size)
         return self._array[index].copy()
 
@@ -450,6 +486,33 @@ def test_no_progress_unless_asked_for(bars, capsys):
     population_stats(drawn((50, 3)))
     assert not bars
     assert not capsys.readouterr().err
+
+
+def test_a_callable_is_told_of_values():
+    x = drawn((50, 3, 4))
+    for data, total in ((x, 600), ([x, x[:7]], 684), (iter([x, x[:7]]), None)):
+        calls = []
+        population_stats(data, chunk=60, progress=lambda *call, told=calls: told.append(call))
+        most = 684 if total is None else total
+        assert calls == [
+            (done, total) for done in (*range(0, 600, 60), 600, 660, 684) if done <= most
+        ]
+
+
+def test_what_a_callable_raises_ends_the_call():
+    def stop(done, total):
+        raise KeyError(done)
+
+    with pytest.raises(KeyError, match=r"^0$"):
+        population_stats(drawn((50, 3)), progress=stop)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 3), int), np.zeros(4), "text"])
+def test_a_callable_is_not_told_of_data_that_is_refused(bad):
+    calls = []
+    with pytest.raises((TypeError, ValueError)):
+        population_stats(bad, progress=lambda *call: calls.append(call))
+    assert not calls
 
 
 def test_progress_without_tqdm_names_the_extra(monkeypatch):

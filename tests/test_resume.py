@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from itertools import count
 
 import numpy as np
@@ -151,6 +152,22 @@ def test_a_damaged_file_is_refused(tmp_path):
         Moments.load(path)
 
 
+def test_any_byte_may_be_damaged(tmp_path):
+    """What is loaded is what was saved, or nothing is."""
+    path, moments = tmp_path / "file", Moments(3, np.array([0.5, 1.5]), np.array([0.25, 1.0]))
+    moments.save(path)
+    whole, refused = path.read_bytes(), 0
+    for where in range(len(whole)):
+        path.write_bytes(whole[:where] + bytes([whole[where] ^ 255]) + whole[where + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of zipfile, about names
+            try:
+                assert_same(Moments.load(path), moments)
+            except (ValueError, OSError):
+                refused += 1
+    assert refused > len(whole) / 2
+
+
 # Checkpoints
 
 
@@ -219,6 +236,20 @@ def test_arrays_go_on_where_they_were(tmp_path, kind, interrupt):
     assert_same(comp, population_stats(arrays, chunk=60))
     assert [array.reads for array in rest[:interrupt]] == [0] * interrupt
     assert all(array.reads for array in rest[interrupt:])
+
+
+def test_a_relative_path_stays_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def wandering():
+        yield X
+        os.chdir(tmp_path / "elsewhere")
+        raise StopError
+
+    with pytest.raises(StopError):
+        population_stats(wandering(), checkpoint="checkpoint")
+    assert (tmp_path / "checkpoint").exists()
 
 
 def test_within_an_array(tmp_path):
