@@ -53,6 +53,11 @@ def of_dask(array: Any) -> bool:
     return dask is not None and isinstance(array, dask.Array)
 
 
+def check_type(array: Any) -> None:
+    """Raise if this is not an array, or of a dtype that `batch_norm_stats` does not accept."""
+    take_floating(array, "data")
+
+
 class Source:
     """An array, or what reads one when it is sliced, and its channel axes.
 
@@ -62,7 +67,7 @@ class Source:
 
     def __init__(self, array: Any, axis: tuple[int | str, ...]) -> None:
         if not hasattr(array, "shape"):
-            take_floating(array, "data")  # raises, as this is not an array
+            check_type(array)  # raises, as this is not an array
         self._labelled = _is_labelled(array)
         self.array = getattr(array, "variable", array) if self._labelled else array
         if self._labelled and array.chunks is not None:
@@ -78,7 +83,7 @@ class Source:
         piece = self.array[index]
         if self._labelled:
             piece = piece.data
-        take_floating(piece, "data")
+        check_type(piece)
         return piece
 
     def cuts(self, chunk: int) -> Iterator[list[Index]]:
@@ -128,7 +133,10 @@ class Source:
 
     def _stored(self) -> tuple[int, ...] | None:
         """Return the shape of the chunks in which a file holds the array, or None."""
-        chunks = getattr(self.array, "chunks", None)
+        try:
+            chunks = getattr(self.array, "chunks", None)
+        except NotImplementedError:  # Zarr's, if chunks differ in length
+            return None
         if self._labelled:
             preferred = self.array.encoding.get("preferred_chunks", {})
             lengths = zip(self.array.dims, self.shape, strict=True)

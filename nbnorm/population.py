@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _sources
-from nbnorm._arrays import on_host, take, take_floating
+from nbnorm._arrays import on_host, take
 from nbnorm._checkpoint import Checkpoint
 from nbnorm._typing import Array, NamedAxis
 from nbnorm.functional import batch_norm_stats
@@ -274,7 +274,7 @@ class _Run:
                     self._merged.add(self._of_pieces(source, cut))
                     self._tell()
             return
-        take_floating(np.empty(0, array.dtype), "data")
+        _sources.check_type(np.empty(0, array.dtype))
         blocks = array.rechunk(dict.fromkeys(source.axes, -1)).to_delayed().ravel()
         step = len(blocks) if at_once else BLOCKS
         for i in range(0, len(blocks), step):

@@ -153,6 +153,16 @@ def test_chunks_that_say_nothing_are_no_borders(chunks, pieces):
     assert [piece.size for piece in pieces] == [480] * 6
 
 
+def test_chunks_that_differ_in_length_are_no_borders(pieces):
+    class Irregular(Stored):
+        @property
+        def chunks(self):
+            raise NotImplementedError
+
+    population_stats(Irregular(drawn((60, 3, 4, 4))), chunk=500)
+    assert [piece.size for piece in pieces] == [480] * 6
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (5, 0), (0, 3, 4), (3, 2, 0)], ids=str)
 def test_an_array_without_values(shape):
     comp = population_stats(np.zeros(shape))
