@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from nbnorm import _checks
-from nbnorm._arrays import take_floating
+from nbnorm._arrays import take_numbers
 from nbnorm._typing import Array
 
 Index = tuple[slice, ...]
@@ -55,7 +55,7 @@ def of_dask(array: Any) -> bool:
 
 def check_type(array: Any) -> None:
     """Raise if this is not an array, or of a dtype that `batch_norm_stats` does not accept."""
-    take_floating(array, "data")
+    take_numbers(array, "data")
 
 
 class Source:

@@ -80,8 +80,7 @@ def population_stats(
     ------
     TypeError
         `data` is neither an array nor an iterable of arrays, or an array has a dtype that
-        `batch_norm_stats` does not accept. Convert integers, such as images, with
-        ``(array.astype("f4") for array in arrays)``. An axis is a name, but the array has none.
+        `batch_norm_stats` does not accept. An axis is a name, but the array has none.
     ValueError
         `data` has no arrays; channel axes have different shapes; axis is invalid; chunk is less
         than 1; `checkpoint` is a file of something else, or of a call with other data.

@@ -1123,6 +1123,36 @@ FUNCTIONS = of(
     ),
 )
 
+INTEGERS = [
+    *of(
+        "cpu/integers",
+        (
+            "test_integers.py",
+            ("return lambda view: new(0, np.int32)", "return lambda view: new(0, np.int16)"),
+            ("squares - d * (d / m)", "squares"),
+            ("K * (s + d)", "K * s"),
+            ("c0 + (j // S) % (c1 - c0)", "c0 + (j // S)"),
+            ("    clear(sums)\n", ""),
+        ),
+    ),
+    *of(
+        "_integers",
+        (
+            "test_integers.py",
+            ('if value is not None and name != "fill"', "if False"),
+            ("if self.m > MOST:", "if False:"),
+            ('self.dtype = result_dtype(dtype, "dtype")', "self.dtype = np.dtype(dtype)"),
+        ),
+    ),
+    *of(
+        "cpu/storage",
+        (
+            "test_integers.py",
+            ("np.float32(values[j].integer)", "np.float32(abs(values[j].integer))"),
+        ),
+    ),
+]
+
 POPULATION = [
     *of(
         "_sources",

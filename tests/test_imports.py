@@ -25,7 +25,7 @@ LAYERS = (
     ("nbnorm.renorm",),
     ("nbnorm.functional", "nbnorm.second_order"),
     ("nbnorm._segments",),
-    ("nbnorm._weights",),
+    ("nbnorm._weights", "nbnorm._integers"),
     (
         *("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
         *("nbnorm._sources", "nbnorm._checkpoint"),

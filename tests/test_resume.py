@@ -239,17 +239,22 @@ def test_arrays_go_on_where_they_were(tmp_path, kind, interrupt):
 
 
 def test_a_relative_path_stays_where_it_is(tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
 
     def wandering():
         yield X
-        os.chdir(tmp_path / "elsewhere")
+        os.chdir(elsewhere)
+        yield X
         raise StopError
 
     with pytest.raises(StopError):
         population_stats(wandering(), checkpoint="checkpoint")
-    assert (tmp_path / "checkpoint").exists()
+    assert not list(elsewhere.iterdir())
+    arrays = [X] * 3
+    comp = population_stats(arrays, checkpoint=tmp_path / "checkpoint")
+    assert_same(comp, population_stats(arrays))
 
 
 def test_within_an_array(tmp_path):

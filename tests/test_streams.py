@@ -204,6 +204,13 @@ def test_what_holds_several_arrays_is_refused(group):
         population_stats(data)
 
 
+@kinds
+def test_bytes_in_a_file(kind):
+    x = np.random.default_rng(0).integers(256, size=SHAPE, dtype=np.uint8)
+    comp = population_stats(KINDS[kind](x, (7, 2, 20, 10)).dataset, chunk=6000)
+    assert_statistics(comp, x.astype("float32"), merges=merges_of(x.size))
+
+
 def test_integers_in_a_file_are_named(tmp_path):
     stored = InZarr(np.zeros((40, 3), int), (10, 3))
     with pytest.raises(TypeError, match=r"^data has dtype int64"):
