@@ -1,5 +1,6 @@
 """Settings shared by all tests, and the backend that they run on."""
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import filterfalse
 
@@ -12,6 +13,8 @@ from hypothesis import Phase, settings
 # test's name alone, so that a failure repeats on any machine.
 settings.register_profile("nbnorm", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("nbnorm")
+# For `--hypothesis-profile few`, which is enough to reach lines.
+settings.register_profile("few", settings.get_profile("nbnorm"), max_examples=4)
 
 
 # Tests of NumPy's memory, of CPU threads or of no backend at all.
@@ -38,6 +41,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Leave slow tests out of `pytest` alone, and share its files between two processes."""
+    given = config.args_source is pytest.Config.ArgsSource.ARGS
+    option = config.option
+    if given or option.keyword or option.markexpr:
+        return
+    option.markexpr = "not slow"
+    if getattr(option, "numprocesses", 0) is None and not (option.usepdb or option.collectonly):
+        option.numprocesses, option.dist = min(2, os.cpu_count() or 1), "loadfile"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--backend")
     if name == "simulator":
@@ -56,8 +71,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in filter(_compiles_for_halves, items):
         item.add_marker("slow")
-    if _asks_for_nothing(config):
-        _deselect(config, items, _is_slow)
     if config.getoption("--backend") in backends.ON_DEVICE:
         _deselect(config, items, _is_about_the_cpu)
 
@@ -68,12 +81,6 @@ def thread_count() -> Iterator[int]:
     before = numba.get_num_threads()
     yield before
     numba.set_num_threads(before)
-
-
-def _asks_for_nothing(config: pytest.Config) -> bool:
-    """`pytest` alone: no file, no -k and no -m."""
-    given = config.args_source is pytest.Config.ArgsSource.ARGS
-    return not (given or config.option.keyword or config.option.markexpr)
 
 
 def _deselect(
@@ -96,10 +103,6 @@ def _compiles_for_halves(item: pytest.Item) -> bool:
         and params is not None
         and any(str(value) in ("float16", "bfloat16") for value in params.params.values())
     )
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    return item.get_closest_marker("slow") is not None
 
 
 def _is_about_the_cpu(item: pytest.Item) -> bool:
