@@ -1,8 +1,9 @@
-"""Inference as scale and shift, and folded into the preceding linear or convolution layer."""
+"""Inference as scale and shift, and folded into a linear or convolution layer beside it."""
 
 import numpy as np
 
 from nbnorm._arrays import home_of, on_its_device, take_floating
+from nbnorm._kernel_axes import Padding, View, is_padded, view_of
 from nbnorm._typing import Array, NDArray
 from nbnorm.moments import rstd_of
 
@@ -64,37 +65,44 @@ def fold_into_linear(
     var: Array,
     *,
     eps: float = 1e-5,
+    norm_first: bool = False,
+    layout: str = "OI",
 ) -> tuple[Array, Array]:
-    """Fold batch normalization at inference into the preceding linear layer.
+    """Fold batch normalization at inference into the linear layer before or after it.
 
-    With s = gamma / sqrt(var + eps), computes W' = s W and b' = beta + (b - mean) s, so that
-    W' u + b' = BN(W u + b). Computes in float64 and rounds once.
+    With s = gamma / sqrt(var + eps) and t = beta - mean s, computes W' = s W and b' = s b + t, so
+    that W' u + b' = BN(W u + b). With `norm_first`, computes W' = W s and b' = b + W t, so that
+    W' u + b' = W BN(u) + b. Computes in float64 and rounds once.
 
     Parameters
     ----------
-    weight : array of shape (out, in)
-        Weight of the layer, any floating dtype.
+    weight : array of shape (out, in), or (in, out)
+        Weight of the layer, any floating dtype. `layout` says which.
     bias : array of shape (out,), or None
         Bias of the layer. None means 0.
     gamma, beta : array of shape (out,), or None
-        Scale and shift. None means 1 and 0.
+        Scale and shift; of shape (in,) with `norm_first`. None means 1 and 0.
     mean, var : array of shape (out,)
-        Population statistics.
+        Population statistics; of shape (in,) with `norm_first`.
     eps : float, default 1e-5
         Added to the variance; finite and not negative.
+    norm_first : bool, default False
+        Whether batch normalization comes before the layer: it normalises the layer's input.
+    layout : {"OI", "IO"}, default "OI"
+        Axes of `weight`: (out, in), as in PyTorch, or (in, out), as in Keras and Flax.
 
     Returns
     -------
     weight, bias : array
-        New arrays of shapes (out, in) and (out,), with the library and dtype of the arguments. If
-        `bias` is None, the new bias has those of `weight`.
+        New arrays of the shape of `weight` and (out,), with the library and dtype of the arguments.
+        If `bias` is None, the new bias has those of `weight`.
 
     Raises
     ------
     TypeError
         An argument is not a floating array.
     ValueError
-        A shape is wrong; `eps` is negative or not finite.
+        A shape is wrong; `eps` is negative or not finite; `layout` is unknown.
 
     Examples
     --------
@@ -103,17 +111,22 @@ def fold_into_linear(
     >>> weight, mean, var = np.array([[2.0, 4.0]]), np.array([3.0]), np.array([4.0])
     >>> fold_into_linear(weight, None, None, None, mean, var, eps=0.0)
     (array([[1., 2.]]), array([-1.5]))
+
+    Batch normalization of the two inputs, before the layer:
+
+    >>> mean, var = np.array([3.0, 0.0]), np.array([4.0, 1.0])
+    >>> fold_into_linear(weight, None, None, None, mean, var, eps=0.0, norm_first=True)
+    (array([[1., 4.]]), array([-3.]))
     """
     taken = take_floating(weight, "weight")
+    if layout not in ("OI", "IO"):
+        raise ValueError(f"layout is {layout!r}, expected 'OI' (out, in) or 'IO' (in, out)")
     if taken.ndim != 2:
-        raise ValueError(f"weight has shape {taken.shape}, expected (out, in)")
-    expected = taken.shape[:1]
-    of = f"for weight of shape {taken.shape}"
-    scale, shift = _scale_and_shift(gamma, beta, mean, var, eps, expected, of)
-    shift = _folded_bias(bias, scale, shift, expected, of)
-    with np.errstate(all="ignore"):
-        folded = taken * scale[:, None]
-    return _cast(folded, weight), _cast(shift, weight if bias is None else bias)
+        names = "(out, in)" if layout == "OI" else "(in, out)"
+        raise ValueError(f"weight has shape {taken.shape}, expected {names}")
+    of = f"for weight of shape {taken.shape}" + " and layout 'IO'" * (layout == "IO")
+    view = View((layout.index("O"), layout.index("I")), groups=1, inputs_whole=False)
+    return _fold(weight, bias, (gamma, beta, mean, var), eps, view, norm_first, of)
 
 
 @on_its_device("weight")
@@ -128,28 +141,44 @@ def fold_into_conv(
     eps: float = 1e-5,
     transposed: bool = False,
     groups: int = 1,
+    norm_first: bool = False,
+    padding: Padding | None = None,
+    layout: str | None = None,
 ) -> tuple[Array, Array]:
-    """Fold batch normalization at inference into the preceding convolution.
+    """Fold batch normalization at inference into the convolution before or after it.
 
-    Like `fold_into_linear`, but scales the kernel of every output channel. Weights have PyTorch's
-    layout, with any number of kernel axes.
+    Like `fold_into_linear`, but scales the kernel of every output channel or, with `norm_first`, of
+    every input channel. Kernels have any number of axes.
 
     Parameters
     ----------
     weight : array of shape ``(out, in / groups, *kernel)`` or ``(in, out / groups, *kernel)``
         Weight of the convolution, any floating dtype. The second form applies if `transposed`.
+        `layout` names any other order of these axes.
     bias : array of shape (out,), or None
         Bias of the layer. None means 0.
     gamma, beta : array of shape (out,), or None
-        Scale and shift. None means 1 and 0.
+        Scale and shift; of shape (in,) with `norm_first`. None means 1 and 0.
     mean, var : array of shape (out,)
-        Population statistics.
+        Population statistics; of shape (in,) with `norm_first`.
     eps : float, default 1e-5
         Added to the variance; finite and not negative.
     transposed : bool, default False
         Whether the layer is a transposed convolution.
     groups : int, default 1
         Number of groups of the convolution.
+    norm_first : bool, default False
+        Whether batch normalization comes before the layer: it normalises the layer's input.
+    padding : int, str or sequence of int, optional
+        Zeros around the input of the convolution, in any form that frameworks take: 1, (0, 1),
+        ((1, 1), (2, 2)), "valid", "same", "causal". Needed with `norm_first` unless `transposed`;
+        otherwise padding does not matter. Padding that repeats or reflects the input counts as 0.
+    layout : str, optional
+        Axes of `weight`, a letter each: "O" for out, "I" for in, and others for the kernel. By
+        default PyTorch's, "OIHW" (transposed: "IOHW"). Keras, TensorFlow and Flax have "HWIO";
+        Keras's and TensorFlow's transposed convolutions "HWOI". "M" in place of "O" is the
+        multiplier of a depthwise convolution, "HWIM" in Keras and TensorFlow: output channel
+        ``i * M + m`` belongs to input channel i.
 
     Returns
     -------
@@ -163,7 +192,17 @@ def fold_into_conv(
         An argument is not a floating array.
     ValueError
         A shape is wrong; `eps` is negative or not finite; `groups` is not a positive integer or
-        does not divide the length of the first axis of `weight`.
+        does not divide the channels; `layout` does not fit `weight`, or is depthwise beside
+        `groups` or `transposed`. With `norm_first`: `padding` is missing, is nonzero, or the layer
+        is transposed; the last two are allowed if the shift is 0 in every channel.
+
+    Notes
+    -----
+    A network that normalises and then pads has zeros at the border. The folded layer pads before
+    its weight has normalised anything, and 0 would become the shift. To fold such a layer, pad its
+    input by the value that becomes 0, -shift / scale of `fold_batch_norm` in each channel, and let
+    the layer itself pad nothing. In a transposed convolution the number of kernel elements that
+    reach an output, and so what they add of the shift, depends on its position.
 
     Examples
     --------
@@ -174,26 +213,78 @@ def fold_into_conv(
     >>> weight, bias = fold_into_conv(weight, bias, None, None, mean, var, eps=0.0)
     >>> weight[:, 0, 0], bias
     (array([1. , 0.5]), array([0., 0.]))
+
+    A Keras layer, of shape (kernel, in, out), after batch normalization:
+
+    >>> weight, one = np.ones((3, 1, 2)), np.ones(1)
+    >>> options = {"eps": 0.0, "norm_first": True, "padding": "valid", "layout": "WIO"}
+    >>> fold_into_conv(weight, bias, 2 * one, None, one, one, **options)[1]
+    array([-6., -6.])
     """
     taken = take_floating(weight, "weight")
     if taken.ndim < 3:
-        layout = "(in, out/groups, *kernel)" if transposed else "(out, in/groups, *kernel)"
-        raise ValueError(f"weight has shape {taken.shape}, expected {layout}")
-    _check_groups(groups, taken.shape, "in" if transposed else "out")
-    # View both layouts as (groups, a, b, *kernel). The output channels are (groups, a) or,
-    # transposed, (groups, b).
-    grouped = taken.reshape(groups, taken.shape[0] // groups, *taken.shape[1:])
-    channels = 2 if transposed else 1
-    expected = (groups * grouped.shape[channels],)
+        axes = "(in, out/groups, *kernel)" if transposed else "(out, in/groups, *kernel)"
+        expected = axes if layout is None else f"axes {layout!r}"
+        raise ValueError(f"weight has shape {taken.shape}, expected {expected}")
+    view = view_of(taken.shape, layout, groups, transposed)
     of = f"for weight of shape {taken.shape}"
+    if layout is not None:
+        of += f" and layout {layout!r}"
     if groups > 1:
         of += f" and groups {groups}"
-    scale, shift = _scale_and_shift(gamma, beta, mean, var, eps, expected, of)
-    shift = _folded_bias(bias, scale, shift, expected, of)
+    padded = padding is not None and is_padded(padding, view.kernel(taken.shape))
+    obstacle = ""
+    if norm_first and transposed:
+        obstacle = _REACHED_UNEVENLY
+    elif norm_first and padding is None:
+        raise ValueError("padding is None, expected the layer's padding (0 if none) for norm_first")
+    elif norm_first and padded:
+        obstacle = _PADDED_AFTER.format(padding)
+    return _fold(weight, bias, (gamma, beta, mean, var), eps, view, norm_first, of, obstacle)
+
+
+_PADDED_AFTER = (
+    "padding is {!r}, but zeros that are padded after batch normalization are not zeros before it: "
+    "pad the input with -shift / scale of fold_batch_norm instead, and pass padding=0"
+)
+_REACHED_UNEVENLY = (
+    "norm_first is True, but a transposed convolution adds the shift of batch normalization more "
+    "often to some outputs than to others, which no bias can do: keep the batch normalization"
+)
+
+
+def _fold(
+    weight: Array,
+    bias: Array | None,
+    norm: tuple[Array | None, Array | None, Array, Array],
+    eps: float,
+    view: View,
+    norm_first: bool,
+    of: str,
+    obstacle: str = "",
+) -> tuple[Array, Array]:
+    """Return weight and bias; raise `obstacle` if there is one and a shift is not 0."""
+    taken = take_floating(weight, "weight")
+    grouped = view.of(taken)
+    # Batch normalization has the channels of one side, whose axes are 0 and this one.
+    side = 2 if norm_first else 1
+    outs = (view.groups * grouped.shape[1],)
+    channels = (view.groups * grouped.shape[side],)
     per_kernel = [1] * grouped.ndim
-    per_kernel[0], per_kernel[channels] = groups, grouped.shape[channels]
+    per_kernel[0], per_kernel[side] = view.groups, grouped.shape[side]
+
+    expected_for = of + " and norm_first=True" * norm_first
+    scale, shift = _scale_and_shift(*norm, eps, channels, expected_for)
+    if obstacle and (shift != 0).any():
+        raise ValueError(obstacle)
+    factor = None if norm_first else scale
     with np.errstate(all="ignore"):
-        folded = (grouped * scale.reshape(per_kernel)).reshape(taken.shape)
+        folded = grouped * scale.reshape(per_kernel)
+        if norm_first:
+            terms = grouped * shift.reshape(per_kernel)
+            shift = terms.sum(axis=tuple(range(2, terms.ndim))).reshape(outs)
+    shift = _folded_bias(bias, factor, shift, outs, of)
+    folded = view.back(folded, taken.shape)
     return _cast(folded, weight), _cast(shift, weight if bias is None else bias)
 
 
@@ -219,13 +310,14 @@ def _scale_and_shift(
 
 
 def _folded_bias(
-    bias: Array | None, scale: NDArray, shift: NDArray, expected: tuple[int, ...], of: str
+    bias: Array | None, scale: NDArray | None, shift: NDArray, expected: tuple[int, ...], of: str
 ) -> NDArray:
-    """Return bias * scale + shift in float64; None means a bias of 0."""
+    """Return bias * scale + shift in float64; None means a bias of 0 and a scale of 1."""
     if bias is None:
         return shift
     with np.errstate(all="ignore"):
-        return _float64(bias, "bias", expected, of) * scale + shift
+        scaled = _float64(bias, "bias", expected, of)
+        return (scaled if scale is None else scaled * scale) + shift
 
 
 def _float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArray:
@@ -236,18 +328,7 @@ def _float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArr
     return array.astype(np.float64)
 
 
-def _check_groups(groups: int, shape: tuple[int, ...], role: str) -> None:
-    """Raise if `groups` does not divide the first axis of the weight."""
-    if isinstance(groups, bool | np.bool) or not isinstance(groups, int | np.integer) or groups < 1:
-        raise ValueError(f"groups must be a positive integer, got {groups!r}")
-    if shape[0] % groups != 0:
-        raise ValueError(
-            f"groups is {groups}, which does not divide the {shape[0]} {role} channels "
-            f"of weight of shape {shape}"
-        )
-
-
 def _cast(array: NDArray, like: Array) -> Array:
-    """Round a float64 result once, to the dtype and library of `like`."""
+    """Round a float64 result once, to the dtype and library of `like`, in C order."""
     with np.errstate(all="ignore"):
-        return home_of(like)(array.astype(take_floating(like, "like").dtype))
+        return home_of(like)(array.astype(take_floating(like, "like").dtype, order="C"))

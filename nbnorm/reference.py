@@ -444,31 +444,47 @@ def fold_batch_norm(
 @_quiet
 def fold_into_linear(
     weight: NDArray, bias: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray,
-    *, eps: float = 1e-5,
+    *, eps: float = 1e-5, norm_first: bool = False, layout: str = "OI",
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
-    """Return W and b of scale (W u + b) + shift, for a weight of shape (out, in)."""
+    """Return W and b of scale (W u + b) + shift or, `norm_first`, of W (scale u + shift) + b."""
     scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
-    folded_bias = shift if bias is None else scale * _long(bias) + shift
-    return _long(weight) * scale[:, None], folded_bias
+    W = _long(weight) if layout == "OI" else _long(weight).T
+    b = np.zeros(len(W)) if bias is None else _long(bias)
+    W, b = (W * scale, b + W @ shift) if norm_first else (scale[:, None] * W, scale * b + shift)
+    return W if layout == "OI" else W.T, b
 
 
 @_quiet
 def fold_into_conv(
     weight: NDArray, bias: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, var: NDArray,
-    *, eps: float = 1e-5, transposed: bool = False, groups: int = 1,
+    *, eps: float = 1e-5, transposed: bool = False, groups: int = 1, norm_first: bool = False,
+    padding: Any = None, layout: str | None = None,
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
-    """Return the weight and bias of the convolution followed by scale and shift.
+    """Return the weight and bias of the convolution with scale and shift after or before it.
 
     Weights have shape ``(out, in / groups, *kernel)`` or, transposed,
-    ``(in, out / groups, *kernel)``. In the latter, weight[i, j] contributes to output channel j of
-    the group of input channel i.
+    ``(in, out / groups, *kernel)``, or what `layout` says. In the former, weight[o, i] takes input
+    channel i of the group of output channel o; in the latter, weight[i, o] contributes to output
+    channel o of the group of input channel i. `padding` must be none.
     """
     scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
-    i, j = np.indices(weight.shape[:2])
-    channel = i // (weight.shape[0] // groups) * weight.shape[1] + j if transposed else i
-    factor = scale[channel].reshape(channel.shape + (1,) * (weight.ndim - 2))
-    folded_bias = shift if bias is None else scale * _long(bias) + shift
-    return _long(weight) * factor, folded_bias
+    layout = layout or ("IO" if transposed else "OI") + "K" * (weight.ndim - 2)
+    length = dict(zip(layout, weight.shape, strict=True))
+    index = dict(zip(layout, np.indices(weight.shape), strict=True))  # of each element
+    if "M" in layout:
+        i, o, outs = index["I"], index["I"] * length["M"] + index["M"], length["I"] * length["M"]
+    elif transposed:
+        i, outs = index["I"], groups * length["O"]
+        o = i // (length["I"] // groups) * length["O"] + index["O"]
+    else:
+        o, outs = index["O"], length["O"]
+        i = o // (length["O"] // groups) * length["I"] + index["I"]
+    b = np.zeros(outs, np.longdouble) if bias is None else _long(bias)
+    if not norm_first:
+        return _long(weight) * scale[o], scale * b + shift
+    added = np.zeros_like(b)
+    np.add.at(added, o, _long(weight) * shift[i])  # sum of W shift over i and the kernel
+    return _long(weight) * scale[i], b + added
 
 
 def _reduction(x: NDArray, axis: Axis) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

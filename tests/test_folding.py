@@ -1,12 +1,20 @@
-"""Batch normalization at inference as a linear map, and folded into the layer before it."""
+"""Batch normalization at inference as a linear map, and folded into the layer beside it."""
 
 import itertools
+import math
+import os
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from strategies import DTYPES, dtype_of
+from tolerances import one_unit
 
+import nbnorm
 from nbnorm import reference
 from nbnorm.folding import fold_batch_norm, fold_into_conv, fold_into_linear
 
@@ -355,3 +363,454 @@ def test_bad_eps_is_refused(eps):
     ):
         with pytest.raises(ValueError, match="eps must be finite and not negative"):
             call()
+
+
+# Both ways, in any layout
+
+
+@dataclass
+class Layer:
+    """A convolution, or without a kernel a linear layer, and a batch normalization beside it."""
+
+    kernel: tuple[int, ...]
+    groups: int
+    inside: int  # channels of a group
+    outside: int
+    kind: str  # plain, transposed or depthwise
+    norm_first: bool
+    absent: tuple[str, ...]
+    dtype: str
+    seed: int
+    order: tuple[int, ...] | None  # of the axes in memory; None: the default
+    options: dict = field(init=False)
+
+    def __post_init__(self):
+        if self.kind == "depthwise":
+            self.inside = 1
+        rng = np.random.default_rng(self.seed)
+        self.ins, self.outs = self.groups * self.inside, self.groups * self.outside
+        dtype, channels = dtype_of(self.dtype), self.ins if self.norm_first else self.outs
+        # As (out, in of a group, *kernel), or transposed as (in, out of a group, *kernel).
+        shape = (self.ins, self.outside) if self.kind == "transposed" else (self.outs, self.inside)
+        self.weight = rng.standard_normal((*shape, *self.kernel)).astype(dtype)
+        bias, gamma, beta, mean = (
+            rng.standard_normal(n).astype(dtype) for n in (self.outs, *[channels] * 3)
+        )
+        if self.norm_first and self.kind == "transposed":  # cannot have a shift
+            beta, mean = None, 0 * mean
+        self.bn = gamma, beta, mean, rng.uniform(0.1, 2, channels).astype(dtype)
+        self.bn = with_none(self.bn, self.absent)
+        self.bias = None if "bias" in self.absent else bias
+        self.u = rng.standard_normal((2, self.ins, *(k + 1 for k in self.kernel)))
+
+        letters = ("IO" if self.kind == "transposed" else "OI") + "DHW"[3 - len(self.kernel) :]
+        stored = self.weight
+        if self.kind == "depthwise":
+            letters = "IM" + letters[2:]
+            stored = stored.reshape(self.groups, self.outside, *self.kernel)
+        self.options = {"eps": EPS, "norm_first": self.norm_first}
+        if self.kernel and self.kind != "depthwise":
+            self.options |= {"groups": self.groups, "transposed": self.kind == "transposed"}
+        if self.kernel and self.norm_first:
+            self.options["padding"] = (0, "valid", "VALID", [0, (0, 0)])[self.seed % 4]
+        self.stored = stored if self.order is None else stored.transpose(self.order)
+        if self.order is not None:
+            self.options["layout"] = "".join(letters[axis] for axis in self.order)
+
+    def arguments(self):
+        """Return what the function takes."""
+        return (self.stored, self.bias, *self.bn)
+
+    def back(self, stored):
+        """Return a weight as it was before it was put in order."""
+        if self.order is not None:
+            stored = stored.transpose(np.argsort(self.order))
+        return stored.reshape(self.weight.shape)
+
+    def run(self, u, weight, bias):
+        """Return the layer's result in float64."""
+        bias = np.zeros(self.outs) if bias is None else bias.astype(np.float64)
+        layer = conv_transposed if self.kind == "transposed" else conv
+        return layer(u, weight.astype(np.float64), bias, self.groups)
+
+    def apart(self):
+        """Return the result of batch normalization and layer, one after the other."""
+        if self.norm_first:
+            return self.run(batch_norm(self.u, *self.bn, axis=1), self.weight, self.bias)
+        return batch_norm(self.run(self.u, self.weight, self.bias), *self.bn, axis=1)
+
+    def scale(self):
+        """Return the sum of the magnitudes of all terms of a result, at most."""
+        gamma, beta, mean, var = self.bn
+        factor = np.abs(1.0 if gamma is None else gamma.astype(np.float64)) / np.sqrt(
+            var.astype(np.float64) + EPS
+        )
+        shift = np.abs(mean) * factor + (0 if beta is None else np.abs(beta))
+        terms = math.prod(self.weight.shape) * max(1, self.groups)
+        most = np.abs(self.u).max(initial=1) * np.abs(self.weight.astype(float)).max(initial=1)
+        bias = 3.0 if self.bias is None else 3 + np.abs(self.bias.astype(float)).max(initial=0)
+        return (most * terms + bias) * (1 + factor.max(initial=0)) * (1 + shift.max(initial=0))
+
+
+@st.composite
+def layers(draw):
+    kernel = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
+    kind = draw(st.sampled_from(["plain", "transposed", "depthwise"])) if kernel else "plain"
+    axes = tuple(range(2 + len(kernel)))
+    orders = st.permutations(axes).map(tuple)
+    # A depthwise weight in PyTorch's layout is that of a convolution with groups.
+    order = draw(orders if kind == "depthwise" else st.none() | orders)
+    return Layer(
+        kernel,
+        draw(st.integers(1, 3)) if kernel else 1,
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 4)),
+        kind,
+        draw(st.booleans()),
+        draw(st.sampled_from(ABSENT)),
+        draw(st.sampled_from(DTYPES)),
+        draw(st.integers(0, 2**32 - 1)),
+        order,
+    )
+
+
+@given(layers())
+@settings(max_examples=300)
+def test_folded_is_as_apart_whatever_the_order_and_the_layout(layer):
+    function = fold_into_conv if layer.kernel else fold_into_linear
+    # In float64, where a result differs by roundings only.
+    wide = [None if a is None else a.astype(np.float64) for a in layer.arguments()]
+    weight, bias = function(*wide, **layer.options)
+    assert weight.shape == layer.stored.shape
+    assert bias.shape == (layer.outs,)
+    comp = layer.run(layer.u, layer.back(weight), bias)
+    ref = layer.apart()
+    assert_allclose(comp, ref, rtol=0, atol=np.finfo(np.float64).eps * layer.scale())
+
+
+@given(layers())
+@settings(max_examples=300)
+def test_both_ways_agree_with_the_oracle_to_one_rounding(layer):
+    name = "fold_into_conv" if layer.kernel else "fold_into_linear"
+    comp = getattr(nbnorm.folding, name)(*layer.arguments(), **layer.options)
+    ref = getattr(reference, name)(*layer.arguments(), **layer.options)
+    for array, expected in zip(comp, ref, strict=True):
+        assert array.dtype == dtype_of(layer.dtype)
+        # ml_dtypes rounds float64 to bfloat16 by way of float32.
+        half = 0.5 if layer.dtype != "bfloat16" else 0.5 + 2.0**-16
+        rounding = half * one_unit(expected, array.dtype)
+        rounding += np.finfo(np.float64).eps * layer.scale()  # of the float64 arithmetic
+        assert np.all(np.abs(array.astype(np.float64) - expected) <= rounding)
+
+
+FIRST = {"norm_first": True, "eps": EPS}
+
+
+def copied(torch, *modules):
+    """Fill layers of PyTorch with random values of which no two are alike."""
+    for i, module in enumerate(modules):
+        for j, tensor in enumerate((*module.parameters(), *module.buffers())):
+            if tensor.dim():
+                rng = np.random.default_rng([i, j])
+                tensor.copy_(torch.from_numpy(rng.uniform(0.2, 2, tensor.shape)))
+
+
+def of_torch(*modules):
+    """Return their parameters and statistics in the order of the functions' arguments."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dim()]
+    return [tensor.detach() for tensor in tensors]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_the_convolutions_of_torch_absorb_batch_norm_before_them(groups, mode):
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        bn = torch.nn.BatchNorm2d(6, eps=EPS, dtype=torch.float64).eval()
+        layer = torch.nn.Conv2d(
+            *(6, 12, (2, 3)),
+            stride=2,
+            dilation=(1, 2),
+            groups=groups,
+            padding=0 if mode == "zeros" else 1,
+            padding_mode=mode,
+            dtype=torch.float64,
+        )
+        copied(torch, bn, layer)
+        u = torch.randn(2, 6, 7, 9, dtype=torch.float64)
+        ref = layer(bn(u))
+        # Padding with values of the input itself is normalised like the rest.
+        weight, bias = fold_into_conv(*of_torch(layer, bn), groups=groups, padding=0, **FIRST)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        assert_allclose(layer(u).numpy(), ref.numpy(), rtol=1e-13, atol=1e-12)
+
+
+def test_zeros_are_padded_exactly_by_the_value_that_becomes_0():
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        bn = torch.nn.BatchNorm2d(6, eps=EPS, dtype=torch.float64).eval()
+        layer = torch.nn.Conv2d(6, 4, 3, padding=1, dtype=torch.float64)
+        copied(torch, bn, layer)
+        u = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+        ref = layer(bn(u))
+        with pytest.raises(ValueError, match=r"padding is \(1, 1\), but .*pad the input with -shi"):
+            fold_into_conv(*of_torch(layer, bn), padding=layer.padding, **FIRST)
+        # What the error says.
+        scale, shift = fold_batch_norm(*of_torch(bn), eps=EPS)
+        padded = (-shift / scale)[:, None, None].repeat(2, 1, 7, 9)
+        padded[:, :, 1:-1, 1:-1] = u
+        folded = fold_into_conv(*of_torch(layer, bn), padding=0, **FIRST)
+        comp = torch.nn.functional.conv2d(padded, *folded)
+        assert_allclose(comp.numpy(), ref.numpy(), rtol=1e-13, atol=1e-12)
+        # Without a shift, zeros stay zeros.
+        bn.running_mean.zero_()
+        bn.bias.zero_()
+        ref = layer(bn(u))
+        folded = fold_into_conv(*of_torch(layer, bn), padding="same", **FIRST)
+        comp = torch.nn.functional.conv2d(u, *folded, padding=1)
+        assert_allclose(comp.numpy(), ref.numpy(), rtol=1e-13, atol=1e-12)
+
+
+def test_an_image_that_is_normalised_and_flattened():
+    rng = np.random.default_rng(0)
+    x, bn = rng.standard_normal((5, 3, 2, 4)), statistics(3)
+    weight, bias = rng.standard_normal((6, 24)), rng.standard_normal(6)
+    first, last = (batch_norm(x, *bn, axis=1).transpose(t) for t in ((0, 1, 2, 3), (0, 2, 3, 1)))
+    for y, spread, u in (
+        (first, np.repeat, x),
+        (last, np.tile, x.transpose(0, 2, 3, 1)),
+    ):
+        repeated = [spread(array, 8) for array in bn]
+        folded, shift = fold_into_linear(weight, bias, *repeated, **FIRST)
+        comp = u.reshape(5, -1) @ folded.T + shift
+        assert_allclose(comp, y.reshape(5, -1) @ weight.T + bias, rtol=1e-12, atol=1e-12)
+
+
+# Layers of Keras, after which its batch normalization has its channels in the last axis. SHAPE of
+# the input, and the options of the function.
+KERAS = {
+    "Dense": ((5,), {"units": 4}, {"layout": "IO"}),
+    "Conv1D": ((8, 6), {"filters": 4, "kernel_size": 3}, {"layout": "WIO"}),
+    "Conv2D": (
+        (7, 8, 6),
+        {"filters": 4, "kernel_size": (2, 3), "strides": 2},
+        {"layout": "HWIO"},
+    ),
+    "Conv2D with groups": (
+        (7, 8, 6),
+        {"filters": 4, "kernel_size": (2, 3), "groups": 2},
+        {"layout": "HWIO", "groups": 2},
+    ),
+    "Conv3D": ((4, 5, 6, 2), {"filters": 3, "kernel_size": (1, 2, 3)}, {"layout": "DHWIO"}),
+    "DepthwiseConv1D": ((8, 6), {"kernel_size": 3, "depth_multiplier": 2}, {"layout": "WIM"}),
+    "DepthwiseConv2D": (
+        (7, 8, 6),
+        {"kernel_size": (2, 3), "depth_multiplier": 2},
+        {"layout": "HWIM"},
+    ),
+    "Conv1DTranspose": (
+        (8, 6),
+        {"filters": 4, "kernel_size": 3, "strides": 2},
+        {"layout": "WOI", "transposed": True},
+    ),
+    "Conv2DTranspose": (
+        (4, 5, 6),
+        {"filters": 4, "kernel_size": (2, 3), "strides": 2},
+        {"layout": "HWOI", "transposed": True},
+    ),
+}
+
+
+# Keras converts its variables to NumPy arrays in a way that NumPy deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("name", KERAS)
+def test_layers_of_keras_absorb_batch_norm(name, norm_first):
+    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    keras = pytest.importorskip("keras")
+    shape, arguments, options = KERAS[name]
+    rng = np.random.default_rng(0)
+    layer = getattr(keras.layers, name.partition(" ")[0])(**arguments)
+    layer.build((None, *shape))
+    weight, bias = layer.get_weights()
+    bias = rng.standard_normal(bias.shape).astype(np.float32)
+    layer.set_weights([weight, bias])
+    bn = statistics(shape[-1] if norm_first else bias.size, np.float32)
+    if norm_first and options.get("transposed"):
+        bn[1] *= 0
+        bn[2] *= 0
+    norm = keras.layers.BatchNormalization(epsilon=EPS)
+    norm.build((None, *shape[:-1], bn[0].size))
+    norm.set_weights(bn)
+    u = rng.standard_normal((2, *shape)).astype(np.float32)
+    ref = layer(norm(u)) if norm_first else norm(layer(u))
+    if norm_first and "Conv" in name:
+        options = options | {"padding": layer.padding}
+    function = fold_into_linear if name == "Dense" else fold_into_conv
+    layer.set_weights(function(weight, bias, *bn, eps=EPS, norm_first=norm_first, **options))
+    comp, ref = (keras.ops.convert_to_numpy(array) for array in (layer(u), ref))
+    # Sums of at most 18 products near 1, in float32.
+    assert_allclose(comp, ref, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_separable_convolutions_of_keras_have_the_output_in_their_second_kernel():
+    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    keras = pytest.importorskip("keras")
+    layer = keras.layers.SeparableConv2D(4, (2, 3), depth_multiplier=2)
+    layer.build((None, 7, 8, 6))
+    depthwise, pointwise, bias = layer.get_weights()
+    u = np.random.default_rng(0).standard_normal((2, 7, 8, 6)).astype(np.float32)
+    bn = statistics(4, np.float32)
+    ref = batch_norm(keras.ops.convert_to_numpy(layer(u)), *bn, axis=-1)
+    folded = fold_into_conv(pointwise, bias, *bn, eps=EPS, layout="HWIO")
+    layer.set_weights([depthwise, *folded])
+    assert_allclose(keras.ops.convert_to_numpy(layer(u)), ref, rtol=1e-5, atol=2e-5)
+
+
+FLAX = {
+    "ConvTranspose": ({}, "HWIO", {"transposed": True}),
+    "ConvTranspose with transpose_kernel": (
+        {"transpose_kernel": True},
+        "HWOI",
+        {"transposed": True},
+    ),
+    "Conv": ({"feature_group_count": 2}, "HWIO", {"groups": 2}),
+}
+
+
+@pytest.mark.parametrize("name", FLAX)
+def test_convolutions_of_flax_absorb_batch_norm(name):
+    linen = pytest.importorskip("flax.linen")
+    arguments, layout, options = FLAX[name]
+    rng = np.random.default_rng(0)
+    cls = getattr(linen, name.partition(" ")[0])
+    layer = cls(4, (2, 3), strides=(2, 1), **arguments)
+    lengths = {"H": 2, "W": 3, "I": 6 // options.get("groups", 1), "O": 4}
+    kernel = rng.standard_normal([lengths[letter] for letter in layout]).astype(np.float32)
+    bias, u = rng.standard_normal(4), rng.standard_normal((2, 5, 6, 6)).astype(np.float32)
+    bias, bn = bias.astype(np.float32), statistics(4, np.float32)
+    z = layer.apply({"params": {"kernel": kernel, "bias": bias}}, u)
+    ref = batch_norm(np.asarray(z), *bn, axis=-1)
+    kernel, bias = fold_into_conv(kernel, bias, *bn, eps=EPS, layout=layout, **options)
+    comp = layer.apply({"params": {"kernel": kernel, "bias": bias}}, u)
+    # Sums of at most 36 products near 1, in float32.
+    assert_allclose(comp, ref, rtol=1e-5, atol=5e-5)
+
+
+PADDED = [1, (0, 1), [[0, 0], [1, 0]], "same", "SAME", "causal", np.int64(2)]
+
+
+@pytest.mark.parametrize("padding", PADDED, ids=str)
+def test_padding_after_a_shift_is_refused(padding):
+    weight, bn = np.ones((4, 3, 2, 1)), statistics(3)
+    with pytest.raises(ValueError, match="zeros that are padded after batch normalization are not"):
+        fold_into_conv(weight, None, *bn, padding=padding, **FIRST)
+    fold_into_conv(weight, None, bn[0], None, 0 * bn[2], bn[3], padding=padding, **FIRST)
+    fold_into_conv(weight, None, *statistics(4), padding=padding)  # does not matter
+    bn[1][:], bn[2][:] = 0, 0
+    bn[1][2] = 1e-300
+    with pytest.raises(ValueError, match="padding is"):
+        fold_into_conv(weight, None, *bn, padding=padding, **FIRST)
+
+
+def test_a_kernel_of_one_value_needs_no_padding_to_keep_the_size():
+    weight, bn = np.ones((4, 3, 1, 1)), statistics(3)
+    for padding in ("same", "valid", 0, (0, 0), ((0, 0), (0, 0))):
+        fold_into_conv(weight, None, *bn, padding=padding, **FIRST)
+    with pytest.raises(ValueError, match="padding is 1"):
+        fold_into_conv(weight, None, *bn, padding=1, **FIRST)
+
+
+def test_padding_must_be_told_where_it_matters():
+    weight, bn = np.ones((4, 3, 2)), statistics(3)
+    with pytest.raises(ValueError, match=r"padding is None, expected the layer's padding \(0 if"):
+        fold_into_conv(weight, None, *bn, **FIRST)
+    match = "a transposed convolution adds the shift .* keep the batch normalization"
+    with pytest.raises(ValueError, match=match):
+        fold_into_conv(weight, None, *statistics(4), transposed=True, **FIRST)
+
+
+@pytest.mark.parametrize("padding", ["full", "", -1, 1.0, True, (0, -1), (0, None), {}, np.ones(2)])
+def test_padding_is_integers_or_a_word(padding):
+    for norm_first in (False, True):
+        bn = statistics(3 if norm_first else 4)
+        with pytest.raises(ValueError, match="padding must be integers that are not negative, 'va"):
+            fold_into_conv(np.ones((4, 3, 2)), None, *bn, norm_first=norm_first, padding=padding)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "OIH", "OIHWD", "OOIH", "OIHH", "HWMO", "OIMH", "", 4])
+def test_unknown_layouts_are_refused(layout):
+    weight, rest = np.ones((4, 3, 2, 2)), [None, None, None, np.ones(4), np.ones(4)]
+    with pytest.raises(
+        ValueError, match=r"layout is .*, expected 4 different letters for weight of"
+    ):
+        fold_into_conv(weight, *rest, layout=layout)
+    with pytest.raises(ValueError, match=r"layout is .*, expected 'OI' \(out, in\) or 'IO'"):
+        fold_into_linear(weight[..., 0, 0], *rest, layout=layout)
+
+
+def test_depthwise_layouts_have_neither_groups_nor_a_transposed_form():
+    weight, rest = np.ones((2, 2, 3, 2)), [None, None, None, np.ones(6), np.ones(6)]
+    fold_into_conv(weight, *rest, layout="HWIM")
+    for options in ({"groups": 3}, {"transposed": True}):
+        with pytest.raises(
+            ValueError, match=r"layout is 'HWIM', which is depthwise, expected neit"
+        ):
+            fold_into_conv(weight, *rest, layout="HWIM", **options)
+
+
+def test_shapes_are_told_with_the_side_that_they_belong_to():
+    wrong = [None, None, np.ones(5), np.ones(5)]
+    options = {"norm_first": True, "padding": 0}
+    match = r"var has shape \(5,\), expected \(6,\) for weight of shape \(2, 3, 4\) and layout "
+    match += "'WIO' and groups 2 and norm_first=True"
+    with pytest.raises(ValueError, match=match):
+        fold_into_conv(np.ones((2, 3, 4)), None, *wrong, layout="WIO", groups=2, **options)
+    match = r"bias has shape \(3,\), expected \(4,\) for weight of shape \(3, 4\) and layout 'IO'$"
+    with pytest.raises(ValueError, match=match):
+        fold_into_linear(np.ones((3, 4)), np.ones(3), *statistics(3), layout="IO", norm_first=True)
+    match = r"groups is 3, which does not divide the 4 out channels of weight of shape \(2, 3, 4\)"
+    with pytest.raises(ValueError, match=match):
+        fold_into_conv(np.ones((2, 3, 4)), None, *wrong, layout="WIO", groups=3)
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 4\), expected axes 'WIO'"):
+        fold_into_conv(np.ones((3, 4)), None, *wrong, layout="WIO")
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected \(in, out\)"):
+        fold_into_linear(np.ones(3), None, *wrong, layout="IO")
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (4, 0, 2), (4, 3, 0), (0, 0, 0)])
+def test_empty_weights_fold_to_the_bias(shape):
+    for norm_first, transposed in itertools.product([False, True], repeat=2):
+        channels = shape[0 if transposed == norm_first else 1]
+        bn = statistics(channels)
+        if transposed:
+            bn[1], bn[2] = 0 * bn[1], 0 * bn[2]
+        outs = shape[1 if transposed else 0]
+        options = {"norm_first": norm_first, "transposed": transposed, "padding": 0}
+        weight, bias = fold_into_conv(np.ones(shape), np.ones(outs), *bn, **options)
+        assert weight.shape == shape
+        assert bias.shape == (outs,)
+        if norm_first:
+            assert_array_equal(bias, 1)
+    weight, bias = fold_into_conv(
+        np.ones(shape), None, *statistics(np.prod(shape[:2])), layout="IMW"
+    )
+    assert bias.shape == (np.prod(shape[:2]),)
+
+
+def test_results_are_contiguous_in_any_layout():
+    weight = np.ones((3, 3, 6, 4)).transpose(1, 0, 2, 3)
+    folded, _ = fold_into_conv(weight, None, *statistics(4), layout="HWIO")
+    assert folded.flags.c_contiguous
+
+
+def test_a_channel_of_nan_reaches_what_the_layer_makes_of_it():
+    weight = np.ones((2, 4, 1))
+    weight[1, 2] = 0
+    gamma, beta, mean, var = statistics(4)
+    mean[2] = np.nan
+    folded, bias = fold_into_conv(weight, None, gamma, beta, mean, var, padding=0, **FIRST)
+    assert np.isfinite(folded).all()
+    assert np.isnan(bias).all()  # 0 times NaN is NaN in the layer, too

@@ -34,7 +34,7 @@ LAYERS = (
     ("nbnorm._checks",),
     ("nbnorm.cpu", "nbnorm.cuda"),
     ("nbnorm.cpu.*", "nbnorm.cuda.*"),
-    ("nbnorm._files", "nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
+    ("nbnorm._files", "nbnorm._kernel_axes", "nbnorm._layout", "nbnorm._running", "nbnorm.pool"),
     ("nbnorm._typing", "nbnorm._version", "nbnorm.activations"),
 )
 

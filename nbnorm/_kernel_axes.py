@@ -1,0 +1,95 @@
+"""Axes of the weights of layers, in the order of any framework, and whether a layer pads."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbnorm._typing import NDArray
+
+Padding = int | str | Sequence[Any]
+
+
+class View(NamedTuple):
+    """How to see a weight as (groups, out, in, *kernel)."""
+
+    order: tuple[int, ...]  # its axes: (all channels of one side, the other's in a group, *kernel)
+    groups: int
+    inputs_whole: bool  # the side of which all channels have one axis
+
+    def kernel(self, shape: tuple[int, ...]) -> list[int]:
+        """Return the lengths of the kernel of a weight of this shape."""
+        return [shape[axis] for axis in self.order[2:]]
+
+    def of(self, weight: NDArray) -> NDArray:
+        """Return the weight as (groups, out, in, *kernel)."""
+        whole, *rest = (weight.shape[axis] for axis in self.order)
+        share = whole // max(self.groups, 1)  # depthwise and without channels there is no group
+        grouped = weight.transpose(self.order).reshape(self.groups, share, *rest)
+        return grouped.swapaxes(1, 2) if self.inputs_whole else grouped
+
+    def back(self, grouped: NDArray, shape: tuple[int, ...]) -> NDArray:
+        """Return what `of` made of a weight of this shape."""
+        moved = grouped.swapaxes(1, 2) if self.inputs_whole else grouped
+        moved = moved.reshape([shape[axis] for axis in self.order])
+        return moved.transpose([self.order.index(axis) for axis in range(len(shape))])
+
+
+def view_of(shape: tuple[int, ...], layout: str | None, groups: int, transposed: bool) -> View:
+    """Check `layout` and `groups`, and return how to see a weight of a convolution."""
+    order = tuple(range(len(shape)))
+    depthwise = isinstance(layout, str) and "M" in layout
+    if layout is not None:
+        sides = "IM" if depthwise else "IO" if transposed else "OI"
+        letters = set(layout) if isinstance(layout, str) else set()
+        distinct = len(letters) == len(shape) and len(layout) == len(shape)
+        if not distinct or not letters >= set(sides) or letters >= set("OM"):
+            raise ValueError(
+                f"layout is {layout!r}, expected {len(shape)} different letters for weight of "
+                f"shape {shape}: 'O' and 'I' (depthwise 'I' and 'M'), and one for each axis of the "
+                "kernel, such as 'OIHW', 'HWIO' or 'HWIM'"
+            )
+        whole, other = map(layout.index, sides)
+        order = (whole, other, *(axis for axis in order if axis not in (whole, other)))
+    if depthwise:
+        if groups != 1 or transposed:
+            raise ValueError(
+                f"layout is {layout!r}, which is depthwise, expected neither groups (got "
+                f"{groups!r}) nor transposed (got {transposed!r}) beside it"
+            )
+        return View(order, shape[order[0]], inputs_whole=True)
+    _check_groups(groups, shape[order[0]], "in" if transposed else "out", shape)
+    return View(order, groups, inputs_whole=transposed)
+
+
+def is_padded(padding: Padding, kernel: list[int]) -> bool:
+    """Return whether a convolution with a kernel of these lengths pads its input."""
+    if isinstance(padding, str):
+        if padding.lower() in ("same", "causal"):
+            return any(length > 1 for length in kernel)
+        if padding.lower() == "valid":
+            return False
+    elif isinstance(padding, Sequence):
+        amounts = [is_padded(each, kernel) for each in padding]  # all are checked
+        return any(amounts)
+    elif (
+        isinstance(padding, int | np.integer)
+        and not isinstance(padding, bool | np.bool)
+        and padding >= 0
+    ):
+        return bool(padding > 0)
+    raise ValueError(
+        f"padding must be integers that are not negative, 'valid', 'same' or 'causal', "
+        f"got {padding!r}"
+    )
+
+
+def _check_groups(groups: int, channels: int, role: str, shape: tuple[int, ...]) -> None:
+    """Raise if `groups` does not divide the channels that share one axis of the weight."""
+    if isinstance(groups, bool | np.bool) or not isinstance(groups, int | np.integer) or groups < 1:
+        raise ValueError(f"groups must be a positive integer, got {groups!r}")
+    if channels % groups != 0:
+        raise ValueError(
+            f"groups is {groups}, which does not divide the {channels} {role} channels "
+            f"of weight of shape {shape}"
+        )
