@@ -1,4 +1,4 @@
-"""ONNX: `BatchNormalization` for the reference evaluator, and a `Backend` that uses it."""
+"""ONNX: `BatchNormalization` for the reference evaluator, a `Backend` that uses it, and `fold`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,11 @@ from onnx.reference.op_run import OpRun
 from nbnorm._frame import Frame
 from nbnorm._typing import NDArray
 from nbnorm.functional import batch_norm_forward, batch_norm_inference, batch_norm_stats
+from nbnorm.integrations._onnx_fold import fold
 
-__all__ = ["Backend", "BatchNormalization"]
+__all__ = ["Backend", "BatchNormalization", "fold"]
+
+fold.__module__ = __name__  # for help and pickling, rather than the private module
 
 
 class BatchNormalization(OpRun):
