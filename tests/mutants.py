@@ -1209,6 +1209,89 @@ POPULATION = [
     ),
 ]
 
+FOLDING = [
+    *of(
+        "folding",
+        (
+            "test_folding.py",
+            ("side = 2 if norm_first else 1", "side = 1"),
+            ("if obstacle and (shift != 0).any():", "if obstacle and shift.all():"),
+            ("factor = None if norm_first else scale", "factor = scale"),
+            ("    if norm_first and transposed:", "    if False:"),
+            ("elif norm_first and padding is None:", "elif False:"),
+            ("elif norm_first and padded:", "elif False:"),
+            ('dtype, order="C")', "dtype)"),
+        ),
+    ),
+    *of(
+        "_kernel_axes",
+        (
+            "test_folding.py",
+            ("max(self.groups, 1)", "self.groups"),
+            ("grouped.swapaxes(1, 2) if self.inputs_whole else grouped\n\n", "grouped\n\n"),
+            ('"IO" if transposed else "OI"', '"OI"'),
+            ('or letters >= set("OM")', ""),
+            ("if groups != 1 or transposed:", "if groups != 1:"),
+            ("return any(length > 1 for length in kernel)", "return True"),
+            ("and padding >= 0", ""),
+        ),
+    ),
+    *of(
+        "integrations/torch/_fold",
+        (
+            "integrations/test_torch_fold.py",
+            ("if model.training:", "if False:"),
+            ("input.dim() == self.rank,", "True,"),
+            ("        if _hooked(m):", "        if False:"),
+            ("            inside = tracer.hooked", "            inside = []"),
+            ("if count > 1}", "if False}"),
+            ('if node.op == "get_attr":', "if False:"),
+            ("if any(len(node.args) != 1 or node.kwargs for node in norms):", "if False:"),
+            ("if not others or not all(other in norms for other in others):", "if False:"),
+            (
+                "if any(id(parameter) in self.shared for parameter in layer.parameters()):",
+                "if False:",
+            ),
+            ("        if _hooked(layer):", "        if False:"),
+            ("if norm.training:", "if False:"),
+            ("if activation is not True or norm_first:", "if activation is not True:"),
+            ('if layer.padding_mode == "zeros" else 0', ""),
+            ("if _RANKS[type(layer)] not in _ACCEPTED[type(norm)]:", "if False:"),
+            ("if module is norm:", "if module is norm and name != 'again':"),
+            ("instead.eval()", "instead"),
+        ),
+    ),
+    *of(
+        "integrations/_onnx_fold",
+        (
+            "integrations/test_onnx_fold.py",
+            ("if trains or any(node.output[1:]):", "if trains:"),
+            ('if not attributes.get("spatial", 1):', "if False:"),
+            ("if self.ir_version < 4:", "if False:"),
+            ("        if scope.uses[value] != 1:", "        if False:"),
+            ('if is_a(layer.first, "MatMul"):', "if False:"),
+            ("or layer.first.output[0] != first.output[0]", ""),
+            ('if attributes_of(first).get("transA", 0):', "if False:"),
+            ("weight = weight * attributes", "weight = weight + 0 * attributes"),
+            ("bias = bias * attributes", "bias = bias + 0 * attributes"),
+            ("if bias.shape[:-1] not in ((), (1,)) or", "if"),
+            ("scope.uses[first.output[0]] == 1", "True"),
+            ('if a.name in ("alpha", "beta")', "if False"),
+        ),
+    ),
+    *of(
+        "integrations/_onnx_graph",
+        (
+            "integrations/test_onnx_fold.py",
+            ("        if name in self.inputs:", "        if False:"),
+            ("if users and self.uses[name] == 1 else None", "if users else None"),
+            ("if self.ranks.get(name) != 2:", "if False:"),
+            ("uses.update(uses_of(inner))", "pass"),
+            ("if external_data_helper.uses_external_data(tensor):", "if False:"),
+        ),
+    ),
+]
+
 MUTANTS = [
     *(
         *LAYOUT,
@@ -1242,4 +1325,5 @@ MUTANTS = [
     ),
     *(*SHORTCUT, *ORDINARY, *OBJECTS, *OVERLOADS, *COMPILING),
     *(*INTEGERS, *LAUNCH, *HOST, *THREADS, *SECOND_ORDER, *ACTIVATIONS, *FUNCTIONS),
+    *FOLDING,
 ]
