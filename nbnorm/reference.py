@@ -101,11 +101,11 @@ def batch_norm_inference(
     groups: int | None = None, offsets: OptArray = None,
     mask: OptArray = None, lengths: OptArray = None,
     length_axis: int | None = None, weights: OptArray = None,
-    fill: float | None = 0.0, out: OptArray = None,
+    fill: float | None = 0.0, dtype: Any = None, out: OptArray = None,
 ) -> NDArray:  # fmt: skip
     """Algorithm 2, line 11, before rearranging it to scale and shift (`fold_batch_norm`).
 
-    Returns y, with x's shape.
+    Returns y, with x's shape, in float64 if x holds integers, whatever `dtype` is asked for.
     """
     rstd = _rstd(_wide(var, x), eps)
     return batch_norm_apply(
