@@ -46,8 +46,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Leave slow tests out of `pytest` alone, and share its files between two processes."""
     given = config.args_source is pytest.Config.ArgsSource.ARGS
     option = config.option
-    if given or option.keyword or option.markexpr:
-        return
+    if given or option.keyword or option.markexpr or hasattr(config, "workerinput"):
+        return  # a process of the two has the options of the first
     option.markexpr = "not slow"
     if getattr(option, "numprocesses", 0) is None and not (option.usepdb or option.collectonly):
         option.numprocesses, option.dist = min(2, os.cpu_count() or 1), "loadfile"
