@@ -1,6 +1,5 @@
 """Settings shared by all tests, and the backend that they run on."""
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import filterfalse
 
@@ -23,8 +22,8 @@ CPU_ONLY = (
     *("docs", "examples", "interop", "layer", "mutants", "plan", "pool", "population"),
     *("reference", "resume", "site", "streaming", "streams", "threads", "warmup"),
     *("autograd", "mygrad"),
-    *("torch_convert", "torch_fold", "torch_functional", "torch_modules", "torch_operators"),
-    *("torch_package", "torch_recalibrate", "torch_transforms"),
+    *("torch_convert", "torch_functional", "torch_modules", "torch_operators", "torch_package"),
+    *("torch_recalibrate", "torch_transforms"),
 )
 
 
@@ -39,18 +38,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if session.config.getoption("--no-skips") and reporter and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Leave slow tests out of `pytest` alone, and share its files between two processes."""
-    given = config.args_source is pytest.Config.ArgsSource.ARGS
-    option = config.option
-    if given or option.keyword or option.markexpr or hasattr(config, "workerinput"):
-        return  # a process of the two has the options of the first
-    option.markexpr = "not slow"
-    if getattr(option, "numprocesses", 0) is None and not (option.usepdb or option.collectonly):
-        option.numprocesses, option.dist = min(2, os.cpu_count() or 1), "loadfile"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in filter(_compiles_for_halves, items):
         item.add_marker("slow")
+    if _asks_for_nothing(config):
+        _deselect(config, items, _is_slow)
     if config.getoption("--backend") in backends.ON_DEVICE:
         _deselect(config, items, _is_about_the_cpu)
 
@@ -81,6 +70,12 @@ def thread_count() -> Iterator[int]:
     before = numba.get_num_threads()
     yield before
     numba.set_num_threads(before)
+
+
+def _asks_for_nothing(config: pytest.Config) -> bool:
+    """`pytest` alone: no file, no -k and no -m."""
+    given = config.args_source is pytest.Config.ArgsSource.ARGS
+    return not (given or config.option.keyword or config.option.markexpr)
 
 
 def _deselect(
@@ -103,6 +98,10 @@ def _compiles_for_halves(item: pytest.Item) -> bool:
         and params is not None
         and any(str(value) in ("float16", "bfloat16") for value in params.params.values())
     )
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 def _is_about_the_cpu(item: pytest.Item) -> bool:
