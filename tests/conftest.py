@@ -18,9 +18,9 @@ settings.register_profile("few", settings.get_profile("nbnorm"), max_examples=4)
 
 # Tests of NumPy's memory, of CPU threads or of no backend at all.
 CPU_ONLY = (
-    *("arithmetic", "benchmarks", "cache", "config", "conventions", "digits", "distributed"),
-    *("docs", "examples", "interop", "layer", "mutants", "plan", "pool", "population"),
-    *("reference", "resume", "site", "streaming", "streams", "threads", "warmup"),
+    *("arithmetic", "benchmarks", "cache", "config", "conventions", "demo", "demo_browser"),
+    *("digits", "distributed", "docs", "examples", "interop", "layer", "mutants", "plan", "pool"),
+    *("population", "reference", "resume", "site", "streaming", "streams", "threads", "warmup"),
     *("autograd", "mygrad"),
     *("torch_convert", "torch_functional", "torch_modules", "torch_operators", "torch_package"),
     *("torch_recalibrate", "torch_transforms"),

@@ -18,6 +18,7 @@ PACKAGE = Path(nbnorm.__file__).parent
 # A module imports from its own layer and from lower ones. The first matching pattern counts.
 LAYERS = (
     ("nbnorm", "nbnorm.__main__", "nbnorm.config"),
+    ("nbnorm._demo*",),
     ("nbnorm.integrations*",),
     ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
     # cpu.overloads implements functional's calls for compiled code, beside the kernels.
