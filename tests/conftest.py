@@ -22,8 +22,8 @@ CPU_ONLY = (
     *("digits", "distributed", "docs", "examples", "interop", "layer", "mutants", "plan", "pool"),
     *("population", "reference", "resume", "site", "streaming", "streams", "threads", "warmup"),
     *("autograd", "mygrad"),
-    *("torch_convert", "torch_functional", "torch_modules", "torch_operators", "torch_package"),
-    *("torch_recalibrate", "torch_transforms"),
+    *("torch_convert", "torch_fold", "torch_functional", "torch_modules", "torch_operators"),
+    *("torch_package", "torch_recalibrate", "torch_transforms"),
 )
 
 
