@@ -22,6 +22,12 @@ from nbnorm.functional import (
     batch_norm_stats,
 )
 from nbnorm.layer import BatchNorm
+from nbnorm.microbatch import (
+    MicroBatchNormBackward,
+    MicroBatchNormForward,
+    micro_batch_norm_backward,
+    micro_batch_norm_forward,
+)
 from nbnorm.moments import Moments, update_running_stats
 from nbnorm.pool import set_pool_limit
 from nbnorm.population import population_stats, recalibrate
@@ -53,6 +59,8 @@ __all__ = [
     "BatchNormDoubleBackward",
     "BatchNormForward",
     "BatchRenormForward",
+    "MicroBatchNormBackward",
+    "MicroBatchNormForward",
     "Moments",
     "Ramp",
     "Renorm",
@@ -72,6 +80,8 @@ __all__ = [
     "fold_batch_norm",
     "fold_into_conv",
     "fold_into_linear",
+    "micro_batch_norm_backward",
+    "micro_batch_norm_forward",
     "population_stats",
     "recalibrate",
     "set_pool_limit",

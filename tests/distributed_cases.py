@@ -1,12 +1,13 @@
 """Tests for any communicator: each case runs on every rank and checks the results there.
 
 `distributed_ranks.py` runs all cases over MPI and over torch.distributed, `test_distributed.py`
-over threads. Every rank draws the whole batch of a case from one seed and takes its part.
+over threads (`ThreadComm`). Every rank draws the whole batch of a case from one seed and takes its part.
 """
 
 # ruff: noqa: N802  # names of MPI
 
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -140,6 +141,13 @@ def compare(comm, *, activation=None, with_residual=False, **layout):
     batch = Batch(comm, **layout)
     ours = step(comm, batch, activation, with_residual)
     assert_is_the_whole(comm, batch, ours, whole_step(batch, activation, with_residual))
+
+
+def bits_of_a_step(comm):
+    """Return a checksum of the bits of all that this rank computes in a step."""
+    forward, backward, running = step(comm, Batch(comm, "float32", plane=(20, 20)), "relu")
+    arrays = *forward[:3], *backward[:3], *running
+    return zlib.crc32(b"".join(array.tobytes() for array in arrays))
 
 
 @case

@@ -13,7 +13,7 @@ import traceback
 import warnings
 
 import numpy as np
-from distributed_cases import CASES, CLOSE, Batch, case, whole_step
+from distributed_cases import CASES, CLOSE, Batch, bits_of_a_step, case, whole_step
 
 from nbnorm.distributed import (
     TorchProcessGroup,
@@ -75,6 +75,9 @@ def main(kind, size, *rest):
             comm.Allgather(np.zeros(1), np.zeros((int(size), 1)))  # all ranks have finished
             if rank == 0:
                 print(f"passed {name}", flush=True)
+        bits = bits_of_a_step(comm)
+        if rank == 0:
+            print(f"bits {bits}", flush=True)
     except BaseException:
         print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         end()

@@ -14,14 +14,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import refusals
-from distributed_cases import BATCHES, CASES, CLOSE, Batch, Silent, step, whole_step
+from distributed_cases import (
+    BATCHES,
+    CASES,
+    CLOSE,
+    Batch,
+    Silent,
+    bits_of_a_step,
+    step,
+    whole_step,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
@@ -34,6 +43,7 @@ from nbnorm._frame import Frame
 from nbnorm.distributed import (
     SelfComm,
     SyncBatchNorm,
+    ThreadComm,
     TorchProcessGroup,
     sync_batch_norm_backward,
     sync_batch_norm_forward,
@@ -47,62 +57,27 @@ WAIT = 60  # seconds that a thread waits for the others, longer than any case ta
 # Ranks as threads
 
 
-class Threads:
-    """Communicators for the threads of one process."""
+def over_threads(size, function, timeout=WAIT):
+    """Call with every rank's communicator at once; return the results, or raise one error."""
 
-    def __init__(self, size):
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=WAIT)
-        self.rows = [None] * size
+    def work(comm):
+        with comm:
+            return function(comm)
 
-    def run(self, function):
-        """Call with every rank's communicator at once; return the results, or raise one error."""
-        results, errors = [None] * self.size, []
-
-        def work(rank):
-            try:
-                results[rank] = function(ThreadComm(self, rank))
-            except BaseException as error:
-                errors.append(error)
-                self.barrier.abort()  # otherwise the others would wait for this one
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        # Put errors of ranks that only lost their partner last; they do not tell the cause.
-        errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
-        if errors:
-            raise errors[0]
-        return results
-
-
-class ThreadComm:
-    """One thread's communicator."""
-
-    def __init__(self, ranks, rank):
-        self._ranks, self._rank = ranks, rank
-
-    def Get_size(self):
-        return self._ranks.size
-
-    def Get_rank(self):
-        return self._rank
-
-    def Allgather(self, sendbuf, recvbuf):
-        self._ranks.rows[self._rank] = sendbuf.copy()
-        self._ranks.barrier.wait()
-        rows = list(self._ranks.rows)
-        self._ranks.barrier.wait()
-        assert {(row.size, row.dtype) for row in rows} == {(sendbuf.size, recvbuf.dtype)}
-        recvbuf.reshape(len(rows), -1)[...] = rows
+    with ThreadPoolExecutor(size) as threads:
+        ranks = list(map(partial(threads.submit, work), ThreadComm.split(size, timeout=timeout)))
+    # Put errors of ranks that only lost their partner last; they do not tell the cause.
+    errors = [rank.exception() for rank in ranks if rank.exception() is not None]
+    errors.sort(key=lambda error: error.__cause__ in errors)
+    if errors:
+        raise errors[0]
+    return [rank.result() for rank in ranks]
 
 
 @pytest.mark.parametrize("size", BATCHES)
 @pytest.mark.parametrize("name", CASES)
 def test_over_threads(name, size):
-    Threads(size).run(CASES[name])
+    over_threads(size, CASES[name])
 
 
 def test_a_rank_that_waits_is_found_out():
@@ -112,18 +87,17 @@ def test_a_rank_that_waits_is_found_out():
         if comm.Get_rank() > 0:
             sync_batch_norm_forward(np.ones((3, 2)), comm=comm)
 
-    ranks = Threads(2)
-    ranks.barrier = threading.Barrier(2, timeout=0.2)
-    with pytest.raises(threading.BrokenBarrierError):
-        ranks.run(one_does_not_take_part)
+    with pytest.raises(TimeoutError, match=r"^rank 1 has waited 0.2 s for rank 0$"):
+        over_threads(2, one_does_not_take_part, timeout=0.2)
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), with_residual=st.booleans())
 def test_however_a_batch_is_split(sizes, with_residual):
     if sum(sizes) == 0:
         sizes = [*sizes, 1]
-    ranks = Threads(len(sizes))
-    results = ranks.run(lambda comm: step(comm, Batch(comm, sizes=sizes), "relu", with_residual))
+    results = over_threads(
+        len(sizes), lambda comm: step(comm, Batch(comm, sizes=sizes), "relu", with_residual)
+    )
     whole = Batch(SelfComm(), sizes=[sum(sizes)])
     ref, ref_back, ref_running = whole_step(whole, "relu", with_residual)
     assert_allclose(np.concatenate([forward.y for forward, *_ in results]), ref.y, **CLOSE)
@@ -369,7 +343,7 @@ def test_losses_of_uneven_batches():
     per_sample = np.full(32, 1 / 32), [32] * 4
     per_rank = np.repeat(1 / np.maximum(sizes, 1), sizes), np.maximum(sizes, 1)
     for weights, divisors in (per_sample, per_rank):
-        results = Threads(4).run(lambda comm, divisors=divisors: gradients(comm, divisors))
+        results = over_threads(4, lambda comm, divisors=divisors: gradients(comm, divisors))
         dgamma, dx = whole(weights)
         assert_allclose(sum(own for own, _ in results), dgamma, **CLOSE)
         assert_allclose(np.concatenate([own for _, own in results]), dx, **CLOSE)
@@ -400,7 +374,7 @@ def test_layer_counts_a_batch_that_is_empty_here():
         layer.forward(np.ones((0, 2), "float32"))  # empty on all ranks: not counted
         return layer.num_batches_tracked
 
-    assert Threads(2).run(counted) == [2, 2]
+    assert over_threads(2, counted) == [2, 2]
 
 
 def test_layer_is_a_batch_norm():
@@ -477,6 +451,12 @@ def mpiexec():
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
+def assert_bits_of_threads(size, out):
+    """The first rank of processes has printed the bits that threads get with the same parts."""
+    expected = over_threads(size, bits_of_a_step)
+    assert f"bits {expected[0]}\n" in out, out[-500:]
+
+
 def assert_passed(name, out, err):
     assert f"passed {name}\n" in out, f"{name} did not pass; {err[-4000:]}"
 
@@ -491,7 +471,10 @@ def test_over_mpi(name, size):
         pytest.skip("mpiexec is not installed")
     program = str(HERE / "distributed_ranks.py")
     command = launcher, "-n", str(size), sys.executable, program, "mpi", str(size)
-    assert_passed(name, *output_of(size, *command))
+    out, err = output_of(size, *command)
+    assert_passed(name, out, err)
+    if name == "equals_one_process":
+        assert_bits_of_threads(size, out)
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +494,10 @@ def gloo_output(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CASES, "tensors_in_and_out"])
 def test_over_torch_distributed(name, gloo_output):
     assert_passed(name, *gloo_output)
+
+
+def test_threads_give_the_bits_of_torch_distributed(gloo_output):
+    assert_bits_of_threads(2, gloo_output[0])
 
 
 def test_torch_is_imported_by_its_adapter_only():

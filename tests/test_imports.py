@@ -20,7 +20,10 @@ LAYERS = (
     ("nbnorm", "nbnorm.__main__", "nbnorm.config"),
     ("nbnorm._demo*",),
     ("nbnorm.integrations*",),
-    ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
+    (
+        *("nbnorm.distributed*", "nbnorm.population", "nbnorm.microbatch"),
+        *("nbnorm.conventions", "nbnorm._warmup"),
+    ),
     # cpu.overloads implements functional's calls for compiled code, beside the kernels.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
     ("nbnorm.renorm",),

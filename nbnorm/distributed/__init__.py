@@ -6,8 +6,8 @@ invalid. It says whether the rank's checks passed and what all ranks must have i
 all ranks go on or all raise. Then the ranks exchange statistics, and each merges them in the order
 of the ranks: the same operations on the same numbers give the same bits.
 
-A communicator is mpi4py's, a `TorchProcessGroup`, or any object with their ``Allgather``. mpi4py
-and torch are imported only when they are used.
+A communicator is mpi4py's, a `TorchProcessGroup`, a `ThreadComm` for ranks that are threads, or any
+object with their ``Allgather``. mpi4py and torch are imported only when they are used.
 """
 
 from nbnorm.distributed._functional import (
@@ -18,6 +18,7 @@ from nbnorm.distributed._functional import (
 )
 from nbnorm.distributed._layer import SyncBatchNorm
 from nbnorm.distributed._ranks import Communicator, SelfComm, TorchProcessGroup
+from nbnorm.distributed._threads import ThreadComm
 
 __all__ = [
     "Communicator",
@@ -25,6 +26,7 @@ __all__ = [
     "SyncBatchNorm",
     "SyncBatchNormBackward",
     "SyncBatchNormForward",
+    "ThreadComm",
     "TorchProcessGroup",
     "sync_batch_norm_backward",
     "sync_batch_norm_forward",
