@@ -2,13 +2,16 @@
 
     NUMBA_NUM_THREADS=1 mpiexec -n 2 python benchmarks/distributed.py layers
     NUMBA_NUM_THREADS=1 mpiexec -n 2 python benchmarks/distributed.py messages
+    python benchmarks/distributed.py threads
     python benchmarks/distributed.py merge
 
 `layers` times forward and backward of one layer, in turns; all ranks start each call together. The
 time of a call is that of the slowest rank; the table has medians over all turns. The last column is
 the difference of the tenth percentiles, which other work on the machine affects less. `halves` are
 the same two passes in halves, without messages: the cost of reading x twice. `messages` times the
-gathers of one layer and step, without the layer. `merge` simulates ranks in one process, against
+gathers of one layer and step, without the layer. `threads` times the synchronised layer on two
+Python threads as ranks, with one of Numba's threads for each and with all, beside one call for the
+batch of both; a turn calls each way once. `merge` simulates ranks in one process, against
 long double.
 """
 
@@ -16,6 +19,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,12 @@ import nbnorm
 from benchmarks.runs import conditions, describe
 from benchmarks.tables import markdown
 from nbnorm import Moments
-from nbnorm.distributed import SelfComm, sync_batch_norm_backward, sync_batch_norm_forward
+from nbnorm.distributed import (
+    SelfComm,
+    ThreadComm,
+    sync_batch_norm_backward,
+    sync_batch_norm_forward,
+)
 
 SHAPES = [
     (2, 512),
@@ -119,6 +129,36 @@ def messages(comm: Any, turns: int) -> list[list[str]]:
     return lines
 
 
+def thread_ranks(turns: int) -> list[list[str]]:
+    """Time two threads, each with half of the batch, and one call for all of it."""
+    most = numba.get_num_threads()
+    ways = ["one call, µs", "2 threads, 1 of Numba's each", f"2 threads, {most} of Numba's each"]
+    lines = [["shape on each thread", *ways]]
+    comms = ThreadComm.split(2)
+    with ThreadPoolExecutor(2) as pool:
+
+        def both(calls: list[Call], own: int) -> None:
+            def call_with(call: Call) -> None:
+                numba.set_num_threads(own)
+                call()
+
+            list(pool.map(call_with, calls))
+
+        for shape in SHAPES:
+            whole = calls_of((2 * shape[0], *shape[1:]), SelfComm())["local"]
+            parts = [calls_of(shape, comm)["synchronised"] for comm in comms]
+            called = [whole, partial(both, parts, 1), partial(both, parts, most)]
+            times = np.empty((turns + 1, len(called)))
+            for turn in times:  # the first compiles
+                for i, call in enumerate(called):
+                    begin = time.perf_counter()
+                    call()
+                    turn[i] = (time.perf_counter() - begin) * 1e6
+            median = np.median(times[1:], axis=0)
+            lines.append(["x".join(map(str, shape)), *(f"{spent:.0f}" for spent in median)])
+    return lines
+
+
 def merge() -> list[list[str]]:
     """Merge simulated ranks of 1 to 63 values per channel: greatest errors, and time."""
     names = ["mean, std", "M2, relative", "M2 of sums of x and x²"]
@@ -155,12 +195,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layers", "messages", "merge"])
+    parser.add_argument("what", choices=["layers", "messages", "threads", "merge"])
     parser.add_argument("--turns", type=int, default=400, help="per call, default %(default)s")
     args = parser.parse_args()
     command = f"python benchmarks/distributed.py {' '.join(sys.argv[1:])}"
-    if args.what == "merge":
-        print(f"{describe(conditions('numpy', 'numba'))}\n\n    {command}\n\n{markdown(merge())}")
+    if args.what in ("threads", "merge"):
+        table = merge() if args.what == "merge" else thread_ranks(args.turns)
+        print(f"{describe(conditions('numpy', 'numba'))}\n\n    {command}\n\n{markdown(table)}")
         return
     from mpi4py import MPI
 

@@ -1,7 +1,8 @@
 """Tests for any communicator: each case runs on every rank and checks the results there.
 
 `distributed_ranks.py` runs all cases over MPI and over torch.distributed, `test_distributed.py`
-over threads (`ThreadComm`). Every rank draws the whole batch of a case from one seed and takes its part.
+over threads (`ThreadComm`). Every rank draws the whole batch of a case from one seed and takes its
+part.
 """
 
 # ruff: noqa: N802  # names of MPI

@@ -673,6 +673,45 @@ DISTRIBUTED = of(
     ),
 ) + of("renorm", ("test_distributed.py", ("    if count == 0:\n", "    if False:\n")))  # fmt: skip
 
+THREAD_COMM = of(
+    "distributed/_threads",
+    (
+        "test_thread_comm.py",
+        ("sendbuf.reshape(-1).copy()", "sendbuf.reshape(-1)"),
+        ("                self._table = {}\n", ""),
+        ("if rank in table:", "if False:"),
+        ("self._ended = self._ended or (rank, error)", "self._ended = (rank, error)"),
+        ("            if len(table) < self.size:\n", "            if True:\n"),
+        ("            self._meeting.end(self.rank, error)", "            pass"),
+        ("if (row.size, row.dtype) != (table.shape[1], table.dtype):", "if False:"),
+        ("if not limit >= 0:", "if limit < 0:"),
+        ("min(limit, threading.TIMEOUT_MAX)", "limit"),
+        ("        self.end(rank, error)\n", ""),
+    ),
+)
+
+MICROBATCH = of(
+    "microbatch",
+    (
+        "test_microbatch.py",
+        ("            del parts\n", ""),
+        ("if kind.dtype != expected.dtype:", "if False:"),
+        ("if kind.channels != expected.channels:", "if False:"),
+        ("if found != shape:", "if False:"),
+        ("            self._same(self._next(opened), len(self._shapes), None)\n", ""),
+        ('if hasattr(source, "shape"):', "if False:"),
+        ("if isinstance(source, Iterator):", "if False:"),
+        ("if ended and len(ended) < len(parts):", "if False:"),
+        ("if total.count != count:", "if False:"),
+        ("_checks.whole_count(count, frame.x)", "pass"),
+        ('    _checks.enough_values(count, correction, "{} in all parts together", count)\n', ""),
+        (
+            "running_mean, running_var, moments, momentum=momentum, correction=correction",
+            "running_mean, running_var, moments",
+        ),
+    ),
+)
+
 RUNNING = of(
     "_running",
     (
@@ -1312,6 +1351,8 @@ MUTANTS = [
         *STORAGE,
         *MOMENTS,
         *DISTRIBUTED,
+        *THREAD_COMM,
+        *MICROBATCH,
         *RUNNING,
         *LAYER,
         *POPULATION,

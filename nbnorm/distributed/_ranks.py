@@ -192,7 +192,8 @@ class Ranks:
         if not hasattr(comm, "Allgather") or not (callable(size) or hasattr(comm, "size")):
             raise TypeError(
                 "comm must be a communicator with Allgather and Get_size (mpi4py's, "
-                f"TorchProcessGroup, ThreadComm), got {type(comm).__module__}.{type(comm).__qualname__}"
+                "TorchProcessGroup, ThreadComm), got "
+                f"{type(comm).__module__}.{type(comm).__qualname__}"
             )
         self._gather = comm.Allgather
         self.size = int(size() if callable(size) else comm.size)  # type: ignore[attr-defined]

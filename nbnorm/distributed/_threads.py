@@ -6,7 +6,7 @@ import operator
 import threading
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class ThreadComm:
                 )
         recvbuf[...] = np.stack(rows).reshape(recvbuf.shape)
 
-    def __enter__(self) -> ThreadComm:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
