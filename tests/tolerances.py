@@ -242,6 +242,21 @@ def m2_tolerance(moments, dtype):
     return 2 * _relative_spread_tolerance(moments, dtype) * moments.m2
 
 
+def merge_tolerance(moments, x, merges, *, axis):
+    """Return what so many merges of parts of x add to the errors of mean and M2.
+
+    Each merge rounds the mean by at most half a unit of float64 at |x|. Through differences of two
+    means, that moves M2 in proportion to the standard deviation.
+    """
+    half_unit = np.longdouble(2) ** -53
+    most = np.max(np.abs(x), axis=reduced_axes(x.ndim, axis), initial=0).astype(np.float64)
+    lost = merges * half_unit * most
+    count = max(moments.count, 1)
+    std = np.sqrt(moments.m2 / count)
+    of_m2 = 4 * merges * half_unit * moments.m2 + count * (4 * lost * std + 4 * lost**2)
+    return lost, of_m2
+
+
 def rstd_tolerance(moments, rstd, dtype):
     """Four units relative, like the standard deviation that it is computed from."""
     return _relative_spread_tolerance(moments, dtype) * np.abs(rstd)
