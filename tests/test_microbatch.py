@@ -1,6 +1,5 @@
 """A batch in parts, read twice, has the results of the whole batch."""
 
-import gc
 import itertools
 import weakref
 
@@ -214,7 +213,6 @@ def test_one_part_stands_in_memory_at_a_time():
 
     def parts():
         for _ in range(5):
-            gc.collect()
             most.append(len(alive))
             yield made((6, 4, 3))  # not kept here
 
