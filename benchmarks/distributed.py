@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,33 +128,38 @@ def messages(comm: Any, turns: int) -> list[list[str]]:
     return lines
 
 
+class Together(ThreadComm):
+    """Threads that can start at the same time."""
+
+    def Barrier(self) -> None:  # noqa: N802
+        """Return once all threads are here."""
+        self.Allgather(np.zeros(1), np.empty((self.size, 1)))
+
+
 def thread_ranks(turns: int) -> list[list[str]]:
     """Time two threads, each with half of the batch, and one call for all of it."""
     most = numba.get_num_threads()
     ways = ["one call, µs", "2 threads, 1 of Numba's each", f"2 threads, {most} of Numba's each"]
     lines = [["shape on each thread", *ways]]
-    comms = ThreadComm.split(2)
-    with ThreadPoolExecutor(2) as pool:
 
-        def both(calls: list[Call], own: int) -> None:
-            def call_with(call: Call) -> None:
-                numba.set_num_threads(own)
-                call()
+    def with_threads(number: int, call: Call) -> Call:
+        def call_with() -> None:
+            numba.set_num_threads(number)
+            call()
 
-            list(pool.map(call_with, calls))
+        return call_with
 
-        for shape in SHAPES:
-            whole = calls_of((2 * shape[0], *shape[1:]), SelfComm())["local"]
-            parts = [calls_of(shape, comm)["synchronised"] for comm in comms]
-            called = [whole, partial(both, parts, 1), partial(both, parts, most)]
-            times = np.empty((turns + 1, len(called)))
-            for turn in times:  # the first compiles
-                for i, call in enumerate(called):
-                    begin = time.perf_counter()
-                    call()
-                    turn[i] = (time.perf_counter() - begin) * 1e6
-            median = np.median(times[1:], axis=0)
-            lines.append(["x".join(map(str, shape)), *(f"{spent:.0f}" for spent in median)])
+    def timed(comm: Any) -> dict[str, np.ndarray]:
+        step = calls_of(shape, comm)["synchronised"]
+        whole = calls_of((2 * shape[0], *shape[1:]), SelfComm())["local"]
+        alone: Call = whole if comm.Get_rank() == 0 else lambda: None
+        calls = with_threads(most, alone), with_threads(1, step), with_threads(most, step)
+        return in_turns(dict(zip(ways, calls, strict=True)), comm, turns)
+
+    for shape in SHAPES:
+        with ThreadPoolExecutor(2) as threads:
+            times, _ = threads.map(timed, Together.split(2))
+        lines.append(["x".join(map(str, shape)), *(f"{times[way][1]:.0f}" for way in ways)])
     return lines
 
 
