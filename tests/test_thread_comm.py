@@ -212,6 +212,8 @@ def test_a_time_limit_names_all_that_are_missing():
     comms = ThreadComm.split(3, timeout=0)
     with pytest.raises(TimeoutError, match=r"^rank 1 has waited 0 s for ranks 0, 2$"):
         gathered(comms[1], np.zeros(1))
+    with pytest.raises(RuntimeError, match=r"^rank 1 has ended with TimeoutError"):  # outside with
+        gathered(comms[0], np.zeros(1))
 
 
 def test_a_communicator_of_two_threads_at_once():
