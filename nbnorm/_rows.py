@@ -6,121 +6,139 @@ their places alone.
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 
 from nbnorm._typing import NDArray
-from nbnorm.functional import batch_norm_apply, batch_norm_stats
+from nbnorm.functional import batch_norm_stats
 from nbnorm.moments import Moments, Pairwise
 
 BLOCK = 1000  # rows of a block; the first begins at the first row
-SLAB = 1 << 20  # float64 values that are shifted at a time, and summed before they leave the cache
+# Standard deviations. To round a mean this far off costs the variance 1e-13, less than summing does.
+FAR = 1000.0
 
 
 class Rows:
     """Moments of the rows added so far; NaN does not count.
 
-    Means are kept relative to `origin`, the first row. They then have the size of a standard
-    deviation, and keep the digits that a mean of 1e8 standard deviations would lose to rounding
-    at every merge: merging 1e5 float64 rows, the variance would be off by 1e-11.
+    Means are kept relative to `origin`, the first finite value of each column. They then have the
+    size of a standard deviation, and keep the digits that a mean of 1e8 standard deviations would
+    lose to rounding at every merge: after 1e5 float64 rows, the variance would be off by 1e-11.
 
     `tail` has the `rows` after the last complete block.
     """
 
-    def __init__(self, origin: NDArray) -> None:
-        self.origin = np.where(np.isfinite(origin), origin, 0).astype(np.float64)
+    def __init__(self, columns: int) -> None:
+        self.origin = np.full(columns, np.nan)
         self.blocks = Pairwise()
         self._begin()
 
-    def moments(self, x: NDArray, weights: NDArray | None = None) -> list[Moments]:
-        """Return what `add` takes: moments of the next rows, cut where blocks end.
+    def copy(self) -> Rows:
+        """Return other rows with these moments."""
+        other = copy(self)
+        other.origin, other.blocks = self.origin.copy(), self.blocks.copy()
+        return other
 
-        x has shape (rows, columns), weights, if given, shape (rows,). Inf makes a mean Inf or NaN.
-        """
-        begun = min(len(x), -self.rows % BLOCK)
-        rest = (len(x) - begun) % BLOCK
-        cuts = (0, begun, begun), (begun, len(x) - rest, BLOCK), (len(x) - rest, len(x), rest)
-        return [
-            self._of_parts(x[begin:end], size, None if weights is None else weights[begin:end])
-            for begin, end, size in cuts
-        ]
-
-    def add(self, begun: Moments, blocks: Moments, rest: Moments, rows: int) -> None:
-        """Add so many rows, by their `moments`."""
-        completing = min(rows, -self.rows % BLOCK)
-        self._prolong(begun, completing)
-        self.blocks.extend(blocks)
-        self._prolong(rest, (rows - completing) % BLOCK)
+    def add(self, x: NDArray, weights: NDArray | None = None) -> None:
+        """Add rows of shape (rows, columns), with weights of shape (rows,) if they have any."""
+        self._find_origin(x)
+        head = min(len(x), -self.rows % BLOCK)
+        rest = (len(x) - head) % BLOCK
+        cuts = (0, head, head), (head, len(x) - rest, BLOCK), (len(x) - rest, len(x), rest)
+        for begin, end, size in cuts:
+            if begin == end:
+                continue
+            of_parts = None if weights is None else weights[begin:end]
+            parts = self._of_parts(x[begin:end], size, of_parts)
+            if size == BLOCK:
+                self.blocks.extend(parts)
+            else:
+                self._prolong(parts, size)
 
     def total(self) -> Moments:
-        """Return the moments of all rows, with a count for each column."""
+        """Return the moments of all rows, with a count for each column; Inf makes a mean NaN."""
         complete = [self.blocks.total()] if self.blocks else []
         count, mean, m2 = _nothing(self.origin.size).merge(*complete, self.tail)
-        return Moments(count, self.origin + mean, m2)
+        return Moments(count, np.nan_to_num(self.origin) + mean, m2)
+
+    def _find_origin(self, x: NDArray) -> None:
+        """Set the origin of columns that have had no value yet."""
+        columns = np.flatnonzero(np.isnan(self.origin))
+        for begin in range(0, len(x), BLOCK):
+            if columns.size == 0:
+                break
+            piece = x[begin : begin + BLOCK, columns]
+            finite = np.isfinite(piece)
+            found, first = finite.any(axis=0), piece[finite.argmax(axis=0), range(columns.size)]
+            self.origin[columns[found]] = first[found]
+            columns = columns[~found]
 
     def _begin(self) -> None:
         self.tail, self.rows = _nothing(self.origin.size), 0
 
     def _prolong(self, part: Moments, rows: int) -> None:
         """Merge so many rows, the only part, into the tail, which may then be a complete block."""
-        if rows:
-            self.tail = self.tail.merge(Moments(*(array[0] for array in part)))
-            self.rows += rows
+        self.tail = self.tail.merge(Moments(*(array[0] for array in part)))
+        self.rows += rows
         if self.rows == BLOCK:
             self.blocks.add(self.tail)
             self._begin()
 
     def _of_parts(self, x: NDArray, size: int, weights: NDArray | None) -> Moments:
         """Return the moments of parts of so many rows; arrays have a row for each part."""
-        parts, columns = len(x) // (size or 1), x.shape[1]
-        if parts == 0:
-            return Moments(*np.empty((3, 0, columns)))
-        if x.dtype != np.float64:  # no digits that the rounding of a float64 mean could cost
-            count, mean, m2 = _measured(x, size, weights)
-            mean -= self.origin
-            return Moments(count, mean, m2)
-        found = np.empty((3, parts, columns))
-        step = max(1, SLAB // (size * columns))
-        shifted, one = np.empty_like(x[: step * size]), np.ones(columns)
-        for part in range(0, parts, step):
-            rows = slice(part * size, (part + step) * size)
-            piece, of_piece = x[rows], None if weights is None else weights[rows]
-            out = shifted[: len(piece)]
-            piece = batch_norm_apply(piece, None, None, self.origin, one, out=out)
-            found[:, part : part + step] = _measured(piece, size, of_piece)
+        found = np.empty((3, len(x) // size, x.shape[1]))
+        _measure(x, size, weights, found)
+        doubtful, origin = _doubtful(x, *found), np.nan_to_num(self.origin)
+        found[1] -= origin
+        for part in np.flatnonzero(doubtful.any(axis=1)):
+            rows, columns = slice(part * size, (part + 1) * size), doubtful[part]
+            again = _again(x[rows], origin, None if weights is None else weights[rows, None])
+            found[:, part, columns] = again[:, columns]
         return Moments(*found)
 
 
-def _measured(x: NDArray, size: int, weights: NDArray | None) -> NDArray:
-    """Return count, mean and M2 of parts of so many rows, shape (3, parts, columns)."""
-    parts, columns = len(x) // size, x.shape[1]
-    found = np.empty((3, parts, columns))
-    in_rows, alone = x.strides[0] >= x.strides[1], range(parts)
-    if not in_rows and columns < parts and weights is None:  # read columns as they lie in memory
-        for column in range(columns):
-            found[..., column] = _stats(x[:, column].reshape(parts, size), 0, None)
-        return found
-    if in_rows and parts > 1 and weights is None:
+def _measure(x: NDArray, size: int, weights: NDArray | None, found: NDArray) -> None:
+    """Write count, mean and M2 of parts of so many rows to `found`, shape (3, parts, columns)."""
+    _, parts, columns = found.shape
+    in_columns = x.strides[0] < x.strides[1]
+    if weights is None and parts > 1 and not in_columns:
         found[0], found[1], found[2] = batch_norm_stats(x, groups=parts)
-        alone = np.flatnonzero(~np.isfinite(found[1]).all(axis=1))
-    for part in alone:
-        rows = slice(part * size, (part + 1) * size)
-        found[:, part] = _stats(x[rows], 1, None if weights is None else weights[rows, None])
+    elif weights is None and parts > columns:  # read columns one by one, as they lie in memory
+        for c in range(columns):
+            found[..., c] = _array(batch_norm_stats(x[:, c].reshape(parts, size), axis=0))
+    else:
+        for part in range(parts):
+            rows = slice(part * size, (part + 1) * size)
+            counting = _counting(None if weights is None else weights[rows, None])
+            found[:, part] = _array(batch_norm_stats(x[rows], **counting))
+
+
+def _doubtful(x: NDArray, count: NDArray, mean: NDArray, m2: NDArray) -> NDArray:
+    """Where a part has NaN or Inf, or float64 values whose mean is FAR standard deviations off."""
+    doubtful = ~np.isfinite(mean)
+    if x.dtype == np.float64:
+        with np.errstate(all="ignore"):
+            doubtful |= (m2 > 0) & (count * mean * mean > FAR**2 * m2)
+    return doubtful
+
+
+def _again(x: NDArray, origin: NDArray, weights: NDArray | None) -> NDArray:
+    """Return count, mean - origin and M2 of rows, shape (3, columns), without what is NaN."""
+    there, counting = ~np.isnan(x), _counting(weights)
+    if not there.all():
+        counting = _counting(None if weights is None else np.where(there, weights, 0))
+        counting = counting or {"mask": there}
+    if x.dtype == np.float64:
+        with np.errstate(all="ignore"):
+            return _array(batch_norm_stats(x - origin, **counting))
+    found = _array(batch_norm_stats(x, **counting))
+    found[1] -= origin
     return found
 
 
-def _stats(x: NDArray, axis: int, weights: NDArray | None) -> NDArray:
-    """Return count, mean and M2 of each channel, shape (3, channels); NaN does not count."""
-    counting = {} if weights is None else {"weights": weights}
-    found = _array(batch_norm_stats(x, axis=axis, **counting))
-    unknown = ~np.isfinite(found[1])
-    if unknown.any():
-        there = ~np.isnan(x)
-        counting = {"mask": there}
-        if weights is not None:
-            counting = {"weights": np.where(there, weights, weights.dtype.type(0))}
-        known = _array(batch_norm_stats(x, axis=axis, **counting))
-        found[:, unknown] = known[:, unknown]
-    return found
+def _counting(weights: NDArray | None) -> dict[str, NDArray]:
+    return {} if weights is None else {"weights": weights}
 
 
 def _array(moments: Moments) -> NDArray:

@@ -266,6 +266,12 @@ class Pairwise:
     def __len__(self) -> int:
         return self._number
 
+    def copy(self) -> "Pairwise":
+        """Return another one with the same parts."""
+        other = Pairwise()
+        other._number, other._waiting = self._number, self._waiting.copy()
+        return other
+
     def add(self, moments: Any) -> None:
         """Add moments, or any object with a compatible `merge` method, such as a dask delayed."""
         self._add(moments, 1)

@@ -63,8 +63,8 @@ class StandardScaler(preprocessing.StandardScaler):
     Rows are summed in blocks of 1000, counted from the first row, and blocks are merged in pairs,
     then pairs of pairs, with the formula of Chan, Golub & LeVeque (1983). So for the same rows,
     `partial_fit` in any calls that end at multiples of 1000 rows has the same bits as `fit`, on any
-    number of threads. Other calls may change the last bits. Moments are relative to the first row:
-    a mean of 1e8 standard deviations costs the variance no digits.
+    number of threads. Other calls may change the last bits. Means are kept relative to a value of
+    the feature, so a mean of 1e8 standard deviations costs `scale_` no digits.
 
     float32, float64 and float16 keep their dtype, anything else becomes float64. For sparse
     matrices, and for arrays of other libraries under ``array_api_dispatch``, the methods of
@@ -151,14 +151,14 @@ class StandardScaler(preprocessing.StandardScaler):
                 sample_weight, data, dtype=data.dtype, ensure_non_negative=True
             )
             _refuse_infinite(data)  # which a weight of 0 would hide
-        seen = Rows(data[0]) if first else vars(self).get("_seen") or self._resumed()
-        parts = seen.moments(data, weights)
-        if not all(np.isfinite(part.mean).all() for part in parts):
-            assert_all_finite(data, allow_nan=True, input_name="X")
         whole = weights is None and (first or np.asarray(self.n_samples_seen_).dtype.kind in "iu")
-        seen.add(*parts, rows=len(data))
+        seen = Rows(data.shape[1]) if first else self._before()
+        seen.add(data, weights)
+        moments = seen.total()
+        if not np.isfinite(moments.mean).all():
+            assert_all_finite(data, allow_nan=True, input_name="X")
         self._seen = seen
-        self._publish(seen.total(), whole)
+        self._publish(moments, whole)
         callbacks.call_on_fit_task_end(**task, reconstruction_attributes={})
         return self
 
@@ -253,13 +253,19 @@ class StandardScaler(preprocessing.StandardScaler):
             constant = var <= count * eps * var + (count * mean * eps) ** 2
             self.var_, self.scale_ = var, np.where(constant, 1.0, np.sqrt(var))
 
-    def _resumed(self) -> Rows:
-        """Return the rows that the attributes describe, as if they were one block."""
-        zero = np.zeros(self.n_features_in_)
-        count = np.broadcast_to(np.asarray(self.n_samples_seen_, np.float64), zero.shape)
-        var = zero if self.var_ is None else np.where(count > 0, self.var_, 0)
-        seen = Rows(zero if self.mean_ is None else np.asarray(self.mean_))
-        seen.blocks.add(Moments(count, zero, count * var))  # type: ignore[arg-type]
+    def _before(self) -> Rows:
+        """Return the rows that the attributes describe: those seen, or else a block like them."""
+        if "_seen" in vars(self):
+            return self._seen.copy()
+        columns = self.n_features_in_
+        count = np.broadcast_to(np.asarray(self.n_samples_seen_, np.float64), (columns,))
+        mean, var = (
+            np.zeros(columns) if a is None else np.asarray(a) for a in (self.mean_, self.var_)
+        )
+        seen = Rows(columns)
+        seen.origin[:] = mean
+        m2 = np.where(count > 0, count * var, 0)
+        seen.blocks.add(Moments(count, np.zeros(columns), m2))  # type: ignore[arg-type]
         return seen
 
 
