@@ -173,5 +173,3 @@ def test_pairwise_extends_as_it_adds(before, number):
     assert len(one_by_one) == len(at_once) == before + number + 1
     for one, other in zip(one_by_one.total(), at_once.total(), strict=True):
         assert_same_bits(one, other)
-
-
