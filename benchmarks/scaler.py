@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def times(x: np.ndarray, rounds: int) -> dict[str, dict[str, Times]]:
         "fit_transform": lambda scaler: scaler.fit_transform(x),
     }
     return {
-        name: alternate({who: lambda s=s: call(s) for who, s in fitted.items()}, rounds)
+        name: alternate({who: partial(call, scaler) for who, scaler in fitted.items()}, rounds)
         for name, call in calls.items()
     }
 

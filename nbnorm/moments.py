@@ -281,7 +281,7 @@ class Pairwise:
 
         The result has the same bits as `add` row by row, but rows are merged all at once.
         """
-        rows: Any = np.stack(parts)  # type: ignore[arg-type]  # of counts that are arrays
+        rows: Any = np.stack(parts)
         while rows.shape[1]:
             # As many as are merged in pairs of pairs before any other is.
             number = 1 << (rows.shape[1].bit_length() - 1)

@@ -23,7 +23,7 @@ LAYERS = (
     ("nbnorm.distributed*", "nbnorm.population", "nbnorm.conventions", "nbnorm._warmup"),
     # cpu.overloads implements functional's calls for compiled code, beside the kernels.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
-    ("nbnorm.renorm",),
+    ("nbnorm.renorm", "nbnorm._rows"),
     ("nbnorm.functional", "nbnorm.second_order"),
     ("nbnorm._segments",),
     ("nbnorm._weights", "nbnorm._integers"),

@@ -1,6 +1,5 @@
 """`nbnorm._rows`: moments of rows that do not depend on the calls they came in."""
 
-import math
 from itertools import pairwise
 
 import numba

@@ -109,7 +109,7 @@ class StandardScaler(preprocessing.StandardScaler):
             As in scikit-learn: X contains Inf or is not 2-d, a parameter is invalid, X is sparse
             and `with_mean` is True; also if a weight is negative.
         """
-        vars(self).pop("_seen", None)
+        self.__dict__.pop("_seen", None)
         super().fit(X, y, sample_weight)
         return self
 
@@ -140,7 +140,7 @@ class StandardScaler(preprocessing.StandardScaler):
         data = _taken(X, partial(validate_data, self, reset=first), accept_sparse=("csr", "csc"))
         if data is None:
             super().partial_fit(X, y, sample_weight)
-            vars(self).pop("_seen", None)  # the attributes have more than it does
+            self.__dict__.pop("_seen", None)  # the attributes have more than it does
             return self
         task = {"estimator": self, "X": data, "y": y, "metadata": {"sample_weight": sample_weight}}
         callbacks = self._init_callback_context()
@@ -255,7 +255,7 @@ class StandardScaler(preprocessing.StandardScaler):
 
     def _before(self) -> Rows:
         """Return the rows that the attributes describe: those seen, or else a block like them."""
-        if "_seen" in vars(self):
+        if "_seen" in self.__dict__:
             return self._seen.copy()
         columns = self.n_features_in_
         count = np.broadcast_to(np.asarray(self.n_samples_seen_, np.float64), (columns,))

