@@ -1,8 +1,8 @@
 """nbnorm.integrations.sklearn beside scikit-learn's own scaler, and in scikit-learn's machinery."""
 
 import doctest
+import importlib
 import pickle
-import sys
 from pathlib import Path
 
 import numba
@@ -36,14 +36,17 @@ from nbnorm.integrations.sklearn import StandardScaler
 pytestmark = pytest.mark.cpu_only
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import scaler as benchmark  # noqa: E402
-
 ATTRIBUTES = ("n_samples_seen_", "mean_", "var_", "scale_")
 OPTIONS = [{}, {"with_mean": False}, {"with_std": False}, {"with_mean": False, "with_std": False}]
 options = pytest.mark.parametrize("parameters", OPTIONS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Yield benchmarks/scaler.py."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.scaler")
 
 
 def drawn(dtype="float64", rows=2300, columns=4, order="C", nan=False, seed=0):
@@ -214,7 +217,7 @@ def test_calls_along_borders_give_the_same_bits(dtype, nan, weighted, thread_cou
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
-def test_partial_fit_far_from_zero_keeps_twelve_digits(chunk):
+def test_partial_fit_far_from_zero_keeps_twelve_digits(chunk, benchmark):
     """The bar of docs/scaler.md; theirs is off by 1e-10 and more."""
     x = np.random.default_rng(0).normal(1e8, 1.0, (3000, 3))
     ours, theirs = StandardScaler(), Theirs()
@@ -470,7 +473,7 @@ def test_doctests():
     assert attempted > 4
 
 
-def test_benchmark():
+def test_benchmark(benchmark):
     x = np.array([1.0, 2.0, 4.0]) * 2.0**-1040
     mean, var = benchmark.exact(x)
     assert (3 * mean, 9 * var) == (7 * benchmark.Fraction(x[0]), 14 * benchmark.Fraction(x[0]) ** 2)
