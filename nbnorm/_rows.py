@@ -6,8 +6,8 @@ their places alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from nbnorm.moments import Moments, Pairwise
 BLOCK = 1000  # rows of a block; the first begins at the first row
 # Standard deviations. To round a mean this far off to float64 costs the variance less than 1e-13.
 FAR = 1000.0
+SLAB = 1 << 21  # values that are copied at a time
 
 
 class Rows:
@@ -88,59 +89,82 @@ class Rows:
             self._begin()
 
     def _of_parts(self, x: NDArray, size: int, weights: NDArray | None) -> Moments:
-        """Return the moments of parts of so many rows; arrays have a row for each part."""
-        found = np.empty((3, len(x) // size, x.shape[1]))
-        _measure(x, size, weights, found)
-        doubtful, origin = _doubtful(x, *found), np.nan_to_num(self.origin)
-        found[1] -= origin
-        for part in np.flatnonzero(doubtful.any(axis=1)):
-            rows, columns = slice(part * size, (part + 1) * size), doubtful[part]
-            again = _again(x[rows], origin, None if weights is None else weights[rows, None])
-            found[:, part, columns] = again[:, columns]
+        """Return the moments of parts of so many rows; arrays have a row for each part.
+
+        What is summed again, and how, depends on each part alone.
+        """
+        origin = np.nan_to_num(self.origin)
+        if weights is None:
+            found = _together(x, size)
+            far = np.flatnonzero(_far(*found).any(axis=1) & (x.dtype == np.float64))
+            found[1] -= origin
+            found[:, far] = _apart(x, size, origin, far)
+        else:
+            found = _apart(x, size, origin, range(len(x) // size), weights)
+        unknown = np.flatnonzero(~np.isfinite(found[1]).all(axis=1))
+        found[:, unknown] = _apart(x, size, origin, unknown, weights, masked=True)
         return Moments(*found)
 
 
-def _measure(x: NDArray, size: int, weights: NDArray | None, found: NDArray) -> None:
-    """Write count, mean and M2 of parts of so many rows to `found`, shape (3, parts, columns)."""
-    _, parts, columns = found.shape
-    in_columns = x.strides[0] < x.strides[1]
-    if weights is None and parts > 1 and not in_columns:
-        found[0], found[1], found[2] = batch_norm_stats(x, groups=parts)
-    elif weights is None and parts > columns:  # read columns one by one, as they lie in memory
+def _together(x: NDArray, size: int) -> NDArray:
+    """Return count, mean and M2 of parts of so many rows, shape (3, parts, columns)."""
+    parts, columns = len(x) // size, x.shape[1]
+    found = np.empty((3, parts, columns))
+    if x.strides[0] < x.strides[1] and columns < parts:  # read columns as they lie in memory
         for c in range(columns):
             found[..., c] = _array(batch_norm_stats(x[:, c].reshape(parts, size), axis=0))
-    else:
+    elif x.strides[0] < x.strides[1] or parts == 1:
         for part in range(parts):
-            rows = slice(part * size, (part + 1) * size)
-            counting = _counting(None if weights is None else weights[rows, None])
-            found[:, part] = _array(batch_norm_stats(x[rows], **counting))
-
-
-def _doubtful(x: NDArray, count: NDArray, mean: NDArray, m2: NDArray) -> NDArray:
-    """Where a part has NaN or Inf, or float64 values whose mean is FAR standard deviations off."""
-    doubtful = ~np.isfinite(mean)
-    if x.dtype == np.float64:
-        with np.errstate(all="ignore"):
-            doubtful |= (m2 > 0) & (count * mean * mean > FAR**2 * m2)
-    return doubtful
-
-
-def _again(x: NDArray, origin: NDArray, weights: NDArray | None) -> NDArray:
-    """Return count, mean - origin and M2 of rows, shape (3, columns), without what is NaN."""
-    there, counting = ~np.isnan(x), _counting(weights)
-    if not there.all():
-        counting = _counting(None if weights is None else np.where(there, weights, 0))
-        counting = counting or {"mask": there}
-    if x.dtype == np.float64:
-        with np.errstate(all="ignore"):
-            return _array(batch_norm_stats(x - origin, **counting))
-    found = _array(batch_norm_stats(x, **counting))
-    found[1] -= origin
+            found[:, part] = _array(batch_norm_stats(x[part * size : (part + 1) * size]))
+    else:
+        found[0], found[1], found[2] = batch_norm_stats(x, groups=parts)
     return found
 
 
-def _counting(weights: NDArray | None) -> dict[str, Any]:
-    return {} if weights is None else {"weights": weights}
+def _far(count: NDArray, mean: NDArray, m2: NDArray) -> NDArray:
+    """Where the mean is FAR standard deviations from 0."""
+    with np.errstate(all="ignore"):
+        far: NDArray = (m2 > 0) & (count * mean * mean > FAR**2 * m2)
+    return far
+
+
+def _apart(
+    x: NDArray,
+    size: int,
+    origin: NDArray,
+    parts: Sequence[int] | NDArray,
+    weights: NDArray | None = None,
+    masked: bool = False,
+) -> NDArray:
+    """Return count, mean - origin and M2 of some parts, shape (3, parts, columns).
+
+    Every part and column is a channel of a copy, which is float64 relative to the origin. If
+    `masked`, NaN does not count.
+    """
+    columns, relative = x.shape[1], x.dtype == np.float64
+    found = np.empty((3, len(parts), columns))
+    step = max(1, SLAB // (size * columns))
+    for begin in range(0, len(parts), step):
+        some = np.array(parts[begin : begin + step])
+        if len(some) == columns == 1:  # weights of a channel alone are summed in another order
+            some = some.repeat(2)
+        turned = np.empty((len(some), columns, size), x.dtype)
+        for values, part in zip(turned, some, strict=True):
+            rows = x[part * size : (part + 1) * size].T
+            with np.errstate(all="ignore"):
+                np.subtract(rows, origin[:, None] if relative else x.dtype.type(0), out=values)
+        counting: dict[str, NDArray] = {}
+        if masked and weights is None:
+            counting["mask"] = ~np.isnan(turned)
+        elif weights is not None:  # one for each value, as for any number of parts
+            of_rows = np.broadcast_to(weights.reshape(-1, 1, size)[some], turned.shape)
+            there = ~np.isnan(turned) if masked else True
+            counting["weights"] = np.where(there, of_rows, weights.dtype.type(0))
+        moments = batch_norm_stats(turned, axis=(0, 1), **counting)  # type: ignore[arg-type]
+        found[:, begin : begin + step] = _array(moments)[:, : len(parts) - begin]
+    if not relative:
+        found[1] -= origin
+    return found
 
 
 def _array(moments: Moments) -> NDArray:

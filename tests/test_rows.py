@@ -38,6 +38,7 @@ def moments_of(x, cuts=(), weights=None):
     rows = Rows(x.shape[1])
     for begin, end in pairwise([0, *cuts, len(x)]):
         rows.add(x[begin:end], None if weights is None else weights[begin:end])
+        assert (len(rows.blocks), rows.rows) == divmod(end, BLOCK)
     return rows.total()
 
 
