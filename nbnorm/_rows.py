@@ -94,13 +94,17 @@ class Rows:
         What is summed again, and how, depends on each part alone.
         """
         origin = np.nan_to_num(self.origin)
-        if weights is None:
+        in_rows, parts = x.strides[0] >= x.strides[1], len(x) // size
+        if weights is None and in_rows:
             found = _together(x, size)
             far = np.flatnonzero(_far(*found).any(axis=1) & (x.dtype == np.float64))
             found[1] -= origin
-            found[:, far] = _apart(x, size, origin, far)
+            found[:, far] = _shifted(x, size, origin, far)
+        elif weights is None and parts > x.shape[1] and x.dtype != np.float64:
+            found = _by_column(x, size)  # with the bits of `_apart`, which copies
+            found[1] -= origin
         else:
-            found = _apart(x, size, origin, range(len(x) // size), weights)
+            found = _apart(x, size, origin, range(parts), weights)
         unknown = np.flatnonzero(~np.isfinite(found[1]).all(axis=1))
         found[:, unknown] = _apart(x, size, origin, unknown, weights, masked=True)
         return Moments(*found)
@@ -108,16 +112,20 @@ class Rows:
 
 def _together(x: NDArray, size: int) -> NDArray:
     """Return count, mean and M2 of parts of so many rows, shape (3, parts, columns)."""
+    parts = len(x) // size
+    if parts == 1:
+        return _array(batch_norm_stats(x))[:, None]
+    found = np.empty((3, parts, x.shape[1]))
+    found[0], found[1], found[2] = batch_norm_stats(x, groups=parts)
+    return found
+
+
+def _by_column(x: NDArray, size: int) -> NDArray:
+    """Call `_together` for an x in Fortran order, which is read as it lies in memory."""
     parts, columns = len(x) // size, x.shape[1]
     found = np.empty((3, parts, columns))
-    if x.strides[0] < x.strides[1] and columns < parts:  # read columns as they lie in memory
-        for c in range(columns):
-            found[..., c] = _array(batch_norm_stats(x[:, c].reshape(parts, size), axis=0))
-    elif x.strides[0] < x.strides[1] or parts == 1:
-        for part in range(parts):
-            found[:, part] = _array(batch_norm_stats(x[part * size : (part + 1) * size]))
-    else:
-        found[0], found[1], found[2] = batch_norm_stats(x, groups=parts)
+    for c in range(columns):
+        found[..., c] = _array(batch_norm_stats(x[:, c].reshape(parts, size), axis=0))
     return found
 
 
@@ -126,6 +134,19 @@ def _far(count: NDArray, mean: NDArray, m2: NDArray) -> NDArray:
     with np.errstate(all="ignore"):
         far: NDArray = (m2 > 0) & (count * mean * mean > FAR**2 * m2)
     return far
+
+
+def _shifted(x: NDArray, size: int, origin: NDArray, parts: NDArray) -> NDArray:
+    """Return count, mean - origin and M2 of some parts, shape (3, parts, columns)."""
+    columns = x.shape[1]
+    found = np.empty((3, len(parts), columns))
+    step = max(1, SLAB // (size * columns))
+    for begin in range(0, len(parts), step):
+        some = parts[begin : begin + step]
+        with np.errstate(all="ignore"):
+            near = [x[part * size : (part + 1) * size] - origin for part in some]
+        found[:, begin : begin + step] = _together(np.concatenate(near), size)
+    return found
 
 
 def _apart(

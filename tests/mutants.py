@@ -838,6 +838,7 @@ TABLES = of(
         ("columns = columns[~found]", "columns = columns[:0]"),
         ("~np.isfinite(found[1]).all(axis=1)", "(found[1] < -np.inf).all(axis=1)"),
         ("origin[:, None] if relative else", "origin[:, None] if 0 else"),
+        ("(part + 1) * size] - origin for part", "(part + 1) * size] - 0 for part"),
         ("(m2 > 0) & (count * mean * mean > FAR**2 * m2)", "m2 < 0"),
         ("if masked else True", "if 0 else True"),
         ("if len(some) == columns == 1:", "if False:"),
