@@ -33,7 +33,7 @@ myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
 
 # The reference is the same whether or not hosts are installed.
-autodoc_mock_imports = ["autograd", "mygrad", "onnx", "thinc", "torch"]
+autodoc_mock_imports = ["autograd", "mygrad", "onnx", "sklearn", "thinc", "torch"]
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # numpydoc's sections say it better

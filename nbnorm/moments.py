@@ -266,10 +266,37 @@ class Pairwise:
     def __len__(self) -> int:
         return self._number
 
+    def copy(self) -> "Pairwise":
+        """Return another one with the same parts."""
+        other = Pairwise()
+        other._number, other._waiting = self._number, self._waiting.copy()
+        return other
+
     def add(self, moments: Any) -> None:
         """Add moments, or any object with a compatible `merge` method, such as a dask delayed."""
-        self._number += 1
-        number = self._number
+        self._add(moments, 1)
+
+    def extend(self, parts: Moments) -> None:
+        """Add moments in float64 arrays that have a row for each part, counts too.
+
+        The result has the same bits as `add` row by row, but rows are merged all at once.
+        """
+        rows: Any = np.stack(parts)
+        while rows.shape[1]:
+            # As many as are merged in pairs of pairs before any other is.
+            number = 1 << (rows.shape[1].bit_length() - 1)
+            if self._number:
+                number = min(number, self._number & -self._number)
+            these, rows = rows[:, :number], rows[:, number:]
+            with np.errstate(all="ignore"):
+                while these.shape[1] > 1:
+                    these = np.stack(_merged(*these[:, 0::2], *these[:, 1::2]))
+            self._add(Moments(*these[:, 0]), number)
+
+    def _add(self, moments: Any, number: int) -> None:
+        """Add the merge of so many parts, a power of two that divides their number so far."""
+        self._number += number
+        number = self._number // number
         while number % 2 == 0:
             moments = self.waiting.pop().merge(moments)
             number //= 2

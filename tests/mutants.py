@@ -864,6 +864,69 @@ ARRAYS = of(
     ),
 )
 
+TABLES = of(
+    "_rows",
+    (
+        "test_rows.py",
+        ("head = min(len(x), -self.rows % BLOCK)", "head = 0"),
+        ("rest = (len(x) - head) % BLOCK", "rest = len(x) % BLOCK"),
+        ("if self.rows == BLOCK:", "if False:"),
+        ("self.blocks.copy()", "self.blocks"),
+        ("other.origin, other", "_, other"),
+        ("finite = np.isfinite(piece)", "finite = ~np.isnan(piece)"),
+        ("columns = columns[~found]", "columns = columns[:0]"),
+        ("~np.isfinite(found[1]).all(axis=1)", "(found[1] < -np.inf).all(axis=1)"),
+        ("origin[:, None] if relative else", "origin[:, None] if 0 else"),
+        ("(part + 1) * size] - origin for part", "(part + 1) * size] - 0 for part"),
+        ("(m2 > 0) & (count * mean * mean > FAR**2 * m2)", "m2 < 0"),
+        ("if masked else True", "if 0 else True"),
+        ("if len(some) == columns == 1:", "if False:"),
+        ("[:, : len(parts) - begin]", "[:, :step]"),
+    ),
+)
+
+SKLEARN = of(
+    "integrations/sklearn",
+    (
+        "integrations/test_sklearn.py::test_inf_is_refused_and_changes_nothing",
+        ("return self._seen.copy()", "return self._seen"),
+        ("if not np.isfinite(moments.mean).all():", "if False:"),
+        ("_refuse_infinite(data)  # which", "# which"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_dense_and_sparse_calls_may_alternate",
+        ('self.__dict__.pop("_seen", None)  # the attributes', "# the attributes"),
+        ("count * var, 0)", "var, 0)"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_nearly_constant_features_are_theirs",
+        ("constant = var <= count * eps * var + (count * mean * eps) ** 2", "constant = var == 0"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_the_same_maps",
+        ("mean, 1 / scale, out=None if copy else data)", "mean, 1 / scale)"),
+        ("zero, one, out=None if copy else data)", "zero, one)"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_what_cannot_be_written_over_is_copied",
+        ("self, reset=False), force_writeable=not copy)", "self, reset=False))"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_what_is_refused",
+        ("dtype=data.dtype, ensure_non_negative=True", "dtype=data.dtype"),
+        ("if data.shape[1] != self.n_features_in_:", "if False:"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_checks_can_be_turned_off",
+        ('if not get_config()["assume_finite"] and not', "if not"),
+    ),
+    (
+        "integrations/test_sklearn.py::test_callbacks_are_called",
+        ("callbacks.call_on_fit_task_begin(**task)", "pass"),
+        ("callbacks.call_on_fit_task_end(**task, reconstruction_attributes={})", "pass"),
+    ),
+)
+
 TORCH = [
     *of(
         "integrations/torch/_functional",
@@ -1361,6 +1424,8 @@ MUTANTS = [
         *POOL,
         *DISK,
         *ARRAYS,
+        *TABLES,
+        *SKLEARN,
         *TORCH,
         *ON_GPU,
     ),

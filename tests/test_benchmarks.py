@@ -220,6 +220,7 @@ def test_asv_imports_suites_without_what_may_be_missing():
     assert everywhere == set(suites.glob("bench_*.py")) != set()
     missing = (
         *("torch", "jax", "flax", "keras", "onnx", "onnxruntime", "autograd", "mygrad", "thinc"),
+        "sklearn",
         *("dask", "h5py", "cupy", "mpi4py", "pytest", "hypothesis", "matplotlib", "tqdm"),
     )
     code = f"""

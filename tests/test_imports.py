@@ -26,7 +26,7 @@ LAYERS = (
     ),
     # cpu.overloads implements functional's calls for compiled code, beside the kernels.
     ("nbnorm.layer", "nbnorm.reference", "nbnorm.cpu.overloads"),
-    ("nbnorm.renorm",),
+    ("nbnorm.renorm", "nbnorm._rows"),
     ("nbnorm.functional", "nbnorm.second_order"),
     ("nbnorm._segments",),
     ("nbnorm._weights", "nbnorm._integers"),

@@ -8,7 +8,7 @@ import pytest
 import nbnorm
 
 SUBMODULES = ["conventions", "distributed", "integrations", "reference"]
-HOSTS = ["autograd", "mygrad", "onnx", "thinc", "torch"]
+HOSTS = ["autograd", "mygrad", "onnx", "sklearn", "thinc", "torch"]
 
 
 def run(code):
@@ -34,7 +34,7 @@ def test_a_submodule_is_an_attribute(name):
 def test_a_host_is_an_attribute(name):
     pytest.importorskip(name)
     code = f"import nbnorm; print(nbnorm.integrations.{name}.batch_norm.__module__)"
-    if name in ("thinc", "onnx"):
+    if name in ("thinc", "onnx", "sklearn"):
         code = f"import nbnorm; print(nbnorm.integrations.{name}.__name__)"
     assert run(code).strip() == f"nbnorm.integrations.{name}"
 

@@ -4,7 +4,7 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 # No imports under TYPE_CHECKING either: type checkers would have to read every framework.
-_SUBMODULES = ("autograd", "mygrad", "onnx", "thinc", "torch")  # imported on first use
+_SUBMODULES = ("autograd", "mygrad", "onnx", "sklearn", "thinc", "torch")  # imported on first use
 
 
 def __getattr__(name: str) -> _Any:
