@@ -99,7 +99,11 @@ def renorm(shape):
     }
 
 
-VARIANTS = {"counts": (counts, COUNTS), "activations": (activations, PLAIN), "renorm": (renorm, PLAIN)}
+VARIANTS = {
+    "counts": (counts, COUNTS),
+    "activations": (activations, PLAIN),
+    "renorm": (renorm, PLAIN),
+}
 
 
 def least(calls, rounds):

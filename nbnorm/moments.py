@@ -268,9 +268,7 @@ class Pairwise:
 
     def copy(self) -> "Pairwise":
         """Return another one with the same parts."""
-        other = Pairwise()
-        other._number, other._waiting = self._number, self._waiting.copy()
-        return other
+        return Pairwise(self._number, self.waiting)
 
     def add(self, moments: Any) -> None:
         """Add moments, or any object with a compatible `merge` method, such as a dask delayed."""
