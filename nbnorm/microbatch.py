@@ -6,15 +6,15 @@ which is computed part by part while the caller iterates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._arrays import on_its_device, place_of
-from nbnorm._frame import Frame
+from nbnorm._arrays import on_its_device
+from nbnorm._sweeps import Kind, Parts, Recomputed, Sweeps, kind_of
 from nbnorm._typing import Activation, Array, Axis, NDArray, X
 from nbnorm.functional import (
     batch_norm_apply,
@@ -28,31 +28,9 @@ from nbnorm.moments import Moments, Pairwise, update_running_stats
 __all__ = [
     "MicroBatchNormBackward",
     "MicroBatchNormForward",
-    "Recomputed",
     "micro_batch_norm_backward",
     "micro_batch_norm_forward",
 ]
-
-R = TypeVar("R")
-Parts = Iterable[X] | Callable[[], Iterable[X]]
-
-
-class Recomputed(Generic[X]):
-    """Parts of a result, which are computed anew whenever they are iterated over.
-
-    Each iteration reads the parts of the inputs once more and holds one of them at a time. It can
-    be the input of another layer, which reads it twice. ``len`` is the number of parts.
-    """
-
-    def __init__(self, parts: Callable[[], Iterator[X]], number: int) -> None:
-        self._parts, self._number = parts, number
-
-    def __iter__(self) -> Iterator[X]:
-        return self._parts()
-
-    def __len__(self) -> int:
-        return self._number
-
 
 # Forward
 
@@ -151,7 +129,7 @@ def micro_batch_norm_forward(
     [[-1.02], [-0.34]]
     [[1.36]]
     """
-    sweeps = _Sweeps(xs=xs)
+    sweeps = Sweeps(xs=xs)
     statistics = partial(
         _statistics, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var,
         momentum=momentum, eps=eps, correction=correction, axis=axis, activation=activation,
@@ -176,7 +154,7 @@ def micro_batch_norm_forward(
 @on_its_device("x")
 def _statistics(
     x: Array, *, gamma: Any, beta: Any, running_mean: Any, running_var: Any, **options: Any
-) -> tuple[Moments, _Kind]:
+) -> tuple[Moments, Kind]:
     """Check all arguments with a part of x; return its moments and what all parts must share."""
     call = check_forward(
         x, gamma, beta, running_mean, running_var, True, **options, residual=None, out=None,
@@ -184,7 +162,7 @@ def _statistics(
     )  # fmt: skip
     frame = call.frame
     mean, m2 = (frame.home(frame.unflat(array)) for array in flat_stats(frame))
-    return Moments(frame.m, mean, m2), _kind(frame)
+    return Moments(frame.m, mean, m2), kind_of(frame)
 
 
 # Backward
@@ -278,7 +256,7 @@ def micro_batch_norm_backward(
     >>> abs(sum(dx.sum() for dx in grads.dxs)) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
     """
-    sweeps = _Sweeps(dys=dys, xs=xs)
+    sweeps = Sweeps(dys=dys, xs=xs)
     options: dict[str, Any] = {
         "gamma": gamma, "mean": mean, "rstd": rstd, "beta": beta, "axis": axis,
         "activation": activation,
@@ -342,7 +320,7 @@ def _sums(
     beta: Any,
     axis: Axis,
     activation: Activation,
-) -> tuple[_Sums, _Kind]:
+) -> tuple[_Sums, Kind]:
     """Check all arguments with a part of dy and x; return its sums and what parts must share."""
     call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=None)
     frame = call.frame
@@ -352,115 +330,4 @@ def _sums(
         operands, mask = call.operands()
         flat = frame.backend.backward_reduce(*operands, *mask, call.recomputed)
     dtype = frame.x.dtype if call.gamma is None else call.gamma.dtype
-    return _Sums(frame.m, flat, frame.channel_shape, dtype, frame.home), _kind(frame)
-
-
-# Reading parts twice
-
-
-class _Kind(NamedTuple):
-    """What all parts of x must have in common."""
-
-    dtype: np.dtype[Any]
-    channels: tuple[int, ...]  # the shape of the channel axes
-    place: str
-
-
-def _kind(frame: Frame) -> _Kind:
-    return _Kind(frame.x.dtype, frame.channel_shape, place_of(frame.x))
-
-
-class _Sweeps:
-    """Readings of the same parts of one source or of several, the last of which is that of x.
-
-    The first reading notes shapes, and the later ones must find the same. No part is kept while the
-    next is read.
-    """
-
-    def __init__(self, **sources: Parts[Any]) -> None:
-        for name, source in sources.items():
-            _readable_twice(source, name)
-        self._sources = sources
-        self._shapes: list[tuple[int, ...]] = []
-
-    def first(self, function: Callable[..., tuple[R, _Kind]]) -> Iterator[R]:
-        """Yield the results of a function of every part; check that the parts go together."""
-        opened, expected = self._opened(), None
-        while parts := self._next(opened):
-            try:
-                result, kind = function(*parts)
-                expected = expected or kind
-                _same_kind(kind, expected)
-            except (TypeError, ValueError) as error:
-                error.add_note(f"(part {len(self._shapes)})")
-                raise
-            self._shapes.append(tuple(parts[-1].shape))
-            del parts
-            yield result
-        if not self._shapes:
-            raise ValueError(f"{next(reversed(self._sources))} has no parts, expected at least one")
-
-    def again(self, function: Callable[..., X]) -> Recomputed[X]:
-        """Return the results of a function of every part, which must have the shapes noted."""
-
-        def results() -> Iterator[X]:
-            opened = self._opened()
-            for i, shape in enumerate(self._shapes):
-                yield function(*self._same(self._next(opened), i, shape))
-            self._same(self._next(opened), len(self._shapes), None)
-
-        return Recomputed(results, len(self._shapes))
-
-    def _opened(self) -> dict[str, Iterator[Any]]:
-        return {name: iter(s() if callable(s) else s) for name, s in self._sources.items()}
-
-    def _next(self, opened: dict[str, Iterator[Any]]) -> list[Any]:
-        """Return the next part of each source, or nothing at the end."""
-        parts = {name: next(iterator, _END) for name, iterator in opened.items()}
-        ended = [name for name, part in parts.items() if part is _END]
-        if ended and len(ended) < len(parts):
-            others = parts.keys() - ended
-            raise ValueError(f"{ended[0]} has fewer parts than {others.pop()}")
-        return [] if ended else list(parts.values())
-
-    def _same(self, parts: list[Any], i: int, shape: tuple[int, ...] | None) -> list[Any]:
-        """Return the parts; raise if x's does not have the shape noted, None at the end."""
-        found = tuple(parts[-1].shape) if parts else None
-        if found != shape:
-            before, now = ("no such part" if s is None else f"shape {s}" for s in (shape, found))
-            raise ValueError(
-                f"part {i} of {next(reversed(self._sources))} had {before} when it was first read, "
-                f"and now {now}; every reading must yield the same parts"
-            )
-        return parts
-
-
-_END = object()
-
-
-def _readable_twice(source: Any, name: str) -> None:
-    """Raise unless a source is a function or an iterable that can be read more than once."""
-    ways = "pass a sequence of arrays, or a function that returns a new iterator"
-    if hasattr(source, "shape"):
-        raise TypeError(f"{name} is an array, expected its parts; {ways}")
-    if callable(source):
-        return
-    if not isinstance(source, Iterable):
-        raise TypeError(f"{name} must be an iterable of arrays, got {type(source).__qualname__}")
-    if isinstance(source, Iterator):
-        raise TypeError(
-            f"{name} can be read only once (it is a {type(source).__qualname__}), and is read "
-            f"twice; {ways}"
-        )
-
-
-def _same_kind(kind: _Kind, expected: _Kind) -> None:
-    """Raise if a part has not what all must have in common, namely what part 0 has."""
-    if kind.dtype != expected.dtype:
-        raise TypeError(f"x has dtype {kind.dtype}, expected {expected.dtype}, that of part 0")
-    if kind.channels != expected.channels:
-        raise ValueError(
-            f"x has channel axes of shape {kind.channels}, expected {expected.channels}, "
-            "those of part 0"
-        )
-    _checks.same_place(kind.place, "x", expected.place)
+    return _Sums(frame.m, flat, frame.channel_shape, dtype, frame.home), kind_of(frame)

@@ -691,7 +691,7 @@ THREAD_COMM = of(
 )
 
 MICROBATCH = of(
-    "microbatch",
+    "_sweeps",
     (
         "test_microbatch.py",
         ("            del parts\n", ""),
@@ -702,6 +702,11 @@ MICROBATCH = of(
         ('if hasattr(source, "shape"):', "if False:"),
         ("if isinstance(source, Iterator):", "if False:"),
         ("if ended and len(ended) < len(parts):", "if False:"),
+    ),
+) + of(
+    "microbatch",
+    (
+        "test_microbatch.py",
         ("if total.count != count:", "if False:"),
         ("_checks.whole_count(count, frame.x)", "pass"),
         ('    _checks.enough_values(count, correction, "{} in all parts together", count)\n', ""),

@@ -21,7 +21,7 @@ LAYERS = (
     ("nbnorm._demo*",),
     ("nbnorm.integrations*",),
     (
-        *("nbnorm.distributed*", "nbnorm.population", "nbnorm.microbatch"),
+        *("nbnorm.distributed*", "nbnorm.population", "nbnorm.microbatch", "nbnorm._sweeps"),
         *("nbnorm.conventions", "nbnorm._warmup"),
     ),
     # cpu.overloads implements functional's calls for compiled code, beside the kernels.
