@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import sklearn
 from sklearn import preprocessing
 
 from benchmarks.markdown import markdown
@@ -113,7 +114,9 @@ def main() -> None:
         table = speed(given.rows or 1_000_000, given.columns or 100, given.rounds)
     else:
         table = accuracy(given.rows or 100_000, given.columns or 8)
-    print(describe(conditions("scikit-learn", "numpy", "numba")))
+    found = conditions("numpy", "numba")
+    found["versions"]["scikit-learn"] = sklearn.__version__
+    print(describe(found))
     print(f"\n    {command_of('scaler.py', sys.argv[1:])}\n\n{markdown(table)}")
 
 
