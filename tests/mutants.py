@@ -1310,7 +1310,7 @@ POPULATION = [
             ("if not number:", "if False:"),
         ),
         (
-            "test_streams.py::test_the_total_may_be_unknown",
+            "test_sources.py::test_the_total_may_be_unknown",
             ("return size if size == size else None", "return size"),
         ),
     ),
