@@ -86,8 +86,13 @@ def take_numbers(obj: Array, name: str) -> NDArray:
 
 def result_dtype(dtype: Any, name: str) -> np.dtype[Any]:
     """Return the dtype of a result, given as `dtype` or by the argument `name`."""
+    named = str(dtype).rpartition(".")[2]  # as of torch.float16
     try:
-        found = _bfloat16(name) if str(dtype) == "bfloat16" else np.dtype(dtype)
+        found = (
+            _bfloat16(name)
+            if named == "bfloat16"
+            else np.dtype(named if named in DTYPES else dtype)
+        )
     except TypeError:
         raise TypeError(f"{name} must be one of {_or(DTYPES)}, got {dtype!r}") from None
     if found not in _KNOWN and found.name != "bfloat16":

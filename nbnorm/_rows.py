@@ -1,7 +1,7 @@
 """Moments of the rows of a table, summed in fixed blocks, so that they do not depend on the calls.
 
-The moments of a block depend on its rows alone, and blocks are merged in an order that depends on
-their places alone.
+The moments of a block depend on its rows and their order in memory, and blocks are merged in an
+order that depends on their places alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ SLAB = 1 << 21  # values that are copied at a time
 class Rows:
     """Moments of the rows added so far; NaN does not count.
 
-    Means are kept relative to `origin`, the first finite value of each column. They then have the
-    size of a standard deviation, and keep the digits that a mean of 1e8 standard deviations would
-    lose to rounding at every merge: after 1e5 float64 rows, the variance would be off by 1e-11.
+    Means are kept relative to `origin`, the median of the first values of each column that count.
+    They then have the size of a standard deviation, and keep the digits that a mean of 1e8 standard
+    deviations would lose to rounding at every merge: after 1e5 float64 rows, the variance would be
+    off by 1e-11. A first value alone may be an outlier, or a placeholder of weight 0.
 
     `tail` has the `rows` after the last complete block.
     """
@@ -44,7 +45,7 @@ class Rows:
 
     def add(self, x: NDArray, weights: NDArray | None = None) -> None:
         """Add rows of shape (rows, columns), with weights of shape (rows,) if they have any."""
-        self._find_origin(x)
+        self._find_origin(x, weights)
         head = min(len(x), -self.rows % BLOCK)
         rest = (len(x) - head) % BLOCK
         cuts = (0, head, head), (head, len(x) - rest, BLOCK), (len(x) - rest, len(x), rest)
@@ -64,17 +65,21 @@ class Rows:
         count, mean, m2 = _nothing(self.origin.size).merge(*complete, self.tail)
         return Moments(count, np.nan_to_num(self.origin) + mean, m2)
 
-    def _find_origin(self, x: NDArray) -> None:
-        """Set the origin of columns that have had no value yet."""
+    def _find_origin(self, x: NDArray, weights: NDArray | None) -> None:
+        """Set the origin of columns that have had no value that counts yet."""
         columns = np.flatnonzero(np.isnan(self.origin))
         for begin in range(0, len(x), BLOCK):
             if columns.size == 0:
                 break
-            piece = x[begin : begin + BLOCK, columns]
-            finite = np.isfinite(piece)
-            found, first = finite.any(axis=0), piece[finite.argmax(axis=0), range(columns.size)]
-            self.origin[columns[found]] = first[found]
-            columns = columns[~found]
+            piece = x[begin : begin + BLOCK, columns].T
+            counts = np.isfinite(piece)
+            if weights is not None:
+                counts &= weights[begin : begin + BLOCK] > 0
+            number = counts.sum(axis=1)
+            in_order = np.sort(np.where(counts, piece, np.nan), axis=1)  # NaN comes last
+            median = in_order[range(columns.size), np.maximum(number - 1, 0) // 2]
+            self.origin[columns] = median
+            columns = columns[number == 0]
 
     def _begin(self) -> None:
         self.tail, self.rows = _nothing(self.origin.size), 0

@@ -48,15 +48,15 @@ def kind_of(frame: Frame) -> Kind:
 class Sweeps:
     """Readings of the same parts of one source or of several, the last of which is that of x.
 
-    The first reading notes shapes, and the later ones must find the same. No part is kept while the
-    next is read.
+    The first reading notes shapes and dtypes, and the later ones must find the same. No part is
+    kept while the next is read.
     """
 
     def __init__(self, **sources: Parts[Any]) -> None:
         for name, source in sources.items():
             _readable_twice(source, name)
         self._sources = sources
-        self._shapes: list[tuple[int, ...]] = []
+        self._forms: list[str] = []
 
     def first(self, function: Callable[..., tuple[R, Kind]]) -> Iterator[R]:
         """Yield the results of a function of every part; check that the parts go together."""
@@ -67,27 +67,36 @@ class Sweeps:
                 expected = expected or kind
                 _same_kind(kind, expected)
             except (TypeError, ValueError) as error:
-                error.add_note(f"(part {len(self._shapes)})")
+                error.add_note(f"(part {len(self._forms)})")
                 raise
-            self._shapes.append(tuple(parts[-1].shape))
+            self._forms.append(_form(parts[-1]))
             del parts
             yield result
-        if not self._shapes:
+        if not self._forms:
             raise ValueError(f"{next(reversed(self._sources))} has no parts, expected at least one")
 
     def again(self, function: Callable[..., X]) -> Recomputed[X]:
-        """Return the results of a function of every part, which must have the shapes noted."""
+        """Return the results of a function of every part, which must be as it was noted."""
 
         def results() -> Iterator[X]:
             opened = self._opened()
-            for i, shape in enumerate(self._shapes):
-                yield function(*self._same(self._next(opened), i, shape))
-            self._same(self._next(opened), len(self._shapes), None)
+            for i, form in enumerate(self._forms):
+                yield function(*self._same(self._next(opened), i, form))
+            self._same(self._next(opened), len(self._forms), _NONE)
 
-        return Recomputed(results, len(self._shapes))
+        return Recomputed(results, len(self._forms))
 
     def _opened(self) -> dict[str, Iterator[Any]]:
-        return {name: iter(s() if callable(s) else s) for name, s in self._sources.items()}
+        opened = {}
+        for name, source in self._sources.items():
+            parts = source() if callable(source) else source
+            if hasattr(parts, "shape") or not isinstance(parts, Iterable):
+                raise TypeError(
+                    f"{name} is a function that returned {type(parts).__qualname__}, expected an "
+                    "iterable of arrays"
+                )
+            opened[name] = iter(parts)
+        return opened
 
     def _next(self, opened: dict[str, Iterator[Any]]) -> list[Any]:
         """Return the next part of each source, or nothing at the end."""
@@ -98,16 +107,23 @@ class Sweeps:
             raise ValueError(f"{ended[0]} has fewer parts than {others.pop()}")
         return [] if ended else list(parts.values())
 
-    def _same(self, parts: list[Any], i: int, shape: tuple[int, ...] | None) -> list[Any]:
-        """Return the parts; raise if x's does not have the shape noted, None at the end."""
-        found = tuple(parts[-1].shape) if parts else None
-        if found != shape:
-            before, now = ("no such part" if s is None else f"shape {s}" for s in (shape, found))
+    def _same(self, parts: list[Any], i: int, form: str) -> list[Any]:
+        """Return the parts; raise if x's is not as it was noted, `_NONE` at the end."""
+        found = _form(parts[-1]) if parts else _NONE
+        if found != form:
             raise ValueError(
-                f"part {i} of {next(reversed(self._sources))} had {before} when it was first read, "
-                f"and now {now}; every reading must yield the same parts"
+                f"part {i} of {next(reversed(self._sources))} had {form} when it was first read, "
+                f"and now {found}; every reading must yield the same parts"
             )
         return parts
+
+
+_NONE = "no such part"
+
+
+def _form(part: Any) -> str:
+    """Return shape and dtype of a part, in words."""
+    return f"shape {tuple(part.shape)} and dtype {part.dtype}"
 
 
 _END = object()

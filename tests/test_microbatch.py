@@ -369,13 +369,17 @@ def readings(*sources):
     return lambda: next(remaining)
 
 
+FIRST = f"and dtype {XS[0].dtype} when it was first read"
+
+
 @pytest.mark.parametrize(
     ("later", "message"),
     [
-        (XS[:3], "part 3 of xs had shape (7, 4, 3) when it was first read, and now no such part"),
+        (XS[:3], f"part 3 of xs had shape (7, 4, 3) {FIRST}, and now no such part"),
         ([*XS, XS[0]], "part 4 of xs had no such part when it was first read, and now shape (5, "),
-        (XS[::-1], "part 0 of xs had shape (5, 4, 3) when it was first read, and now shape (7, "),
-        (iter(()), "part 0 of xs had shape (5, 4, 3) when it was first read, and now no such part"),
+        (XS[::-1], f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now shape (7, "),
+        ([x.astype(np.float16) for x in XS], f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now"),
+        (iter(()), f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now no such part"),
     ],
 )
 def test_parts_that_change_between_readings(later, message):
@@ -387,6 +391,15 @@ def test_parts_that_change_between_readings(later, message):
         backward = backward_of(dys=readings(DYS, DYS), xs=readings(XS, later))
         with pytest.raises(ValueError, match=r"^part 0 of xs had"):
             list(backward.dxs)
+
+
+@pytest.mark.parametrize("returned", [XS[0], None])
+def test_a_function_that_returns_no_parts(returned):
+    kind = type(returned).__name__
+    with pytest.raises(
+        TypeError, match=f"^xs is a function that returned {kind}, expected an iter"
+    ):
+        micro_batch_norm_forward(lambda: returned)
 
 
 def test_a_function_that_returns_the_same_iterator_twice():

@@ -55,6 +55,25 @@ def exact(x, weights=None):
 every = pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 
 
+@pytest.mark.parametrize(
+    ("value", "weight"),
+    [(1e8, 0), (1e20, 0), (1e200, 0), (-np.inf, 0), (1e8, 1e-300), (1e20, 1e-300)],
+)
+def test_a_first_row_of_no_weight_costs_no_digits(value, weight):
+    x, weights = drawn("float64", offset=1.0), np.ones(N)
+    x[0], weights[0] = value, weight
+    got, expected = moments_of(x, (), weights), exact(x[1:])
+    np.testing.assert_allclose(got.mean, expected.mean.astype(float), rtol=1e-14)
+    np.testing.assert_allclose(got.m2, expected.m2.astype(float), rtol=1e-13)
+
+
+def test_an_outlier_first_costs_no_digits():
+    x = drawn("float64", offset=0.0)
+    x[0] = 1e12
+    expected = exact(x)
+    np.testing.assert_allclose(moments_of(x).mean, expected.mean.astype(float), rtol=1e-14)
+
+
 @every
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("columns", [1, 3, 40])

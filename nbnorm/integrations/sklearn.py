@@ -61,10 +61,11 @@ class StandardScaler(preprocessing.StandardScaler):
     Notes
     -----
     Rows are summed in blocks of 1000, counted from the first row, and blocks are merged in pairs,
-    then pairs of pairs, with the formula of Chan, Golub & LeVeque (1983). So for the same rows,
-    `partial_fit` in any calls that end at multiples of 1000 rows has the same bits as `fit`, on any
-    number of threads. Other calls may change the last bits. Means are kept relative to a value of
-    the feature, so a mean of 1e8 standard deviations costs `scale_` no digits.
+    then pairs of pairs, with the formula of Chan, Golub & LeVeque (1983). So for the same rows
+    in the same memory order, `partial_fit` in any calls that end at multiples of 1000 rows has the
+    same bits as `fit`, on any number of threads. Other calls may change the last bits. Means are
+    kept relative to a value of the feature, so a mean of 1e8 standard deviations costs `scale_` no
+    digits.
 
     float32, float64 and float16 keep their dtype, anything else becomes float64. For sparse
     matrices, and for arrays of other libraries under ``array_api_dispatch``, the methods of
