@@ -464,6 +464,27 @@ def test_scale_of_the_weights(plot):
 
 
 @needs_examples
+def test_two_jacobians(plot):
+    deviations, singular = plot("plot_jacobians", "deviations", "singular")
+    assert deviations.max() < 2**-48
+    normalised, plain = singular["BN((aW)u)"], singular["(aW)u"]
+    assert_allclose(normalised, np.broadcast_to(normalised[:1], normalised.shape), atol=2**-48)
+    assert_allclose(plain[-1], 1e4 * plain[0], rtol=1e-9)
+
+
+@needs_examples
+def test_gradients_vanish_without_batch_normalization(plot):
+    (relative,) = plot("plot_gradients_by_layer", "relative")
+    for (name, scale), values in relative.items():
+        if name == "with BN":
+            assert 0.3 < values[0] < 0.5, scale
+            assert 0.9 < values[1:].min() <= values[1:].max() < 1.4, scale
+        else:
+            assert (np.diff(np.log(values)) > 0.5).all(), scale
+    assert 1e-9 < relative["without BN", 0.05][0] < 1e-8
+
+
+@needs_examples
 def test_a_bias_grows_for_ever_where_statistics_are_constants(plot):
     bias, loss, true_bias, true_loss = plot(
         "plot_bias", "constant_bias", "constant_loss", "true_bias", "true_loss"
