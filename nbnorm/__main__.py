@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import webbrowser
 from collections.abc import Sequence
 
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         page = _demo.write_page(given.file, array=given.array, axis=given.axis, output=given.output)
     except _demo.DemoError as error:
         demo.error(str(error))
-    print(page)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(str(page).encode(encoding, errors="replace").decode(encoding))
     if not given.no_open:
         webbrowser.open(page.resolve().as_uri())
 

@@ -129,6 +129,10 @@ def _checked(path: Any) -> str:
         absolute = os.path.abspath(os.fsdecode(path))
     except TypeError:
         raise TypeError(f"checkpoint must be a path or None, got {path!r}") from None
+    if not os.fsdecode(path):  # the working directory, if it were made absolute
+        raise ValueError("checkpoint is empty, expected a path or None")
+    if os.path.isdir(absolute):
+        raise IsADirectoryError(f"checkpoint {absolute!r} is a folder, expected a file")
     folder = os.path.dirname(os.path.realpath(absolute))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"checkpoint {absolute!r} is in {folder!r}, which is no folder")

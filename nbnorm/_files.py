@@ -33,7 +33,7 @@ def write(file: Any, content: str, arrays: dict[str, Any]) -> None:
 
 def read(file: Any, content: str, keys: Iterable[str], name: str) -> dict[str, NDArray]:
     """Return arrays of a file that `write` has written; `name` is the caller's argument."""
-    named = f"{name} {file if hasattr(file, 'read') else os.fspath(file)!r}"
+    named = named_file(file, name)
     try:
         with _opened(file) as stream, np.load(stream, allow_pickle=False) as stored:
             found = str(stored[MARK]) if MARK in stored else None
@@ -45,6 +45,11 @@ def read(file: Any, content: str, keys: Iterable[str], name: str) -> dict[str, N
         holds = f"arrays named {names}" if found is None else repr(found)
         raise ValueError(f"{named} holds {holds}, expected {content!r}")
     return arrays
+
+
+def named_file(file: Any, name: str) -> str:
+    """Return what messages call a file: the caller's argument and what it is."""
+    return f"{name} {file if hasattr(file, 'read') else os.fspath(file)!r}"
 
 
 def _opened(file: Any) -> AbstractContextManager[IO[bytes]]:

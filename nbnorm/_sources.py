@@ -16,15 +16,11 @@ Index = tuple[slice, ...]
 
 def arrays_of(data: Any) -> Iterable[Any]:
     """Return the arrays of an argument that is one or goes through several."""
+    _check_names(data)
     if hasattr(data, "shape"):
         return (data,)
-    kind = f"{type(data).__module__}.{type(data).__qualname__}"
-    if hasattr(data, "keys"):  # a mapping would go through its keys
-        raise TypeError(
-            f"data must be an array or an iterable of arrays, got {kind}; pass data[key]"
-        )
     if not isinstance(data, Iterable):
-        raise TypeError(f"data must be an array or an iterable of arrays, got {kind}")
+        raise _no_arrays(data)
     return data
 
 
@@ -66,6 +62,7 @@ class Source:
     """
 
     def __init__(self, array: Any, axis: tuple[int | str, ...]) -> None:
+        _check_names(array)
         if not hasattr(array, "shape"):
             check_type(array)  # raises, as this is not an array
         self._labelled = _is_labelled(array)
@@ -144,6 +141,21 @@ class Source:
         if not isinstance(chunks, tuple) or len(chunks) != len(self.shape):
             return None
         return chunks if all(isinstance(n, int) and n > 0 for n in chunks) else None
+
+
+def _check_names(data: Any) -> None:
+    """Raise if data holds arrays by name: iterated it gives names, and a frame has a shape too.
+
+    The class is asked, as an xarray.DataArray has its coordinates as attributes.
+    """
+    if hasattr(type(data), "keys"):
+        whole = "data.to_numpy()" if hasattr(data, "to_numpy") else "data[key]"
+        raise _no_arrays(data, f"; pass {whole}")
+
+
+def _no_arrays(data: Any, remedy: str = "") -> TypeError:
+    kind = f"{type(data).__module__}.{type(data).__qualname__}"
+    return TypeError(f"data must be an array or an iterable of arrays, got {kind}{remedy}")
 
 
 def _is_labelled(array: Any) -> bool:

@@ -225,7 +225,8 @@ class Moments(NamedTuple):
         Raises
         ------
         ValueError
-            `file` was not written by `save`, or is damaged.
+            `file` was not written by `save`, or is damaged or edited: mean, M2 and count do not
+            agree.
         OSError
             The file cannot be read.
 
@@ -246,7 +247,11 @@ class Moments(NamedTuple):
         """
         stored = _files.read(file, _CONTENT, cls._fields, "file")
         count: Any = stored["count"] if stored["count"].ndim else stored["count"].item()
-        return cls(count, stored["mean"], stored["m2"])
+        moments = cls(count, stored["mean"], stored["m2"])
+        try:
+            return cls(*_taken(moments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_files.named_file(file, 'file')} is damaged: {error}") from error
 
 
 _CONTENT = "nbnorm.Moments 1"  # the format of files; a new number where it changes

@@ -80,12 +80,14 @@ def population_stats(
     ------
     TypeError
         `data` is neither an array nor an iterable of arrays, or an array has a dtype that
-        `batch_norm_stats` does not accept. An axis is a name, but the array has none.
+        `batch_norm_stats` does not accept. Data, or an item of it, holds arrays by name (a data
+        frame, a dict). An axis is a name, but the array has none. `progress` is neither a bool nor
+        callable; `checkpoint` is no path.
     ValueError
         `data` has no arrays; channel axes have different shapes; axis is invalid; chunk is less
-        than 1; `checkpoint` is a file of something else, or of a call with other data.
+        than 1; `checkpoint` is empty, a file of something else, or of a call with other data.
     OSError
-        `checkpoint` cannot be read or written.
+        `checkpoint` is a folder, or cannot be read or written.
     ImportError
         `progress` is True and tqdm is not installed.
 
@@ -102,13 +104,14 @@ def population_stats(
     A memory map takes only pages that the system can reclaim. A dask array is computed by its
     scheduler in one go, so memory holds as many blocks as the scheduler works on.
 
-    `checkpoint` is written as often as takes 2 % of the time, and when an exception ends the call;
-    it is replaced as a whole, so it is never half written. A call that completes removes it. It
-    holds the moments that wait to be merged and how many chunks they are of, so the bits are those
-    of a call that was not interrupted. The call that goes on must be given the same data, axis and
-    chunk: it does not read again the chunks of an array, but draws from an iterable what it drops,
-    and verifies the shapes and dtypes, not the values. With a checkpoint 64 blocks of a dask array
-    are computed at a time; what these share with others is computed again.
+    `checkpoint` is written so seldom that writing takes at most 2 % of the time, and when an
+    exception ends the call; it is replaced as a whole, so it is never half written. A call that
+    completes removes it. It holds the moments that wait to be merged and how many chunks they are
+    of, so the bits are those of a call that was not interrupted. The call that goes on must be
+    given the same data, axis and chunk: it does not read again the chunks of an array, but draws
+    from an iterable what it drops, and verifies the shapes and dtypes, not the values. With a
+    checkpoint 64 blocks of a dask array are computed at a time; what these share with others is
+    computed again.
 
     Examples
     --------
@@ -339,6 +342,8 @@ class _Run:
 @contextmanager
 def _shown(progress: Progress) -> Iterator[Callable[[int, int | None], object] | None]:
     """Yield what shows the progress, by default with tqdm, or None."""
+    if not (callable(progress) or isinstance(progress, bool | np.bool_)):
+        raise TypeError(f"progress must be a bool or callable, got {progress!r}")
     if callable(progress) or not progress:
         yield progress if callable(progress) else None
         return

@@ -1280,6 +1280,8 @@ POPULATION = [
             ("except NotImplementedError:", "except KeyError:"),
             ("key=lambda a: -abs(strides[a])", "key=lambda a: a"),
             ("isinstance(n, int) and n > 0", "isinstance(n, int)"),
+            ("        _check_names(array)\n", ""),
+            ("    _check_names(data)\n", ""),
         ),
     ),
     *of(
@@ -1294,6 +1296,7 @@ POPULATION = [
             ("os.remove(self._path)", "pass"),
             ("absolute = os.path.abspath(os.fsdecode(path))", "absolute = os.fsdecode(path)"),
             ("if not os.path.isdir(folder):", "if False:"),
+            ("if os.path.isdir(absolute):", "if False:"),
         ),
     ),
     *of(

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import os
 import re
 import sys
 import webbrowser
@@ -186,6 +187,26 @@ def test_values_near_the_largest_of_float64_can_be_drawn():
     assert rows_of(demo("x.npy"))["0"][-1]
 
 
+@pytest.mark.parametrize("value", [2.0**53, -1e20, 1e300, np.finfo(float).max, 5e-324, 2**63])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_values_that_are_equal_or_nearly_so_can_be_drawn(value, steps):
+    dtype = np.uint64 if isinstance(value, int) else np.float64
+    x = np.full((6, 1), value, dtype)
+    for _ in range(steps):
+        x[3:] = x[3:] - 2048 if dtype == np.uint64 else np.nextafter(x[3:], 0)
+    (channel,) = report_of(x).channels
+    found, values = channel.before, x.astype(float)
+    assert found.low < found.high
+    assert found.low <= values.min() <= values.max() <= found.high
+    alike = (values == values[0]).all() or abs(value) < 1e-300
+    assert sorted(found.counts[found.counts > 0]) == ([6] if alike else [3, 3])
+    drawn = charts.histogram(found, "before", "0")
+    bars = re.findall(r"M([\d.]+) [\d.]+V[\d.]+H([\d.]+)V", drawn)
+    assert len(bars) == (1 if alike else 2)
+    assert all(float(left) < float(right) for left, right in bars)
+    assert '<svg class="before"' in demo("reported.npy")
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_large_arrays_are_sampled_evenly_but_statistics_are_of_all(order):
     x = np.random.default_rng(6).normal(size=(100, 3, 40))
@@ -310,6 +331,16 @@ def test_the_page_opens_in_a_browser_unless_told_not_to(monkeypatch, capsys, tmp
     __main__.main(["demo", "x.npy", "--no-open", "--output", "pages/one.html"])
     assert (tmp_path / "pages" / "one.html").exists()
     assert len(opened) == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_a_name_that_is_not_utf8(capsys, tmp_path):
+    """capsys's stdout is UTF-8 and strict, as a terminal's is."""
+    name = os.fsdecode(b"caf\xe9")
+    np.save(f"{name}.npy", np.ones((3, 2)))
+    __main__.main(["demo", f"{name}.npy", "--no-open"])
+    assert capsys.readouterr().out == "caf?.html\n"
+    assert "<title>caf?.npy" in (tmp_path / f"{name}.html").read_text(encoding="utf-8")
 
 
 def test_an_array_of_several_is_chosen_by_name():

@@ -419,6 +419,35 @@ def test_the_array_that_is_wrong_is_named():
         assert caught.value.__notes__ == ["(array 2 of data)"]
 
 
+class Frame:
+    """As of pandas: a shape, and columns by name."""
+
+    shape = (4, 3)
+
+    def keys(self):
+        return list("abc")
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+
+class Convertible(Frame):
+    def to_numpy(self):
+        return np.zeros(self.shape)
+
+
+@pytest.mark.parametrize(
+    ("frame", "remedy"), [(Frame(), r"data\[key\]"), (Convertible(), r"data\.to_numpy\(\)")]
+)
+def test_frames_are_refused(frame, remedy):
+    match = rf"^data must be an array or an iterable .*{type(frame).__name__}; pass {remedy}(\n|$)"
+    with pytest.raises(TypeError, match=match):
+        population_stats(frame)
+    with pytest.raises(TypeError, match=match) as caught:
+        population_stats([np.zeros((4, 3)), frame])
+    assert caught.value.__notes__ == ["(array 1 of data)"]
+
+
 def test_what_a_generator_raises_comes_out_as_it_is():
     def broken():
         yield np.zeros((4, 3))
@@ -431,7 +460,7 @@ def test_what_a_generator_raises_comes_out_as_it_is():
 
 def test_arguments_are_refused_before_data_is_touched():
     data = iter([np.zeros((4, 3))])
-    for options in ({"axis": 1.5}, {"axis": ("x", 1.5)}, {"chunk": 0}):
+    for options in ({"axis": 1.5}, {"axis": ("x", 1.5)}, {"chunk": 0}, {"progress": "yes"}):
         with pytest.raises((TypeError, ValueError)):
             population_stats(data, **options)
     assert len(list(data)) == 1
@@ -515,6 +544,13 @@ def test_a_callable_is_not_told_of_data_that_is_refused(bad):
     with pytest.raises((TypeError, ValueError)):
         population_stats(bad, progress=lambda *call: calls.append(call))
     assert not calls
+
+
+@pytest.mark.parametrize("progress", ["yes", "", None, 0, 1, []], ids=repr)
+def test_progress_is_a_bool_or_callable(progress):
+    with pytest.raises(TypeError, match=r"^progress must be a bool or callable, got ") as caught:
+        population_stats(np.zeros((4, 3)), progress=progress)
+    assert str(caught.value).endswith(f"got {progress!r}")
 
 
 def test_progress_without_tqdm_names_the_extra(monkeypatch):

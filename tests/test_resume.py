@@ -152,6 +152,28 @@ def test_a_damaged_file_is_refused(tmp_path):
         Moments.load(path)
 
 
+@pytest.mark.parametrize(
+    ("edited", "match"),
+    [
+        ({"m2": np.zeros(2)}, r"moments\.m2 has shape \(2,\), expected \(3,\)"),
+        ({"count": np.zeros(2)}, r"moments\.count has shape \(2,\), expected \(3,\)"),
+        ({"count": np.array(-1)}, r"moments\.count must not be negative, got -1"),
+        ({"count": np.array("4")}, r"moments\.count must be an int or a finite float, got '4'"),
+        ({"mean": np.zeros(3, int)}, r"moments\.mean has dtype int64"),
+    ],
+)
+def test_an_edited_file_is_refused(tmp_path, edited, match):
+    path = tmp_path / "file"
+    Moments(4, np.zeros(3), np.zeros(3)).save(path)
+    with np.load(path) as stored:
+        arrays = {**stored, **edited}
+    with open(path, "wb") as stream:
+        np.savez(stream, **arrays)
+    with pytest.raises(ValueError, match=match) as caught:
+        Moments.load(path)
+    assert str(caught.value).startswith(f"file {str(path)!r} ")
+
+
 def test_any_byte_may_be_damaged(tmp_path):
     """What is loaded is what was saved, or nothing is."""
     path, moments = tmp_path / "file", Moments(3, np.array([0.5, 1.5]), np.array([0.25, 1.0]))
@@ -403,7 +425,9 @@ def test_a_checkpoint_that_cannot_be_is_refused_before_data_is_touched(tmp_path)
     for checkpoint, error, match in (
         (3, TypeError, "^checkpoint must be a path or None, got 3"),
         (tmp_path / "no" / "file", FileNotFoundError, "^checkpoint .* which is no folder$"),
-        (tmp_path, IsADirectoryError, None),
+        (tmp_path, IsADirectoryError, "^checkpoint '.*' is a folder, expected a file$"),
+        (b"", ValueError, "^checkpoint is empty, expected a path or None$"),
+        ("", ValueError, "^checkpoint is empty, expected a path or None$"),
     ):
         with pytest.raises(error, match=match):
             population_stats(data, checkpoint=checkpoint)

@@ -36,9 +36,10 @@ def write_page(
     data = open_data(file, array, axis)
     target = Path(output) if output is not None else Path(f"{data.name}.html")
     _check_target(target, data.path)
-    page = page_of(report_of(data))
+    # The name of a file need not be UTF-8; what is not becomes "?".
+    page = page_of(report_of(data)).encode("utf-8", errors="replace")
     try:
-        target.write_text(page, encoding="utf-8")
+        target.write_bytes(page)
     except OSError as error:
         raise DemoError(f"--output {target} cannot be written: {error.strerror}") from error
     return target

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from nbnorm._demo.report import REACH, Channel, Histogram
+from nbnorm._demo.report import REACH, Channel, Histogram, ends_of
 
 WIDTH, HEIGHT = 128, 36  # of a histogram
 WIDE, HIGH = 960, 180  # of a chart of all channels
@@ -26,7 +26,7 @@ def histogram(found: Histogram | None, kind: str, label: str) -> str:
     scale, top = WIDTH / (right - left), max(int(found.counts.max()), 1)
     path, end = [], 0.0
     for i, count in enumerate(found.counts):
-        begin = (found.low + i * step - left) * scale
+        begin = (found.low - left + i * step) * scale  # a step may be lost beside low
         end = begin + step * scale
         if count and end > 0 and begin < WIDTH:
             begin, end = max(begin, 0), min(end, WIDTH)
@@ -52,9 +52,7 @@ def overview(channels: Sequence[Channel], kind: str) -> str:
     finite = [(mean, std) for mean, std in values if _is_number(mean) and _is_number(std)]
     if not finite:
         return "<p>No channel has a finite mean and standard deviation.</p>"
-    low, high = min(m - s for m, s in finite), max(m + s for m, s in finite)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
+    low, high = ends_of(min(m - s for m, s in finite), max(m + s for m, s in finite))
     pitch, scale = WIDE / len(values), HIGH / (high - low)
     if not (_is_number(high - low) and _is_number(scale)):
         return "<p>The values are too large or too small to draw.</p>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, prod, ulp
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ LISTED = 1000  # channels in the table
 SAMPLED = 1 << 22  # values in histograms, about
 BINS = 32
 REACH = 4.0  # standard deviations on either side of 0 in histograms of floating y
+NARROW = 1e-300  # distances below this are not drawn: a scale for them would overflow
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ def report_of(data: Data) -> Report:
     )
 
 
+def ends_of(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of an axis on which both can be drawn, farther apart if these are equal."""
+    if high - low >= NARROW:
+        return low, high
+    half, most = max(0.5, ulp(low)), float(np.finfo(np.float64).max)
+    return max(low - half, -most), min(high + half, most)
+
+
 def _sample(data: Data) -> list[NDArray]:
     """Return parts of the arrays, evenly spaced, of about SAMPLED values together."""
     step = ceil(len(data.items) / 64)
@@ -135,8 +144,8 @@ def _histograms(
         width = ceil((high - low + 1) / BINS)
         bins = ceil((high - low + 1) / width)
         low, high = low - 0.5, low - 0.5 + width * bins
-    elif low == high:
-        low, high = low - 0.5, high + 0.5
+    else:
+        low, high = ends_of(low, high)
     before = Histogram(_counts(finite, low, high, bins), low, high)
     if not np.isfinite(y).all():
         return before, None
