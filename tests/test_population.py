@@ -441,8 +441,9 @@ class Convertible(Frame):
 )
 def test_frames_are_refused(frame, remedy):
     match = rf"^data must be an array or an iterable .*{type(frame).__name__}; pass {remedy}(\n|$)"
-    with pytest.raises(TypeError, match=match):
+    with pytest.raises(TypeError, match=match) as caught:
         population_stats(frame)
+    assert not hasattr(caught.value, "__notes__")
     with pytest.raises(TypeError, match=match) as caught:
         population_stats([np.zeros((4, 3)), frame])
     assert caught.value.__notes__ == ["(array 1 of data)"]
