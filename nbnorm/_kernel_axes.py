@@ -7,7 +7,7 @@ import numpy as np
 
 from nbnorm._typing import NDArray
 
-Padding = int | str | Sequence[Any]
+Padding = int | str | Sequence[Any] | NDArray
 
 
 class View(NamedTuple):
@@ -63,25 +63,34 @@ def view_of(shape: tuple[int, ...], layout: str | None, groups: int, transposed:
 
 
 def is_padded(padding: Padding, kernel: list[int]) -> bool:
-    """Return whether a convolution with a kernel of these lengths pads its input."""
-    if isinstance(padding, str):
-        if padding.lower() in ("same", "causal"):
-            return any(length > 1 for length in kernel)
-        if padding.lower() == "valid":
-            return False
-    elif isinstance(padding, Sequence):
-        amounts = [is_padded(each, kernel) for each in padding]  # all are checked
-        return any(amounts)
-    elif (
-        isinstance(padding, int | np.integer)
-        and not isinstance(padding, bool | np.bool)
-        and padding >= 0
-    ):
-        return bool(padding > 0)
-    raise ValueError(
-        f"padding must be integers that are not negative, 'valid', 'same' or 'causal', "
-        f"got {padding!r}"
-    )
+    """Return whether a convolution with a kernel of these lengths pads its input with zeros."""
+    word = padding.lower() if isinstance(padding, str) else None
+    if word in ("same", "same_upper", "same_lower", "causal"):
+        return any(length > 1 for length in kernel)
+    if word in ("valid", "circular", "reflect"):
+        return False
+    amounts = _amounts(padding)
+    if not all(map(_is_amount, amounts)):
+        raise ValueError(
+            "padding must be integers that are not negative, 'valid', 'same' (also 'same_upper', "
+            f"'same_lower'), 'causal', 'circular' or 'reflect', got {padding!r}"
+        )
+    return any(amount > 0 for amount in amounts)
+
+
+def _amounts(padding: Any) -> list[Any]:
+    """Return what is in a sequence or an array, and in those inside; for an empty one None."""
+    if isinstance(padding, np.ndarray):
+        padding = padding.tolist()
+    if isinstance(padding, str) or not isinstance(padding, Sequence):
+        return [padding]
+    return [amount for each in padding for amount in _amounts(each)] or [None]
+
+
+def _is_amount(padding: Any) -> bool:
+    """Return whether this is a number of zeros."""
+    integer = isinstance(padding, int | np.integer) and not isinstance(padding, bool | np.bool)
+    return bool(integer and padding >= 0)
 
 
 def _check_groups(groups: int, channels: int, role: str, shape: tuple[int, ...]) -> None:

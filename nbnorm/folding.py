@@ -169,10 +169,11 @@ def fold_into_conv(
         Number of groups of the convolution.
     norm_first : bool, default False
         Whether batch normalization comes before the layer: it normalises the layer's input.
-    padding : int, str or sequence of int, optional
-        Zeros around the input of the convolution, in any form that frameworks take: 1, (0, 1),
-        ((1, 1), (2, 2)), "valid", "same", "causal". Needed with `norm_first` unless `transposed`;
-        otherwise padding does not matter. Padding that repeats or reflects the input counts as 0.
+    padding : int, str, or sequence or array of int, optional
+        Zeros around the input of the convolution: 1, (0, 1), ((1, 1), (2, 2)), an array of
+        integers, or a word, in letters of any case: "valid", "same", "same_upper", "same_lower",
+        "causal". Padding that repeats or reflects the input counts as 0, and so do "circular" and
+        "reflect". Needed with `norm_first` unless `transposed`; otherwise padding does not matter.
     layout : str, optional
         Axes of `weight`, a letter each: "O" for out, "I" for in, and others for the kernel. By
         default PyTorch's, "OIHW" (transposed: "IOHW"). Keras, TensorFlow and Flax have "HWIO";

@@ -412,7 +412,7 @@ class Layer:
         if self.kernel and self.kind != "depthwise":
             self.options |= {"groups": self.groups, "transposed": self.kind == "transposed"}
         if self.kernel and self.norm_first:
-            self.options["padding"] = (0, "valid", "VALID", [0, (0, 0)])[self.seed % 4]
+            self.options["padding"] = (0, "valid", "CIRCULAR", [0, (0, 0)])[self.seed % 4]
         self.stored = stored if self.order is None else stored.transpose(self.order)
         if self.order is not None:
             self.options["layout"] = "".join(letters[axis] for axis in self.order)
@@ -700,6 +700,7 @@ def test_convolutions_of_flax_absorb_batch_norm(name):
 
 
 PADDED = [1, (0, 1), [[0, 0], [1, 0]], "same", "SAME", "causal", np.int64(2)]
+PADDED += ["SAME_LOWER", "SAME_UPPER", np.array([0, 1]), np.array(1), (np.array([0, 1]), 0)]
 
 
 @pytest.mark.parametrize("padding", PADDED, ids=str)
@@ -723,6 +724,18 @@ def test_a_kernel_of_one_value_needs_no_padding_to_keep_the_size():
         fold_into_conv(weight, None, *bn, padding=1, **FIRST)
 
 
+@pytest.mark.parametrize(
+    "padding", ["VALID", "CIRCULAR", "reflect", np.zeros((2, 2), int)], ids=str
+)
+def test_padding_without_zeros(padding):
+    weight, bn = np.ones((4, 3, 3, 3)), statistics(3)
+    folded = fold_into_conv(weight, None, *bn, padding=padding, **FIRST)
+    for array, ref in zip(
+        folded, fold_into_conv(weight, None, *bn, padding=0, **FIRST), strict=True
+    ):
+        assert_allclose(array, ref, rtol=0)
+
+
 def test_padding_must_be_told_where_it_matters():
     weight, bn = np.ones((4, 3, 2)), statistics(3)
     with pytest.raises(ValueError, match=r"padding is None, expected the layer's padding \(0 if"):
@@ -732,7 +745,11 @@ def test_padding_must_be_told_where_it_matters():
         fold_into_conv(weight, None, *statistics(4), transposed=True, **FIRST)
 
 
-@pytest.mark.parametrize("padding", ["full", "", -1, 1.0, True, (0, -1), (0, None), {}, np.ones(2)])
+NO_PADDING = ["full", "", -1, 1.0, True, (0, -1), (0, None), {}, np.ones(2)]
+NO_PADDING += [["same"], ("valid", 0), (), [[], 0], np.array([True]), np.array([0, -1])]
+
+
+@pytest.mark.parametrize("padding", NO_PADDING, ids=str)
 def test_padding_is_integers_or_a_word(padding):
     for norm_first in (False, True):
         bn = statistics(3 if norm_first else 4)

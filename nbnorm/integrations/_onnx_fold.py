@@ -1,5 +1,6 @@
 """`fold`: an ONNX model whose batch normalizations are part of the operators beside them."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -16,6 +17,7 @@ from nbnorm.integrations._onnx_graph import (
     attributes_of,
     is_a,
     names_of,
+    nodes_of,
     ranks_of,
     subgraphs_of,
     uses_of,
@@ -39,7 +41,8 @@ def fold(model: ModelProto) -> Folded:
         The copy.
     folded : tuple of str
         Names of the BatchNormalization nodes that are folded; of a node without a name that of
-        its result.
+        its result. If several have the same name, each is named by its result after the subgraphs
+        that it is in: ``"y/then_branch/z"`` is z in a branch of the node that returns y.
     left : dict of str to str
         Names of all others, each with the reason.
 
@@ -110,30 +113,47 @@ class _Folding:
     def __init__(self, model: ModelProto) -> None:
         self.folded: list[str] = []
         self.left: dict[str, str] = {}
+        norms = (node for node in nodes_of(model.graph) if is_a(node, "BatchNormalization"))
+        self.often = Counter(_name_of(node) for node in norms)
         self.old: set[str] = set()  # constants that may be without use now, values that are gone
         versions = {entry.domain: entry.version for entry in model.opset_import}
         self.version = versions.get("", versions.get("ai.onnx", 1))
         self.ir_version = model.ir_version
         self.names = set(names_of(model.graph))
-        self.graph(Scope(model.graph, None, ranks_of(model)))
+        self.graph(Scope(model.graph, None, ranks_of(model)), "")
         self.clean(model.graph)
 
-    def graph(self, scope: Scope) -> None:
-        """Fold what a graph and its subgraphs have."""
+    def graph(self, scope: Scope, path: str) -> None:
+        """Fold what a graph and its subgraphs have; `path` leads from the main graph to it."""
         again = True
         while again:
-            again = False
+            again, left = False, {}
             for node in list(scope.graph.node):
-                again |= self.node(node, scope)
+                if is_a(node, "BatchNormalization"):
+                    name, reason = self.name(node, path), self.node(node, scope)
+                    if reason is None:
+                        again = True
+                        self.folded.append(name)
+                    else:
+                        left[name] = reason
+        self.left |= left
         for node in scope.graph.node:
-            for graph in subgraphs_of(node):
-                self.graph(Scope(graph, scope, {}))
+            for name, graph in subgraphs_of(node):
+                of = next(iter(node.output), node.name)
+                self.graph(Scope(graph, scope, {}), f"{path}{of}/{name}/")
 
-    def node(self, node: NodeProto, scope: Scope) -> bool:
-        """Fold a node if possible; return whether it was."""
-        if not is_a(node, "BatchNormalization"):
-            return False
-        name = node.name or node.output[0]
+    def name(self, node: NodeProto, path: str) -> str:
+        """Return the name of a node, as no other batch normalization of the model has it."""
+        name = _name_of(node)
+        if self.often[name] == 1:
+            return name
+        name = path + node.output[0]  # which no other node of the graph returns
+        while name in self.often:
+            name = f"/{name}"
+        return name
+
+    def node(self, node: NodeProto, scope: Scope) -> str | None:
+        """Fold a node if possible; return why it stays otherwise."""
         reasons: list[str] = []
         for norm_first in (False, True):
             try:
@@ -145,11 +165,8 @@ class _Folding:
             else:
                 self.replace(node, layer, arrays, scope.graph, norm_first)
                 scope.index()
-                self.folded.append(name)
-                self.left.pop(name, None)
-                return True
-        self.left[name] = "; ".join(reasons)
-        return False
+                return None
+        return "; ".join(reasons)
 
     def norm(self, node: NodeProto, scope: Scope) -> tuple[list[NDArray], float]:
         """Return gamma, beta, mean and var, and eps; raise if y is not a function of x alone."""
@@ -291,7 +308,7 @@ class _Folding:
     def clean(self, graph: GraphProto) -> None:
         """Remove constants that have lost their last use, and the types of values that are gone."""
         for node in graph.node:
-            for inner in subgraphs_of(node):
+            for _, inner in subgraphs_of(node):
                 self.clean(inner)
         while True:
             uses = uses_of(graph)
@@ -311,9 +328,14 @@ class _Folding:
                 values.remove(value)
 
 
+def _name_of(node: NodeProto) -> str:
+    """Return the name of a node, or that of its result."""
+    return str(node.name or node.output[0])
+
+
 def _padding(attributes: dict[str, Any]) -> Any:
     """Return the padding of a convolution, as `fold_into_conv` takes it."""
     automatic = attributes.get("auto_pad", b"NOTSET").decode()
     if automatic == "NOTSET":
-        return list(attributes.get("pads", [0]))
+        return list(attributes.get("pads", [])) or 0
     return "valid" if automatic == "VALID" else "same"

@@ -84,12 +84,21 @@ def value_of(tensor: TensorProto) -> NDArray:
     return numpy_helper.to_array(tensor)
 
 
-def subgraphs_of(node: NodeProto) -> Iterator[GraphProto]:
-    """Yield the graphs among a node's attributes."""
+def subgraphs_of(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
+    """Yield the graphs among a node's attributes, and the names of these."""
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
+            yield attribute.name, attribute.g
+        for i, graph in enumerate(attribute.graphs):
+            yield f"{attribute.name}[{i}]", graph
+
+
+def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
+    """Yield all nodes of a graph and its subgraphs."""
+    for node in graph.node:
+        yield node
+        for _, inner in subgraphs_of(node):
+            yield from nodes_of(inner)
 
 
 def uses_of(graph: GraphProto) -> Counter[str]:
@@ -97,7 +106,7 @@ def uses_of(graph: GraphProto) -> Counter[str]:
     uses = Counter(value.name for value in graph.output)
     for node in graph.node:
         uses.update(node.input)
-        for inner in subgraphs_of(node):
+        for _, inner in subgraphs_of(node):
             uses.update(uses_of(inner))
     return uses
 
@@ -108,7 +117,7 @@ def names_of(graph: GraphProto) -> Iterator[str]:
         yield from (value.name for value in values)
     for node in graph.node:
         yield from (*node.input, *node.output)
-        for inner in subgraphs_of(node):
+        for _, inner in subgraphs_of(node):
             yield from names_of(inner)
 
 

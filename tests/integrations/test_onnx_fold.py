@@ -314,6 +314,42 @@ def test_branches_are_folded_with_constants_from_outside():
     assert {t.name for t in result.model.graph.initializer} == {"w1", "bias"}
 
 
+SAME_NAMES = """
+g (double[N, 3, L] x, bool yes) => (double[N, 3, M] y) {
+    o = Relu(x)
+    p = Conv(o, w1)
+    y = If(yes) <
+        then_branch = t () => (double[N, 3, M] z) { THEN },
+        else_branch = e () => (double[N, 3, M] z) { ELSE }
+    >
+}
+"""
+FOLDS, STAYS_HERE = "a = Conv(o, w1) z = NORM(a, s, b, m, v)", "z = NORM(p, s, b, m, v)"
+
+
+@pytest.mark.parametrize("then", [FOLDS, STAYS_HERE])
+@pytest.mark.parametrize("other", [FOLDS, STAYS_HERE])
+def test_each_of_the_same_name_is_reported(then, other):
+    text = SAME_NAMES.replace("THEN", then).replace("ELSE", other).replace("NORM", NORM)
+    model = model_of(text, W | norm_of(3), **DOUBLE)
+    names = {"y/then_branch/z": then, "y/else_branch/z": other}
+    folded = [name for name, branch in names.items() if branch == FOLDS]
+    left = [name for name in names if name not in folded]
+    for yes in (False, True):
+        check(model, X, folded=folded, left=left, yes=np.array(yes))
+
+
+def test_nodes_of_one_name_are_reported_by_their_results():
+    model = conv_model("a = Conv(x, w) c = NORM(a, s, b, m, v) d = Relu(c) y = NORM(d, s, b, m, v)")
+    model.graph.node[1].name = model.graph.node[3].name = "norm"
+    check(model, X, folded=["c"], left=["y"])
+    model.graph.node[3].name = "c"
+    assert fold(model)[1:3][0] == ("norm",)
+    model.graph.node[2].CopyFrom(helper.make_node("Identity", ["c"], ["d"], "c"))
+    result = fold(model)
+    assert len({*result.folded, *result.left}) == 2
+
+
 def test_values_that_a_branch_uses_stay():
     text = """
     g (double[N, 3, L] x, bool yes) => (double[N, 3, M] y) {

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import operator
 import random
 
 import pytest
@@ -187,12 +188,159 @@ class Branches(Network):
         return super().forward(x)
 
 
-def test_children_are_folded_where_the_whole_cannot_be_traced():
+class BranchingBlock(Block):
+    """The block, with a forward that cannot be traced."""
+
+    def forward(self, x):
+        return super().forward(-x if x.sum() > 0 else x)
+
+
+UNTRACED = "{} cannot be traced: its code may use the layers by themselves"
+
+
+def test_what_is_inside_a_module_that_cannot_be_traced_stays():
     model = randomised(Branches())
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
-    folded = ["stem.0", "stem.2", *BLOCKS]
-    result = check(model, x, folded=folded, left=["last", "head.0"])
-    assert result.left["last"] == "no trace of the model's code calls it"
+    norms = ["stem.0", "stem.2", *BLOCKS, "head.0", "last"]
+    result = check(model, x, folded=[], left=norms)
+    assert {*result.left.values()} == {UNTRACED.format("the model")}
+    # The caller knows that it calls the parts as a whole.
+    expected = model(x)
+    model.stem, model.blocks = fold(model.stem).model, fold(model.blocks).model
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+    assert [*fold(model).left] == ["head.0", "last"]
+
+
+def test_what_is_outside_a_module_that_cannot_be_traced_is_folded():
+    model = Network()
+    model.blocks[1] = BranchingBlock(8)
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    inside = ["blocks.1.bn1", "blocks.1.bn2"]
+    folded, left = ["stem.0", "stem.2", "blocks.0.bn1", "blocks.0.bn2"], ["head.0", "last"]
+    result = check(randomised(model), x, folded=folded, left=left + inside)
+    assert {result.left[name] for name in inside} == {UNTRACED.format("blocks.1")}
+    # It may use a layer of others' alone.
+    model.blocks[1].other = model.blocks[0].conv1
+    inside.append(folded.pop(2))
+    result = check(randomised(model), x, folded=folded, left=left + inside)
+    assert result.left["blocks.0.bn1"].startswith(UNTRACED.format("blocks.1"))
+
+
+def each(layers, x):
+    """Return the sum of the results of all layers, each of the one before."""
+    total = 0
+    for layer in layers:
+        x = layer(x)
+        total = total + x.sum()
+    return total
+
+
+class Reaching(nn.Module):
+    """Uses the layers of a Sequential as the test says."""
+
+    def __init__(self, reach, branches):
+        super().__init__()
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
+        self.features = nn.Sequential(*layers, nn.BatchNorm2d(4))
+        self.reach, self.branches = reach, branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 1e9:
+            return x
+        return self.reach(self.features, x)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize(
+    "reach",
+    [
+        each,
+        lambda features, x: features[3](features[0](x)) + features(x).sum(),
+        lambda features, x: features(x) + features[0].weight.sum() + features[3].bias.sum(),
+    ],
+)
+def test_a_parent_that_reaches_into_a_sequential(reach, branches):
+    model = randomised(Reaching(reach, branches))
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    check(model, x, folded=[], left=["features.1", "features.4"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, x: x.add_(1),
+        lambda m, x: operator.iadd(x, 1),
+        lambda m, x: x.__iadd__(1),
+        lambda m, x: x[:, :1].mul_(2),
+        lambda m, x: torch.add(x, 1, out=x),
+        lambda m, x: functional.relu(x, inplace=True),
+        lambda m, x: functional.relu(x, True),
+        lambda m, x: torch.relu_(x),
+        lambda m, x: m.inplace(x),
+    ],
+)
+def test_an_input_that_changes_in_place_between_the_two(change):
+    def wire(m, x):
+        x = x * 2
+        z = m.bn(x)
+        change(m, x)
+        return m.conv(z)
+
+    model = Wired(wire)
+    model.inplace = nn.Sequential(nn.ReLU(inplace=True))
+    u = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    result = check(randomised(model), u, folded=[], left=["bn"])
+    assert "its input may change in place before conv runs" in result.left["bn"]
+
+
+def test_an_input_that_plus_equals_changes():
+    def wire(m, x):
+        x = x * 2
+        z = m.bn(x)
+        x += 1  # a trace shows x + 1
+        return m.conv(z)
+
+    u = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    result = check(randomised(Wired(wire)), u, folded=[], left=["bn"])
+    assert "its input may change in place before conv runs" in result.left["bn"]
+
+
+def test_modules_between_the_two_that_only_read_are_no_obstacle():
+    def wire(m, x):
+        x = x * 2
+        z = m.bn(x)
+        return m.pool(x) + m.conv(z)
+
+    model = Wired(wire)
+    model.pool = nn.AdaptiveAvgPool2d(1)
+    u = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    check(randomised(model), u, folded=["bn"])
+    model.pool.register_forward_hook(lambda module, args, y: args[0].add_(1) * 0)
+    check(model, u, folded=[], left=["bn"])
+    model.pool = type("Own", (nn.AdaptiveAvgPool2d,), {"__module__": "torch.nn_own"})(1)
+    check(model, u, folded=[], left=["bn"])
+
+
+def test_two_results_of_one_layer_do_not_become_one_tensor():
+    def wire(m, x):
+        z = m.conv(x)
+        first, second = m.bn(z), m.bn(z)
+        first.add_(1)
+        return first * second
+
+    u = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    check(randomised(Wired(wire)), u, folded=[], left=["bn"])
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(
+    "name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+)
+def test_a_batch_norm_whose_tensors_are_read_stays(name, norm_first):
+    model = Wired(lambda m, x: PAIR[norm_first](m, x) * getattr(m.bn, name).sum())
+    u = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    result = check(randomised(model), u, folded=[], left=["bn"])
+    assert result.left["bn"] == "the model's code reads its parameters or statistics"
 
 
 def test_folded_models_can_be_traced_saved_and_compiled_from():

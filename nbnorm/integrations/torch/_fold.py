@@ -74,22 +74,27 @@ def fold(model: nn.Module) -> Folded:
 
     Notes
     -----
-    Which layer feeds which is found by `torch.fx.symbolic_trace`. If a module cannot be traced, its
-    children are traced one by one, so that every `torch.nn.Sequential` is seen. Folds
+    Which layer feeds which is found by `torch.fx`. If a module's own code can be traced, but not
+    that of a module inside, everything outside the latter is folded. What is inside a module that
+    cannot be traced is left alone, because its code may use the layers by themselves. If you know
+    that it calls a part only as a whole, fold that part:
+    ``model.features = fold(model.features).model``. Folds
     `torch.nn.BatchNorm1d`, ``2d``, ``3d``, SyncBatchNorm and nbnorm's own modules into
     `torch.nn.Linear`, ``Conv1d`` to ``3d`` and ``ConvTranspose1d`` to ``3d``, not subclasses, by
     `nbnorm.fold_into_linear` and `nbnorm.fold_into_conv`. The layer before is preferred. A module
     is left alone if the result would not be the same function: for instance, if another module sees
     the value between the two, or a convolution pads what a batch normalization returns with zeros.
     Identities and dropout, which does nothing in eval mode, may be between. A ReLU that is part of
-    nbnorm's modules becomes a `torch.nn.ReLU`.
+    nbnorm's modules becomes a `torch.nn.ReLU`. A batch normalization before its layer is left alone
+    if the model's code does anything between their calls, as that may change the input in place.
 
     `torch.nn.BatchNorm1d` normalises axis 1 of inputs of shape (N, C) and (N, C, L), a Linear maps
     the last axis; they meet in the first shape only. The code does not tell shapes, so the module
     in place of such a batch normalization is an Identity that raises if it receives the second.
 
     A trace is one path through the code of ``forward``. Code that other inputs reach, or methods
-    other than ``forward``, must not use a layer without its batch normalization.
+    other than ``forward``, must not use a layer without its batch normalization. No code may need
+    attributes such as ``eps`` of a batch normalization, which `torch.nn.Identity` does not have.
 
     Examples
     --------
@@ -172,7 +177,13 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, shallow: bool) -> None:
         super().__init__()
-        self.shallow, self.hooked = shallow, list[nn.Module]()
+        self.shallow, self.hooked, self.read = shallow, list[nn.Module](), set[int]()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, Tensor):
+            # A trace has buffers as constants, and would not show where they are from.
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if _hooked(m):
@@ -182,19 +193,26 @@ class _Tracer(fx.Tracer):
         return self.shallow or own or bool(super().is_leaf_module(m, module_qualified_name))
 
 
-def _graphs(root: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """Trace a module or, as far as that fails, its children."""
+def _graphs(root: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph | None, set[int]]]:
+    """Trace a module, or its own code and then its children; no graph if that fails, too.
+
+    The set has the ids of the parameters and buffers that the code reads.
+    """
     inside = list(root.children())
-    for shallow in (False, True):
-        tracer = _Tracer(shallow)
-        try:
-            graph = tracer.trace(root)
-        except Exception:  # the module's own code, which may raise anything
-            continue
-        yield root, graph
-        if not shallow:
-            inside = tracer.hooked
-        break
+    if type(root).forward is not nn.Module.forward:  # a ModuleList has no code
+        for shallow in (False, True):
+            tracer = _Tracer(shallow)
+            try:
+                graph = tracer.trace(root)
+            except Exception:  # the module's own code, which may raise anything
+                continue
+            yield root, graph, tracer.read
+            if not shallow:
+                inside = tracer.hooked
+            break
+        else:
+            yield root, None, set()
+            return
     for module in inside:
         if next(module.children(), None) is not None:
             yield from _graphs(module)
@@ -214,13 +232,20 @@ class _Calls:
         self.modules = dict(model.named_modules())
         self.of = defaultdict[str, list[fx.Node]](list)
         self.name_of: dict[Any, str] = {}
+        self.untraced: dict[str, str] = {}  # modules inside one that cannot be traced
+        self.read = set[int]()
         owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         self.shared = {parameter for parameter, count in owners.items() if count > 1}
-        for root, graph in _graphs(model):
+        for root, graph, read in _graphs(model):
+            self.read |= read
+            if graph is None:
+                whole = names[id(root)] or "the model"
+                self.untraced |= {names[id(module)]: whole for module in root.modules()}
+                continue
             for node in list(graph.nodes):
                 if node.op == "get_attr":
                     path, _, name = node.target.rpartition(".")
-                    self.shared.add(id(getattr(root.get_submodule(path), name)))
+                    self.read.add(id(getattr(root.get_submodule(path), name)))
                 elif node.op == "call_module":
                     module = root.get_submodule(node.target)
                     if _passes(module) and node.args:
@@ -232,6 +257,9 @@ class _Calls:
 
     def partner(self, name: str, norm_first: bool) -> str:
         """Return the layer that always meets a batch normalization, and is called only there."""
+        self.check_traced(name)
+        if self.reads(name):
+            raise LeaveError("the model's code reads its parameters or statistics")
         norms = self.of[name]
         if not norms:
             raise LeaveError("no trace of the model's code calls it")
@@ -243,22 +271,56 @@ class _Calls:
         found = names.pop() if len(names) == 1 else None
         if found is None or type(self.modules[found]) not in _RANKS:
             raise LeaveError(f"no linear layer or convolution is directly {side} it")
+        self.check_traced(found)
         layer = self.modules[found]
         for call in self.of[found]:
             others = [*call.args, *call.kwargs.values()] if norm_first else [*call.users]
-            if not others or not all(other in norms for other in others):
-                raise LeaveError(f"{found}, {side} it, is also used without it")
+            # Two results of one layer's would become one tensor, which code may change in place.
+            if len(others) != 1 or others[0] not in norms:
+                raise LeaveError(f"{found}, {side} it, is also used without it, or twice")
+            if norm_first and not self.harmless(others[0], call):
+                raise LeaveError(f"its input may change in place before {found} runs")
         if _hooked(layer):
             raise LeaveError(f"{found}, {side} it, has hooks")
-        if any(id(parameter) in self.shared for parameter in layer.parameters()):
+        tied = any(id(parameter) in self.shared for parameter in layer.parameters())
+        if tied or self.reads(found):
             raise LeaveError(f"the weight or bias of {found}, {side} it, is used elsewhere, too")
         return found
+
+    def check_traced(self, name: str) -> None:
+        """Raise if a module is inside one that cannot be traced."""
+        if name in self.untraced:
+            whole = self.untraced[name]
+            raise LeaveError(f"{whole} cannot be traced: its code may use the layers by themselves")
+
+    def reads(self, name: str) -> bool:
+        """Return whether code of the model reads a parameter or buffer of a module."""
+        module = self.modules[name]
+        return any(id(tensor) in self.read for tensor in (*module.parameters(), *module.buffers()))
+
+    def harmless(self, first: fx.Node, last: fx.Node) -> bool:
+        """Return whether only modules that do not write to their input run between two calls."""
+        node = first.next
+        while node is not last:
+            name = self.name_of.get(node)
+            if name is None or not all(map(_only_reads, self.modules[name].modules())):
+                return False
+            node = node.next
+        return True
 
 
 def _passes(module: nn.Module) -> bool:
     """Return whether a module returns its input, which nobody else sees."""
     identity = type(module) in (nn.Identity, _OfRank)
     return (identity or (type(module) in _DROPOUTS and not module.training)) and not _hooked(module)
+
+
+def _only_reads(module: nn.Module) -> bool:
+    """Return whether a module is known to leave its input as it is."""
+    known = type(module).__module__.startswith("torch.nn.modules.") or isinstance(
+        module, BatchNormModule | _OfRank
+    )
+    return known and not getattr(module, "inplace", False) and not _hooked(module)
 
 
 def _rest_of(norm: _BatchNorm, norm_first: bool) -> list[nn.Module]:
