@@ -504,6 +504,10 @@ WIRES = [
         lambda m, x: m.bn(m.conv(x)) + functional.conv2d(x, m.conv.weight),
         "the weight or bias of conv, before it, is used elsewhere, too",
     ),
+    (
+        lambda m, x: m.bn(m.conv(x)) + functional.conv2d(x, next(m.conv.parameters())),
+        "the weight or bias of conv, before it, is used elsewhere, too",
+    ),
     (lambda m, x: m.conv(x), "no trace of the model's code calls it"),
 ]
 
