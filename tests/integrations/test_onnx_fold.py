@@ -343,11 +343,13 @@ def test_nodes_of_one_name_are_reported_by_their_results():
     model = conv_model("a = Conv(x, w) c = NORM(a, s, b, m, v) d = Relu(c) y = NORM(d, s, b, m, v)")
     model.graph.node[1].name = model.graph.node[3].name = "norm"
     check(model, X, folded=["c"], left=["y"])
-    model.graph.node[3].name = "c"
-    assert fold(model)[1:3][0] == ("norm",)
-    model.graph.node[2].CopyFrom(helper.make_node("Identity", ["c"], ["d"], "c"))
+    nodes = "a = Conv(x, w) c = NORM(a, s, b, m, v) d = Relu(c) e = NORM(d, s, b, m, v)"
+    model = conv_model(f"{nodes} f = Relu(e) y = NORM(f, s, b, m, v)")
+    model.graph.node[1].name = model.graph.node[3].name = "norm"
+    model.graph.node[5].name = "c"
     result = fold(model)
-    assert len({*result.folded, *result.left}) == 2
+    assert result.folded == ("/c",)
+    assert [*result.left] == ["e", "c"]
 
 
 def test_values_that_a_branch_uses_stay():
