@@ -176,7 +176,7 @@ class StandardScaler(preprocessing.StandardScaler):
         Returns
         -------
         ndarray, sparse matrix, or what `set_output` asks for
-            (X - mean_) / scale_, in X's floating dtype.
+            ``(X - mean_) / scale_``, in X's floating dtype.
 
         Raises
         ------
@@ -208,7 +208,7 @@ class StandardScaler(preprocessing.StandardScaler):
         Returns
         -------
         ndarray or sparse matrix
-            X scale_ + mean_, in X's floating dtype.
+            ``X * scale_ + mean_``, in X's floating dtype.
 
         Raises
         ------
