@@ -70,18 +70,17 @@ def take_floating(obj: Array, name: str) -> NDArray:
     return array
 
 
-def take_integers(obj: Array, name: str) -> NDArray | None:
-    """Call `take`, and return None if the dtype is not one of the four of `INTEGERS`."""
-    if type(obj) is np.ndarray and obj.dtype in _KNOWN:
-        return None
-    array = take(obj, name)
-    return array if array.dtype in _INTEGERS else None
+def holds_integers(obj: Array) -> bool:
+    """Return whether an object has one of the dtypes of `INTEGERS`; it need not be an array."""
+    dtype = getattr(obj, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        return dtype in _INTEGERS
+    return str(dtype).rpartition(".")[2] in INTEGERS
 
 
 def take_numbers(obj: Array, name: str) -> NDArray:
     """Call `take`, and raise if the dtype is neither floating nor one of `INTEGERS`."""
-    integers = take_integers(obj, name)
-    return take_floating(obj, name) if integers is None else integers
+    return take(obj, name) if holds_integers(obj) else take_floating(obj, name)
 
 
 def result_dtype(dtype: Any, name: str) -> np.dtype[Any]:

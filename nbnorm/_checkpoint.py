@@ -4,6 +4,7 @@ import os
 import time
 import zlib
 from contextlib import suppress
+from math import prod
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from nbnorm import _files
 from nbnorm._arrays import home_of, moved_to, on_host, take
+from nbnorm._pairwise import Pairwise
 from nbnorm._typing import Array
-from nbnorm.moments import Moments, Pairwise
+from nbnorm.moments import Moments
 
 _CONTENT = "nbnorm.population_stats 1"  # the format of files; a new number where it changes
 _KEYS = ("number", "sum", "count", "mean", "m2")  # of parts; of their names; of those that wait
@@ -43,8 +45,7 @@ class Checkpoint:
 
     def values(self) -> int:
         """Return the number of values in the moments."""
-        parts = self._merged.waiting
-        return sum(int(part.count) * int(np.prod(part.mean.shape)) for part in parts)
+        return sum(map(values_of, self._merged.waiting))
 
     def has(self, *part: Any) -> bool:
         """Return True if the file has the moments of this part.
@@ -121,6 +122,12 @@ class Checkpoint:
             "another shape or dtype, or axis or chunk is not what it was; remove the file to begin "
             "anew"
         )
+
+
+def values_of(moments: Moments) -> int:
+    """Return the number of values in moments of all channels."""
+    values: int = int(moments.count) * prod(moments.mean.shape)
+    return values
 
 
 def _checked(path: Any) -> str:

@@ -392,6 +392,17 @@ def finite(value: Any, name: str) -> float:
     return number_
 
 
+def at_least_one(value: Any, name: str) -> int:
+    """Return an int, or raise unless it is one and not below 1."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found
+
+
 def batches(value: Any) -> int:
     """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
     try:

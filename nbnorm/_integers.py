@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import cpu
-from nbnorm._arrays import result_dtype, take, take_integers
+from nbnorm._arrays import holds_integers, result_dtype, take
 from nbnorm._frame import Frame
 from nbnorm._typing import Array, Axis, NDArray
 from nbnorm.cpu.integers import MOST
@@ -49,13 +49,12 @@ def integer_frame(
     x: Array, axis: Axis, dtype: Any = None, out: Array | None = None, **parts: Any
 ) -> IntegerFrame | None:
     """Return the frame of a call with integers, None for floating x; `parts` need the latter."""
-    taken = take_integers(x, "x")
-    if taken is None:
+    if not holds_integers(x):
         return None
     given = [name for name, value in parts.items() if value is not None and name != "fill"]
     if given:
         raise TypeError(
-            f"{given[0]} must be None if x has dtype {taken.dtype}; convert x first, with "
+            f"{given[0]} must be None if x has dtype {x.dtype}; convert x first, with "
             "x.astype(np.float32)"
         )
     return IntegerFrame(x, axis, dtype, out)

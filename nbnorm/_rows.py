@@ -11,9 +11,10 @@ from copy import copy
 
 import numpy as np
 
+from nbnorm._pairwise import Pairwise
 from nbnorm._typing import NDArray
 from nbnorm.functional import batch_norm_stats
-from nbnorm.moments import Moments, Pairwise
+from nbnorm.moments import Moments
 
 BLOCK = 1000  # rows of a block; the first begins at the first row
 # Standard deviations. To round a mean this far off to float64 costs the variance less than 1e-13.

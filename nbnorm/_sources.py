@@ -1,6 +1,5 @@
 """Arrays that need not fit into memory: what is accepted, where it is cut, how a piece is read."""
 
-import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
@@ -30,17 +29,6 @@ def checked_axis(axis: Any) -> tuple[int | str, ...]:
     if not any(isinstance(a, str) for a in given):
         return _checks.axes(axis)
     return tuple(a if isinstance(a, str) else _checks.axes(a)[0] for a in given)
-
-
-def positive(chunk: Any) -> int:
-    """Return the number of values of a chunk, or raise."""
-    try:
-        values = operator.index(chunk)
-    except TypeError:
-        raise TypeError(f"chunk must be an int, got {chunk!r}") from None
-    if values < 1:
-        raise ValueError(f"chunk must be at least 1, got {values}")
-    return values
 
 
 def of_dask(array: Any) -> bool:

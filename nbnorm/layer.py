@@ -20,9 +20,10 @@ from nbnorm._arrays import (
     take,
     take_floating,
 )
+from nbnorm._pairwise import Pairwise
 from nbnorm._typing import Activation, Array, NDArray, X
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_stats
-from nbnorm.moments import Moments, Pairwise, debiased, update_running_stats
+from nbnorm.moments import Moments, debiased, update_running_stats
 from nbnorm.renorm import Renorm, batch_renorm_backward, batch_renorm_forward
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from nbnorm import _checks
 from nbnorm._arrays import on_its_device
+from nbnorm._pairwise import Pairwise
 from nbnorm._sweeps import Kind, Parts, Recomputed, Sweeps, kind_of
 from nbnorm._typing import Activation, Array, Axis, NDArray, X
 from nbnorm.functional import (
@@ -23,7 +24,7 @@ from nbnorm.functional import (
     check_forward,
     flat_stats,
 )
-from nbnorm.moments import Moments, Pairwise, update_running_stats
+from nbnorm.moments import Moments, update_running_stats
 
 __all__ = [
     "MicroBatchNormBackward",

@@ -2,7 +2,6 @@
 
 import math
 import operator
-from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -90,7 +89,7 @@ class Moments(NamedTuple):
         with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
             for count_b, mean_b, m2_b in parts:
                 if not (isinstance(count, _ONE) and isinstance(count_b, _ONE)):
-                    count, mean, m2 = _merged(count, mean, m2, count_b, mean_b, m2_b)
+                    count, mean, m2 = merged(count, mean, m2, count_b, mean_b, m2_b)
                 elif count == 0:
                     count, mean, m2 = count_b, mean_b, m2_b
                 elif count_b > 0:
@@ -256,61 +255,6 @@ class Moments(NamedTuple):
 
 _CONTENT = "nbnorm.Moments 1"  # the format of files; a new number where it changes
 _ONE = (int, float)  # a count of all channels
-
-
-class Pairwise:
-    """Merge moments in pairs, then pairs of pairs, and so on; leftovers at the end.
-
-    The number of parts and `waiting`, from which it can be made anew, are all of its state.
-    """
-
-    def __init__(self, number: int = 0, waiting: Iterable[Any] = ()) -> None:
-        self._number = number
-        self.waiting = list(waiting)  # a merge of 2^k parts for each bit k set in the number
-
-    def __len__(self) -> int:
-        return self._number
-
-    def copy(self) -> "Pairwise":
-        """Return another one with the same parts."""
-        return Pairwise(self._number, self.waiting)
-
-    def add(self, moments: Any) -> None:
-        """Add moments, or any object with a compatible `merge` method, such as a dask delayed."""
-        self._add(moments, 1)
-
-    def extend(self, parts: Moments) -> None:
-        """Add moments in float64 arrays that have a row for each part, counts too.
-
-        The result has the same bits as `add` row by row, but rows are merged all at once.
-        """
-        rows: Any = np.stack(parts)
-        while rows.shape[1]:
-            # As many as are merged in pairs of pairs before any other is.
-            number = 1 << (rows.shape[1].bit_length() - 1)
-            if self._number:
-                number = min(number, self._number & -self._number)
-            these, rows = rows[:, :number], rows[:, number:]
-            with np.errstate(all="ignore"):
-                while these.shape[1] > 1:
-                    these = np.stack(_merged(*these[:, 0::2], *these[:, 1::2]))
-            self._add(Moments(*these[:, 0]), number)
-
-    def _add(self, moments: Any, number: int) -> None:
-        """Add the merge of so many parts, a power of two that divides their number so far."""
-        self._number += number
-        number = self._number // number
-        while number % 2 == 0:
-            moments = self.waiting.pop().merge(moments)
-            number //= 2
-        self.waiting.append(moments)
-
-    def total(self) -> Any:
-        """Return the moments of all parts; requires at least one part."""
-        *earlier, total = self.waiting
-        for part in reversed(earlier):
-            total = part.merge(total)
-        return total
 
 
 def rstd_of(var: NDArray, eps: float) -> NDArray:
@@ -493,7 +437,7 @@ def update_running_stats(
     return home_of(running_mean)(targets[0]), home_of(running_var)(targets[1])
 
 
-def _merged(
+def merged(
     count: Any, mean: NDArray, m2: NDArray, count_b: Any, mean_b: NDArray, m2_b: NDArray
 ) -> tuple[Any, NDArray, NDArray]:
     """Return merged moments of which a count is an array."""

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _sources
+from nbnorm import _checks, _sources
 from nbnorm._arrays import on_host, take
-from nbnorm._checkpoint import Checkpoint
+from nbnorm._checkpoint import Checkpoint, values_of
+from nbnorm._pairwise import Pairwise
 from nbnorm._typing import Array, NamedAxis
 from nbnorm.functional import batch_norm_stats
 from nbnorm.layer import BatchNorm
-from nbnorm.moments import Moments, Pairwise
+from nbnorm.moments import Moments
 
 __all__ = ["population_stats", "recalibrate"]
 
@@ -146,7 +147,7 @@ def population_stats(
     >>> stats.count, stats.mean
     (10, array([13.5, 14.5, 15.5]))
     """
-    named, chunk = _sources.checked_axis(axis), _sources.positive(chunk)
+    named, chunk = _sources.checked_axis(axis), _checks.at_least_one(chunk, "chunk")
     arrays = _sources.arrays_of(data)
     with _shown(progress) as show, Checkpoint(checkpoint) as merged:
         run = _Run(arrays, merged, show)
@@ -318,13 +319,13 @@ class _Run:
 
         def count(key: Any, result: Any, *_: Any) -> None:
             if key in keys:
-                self._done += _values(result)
+                self._done += values_of(result)
                 self._tell()
 
         self._begin()
         with Callback(posttask=count):  # schedulers of several machines do not call it
             moments: Moments = merged.total().compute()
-        self._done = before + _values(moments)
+        self._done = before + values_of(moments)
         return moments
 
     def _begin(self) -> None:
@@ -370,10 +371,6 @@ def _shown(progress: Progress) -> Iterator[Callable[[int, int | None], object] |
             bars.append(shown.enter_context(bar))
 
         yield show
-
-
-def _values(moments: Moments) -> int:
-    return int(moments.count * prod(moments.mean.shape))
 
 
 def _size(arrays: Iterable[Array]) -> int | None:

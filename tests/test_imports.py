@@ -31,7 +31,13 @@ LAYERS = (
     ("nbnorm._segments",),
     ("nbnorm._weights", "nbnorm._integers"),
     (
-        *("nbnorm._frame", "nbnorm._shortcut", "nbnorm.folding", "nbnorm.moments"),
+        *(
+            "nbnorm._pairwise",
+            "nbnorm._frame",
+            "nbnorm._shortcut",
+            "nbnorm.folding",
+            "nbnorm.moments",
+        ),
         *("nbnorm._sources", "nbnorm._checkpoint"),
     ),
     ("nbnorm._arrays",),

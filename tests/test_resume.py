@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tolerances import assert_same_bits
 
 from nbnorm import Moments, _checkpoint, _files, population_stats
-from nbnorm.moments import Pairwise
+from nbnorm._pairwise import Pairwise
 
 
 def drawn(shape, dtype="float64", *, seed=0):

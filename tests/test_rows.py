@@ -8,8 +8,8 @@ import pytest
 from tolerances import assert_same_bits, assert_within, m2_tolerance, mean_tolerance
 
 from nbnorm import Moments
+from nbnorm._pairwise import Pairwise
 from nbnorm._rows import BLOCK, Rows
-from nbnorm.moments import Pairwise
 
 pytestmark = pytest.mark.cpu_only
 

@@ -470,14 +470,3 @@ def _stop_at(values):
             raise StopError
 
     return stop
-
-
-def test_none_of_them_is_imported():
-    code = """
-import sys, numpy
-from nbnorm.population import population_stats
-population_stats(numpy.ones((4, 3)))
-found = {name.partition(".")[0] for name in sys.modules} & {"dask", "h5py", "xarray", "zarr"}
-assert not found, found
-"""
-    run_child("-c", code)

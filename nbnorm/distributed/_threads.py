@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from math import inf
 from types import TracebackType
@@ -10,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from nbnorm._checks import number
+from nbnorm import _checks
 from nbnorm._typing import NDArray
 
 
@@ -74,13 +73,8 @@ class ThreadComm:
         ValueError
             size is less than 1; timeout is negative or NaN.
         """
-        try:
-            ranks = operator.index(size)
-        except TypeError:
-            raise TypeError(f"size must be an int, got {size!r}") from None
-        if ranks < 1:
-            raise ValueError(f"size must be at least 1, got {ranks}")
-        limit = inf if timeout is None else number(timeout, "timeout")
+        ranks = _checks.at_least_one(size, "size")
+        limit = inf if timeout is None else _checks.number(timeout, "timeout")
         if not limit >= 0:
             raise ValueError(f"timeout must be at least 0, got {timeout}")
         meeting = _Meeting(ranks, limit)

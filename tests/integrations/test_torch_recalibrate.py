@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 from torch_cases import Others, _seed, close, drawn  # noqa: E402, F401
 
 from nbnorm import batch_norm_stats  # noqa: E402
+from nbnorm._pairwise import Pairwise  # noqa: E402
 from nbnorm.integrations.torch import (  # noqa: E402
     BatchNorm1d,
     _operators,
@@ -19,7 +20,6 @@ from nbnorm.integrations.torch import (  # noqa: E402
     convert,
     recalibrate,
 )
-from nbnorm.moments import Pairwise  # noqa: E402
 
 BATCHES = (7, 2, 20, 5)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nbnorm import _checks
 from nbnorm._arrays import stand_in_of
+from nbnorm._pairwise import Pairwise
 from nbnorm._typing import Activation
 from nbnorm.activations import Activation as Fused
 from nbnorm.integrations.torch import _operators, _tensors
-from nbnorm.moments import Pairwise
 
 
 def batch_norm(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nbnorm._pairwise import Pairwise
 from nbnorm._typing import Activation
 from nbnorm.integrations.torch._functional import batch_norm, chosen, normalise
 from nbnorm.integrations.torch._operators import statistics_apart
-from nbnorm.moments import Pairwise
 
 
 class BatchNormModule(_BatchNorm):

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from nbnorm import _checks
 from nbnorm._arrays import take
+from nbnorm._pairwise import Pairwise
 from nbnorm.activations import Activation
 from nbnorm.functional import (
     batch_norm_apply,
@@ -18,7 +19,7 @@ from nbnorm.functional import (
     batch_norm_stats,
 )
 from nbnorm.integrations.torch._tensors import array_of, direct, laid_out, tensor_of
-from nbnorm.moments import Moments, Pairwise
+from nbnorm.moments import Moments
 from nbnorm.second_order import batch_norm_double_backward, batch_norm_jvp
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbnorm._pairwise import Pairwise
 from nbnorm.integrations.torch._modules import BatchNormModule
 from nbnorm.integrations.torch._operators import refuse_shared, see
 from nbnorm.integrations.torch._tensors import tensor_of
-from nbnorm.moments import Pairwise
 from nbnorm.population import batches_of
 
 
