@@ -7,14 +7,16 @@ and three ways of PyTorch.
 
 import argparse
 import json
-import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.processes import in_turns, least
+
 SHAPES = [(32, 224, 224, 3), (8, 512, 512, 3), (32, 64, 64, 16)]
-SECONDS = 1.0  # per call and round
 
 
 def numpy_calls(x, mean, std):
@@ -52,7 +54,7 @@ CALLS = {"numpy": numpy_calls, "nbnorm": nbnorm_calls, "torch": torch_calls}
 
 
 def times(library):
-    """Return the least time of each call for each shape, in milliseconds."""
+    """Return the least time of each call for each shape."""
     rng, found = np.random.default_rng(0), []
     for shape in SHAPES:
         x = rng.integers(0, 255, shape, np.uint8, endpoint=True)
@@ -61,15 +63,9 @@ def times(library):
         best = {}
         for name, call in CALLS[library](x, mean, std).items():
             try:
-                call()
+                best[name] = least(call)
             except Exception as error:  # a compiler that is not there
                 print(f"{name}: {type(error).__name__}", file=sys.stderr)
-                continue
-            best[name], stop = np.inf, time.perf_counter() + SECONDS
-            while time.perf_counter() < stop:
-                start = time.perf_counter()
-                call()
-                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
         found.append(best)
     return found
 
@@ -83,18 +79,11 @@ def main():
     if arguments.library:
         print(json.dumps(times(arguments.library)))
         return
-    least = [{} for _ in SHAPES]
-    for _ in range(arguments.rounds):
-        for library in CALLS:
-            command = [sys.executable, __file__, "--library", library]
-            output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-            for best, found in zip(least, json.loads(output), strict=True):
-                best.update({name: min(best.get(name, np.inf), ms) for name, ms in found.items()})
-    for shape, best in zip(SHAPES, least, strict=True):
+    found = in_turns(__file__, CALLS, arguments.rounds)
+    for shape, best in zip(SHAPES, found, strict=True):
         print(" x ".join(map(str, shape)))
-        ours = best["nbnorm inference"]
         for name, ms in best.items():
-            print(f"  {name:30} {ms:8.2f}  {ms / ours:5.1f}")
+            print(f"  {name:30} {ms:8.2f}  {ms / best['nbnorm inference']:5.1f}")
 
 
 if __name__ == "__main__":

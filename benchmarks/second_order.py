@@ -7,14 +7,16 @@ other down. Prints the least time of all rounds, in milliseconds. PyTorch's is t
 
 import argparse
 import json
-import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.processes import in_turns, least
+
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (256, 1024), (4096, 512)]
-SECONDS = 1.0  # per shape and round
 
 
 def nbnorm_call(x, dy, ddx, gamma):
@@ -42,18 +44,12 @@ CALLS = {"nbnorm": nbnorm_call, "torch": torch_call}
 
 
 def times(library):
-    """Return the least time of each shape, in milliseconds."""
+    """Return the least time of each shape."""
     rng, found = np.random.default_rng(0), []
     for shape in SHAPES:
         x, dy, ddx = (rng.standard_normal(shape, np.float32) for _ in range(3))
         call = CALLS[library](x, dy, ddx, np.ones(shape[1], np.float32))
-        call()
-        least, stop = np.inf, time.perf_counter() + SECONDS
-        while time.perf_counter() < stop:
-            start = time.perf_counter()
-            call()
-            least = min(least, time.perf_counter() - start)
-        found.append(1e3 * least)
+        found.append({library: least(call)})
     return found
 
 
@@ -66,16 +62,10 @@ def main():
     if arguments.library:
         print(json.dumps(times(arguments.library)))
         return
-    rounds = {library: [] for library in CALLS}
-    for _ in range(arguments.rounds):
-        for library, found in rounds.items():
-            command = [sys.executable, __file__, "--library", library]
-            output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-            found.append(json.loads(output))
-    ours, theirs = (np.min(rounds[library], axis=0) for library in ("nbnorm", "torch"))
     print(f"{'shape':18} {'nbnorm':>8} {'torch':>8} {'ratio':>6}")
-    for shape, one, two in zip(SHAPES, ours, theirs, strict=True):
-        print(f"{' x '.join(map(str, shape)):18} {one:8.2f} {two:8.2f} {two / one:6.1f}")
+    for shape, best in zip(SHAPES, in_turns(__file__, CALLS, arguments.rounds), strict=True):
+        ours, theirs = best["nbnorm"], best["torch"]
+        print(f"{' x '.join(map(str, shape)):18} {ours:8.2f} {theirs:8.2f} {theirs / ours:6.1f}")
 
 
 if __name__ == "__main__":
