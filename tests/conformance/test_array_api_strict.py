@@ -6,6 +6,8 @@ that a function does not write keep their bits. The strictest flags are set: no 
 no data-dependent shapes, no extensions.
 """
 
+import math
+
 import numpy as np
 import pytest
 from tolerances import assert_same_bits
@@ -93,6 +95,30 @@ def recalibrated(a, axis):
     return made.eval().forward(a["x"])
 
 
+def micro_forward(a, axis):
+    """Normalise two parts and update the running statistics."""
+    ys, *saved = nbnorm.micro_batch_norm_forward(
+        [a["x"], a["dy"]],
+        *(a["gamma"], a["beta"], a["running_mean"], a["running_var"]),
+        activation="relu",
+        axis=axis,
+    )
+    return tuple(ys), *saved
+
+
+def micro_backward(a, axis):
+    """Differentiate two parts."""
+    count = sum(math.prod(a[name].shape) for name in ("x", "y")) // math.prod(a["gamma"].shape)
+    dxs, *sums = nbnorm.micro_batch_norm_backward(
+        [a["dy"], a["residual"]],
+        *([a["x"], a["y"]], a["gamma"], a["mean"], a["rstd"], count),
+        beta=a["beta"],
+        activation="relu",
+        axis=axis,
+    )
+    return tuple(dxs), *sums
+
+
 # Calls by name, as functions of {name: array} and the axis.
 CASES = {
     "batch_norm_forward": lambda a, axis: nbnorm.batch_norm_forward(
@@ -142,6 +168,8 @@ CASES = {
         *(a["dy"], a["x"], a["gamma"], a["mean"], a["rstd"], a["sum_dy"], a["sum_dy_xhat"], 20),
         axis=axis,
     ),
+    "micro_batch_norm_forward": micro_forward,
+    "micro_batch_norm_backward": micro_backward,
     "batch_renorm_forward": lambda a, axis: nbnorm.batch_renorm_forward(
         *(a["x"], a["gamma"], a["beta"], a["running_mean"], a["running_var"]),
         axis=axis,
@@ -193,11 +221,13 @@ WRITTEN = {
     "batch_norm_forward, fused": {"running_mean", "running_var", "out"},
     "batch_norm_backward, fused": {"out"},
     "batch_renorm_forward": {"running_mean", "running_var"},
+    "micro_batch_norm_forward": {"running_mean", "running_var"},
     "update_running_stats": {"running_mean", "running_var"},
 }
 WITHOUT_ARRAYS = {
     # Results of other functions, options, and what takes no arrays.
     *("BatchNormBackward", "BatchNormDoubleBackward", "BatchNormForward", "BatchRenormForward"),
+    *("MicroBatchNormBackward", "MicroBatchNormForward"),
     *("Ramp", "Renorm", "activation", "set_pool_limit", "show_config", "warmup"),
 }
 
