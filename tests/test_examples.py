@@ -70,7 +70,7 @@ def test_figure1_prints_a_table_and_writes_a_figure(tmp_path):
     # Ten classes: an untrained network is right once in ten.
     assert float(with_bn) > 0.6
     assert float(without_bn) < 0.3
-    ends = r"^with(?:out)? BN: [1-9]\d* us a step; accuracy in the end \d\.\d{3}$"
+    ends = r"^with(?:out)? BN, rate 0\.1: [1-9]\d* us a step; accuracy in the end \d\.\d{3}$"
     assert len(re.findall(ends, child.stdout, re.M)) == 2
     assert (tmp_path / "short.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["short.png"]
@@ -96,8 +96,9 @@ def test_figure1_keeps_finished_seeds_and_draws_the_same_from_them(tmp_path):
 
     child, first, _ = run("--seeds", "2")
     assert child.returncode == 0, child.stderr
-    assert list(first["runs"]) == ["0", "1"]
-    assert first["runs"]["0"] != first["runs"]["1"]
+    one, other = "rate 0.1, seed 0", "rate 0.1, seed 1"
+    assert list(first["runs"]) == [one, other]
+    assert first["runs"][one] != first["runs"][other]
     assert first["command"].endswith("--results kept.json --output drawn.svg --seeds 2")
     drawn = (tmp_path / "drawn.svg").read_bytes()
 
@@ -108,15 +109,19 @@ def test_figure1_keeps_finished_seeds_and_draws_the_same_from_them(tmp_path):
 
     child, more, progress = run("--seeds", "3")
     assert re.findall(r"seed (\d)", progress)[-1] == "2"
-    assert {name: more["runs"][name] for name in "01"} == first["runs"]
-    end = r"^with BN: .* in the end 0\.\d{3}, 0\.\d{3} to 0\.\d{3} over 3 seeds$"
+    assert {name: more["runs"][name] for name in (one, other)} == first["runs"]
+    end = r"^with BN, rate 0\.1: .* in the end 0\.\d{3}, 0\.\d{3} to 0\.\d{3} over 3 seeds$"
     assert re.search(end, child.stdout, re.M), child.stdout
     assert (tmp_path / "drawn.svg").read_bytes() != drawn
 
-    child, kept, progress = run("--rate", "0.2")
+    child, rates, progress = run("--rates", "0.1", "2e-3")
+    assert list(rates["runs"]) == [*more["runs"], "rate 0.002, seed 0"]
+    assert len(re.findall(r"^ +20( +0\.\d{3}){4}$", child.stdout, re.M)) == 1, child.stdout
+
+    child, kept, progress = run("--quick")
     assert child.returncode == 2
-    assert "'rate': 0.1" in progress
-    assert kept == more
+    assert "'steps': 20" in progress
+    assert kept == rates
 
 
 def write_idx(path, array):
@@ -327,7 +332,7 @@ def test_figure2_normalises_before_every_nonlinearity(load):
 
     figure2 = load("figure2")
     for name, variant in figure2.VARIANTS.items():
-        modules = list(figure2.network(variant, set(figure2.CHANGES)).modules())
+        modules = list(figure2.network(variant, figure2.Habits()).modules())
         convolutions = [m for m in modules if isinstance(m, torch.nn.Conv2d)]
         norms = [m for m in modules if isinstance(m, torch.nn.BatchNorm2d)]
         assert len(convolutions) == 29, name
@@ -352,18 +357,42 @@ def test_figure2_pools_after_the_convolution_what_inception_pools_before(load):
 
 @needs_examples
 @needs_torch
-def test_figure2_meets_the_same_batches_in_every_epoch_unless_it_shuffles(load):
+def test_figure2_shuffles_as_its_habits_say(load):
     import torch
 
     figure2 = load("figure2")
-    images, labels = torch.ones(96, 1, 28, 28), torch.arange(96)
-    for habits, same in ((["shuffling", "distortion"], True), (["distortion"], False)):
+    images, labels = torch.ones(1000, 1, 28, 28), torch.arange(1000)
+    for shuffling in ("none", "within", "across"):
+        habits = figure2.Habits(shuffling=shuffling)
         drawn = figure2.batches(images, labels, habits, torch.Generator().manual_seed(0))
-        seen = [next(drawn) for _ in range(6)]
-        first, second = (torch.stack([y for _, y in seen[i : i + 3]]) for i in (0, 3))
-        assert torch.equal(first, second) == same
-        assert sorted(second.flatten().tolist()) == list(range(96))
+        seen = [next(drawn) for _ in range(64)]
+        first, second = (torch.cat([y for _, y in seen[i : i + 32]]) for i in (0, 32))
+        assert torch.equal(first, second) == (shuffling == "none")
+        same_half = torch.isin(first[:500], second[:500]).float().mean()
+        assert same_half == 1 if shuffling != "across" else 0.4 < same_half < 0.6
+        for epoch in (first, second):
+            assert sorted(epoch.tolist()) == list(range(1000))
         assert 0.3 < (seen[0][0] - 1).abs().max() <= 0.8
+
+
+@needs_examples
+@needs_torch
+def test_shuffling_and_dropout_keep_finished_runs_and_share_them(tmp_path):
+    options = "--steps", "40", "--results", "kept.json", "--output", "drawn.svg"
+    child = run_figure(tmp_path, "shuffling_dropout.py", *options)
+    assert child.returncode == 0, child.stderr
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert len(kept["runs"]) == 8  # nine cases, of which the panels share one
+    rows = re.findall(r"^(\S+) +(.*\S) +\d+\.\d%   (\S+ to \S+)$", child.stdout, re.M)
+    assert len(rows) == 9
+    assert next(row for row in rows if "across" in row[1])[2] == rows[-1][2]
+    drawn = (tmp_path / "drawn.svg").read_bytes()
+    child = run_figure(tmp_path, "shuffling_dropout.py", *options)
+    assert "BN-x5" not in child.stderr  # from the progress bar
+    assert (tmp_path / "drawn.svg").read_bytes() == drawn
+    child = run_figure(tmp_path, "shuffling_dropout.py", "--steps", "39")
+    assert child.returncode == 2
+    assert "--steps must be at least 40" in child.stderr
 
 
 @needs_examples
@@ -375,7 +404,9 @@ def test_figure2_says_when_a_network_has_diverged(load):
     figure2 = load("figure2")
     data = torch.ones(1064, 1, 28, 28), torch.zeros(1064, dtype=torch.int64)
     with tqdm(total=80, disable=True) as progress:
-        found = figure2.train(figure2.VARIANTS["Baseline"], data, 0, 1e30, 80, [], progress)
+        found = figure2.train(
+            figure2.VARIANTS["Baseline"], data, 0, 1e30, 80, figure2.Habits(), progress
+        )
     assert 1 < found["diverged"] < 80
     assert len(found["accuracy"]) == 40
     assert found["accuracy"][-1] == 0.1
@@ -402,7 +433,7 @@ def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
     printed = {tuple(re.findall(cells, line)) for line in child.stdout.splitlines()}
     table = page.partition(f"](results/{name}.svg)")[2].partition("    python")[0]
     rows = [tuple(re.split(r" \| ", line[2:-2])) for line in table.splitlines() if line[:2] == "| "]
-    shown = [row[: 4 if name == "figure2" else 3] for row in rows[1:]]
+    shown = [row[:4] if name == "figure2" else row for row in rows[1:]]
     assert len(shown) > 4
     assert set(shown) <= printed
 
@@ -482,6 +513,50 @@ def test_gradients_vanish_without_batch_normalization(plot):
         else:
             assert (np.diff(np.log(values)) > 0.5).all(), scale
     assert 1e-9 < relative["without BN", 0.05][0] < 1e-8
+
+
+@needs_examples
+def test_initial_weights(plot):
+    accuracy, scales = plot("plot_initial_weights", "accuracy", "SCALES")
+    normalised, inputs, neither = (
+        accuracy[kind] for kind in ("batch normalization", "normalised inputs", "neither")
+    )
+    assert scales == (0.001, 0.01, 0.05, 0.2, 1.0)
+    assert normalised.min() > 0.8
+    for others in (inputs, neither):
+        assert others[:, :2].max() < 0.15
+        assert others[:, 3].min() > 0.8
+    assert (neither[:, 2] < inputs[:, 2]).all()
+    assert inputs[:, 2].max() < 0.5
+    assert (inputs[:, 4] < neither[:, 4]).all()
+
+
+@needs_examples
+def test_gradient_of_whitening_agrees_with_differences(plot):
+    """Central differences of sums near 1, in float64: errors near h^2 and 2^-52 / h."""
+    gradient, differences = plot(
+        "plot_whitening",
+        "whiten_backward(dy := targets[:7, :3], whiten(x := u[:7, :3])[1], True)",
+        """np.reshape([
+            np.sum(dy * (whiten(x + step)[0] - whiten(x - step)[0])) / 2e-5
+            for step in 1e-5 * np.eye(21).reshape(21, 7, 3)
+        ], (7, 3))""",
+    )
+    assert np.abs(gradient).max() > 0.1
+    assert_allclose(gradient, differences, rtol=0, atol=1e-7)
+
+
+@needs_examples
+def test_whitening(plot):
+    trained, times = plot("plot_whitening", "trained", "times")
+    for method in ("whitening", "batch normalization"):
+        (through, norm), (constant, grown) = (trained[method, kind].T for kind in (1, 0))
+        assert constant[-100:].min() > through[-1] + 0.2
+        assert grown[-1] > 10 * grown[0]
+        assert (np.diff(grown[50:]) > 0).all()
+        assert norm.max() < 1.3 * norm[0]
+    ratio = np.divide(times["whitening"], times["batch normalization"])
+    assert ratio[-1] > 100 > ratio[0] > 1
 
 
 @needs_examples

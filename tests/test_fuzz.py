@@ -8,6 +8,7 @@ Run as a script this file is the child: seed and number of calls are its argumen
 """
 
 import inspect
+import math
 import sys
 
 import numpy as np
@@ -95,6 +96,13 @@ def valid_arguments(function, rng, keep):
             "sum_dy_xhat": small(),
             "count": 9,
             **out,
+        },
+        "micro_batch_norm_forward": {"x": large(), "part": large(), **common, **running},
+        "micro_batch_norm_backward": {
+            **{name: large() for name in ("dy", "x", "dy_part", "part")},
+            **statistics,
+            **common,
+            "count": 2 * math.prod(shape) // shape[axis],
         },
         "batch_renorm_forward": {"x": large(), "residual": large(), **common, **running, **out},
         "batch_renorm_backward": {**gradient, **common, "r": small(), "d": small(), **out},
@@ -225,6 +233,50 @@ def extra_options(function, rng):
     return {name: c[rng.integers(len(c))] for name, c in choices.items() if rng.random() < 0.3}
 
 
+# Micro-batches: calls with two parts. The oracle has all parts as rows of one array.
+
+
+def micro_forward(x, part, *, axis, **options):
+    """Return all of y as rows, mean, rstd and the count."""
+    ys, *saved = nbnorm.micro_batch_norm_forward([x, part], axis=axis, **options)
+    return all_rows(list(ys), axis), *saved
+
+
+def micro_backward(dy, x, dy_part, part, *, axis, **options):
+    """Return all of dx as rows, dgamma and dbeta."""
+    dxs, *sums = nbnorm.micro_batch_norm_backward([dy, dy_part], [x, part], axis=axis, **options)
+    return all_rows(list(dxs), axis), *sums
+
+
+def reference_forward(x, part, *, axis, **options):
+    x = all_rows([x, part], axis)
+    axes = tuple(range(1, x.ndim))
+    return *reference.batch_norm_forward(x, axis=axes, **options), len(x)
+
+
+def reference_backward(dy, x, dy_part, part, *, axis, count, **options):
+    dy, x = all_rows([dy, dy_part], axis), all_rows([x, part], axis)
+    assert count == len(x)
+    return reference.batch_norm_backward(dy, x, axis=tuple(range(1, x.ndim)), **options)[:3]
+
+
+def all_rows(parts, axis):
+    """Return an array (m, *channel shape) of the values of all parts."""
+    rows = []
+    for part in parts:
+        axes = np.atleast_1d(axis) % part.ndim
+        moved = np.moveaxis(part, axes, range(-len(axes), 0))
+        rows.append(moved.reshape(-1, *(part.shape[a] for a in axes)))
+    return np.concatenate(rows)
+
+
+OURS = {"micro_batch_norm_forward": micro_forward, "micro_batch_norm_backward": micro_backward}
+ORACLES = {
+    "micro_batch_norm_forward": reference_forward,
+    "micro_batch_norm_backward": reference_backward,
+}
+
+
 def one_call(rng):
     """Spoil one to three arguments of a random function and call it; return whether it raised."""
     canaries = Canaries()
@@ -233,7 +285,7 @@ def one_call(rng):
     for name in rng.permutation(list(arguments))[: rng.integers(0, 4)]:
         value = arguments[name]
         if isinstance(value, np.ndarray):
-            beside_x = "x" in arguments and name != "x"
+            beside_x = "x" in arguments and name not in ("x", "part")
             arguments[name] = spoil_array(name, value, rng, canaries.array, beside_x=beside_x)
         elif name in ("axis", "activation", "count", "moments"):
             arguments[name] = spoil_option(name, rng)
@@ -244,13 +296,14 @@ def one_call(rng):
         if name != "out"
     }
     try:
-        result = getattr(nbnorm, function)(**arguments)
+        result = OURS.get(function, getattr(nbnorm, function))(**arguments)
     except (TypeError, ValueError):
         return True
     finally:
         canaries.check()
     with np.errstate(all="ignore"):
-        expected = getattr(reference, function)(**pristine)
+        expected = ORACLES.get(function) or getattr(reference, function)
+        expected = expected(**pristine)
     compare(result, expected, f"{function} {describe(arguments)}")
     return False
 

@@ -16,10 +16,12 @@ reaches an accuracy of 0.89 after the first 500 steps, and the one without after
 they have 0.917 and 0.905 (over seeds 0.912 to 0.927, and 0.899 to 0.911).
 
     python figure1.py                              # under a minute, writes figure1.png
+    python figure1.py --quick                      # a few seconds
     python figure1.py --steps 50000 --seeds 5      # the paper's length, five times
+    python figure1.py --rates 0.02 0.1 0.5         # three learning rates
     python figure1.py --data ~/fashion-mnist
 
-With --results the program draws the figure from that file and runs only seeds that it lacks.
+With --results the program draws the figure from that file and runs only what it lacks.
 """
 
 # sphinx_gallery_thumbnail_path = "results/figure1.svg"
@@ -27,7 +29,7 @@ With --results the program draws the figure from that file and runs only seeds t
 import argparse
 import gzip
 import time
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 
 from perceptron import Network, digits  # before NumPy, whose threads it sets
@@ -44,6 +46,7 @@ BATCH = 60
 PERCENTILES = (15, 50, 85)
 NETWORKS = {"with BN": "before", "without BN": None}
 COLORS = {"with BN": "tab:blue", "without BN": "tab:orange"}
+DASHES = ("-", "--", ":", "-.")  # of the learning rates
 
 
 def idx_digits(folder):
@@ -94,7 +97,7 @@ def train(data, steps, seed, rate):
     found = {name: {"accuracy": [], "percentiles": [], "microseconds": 0.0} for name in networks}
     tests = set(tested_at(steps))
     rng = np.random.default_rng(seed + 1)
-    for step in tqdm(range(1, steps + 1), desc=f"seed {seed}", unit=" steps"):
+    for step in tqdm(range(1, steps + 1), desc=key(rate, seed), unit=" steps"):
         batch = rng.integers(len(images), size=BATCH)
         for name, network in networks.items():
             begin = time.perf_counter()
@@ -116,30 +119,39 @@ def tested_at(steps):
     return np.unique(np.ceil(np.linspace(0, steps, 101)).astype(int))[1:].tolist()
 
 
+def key(rate, seed):
+    """Return the name of a run."""
+    return f"rate {rate:g}, seed {seed}"
+
+
 def accuracies(found, name):
     """Return the accuracies of a network, (seeds, tests)."""
     return np.array([run[name]["accuracy"] for run in found])
 
 
 def print_table(steps, found):
-    """Print the mean test accuracy over seeds in twenty rows, and times."""
-    print(f"\n{'':>8}  test accuracy\n{'step':>8}", *(f"{name:>12}" for name in NETWORKS))
-    means = [accuracies(found, name).mean(axis=0) for name in NETWORKS]
+    """Print the mean test accuracy over seeds in twenty rows, and times, for all rates."""
+    columns = {(rate, name): of for rate, of in found.items() for name in NETWORKS}
+    print("\ntest accuracy")
+    print(f"{'rate':>8}", *(f"{rate:>12g}" for rate, _ in columns))
+    print(f"{'step':>8}", *(f"{name:>12}" for _, name in columns))
+    means = [accuracies(of, name).mean(axis=0) for (_, name), of in columns.items()]
     for row in np.unique(np.ceil(np.linspace(0, len(steps), 21)).astype(int))[1:] - 1:
         print(f"{steps[row]:>8}", *(f"{mean[row]:>12.3f}" for mean in means))
     print()
-    for name in NETWORKS:
-        last = accuracies(found, name)[:, -1]
-        times = np.median([run[name]["microseconds"] for run in found])
+    for (rate, name), of in columns.items():
+        last = accuracies(of, name)[:, -1]
+        times = np.median([run[name]["microseconds"] for run in of])
         over = f", {last.min():.3f} to {last.max():.3f} over {len(last)} seeds"
         print(
-            f"{name}: {times:.0f} us a step; accuracy in the end {last.mean():.3f}"
+            f"{name}, rate {rate:g}: {times:.0f} us a step; accuracy in the end {last.mean():.3f}"
             f"{over if len(last) > 1 else ''}"
         )
 
 
 def draw(steps, found, tested, output):
-    """Write the figure: (a) accuracy; (b, c) a sigmoid's input, of the first seed."""
+    """Write the figure: (a) accuracy; (b, c) a sigmoid's input, of the first rate and seed."""
+    first, *others = found
     # The same results give the same file: no date, and names of elements that are not random.
     style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
@@ -149,11 +161,15 @@ def draw(steps, found, tested, output):
 
         left = figure.add_subplot(grid[0])
         for name in NETWORKS:
-            accuracy = accuracies(found, name)
-            left.plot(steps, accuracy.mean(axis=0), color=COLORS[name], label=name)
-            band = accuracy.min(axis=0), accuracy.max(axis=0)
-            left.fill_between(steps, *band, color=COLORS[name], alpha=0.25, linewidth=0)
-        over = "" if len(found) == 1 else f"; mean and range of {len(found)} seeds"
+            for rate, dashes in zip(found, cycle(DASHES)):
+                accuracy = accuracies(found[rate], name)
+                label = f"{name}, rate {rate:g}" if others else name
+                mean, color = accuracy.mean(axis=0), COLORS[name]
+                left.plot(steps, mean, dashes, color=color, label=label)
+                band = accuracy.min(axis=0), accuracy.max(axis=0)
+                left.fill_between(steps, *band, color=color, alpha=0.25, linewidth=0)
+        seeds = len(found[first])
+        over = "" if seeds == 1 else f"; mean and range of {seeds} seeds"
         left.set(title=f"(a) test accuracy{over}", xlabel="step", ylabel="accuracy")
         left.set(ylim=(0, 1), xlim=(0, steps[-1]))
         left.grid(alpha=0.3)
@@ -162,7 +178,7 @@ def draw(steps, found, tested, output):
         middle = figure.add_subplot(grid[1])
         right = figure.add_subplot(grid[2], sharey=middle)
         for panel, letter, name in ((middle, "b", "without BN"), (right, "c", "with BN")):
-            lines = np.array(found[0][name]["percentiles"]).T
+            lines = np.array(found[first][0][name]["percentiles"]).T
             for line, upper in pairwise(lines):
                 panel.fill_between(steps, line, upper, color=COLORS[name], alpha=0.25, linewidth=0)
             panel.plot(steps, lines[1], color=COLORS[name])
@@ -174,7 +190,8 @@ def draw(steps, found, tested, output):
                     textcoords="offset points",
                     va="center",
                 )
-            panel.set(title=f"({letter}) a sigmoid's input {name}", xlabel="step")
+            at = f", rate {first:g}" if others else ""
+            panel.set(title=f"({letter}) a sigmoid's input {name}{at}", xlabel="step")
             panel.set(xlim=(0, steps[-1]))
             panel.grid(alpha=0.3)
         middle.set_ylabel("15th, 50th and 85th percentile")
@@ -186,8 +203,9 @@ def options():
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000, help="default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="1,000 steps")
     parser.add_argument(
-        "--rate", type=float, default=0.1, help="learning rate, default %(default)s"
+        "--rates", type=float, nargs="+", default=[0.1], help="learning rates, default 0.1"
     )
     parser.add_argument("--seed", type=int, default=0, help="the first one, default %(default)s")
     parser.add_argument("--seeds", type=int, default=1, help="how many, default %(default)s")
@@ -197,6 +215,8 @@ def options():
         "--output", type=Path, default=Path("figure1.png"), help="default %(default)s"
     )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps = 1000
     for name in ("steps", "seeds"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -207,19 +227,21 @@ def main():
     """Train, print the table, write the figure."""
     parser, arguments = options()
     tested = arguments.data.resolve().name if arguments.data else "handwritten digits"
-    settings = {"steps": arguments.steps, "rate": arguments.rate, "data": tested}
+    settings = {"steps": arguments.steps, "data": tested}
     try:
         data = idx_digits(arguments.data) if arguments.data else digits()
         finished = runs.read(arguments.results, settings)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    seeds = [str(arguments.seed + i) for i in range(arguments.seeds)]
-    for seed in seeds:
-        if seed not in finished:
-            finished[seed] = train(data, arguments.steps, int(seed), arguments.rate)
-            if arguments.results:
-                runs.write(arguments.results, settings, finished)
-    steps, found = tested_at(arguments.steps), [finished[seed] for seed in seeds]
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    for rate in arguments.rates:
+        for seed in seeds:
+            if key(rate, seed) not in finished:
+                finished[key(rate, seed)] = train(data, arguments.steps, seed, rate)
+                if arguments.results:
+                    runs.write(arguments.results, settings, finished)
+    steps = tested_at(arguments.steps)
+    found = {rate: [finished[key(rate, seed)] for seed in seeds] for rate in arguments.rates}
     print_table(steps, found)
     draw(steps, found, tested, arguments.output)
     print(f"\nwrote {arguments.output}")

@@ -52,8 +52,23 @@ from nbnorm.integrations.torch import BatchNorm2d
 DIGITS = Path(__file__).parent / "data" / "mnist5k.npz"
 TEST = 1000
 BATCH = 32
+SHARD = 500
 TESTS = 40
-CHANGES = ("dropout", "l2", "decay", "lrn", "shuffling", "distortion")
+
+
+class Habits(NamedTuple):
+    """How a network is trained besides its rate; the defaults are the baseline's."""
+
+    dropout: float = 0.4  # probability that an input of the classifier is dropped
+    l2: float = 1e-4
+    decay: int = 1  # how often the rate is halved in all
+    lrn: bool = True
+    shuffling: str = "none"  # between epochs: "none", "within" shards of 500 digits, or "across"
+    distortion: float = 0.4  # of brightness and contrast
+
+
+CHANGED = Habits(0.0, 2e-5, 6, False, "across", 0.1)  # section 4.2.1
+CHANGES = Habits._fields
 
 
 class Variant(NamedTuple):
@@ -105,11 +120,16 @@ class Inception(nn.Module):
         return torch.cat([tower(x) for tower in self.towers], dim=1)
 
 
+def with_changes(names):
+    """Return the baseline's habits with the changes of these names."""
+    return Habits(**{name: getattr(CHANGED, name) for name in names})
+
+
 def network(variant, habits):
     """Return the network, from 28x28 pixels to ten scores."""
     return nn.Sequential(
         convolution(1, 16, 3, variant, stride=2),
-        nn.LocalResponseNorm(5) if "lrn" in habits else nn.Identity(),
+        nn.LocalResponseNorm(5) if habits.lrn else nn.Identity(),
         Inception(16, 32, variant),
         Inception(32, 48, variant),
         nn.MaxPool2d(2),
@@ -117,7 +137,7 @@ def network(variant, habits):
         Inception(64, 96, variant),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Dropout(0.4 if "dropout" in habits else 0.0),
+        nn.Dropout(habits.dropout),
         nn.Linear(96, 10),
     )
 
@@ -130,25 +150,27 @@ def digits():
 
 
 def batches(images, labels, habits, rng):
-    """Yield batches endlessly; the same in every epoch if "shuffling" is in `habits`."""
+    """Yield distorted batches endlessly, shuffled anew in every epoch as `habits` say."""
     order = torch.randperm(len(images), generator=rng)
-    strength = 0.4 if "distortion" in habits else 0.1
     while True:
         for batch in order.split(BATCH):
-            contrast, brightness = strength * (2 * torch.rand(2, len(batch), generator=rng) - 1)
+            amounts = 2 * torch.rand(2, len(batch), generator=rng) - 1
+            contrast, brightness = habits.distortion * amounts
             distorted = images[batch] * (1 + contrast).view(-1, 1, 1, 1)
             yield distorted + brightness.view(-1, 1, 1, 1), labels[batch]
-        if "shuffling" not in habits:
-            order = torch.randperm(len(images), generator=rng)
+        if habits.shuffling != "none":
+            shard = SHARD if habits.shuffling == "within" else len(images)
+            order = torch.cat([
+                part[torch.randperm(len(part), generator=rng)] for part in order.split(shard)
+            ])  # fmt: skip
 
 
-def train(variant, data, seed, rate, steps, changes, progress):
+def train(variant, data, seed, rate, steps, habits, progress):
     """Train a network, and test it after every fortieth of the steps.
 
     Returns a dict with "accuracy", a list, and "diverged", the first step with a loss that is not
     finite, or None.
     """
-    habits = set(CHANGES) - set(changes) if variant.changed else set(CHANGES)
     images, labels = data
     torch.manual_seed(seed)
     model = network(variant, habits)
@@ -156,11 +178,9 @@ def train(variant, data, seed, rate, steps, changes, progress):
         model.parameters(),
         lr=rate * variant.times,
         momentum=0.9,
-        weight_decay=1e-4 if "l2" in habits else 2e-5,
+        weight_decay=habits.l2,
     )
-    # The rate is halved once or six times in all.
-    halved = (1 if "decay" in habits else 6) / steps
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5**halved)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5 ** (habits.decay / steps))
     rng = torch.Generator().manual_seed(seed)
     accuracy, diverged = [], None
     for step, (x, expected) in enumerate(batches(images[TEST:], labels[TEST:], habits, rng), 1):
@@ -290,7 +310,9 @@ def main():
     with tqdm(total=steps * len(missing), unit=" steps", disable=not missing) as progress:
         for name, seed, run in missing:
             progress.set_description(run)
-            finished[run] = train(VARIANTS[name], data, seed, rate, steps, changes, progress)
+            variant = VARIANTS[name]
+            habits = with_changes(changes if variant.changed else ())
+            finished[run] = train(variant, data, seed, rate, steps, habits, progress)
             if arguments.results:
                 runs.write(arguments.results, settings, finished)
     found = {

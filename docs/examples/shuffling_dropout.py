@@ -1,0 +1,147 @@
+"""Shuffling and dropout with batch normalization, as section 4.2.1 of the paper changes them.
+
+S. Ioffe & C. Szegedy (2015) shuffle training examples more thoroughly, as batch normalization then
+sees each example in the company of others: within-shard shuffling "led to about 1% improvements in
+the validation accuracy". They reduce dropout, as batch normalization "fulfills some of the same
+goals". This program trains the networks of figure2.py, Baseline and BN-x5, at that small scale:
+
+- BN-x5 with the same batches in every epoch, with examples shuffled within shards of 500 (a shard
+  is a file that is read at a time), and across all shards;
+- both with dropout of 0.6, 0.4 (Baseline's in figure2.py) and none.
+
+@RESULTS@
+
+    python shuffling_dropout.py --quick                # a minute, writes shuffling_dropout.png
+    python shuffling_dropout.py --seeds 5 --results shuffling_dropout.json
+"""
+
+# sphinx_gallery_thumbnail_path = "results/shuffling_dropout.svg"
+
+import argparse
+from pathlib import Path
+
+import figure2
+import matplotlib as mpl
+import numpy as np
+import runs
+from figure2 import CHANGED, VARIANTS, Habits
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+RATE = 0.05
+LAST = 10  # tests whose mean is a run's accuracy
+DROPOUT = (0.6, 0.4, 0.0)
+# The habits of all runs, by panel, network and what changes.
+PANELS = {
+    "shuffling of BN-x5": {
+        ("BN-x5", name): CHANGED._replace(shuffling=kind)
+        for name, kind in (("none", "none"), ("within shards", "within"), ("across", "across"))
+    },
+    "dropout": {
+        (network, f"{dropout:g}"): habits._replace(dropout=dropout)
+        for network, habits in (("Baseline", Habits()), ("BN-x5", CHANGED))
+        for dropout in DROPOUT
+    },
+}
+
+
+def key(network, habits, seed):
+    """Return the name of a run; panels share runs with equal habits."""
+    return f"{network}, shuffling {habits.shuffling}, dropout {habits.dropout:g}, seed {seed}"
+
+
+def accuracies(panel, seeds, finished):
+    """Return the accuracy of each seed for every network and change of a panel."""
+    return {
+        case: np.array([
+            np.mean(finished[key(case[0], habits, seed)]["accuracy"][-LAST:]) for seed in seeds
+        ])
+        for case, habits in PANELS[panel].items()
+    }  # fmt: skip
+
+
+def print_table(found):
+    """Print the mean and range over seeds of every accuracy."""
+    for panel, of in found.items():
+        print(f"\n{panel:<28}{'accuracy':>9}   over seeds")
+        for (network, change), seen in of.items():
+            ends = f"{seen.min():.1%} to {seen.max():.1%}"
+            print(f"{network:<12}{change:<16}{seen.mean():>9.1%}   {ends}")
+
+
+def draw(found, output):
+    """Write the figure: accuracies of all seeds, and their means as lines."""
+    # Equal results must give equal files: no date, and no random names of elements.
+    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure.suptitle("Small scale: an Inception of 4 modules on 4,000 digits, not ImageNet")
+        panels = figure.subplots(1, len(found))
+        for panel, (title, of) in zip(panels, found.items(), strict=True):
+            for network in dict.fromkeys(network for network, _ in of):
+                color = VARIANTS[network].color
+                cases = {change: seen for (name, change), seen in of.items() if name == network}
+                places = range(len(cases))
+                means = [seen.mean() for seen in cases.values()]
+                panel.plot(places, means, color=color, label=network)
+                for place, seen in zip(places, cases.values(), strict=True):
+                    panel.plot([place] * len(seen), seen, "o", color=color, alpha=0.5)
+                panel.set_xticks(places, cases)
+            panel.set(title=title, ylabel=f"accuracy, mean of the last {LAST} tests")
+            panel.grid(alpha=0.3)
+        panels[-1].legend(frameon=False)
+        metadata = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, dpi=150, metadata=metadata)
+
+
+def options():
+    """Return the arguments of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="100 steps")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, default %(default)s")
+    parser.add_argument("--results", type=Path, help="JSON file of finished runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("shuffling_dropout.png"), help="default %(default)s"
+    )
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps = 100
+    if arguments.steps < figure2.TESTS:
+        parser.error(f"--steps must be at least {figure2.TESTS}")
+    if arguments.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    return parser, arguments
+
+
+def main():
+    """Train what is missing, print the table, write the figure."""
+    parser, arguments = options()
+    steps, seeds = arguments.steps, range(arguments.seeds)
+    settings = {"steps": steps, "rate": RATE}
+    try:
+        finished = runs.read(arguments.results, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    missing = {
+        key(network, habits, seed): (VARIANTS[network], habits, seed)
+        for seed in seeds
+        for panel in PANELS.values()
+        for (network, _), habits in panel.items()
+        if key(network, habits, seed) not in finished
+    }
+    data = figure2.digits()
+    with tqdm(total=steps * len(missing), unit=" steps", disable=not missing) as progress:
+        for name, (variant, habits, seed) in missing.items():
+            progress.set_description(name)
+            finished[name] = figure2.train(variant, data, seed, RATE, steps, habits, progress)
+            if arguments.results:
+                runs.write(arguments.results, settings, finished)
+    found = {panel: accuracies(panel, seeds, finished) for panel in PANELS}
+    print_table(found)
+    draw(found, arguments.output)
+    print(f"\nwrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
