@@ -127,7 +127,7 @@ def test_every_card_has_a_picture_of_its_own(gallery):
     static = Path(sphinx_gallery.__file__).parent / "_static"
     for name in ("no_image.png", "broken_example.png"):
         assert (static / name).read_bytes() not in pictures
-    for name in ("figure1", "figure2"):
+    for name in ("figure1", "figure2", "shuffling_dropout"):
         assert any(f"sphx_glr_{name}_thumb" in source for source in page.pictures)
 
 

@@ -4,6 +4,7 @@
 processes.
 """
 
+import copy
 import random
 import threading
 import time
@@ -139,6 +140,30 @@ def test_one_rank_needs_no_other_thread():
     assert_same_bits(gathered(comm, np.arange(3.0)), np.arange(3.0)[None])
     assert (comm.Get_size(), comm.Get_rank()) == (comm.size, comm.rank) == (1, 0)
     assert repr(comm) == "ThreadComm(rank=0, size=1)"
+
+
+def test_a_deep_copy_of_a_layer_shares_the_communicator():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 5)).astype(np.float32)
+
+    def train(comm):
+        layer = SyncBatchNorm(5, comm=comm)
+        part = x[4 * comm.rank : 4 * comm.rank + 4]
+        layer.forward(part)
+        copied, aside = copy.deepcopy((layer, [layer]))
+        assert copied is aside[0] is not layer
+        assert type(copied) is SyncBatchNorm
+        assert copied.comm is comm
+        before = {name: array.copy() for name, array in layer.state_dict().items()}
+        dx = copied.backward(part)
+        y = copied.forward(2 * part)  # both ranks: the copy is synchronised
+        for name, array in layer.state_dict().items():
+            assert_same_bits(array, before[name], name)
+        assert_same_bits(layer.backward(part), dx, "dx")
+        return y, copied.running_mean
+
+    (_, mean), (_, other_mean) = over_threads(2, train)
+    assert_same_bits(mean, other_mean)
 
 
 # What goes wrong

@@ -28,6 +28,7 @@ BN-x5 is best; sigmoids exceed the baseline; and the baseline at five times its 
 diverge, but learns badly or not at all.
 
     python figure2.py                                   # writes figure2.png
+    python figure2.py --quick                           # a minute or two, a tenth of the steps
     python figure2.py --seeds 3 --results figure2.json  # runs only what is missing
     python figure2.py --networks Baseline --rate 0.02   # one network at another rate
 """
@@ -270,6 +271,7 @@ def options():
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="100 steps")
     parser.add_argument(
         "--rate", type=float, default=0.05, help="the baseline's, default %(default)s"
     )
@@ -284,6 +286,8 @@ def options():
         "--output", type=Path, default=Path("figure2.png"), help="default %(default)s"
     )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps = 100
     if arguments.steps < TESTS:
         parser.error(f"--steps must be at least {TESTS}")
     if arguments.seeds < 1:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from nbnorm._typing import Array
 from nbnorm.distributed._functional import (
@@ -116,6 +117,13 @@ class SyncBatchNorm(BatchNorm):
             self.comm, dy, saved.x, mean=saved.mean, rstd=saved.rstd, count=self._count,
             r_and_d=saved.renorm, out=None, **options,
         )  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy of everything but the communicator, which is a handle: both share it."""
+        memo[id(self.comm)] = self.comm
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __repr__(self) -> str:
         return f"Sync{super().__repr__()}"
