@@ -2,7 +2,7 @@
 
 S. Ioffe & C. Szegedy (2015) shuffle training examples more thoroughly, as batch normalization then
 sees each example in the company of others: within-shard shuffling "led to about 1% improvements in
-the validation accuracy". They reduce dropout, as batch normalization "fulfills some of the same
+the validation accuracy". They remove dropout, as batch normalization "fulfills some of the same
 goals". This program trains the networks of figure2.py, Baseline and BN-x5, at that small scale:
 
 - BN-x5 with the same batches in every epoch, with examples shuffled within shards of 500 (a shard
