@@ -53,9 +53,10 @@ def read(app, document, source):
     if document == f"{GALLERY}index":
         source[0] = scripts_listed(source[0])
     elif document.startswith(GALLERY):
+        name = document.removeprefix(GALLERY)
         source[0] = re.sub(
             r"(?s)(\n\.\. _sphx_glr_\S+:\n\n)(.*?)(?=\n\n\.\. GENERATED FROM)",
-            lambda match: match[1] + titled(match[2]),
+            lambda match: match[1] + titled(match[2]) + result(name),
             source[0],
             count=1,
         )
@@ -96,6 +97,12 @@ def titled(docstring):
     if not re.match(r"([=~*-])\1+$", text):
         text = f"{'=' * len(title)}\n{text}"
     return f"{title.removesuffix('.')}\n" + re.sub(r"(?<!::)\n\n(?= {4}\S)", "\n\n::\n\n", text)
+
+
+def result(name):
+    """Return the picture of an example's long run, if there is one."""
+    drawn = (DOCS / "results" / f"{name}.svg").exists()
+    return f"\n\n.. image:: /results/{name}.svg\n   :alt: what {name}.py draws" if drawn else ""
 
 
 def no_fields(app, what, name, obj, skip, options):

@@ -70,17 +70,20 @@ def take_floating(obj: Array, name: str) -> NDArray:
     return array
 
 
-def holds_integers(obj: Array) -> bool:
+def holds_integers(obj: Array, name: str) -> bool:
     """Return whether an object has one of the dtypes of `INTEGERS`; it need not be an array."""
     dtype = getattr(obj, "dtype", None)
     if isinstance(dtype, np.dtype):
         return dtype in _INTEGERS
-    return str(dtype).rpartition(".")[2] in INTEGERS
+    named = str(dtype).rpartition(".")[2]
+    if named in (*DTYPES, *INTEGERS) or not hasattr(obj, "__dlpack__"):
+        return named in INTEGERS
+    return take(obj, name).dtype in _INTEGERS  # no dtype, or one with another name
 
 
 def take_numbers(obj: Array, name: str) -> NDArray:
     """Call `take`, and raise if the dtype is neither floating nor one of `INTEGERS`."""
-    return take(obj, name) if holds_integers(obj) else take_floating(obj, name)
+    return take(obj, name) if holds_integers(obj, name) else take_floating(obj, name)
 
 
 def result_dtype(dtype: Any, name: str) -> np.dtype[Any]:

@@ -49,12 +49,12 @@ def integer_frame(
     x: Array, axis: Axis, dtype: Any = None, out: Array | None = None, **parts: Any
 ) -> IntegerFrame | None:
     """Return the frame of a call with integers, None for floating x; `parts` need the latter."""
-    if not holds_integers(x):
+    if not holds_integers(x, "x"):
         return None
     given = [name for name, value in parts.items() if value is not None and name != "fill"]
     if given:
         raise TypeError(
-            f"{given[0]} must be None if x has dtype {x.dtype}; convert x first, with "
+            f"{given[0]} must be None if x has dtype {take(x, 'x').dtype}; convert x first, with "
             "x.astype(np.float32)"
         )
     return IntegerFrame(x, axis, dtype, out)

@@ -58,7 +58,7 @@ def population_stats(
     chunk : int, default 8388608
         Maximum number of values to process at a time. Arrays are split along the reduced axes,
         the outermost in memory first. Zarr's and HDF5's are split along the borders of their own
-        chunks, so that each of these is decompressed once, into pieces of a third as many values,
+        chunks, so that each of these is decompressed once, into pieces of a fifth as many values,
         but of at least one chunk of the file. Has no effect on dask arrays.
     progress : bool or callable, default False
         Whether to show a progress bar of the values processed, which needs the ``progress`` extra.
@@ -101,7 +101,7 @@ def population_stats(
 
     If slicing reads or copies (Zarr, h5py, arrays without an (N, C, S) view), memory holds one
     chunk. While Zarr or HDF5 reads, it holds its chunks both compressed and decompressed; as pieces
-    are a third of a chunk, that is less than two chunks, unless a single one of the file's is more.
+    are a fifth of a chunk, that is less than two chunks, unless a single one of the file's is more.
     A memory map takes only pages that the system can reclaim. A dask array is computed by its
     scheduler in one go, so memory holds as many blocks as the scheduler works on.
 

@@ -624,6 +624,7 @@ import importlib.abc, pathlib, sys
 class Edit(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "{moment}":
+            assert name != "nbnorm.cpu.weighted" or "nbnorm.cpu.kernels" in sys.modules
             edit()
 
 def edit():

@@ -361,17 +361,17 @@ def test_figure2_shuffles_as_its_habits_say(load):
     import torch
 
     figure2 = load("figure2")
-    images, labels = torch.ones(1000, 1, 28, 28), torch.arange(1000)
+    images, labels = torch.ones(1024, 1, 28, 28), torch.arange(1024)
     for shuffling in ("none", "within", "across"):
         habits = figure2.Habits(shuffling=shuffling)
         drawn = figure2.batches(images, labels, habits, torch.Generator().manual_seed(0))
         seen = [next(drawn) for _ in range(64)]
         first, second = (torch.cat([y for _, y in seen[i : i + 32]]) for i in (0, 32))
         assert torch.equal(first, second) == (shuffling == "none")
-        same_half = torch.isin(first[:500], second[:500]).float().mean()
+        same_half = torch.isin(first[:512], second[:512]).float().mean()
         assert same_half == 1 if shuffling != "across" else 0.4 < same_half < 0.6
         for epoch in (first, second):
-            assert sorted(epoch.tolist()) == list(range(1000))
+            assert sorted(epoch.tolist()) == list(range(1024))
         assert 0.3 < (seen[0][0] - 1).abs().max() <= 0.8
 
 
@@ -382,10 +382,12 @@ def test_shuffling_and_dropout_keep_finished_runs_and_share_them(tmp_path):
     child = run_figure(tmp_path, "shuffling_dropout.py", *options)
     assert child.returncode == 0, child.stderr
     kept = json.loads((tmp_path / "kept.json").read_text())
-    assert len(kept["runs"]) == 8  # nine cases, of which the panels share one
-    rows = re.findall(r"^(\S+) +(.*\S) +\d+\.\d%   (\S+ to \S+)$", child.stdout, re.M)
-    assert len(rows) == 9
-    assert next(row for row in rows if "across" in row[1])[2] == rows[-1][2]
+    assert len(kept["runs"]) == 10  # twelve cases, of which the panels share two
+    rows = re.findall(r"^(Baseline|BN-x5) +(.*\S) +(\d+\.\d%)$", child.stdout, re.M)
+    found = {row[:2]: row[2] for row in rows}
+    assert len(rows) == len(found) == 12
+    assert found["Baseline", "none"] == found["Baseline", "0.4"]
+    assert found["BN-x5", "across"] == found["BN-x5", "0"]
     drawn = (tmp_path / "drawn.svg").read_bytes()
     child = run_figure(tmp_path, "shuffling_dropout.py", *options)
     assert "BN-x5" not in child.stderr  # from the progress bar
@@ -524,13 +526,14 @@ def test_initial_weights(plot):
         accuracy[kind] for kind in ("batch normalization", "normalised inputs", "neither")
     )
     assert scales == (0.001, 0.01, 0.05, 0.2, 1.0)
-    assert normalised.min() > 0.8
+    assert 0.8 < normalised.min() < normalised.max() < 0.91
     for others in (inputs, neither):
         assert others[:, :2].max() < 0.15
         assert others[:, 3].min() > 0.8
     assert (neither[:, 2] < inputs[:, 2]).all()
     assert inputs[:, 2].max() < 0.5
     assert (inputs[:, 4] < neither[:, 4]).all()
+    assert inputs[:, 4].min() > 0.6
 
 
 @needs_examples
@@ -553,12 +556,13 @@ def test_whitening(plot):
     trained, times = plot("plot_whitening", "trained", "times")
     for method in ("whitening", "batch normalization"):
         (through, norm), (constant, grown) = (trained[method, kind].T for kind in (1, 0))
+        assert (constant > through)[12:].all()
         assert constant[-100:].min() > through[-1] + 0.2
-        assert grown[-1] > 10 * grown[0]
-        assert (np.diff(grown[50:]) > 0).all()
-        assert norm.max() < 1.3 * norm[0]
+        assert (np.diff(grown) > 0).all()
+        assert 11.5 < grown[-1] / grown[0] < 13
+        assert norm[0] < norm[-1] == pytest.approx(1.25 * norm[0], rel=0.03)
     ratio = np.divide(times["whitening"], times["batch normalization"])
-    assert ratio[-1] > 100 > ratio[0] > 1
+    assert ratio[-1] > ratio[0] > 1
 
 
 @needs_examples

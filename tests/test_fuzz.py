@@ -256,7 +256,7 @@ def reference_forward(x, part, *, axis, **options):
 
 def reference_backward(dy, x, dy_part, part, *, axis, count, **options):
     dy, x = all_rows([dy, dy_part], axis), all_rows([x, part], axis)
-    assert count == len(x)
+    assert count == len(x), f"{count} was accepted for {len(x)} values per channel"
     return reference.batch_norm_backward(dy, x, axis=tuple(range(1, x.ndim)), **options)[:3]
 
 

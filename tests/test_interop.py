@@ -726,19 +726,55 @@ def test_masked_array():
         nbnorm.batch_norm_forward(np.ma.masked_less(drawn(), 0))
 
 
+class Wrapped:
+    """An object with only the protocol; results cannot be returned in its library."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class Sliceable(Wrapped):
+    """What population_stats takes; results are returned by the from_dlpack of NumPy."""
+
+    __module__ = "numpy"
+
+    def __init__(self, array):
+        super().__init__(array)
+        self.shape = array.shape
+
+    def __getitem__(self, index):
+        return type(self)(self.array[index])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+@pytest.mark.parametrize("named", [None, "<dtype: {}>", "lib.{}"])
+def test_integers_of_objects_whose_dtype_has_another_name_or_none(dtype, named):
+    x = np.random.default_rng(0).integers(0, 100, (7, 3)).astype(dtype)
+    wrapped = Sliceable(x)
+    if named:
+        wrapped.dtype = type("Dtype", (), {"__str__": lambda self: named.format(dtype)})()
+    for call in (
+        nbnorm.batch_norm_stats,
+        lambda x: nbnorm.batch_norm_inference(x, None, None, np.ones(3), np.ones(3)),
+        lambda x: nbnorm.population_stats([x, x]),
+    ):
+        got, want = ((r,) if isinstance(r, np.ndarray) else r for r in (call(wrapped), call(x)))
+        for ours, theirs in zip(got, want, strict=True):
+            assert_same_bits(np.asarray(ours), np.asarray(theirs))
+    if dtype != "float32":
+        with pytest.raises(TypeError, match=f"^residual must be None if x has dtype {dtype}"):
+            nbnorm.batch_norm_inference(
+                wrapped, None, None, np.ones(3), np.ones(3), residual=np.ones((7, 3))
+            )
+
+
 def test_other_object_with_dlpack():
-    class Wrapped:
-        """An object with only the protocol; results cannot be returned in its library."""
-
-        def __init__(self, array):
-            self.array = array
-
-        def __dlpack__(self, **options):
-            return self.array.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
     gamma = parameters()[0]
     got = nbnorm.batch_norm_forward(drawn(), Wrapped(gamma))
     assert_same_bits(got.y, nbnorm.batch_norm_forward(drawn(), gamma).y, "y")

@@ -53,7 +53,7 @@ from nbnorm.integrations.torch import BatchNorm2d
 DIGITS = Path(__file__).parent / "data" / "mnist5k.npz"
 TEST = 1000
 BATCH = 32
-SHARD = 500
+SHARD = 512
 TESTS = 40
 
 
@@ -64,7 +64,7 @@ class Habits(NamedTuple):
     l2: float = 1e-4
     decay: int = 1  # how often the rate is halved in all
     lrn: bool = True
-    shuffling: str = "none"  # between epochs: "none", "within" shards of 500 digits, or "across"
+    shuffling: str = "none"  # between epochs: "none", "within" shards of 512 digits, or "across"
     distortion: float = 0.4  # of brightness and contrast
 
 
@@ -159,11 +159,11 @@ def batches(images, labels, habits, rng):
             contrast, brightness = habits.distortion * amounts
             distorted = images[batch] * (1 + contrast).view(-1, 1, 1, 1)
             yield distorted + brightness.view(-1, 1, 1, 1), labels[batch]
-        if habits.shuffling != "none":
-            shard = SHARD if habits.shuffling == "within" else len(images)
-            order = torch.cat([
-                part[torch.randperm(len(part), generator=rng)] for part in order.split(shard)
-            ])  # fmt: skip
+        if habits.shuffling == "within":
+            shards = order.split(SHARD)
+            order = torch.cat([s[torch.randperm(len(s), generator=rng)] for s in shards])
+        elif habits.shuffling == "across":
+            order = torch.randperm(len(images), generator=rng)
 
 
 def train(variant, data, seed, rate, steps, habits, progress):
@@ -270,8 +270,9 @@ def draw(steps, found, output):
 def options():
     """Return the arguments of the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1000, help="default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="100 steps")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=1000, help="default %(default)s")
+    length.add_argument("--quick", dest="steps", action="store_const", const=100, help="100 steps")
     parser.add_argument(
         "--rate", type=float, default=0.05, help="the baseline's, default %(default)s"
     )
@@ -286,8 +287,6 @@ def options():
         "--output", type=Path, default=Path("figure2.png"), help="default %(default)s"
     )
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.steps = 100
     if arguments.steps < TESTS:
         parser.error(f"--steps must be at least {TESTS}")
     if arguments.seeds < 1:
@@ -302,7 +301,7 @@ def main():
     settings = {"steps": steps, "rate": rate, "changes": list(changes)}
     try:
         finished = runs.read(arguments.results, settings)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     keys = {
         (name, seed): f"{name}, seed {seed}"

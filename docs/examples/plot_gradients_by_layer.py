@@ -55,8 +55,8 @@ norms = {
 relative = {case: (found / found[:, -1:]).mean(axis=0) for case, found in norms.items()}
 
 # %%
-# Look at the slope of the lines. Without batch normalization (dotted) every layer takes a factor of
-# the gradient, from 2 for the largest weights to 8 for the smallest: over ten layers up to eight
+# Look at the slope of the lines. Without batch normalization (dotted) each layer divides the
+# gradient by 2 (largest weights) to 8 (smallest): over ten layers up to eight
 # orders of magnitude. With it (solid) the lines are level, and the same for all scales: only the
 # first layer, whose inputs are pixels, has a third.
 

@@ -13,8 +13,8 @@ Ioffe & Szegedy (2015, section 3.3) note of a layer with batch normalization tha
 
 The scale of the weights does not affect the Jacobian of the layer, and larger weights lead to
 smaller gradients. This example takes the Jacobians column by column, with
-`nbnorm.batch_norm_jvp`, and looks at their singular values: the paper conjectures that those of the
-first near 1 help training.
+`nbnorm.batch_norm_jvp`, and looks at their singular values: the paper conjectures that batch
+normalization brings those of the first close to 1, "which is known to be beneficial for training".
 """
 
 import matplotlib.pyplot as plt
@@ -66,8 +66,9 @@ singular = {
 # %%
 # Both equations hold to float64's rounding. Left, look at the singular values of dy/du: with batch
 # normalization they are the same at every scale of the weights, without it they are proportional to
-# a. Right, the greatest singular value of dy/d(aW) falls as 1/a with batch normalization, and does
-# not depend on a without.
+# a. They are near 1 (greatest 1.9, median 0.85), but for two per channel that are 0, as y does not
+# change with the mean and the scale of its channel. Right, the greatest singular value of dy/d(aW)
+# falls as 1/a with batch normalization, and does not depend on a without.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for color, (name, values) in zip(("C0", "C1"), singular.items(), strict=True):

@@ -52,7 +52,8 @@ class SyncBatchNorm(BatchNorm):
     Notes
     -----
     The other attributes are those of `BatchNorm`. Running statistics and ``num_batches_tracked``
-    stay equal on all ranks. Parameters stay equal if every rank makes the same updates.
+    stay equal on all ranks. Parameters stay equal if every rank makes the same updates. A deep copy
+    shares the communicator, so all ranks must call it together, too.
 
     Examples
     --------
@@ -120,7 +121,7 @@ class SyncBatchNorm(BatchNorm):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy of everything but the communicator, which is a handle: both share it."""
-        memo[id(self.comm)] = self.comm
+        memo.setdefault(id(self.comm), self.comm)
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update(deepcopy(self.__getstate__(), memo))
         return copied
