@@ -561,8 +561,8 @@ def test_whitening(plot):
         assert (np.diff(grown) > 0).all()
         assert 11.5 < grown[-1] / grown[0] < 13
         assert norm[0] < norm[-1] == pytest.approx(1.25 * norm[0], rel=0.03)
-    ratio = np.divide(times["whitening"], times["batch normalization"])
-    assert ratio[-1] > ratio[0] > 1
+    # Times beside other work say little more than that.
+    assert (np.divide(times["whitening"], times["batch normalization"]) > 1).all()
 
 
 @needs_examples
