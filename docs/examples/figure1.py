@@ -230,6 +230,7 @@ def options():
 def main():
     """Train, print the table, write the figure."""
     parser, arguments = options()
+    runs.one_thread()
     tested = arguments.data.resolve().name if arguments.data else "handwritten digits"
     settings = {"steps": arguments.steps, "data": tested}
     try:

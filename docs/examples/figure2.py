@@ -297,6 +297,7 @@ def options():
 def main():
     """Train what is missing, print the table, write the figure."""
     parser, arguments = options()
+    runs.one_thread()
     steps, rate, changes = arguments.steps, arguments.rate, arguments.changes
     settings = {"steps": steps, "rate": rate, "changes": list(changes)}
     try:

@@ -9,11 +9,24 @@ import shlex
 import sys
 from pathlib import Path
 
+import numba
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.runs import conditions
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def one_thread():
+    """Have Numba compute with one thread, and PyTorch where it is imported.
+
+    The networks are small, and the threads of both would wait for each other by spinning: beside
+    other programs a step of figure2.py took seconds.
+    """
+    numba.set_num_threads(1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def read(path, settings):

@@ -119,6 +119,7 @@ def options():
 def main():
     """Train what is missing, print the table, write the figure."""
     parser, arguments = options()
+    runs.one_thread()
     steps, seeds = arguments.steps, range(arguments.seeds)
     settings = {"steps": steps, "rate": RATE}
     try:
