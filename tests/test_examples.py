@@ -377,24 +377,42 @@ def test_figure2_shuffles_as_its_habits_say(load):
 
 @needs_examples
 @needs_torch
-def test_shuffling_and_dropout_keep_finished_runs_and_share_them(tmp_path):
-    options = "--steps", "40", "--results", "kept.json", "--output", "drawn.svg"
-    child = run_figure(tmp_path, "shuffling_dropout.py", *options)
-    assert child.returncode == 0, child.stderr
-    kept = json.loads((tmp_path / "kept.json").read_text())
-    assert len(kept["runs"]) == 10  # twelve cases, of which the panels share two
-    rows = re.findall(r"^(Baseline|BN-x5) +(.*\S) +(\d+\.\d%)$", child.stdout, re.M)
+def test_shuffling_and_dropout_keep_finished_runs_and_share_them(
+    load, monkeypatch, tmp_path, capsys
+):
+    """With accuracies in place of training, which the tests of figure2 run."""
+    figure2, example = load("figure2"), load("shuffling_dropout")
+    trained = []
+
+    def train(variant, data, seed, rate, steps, habits, progress):
+        trained.append((variant, habits))
+        return {"accuracy": [0.0] * 30 + [len(trained) / 20] * 10, "diverged": None}
+
+    def run(*options):
+        trained.clear()
+        monkeypatch.setattr("sys.argv", [example.__file__, *options])
+        example.main()
+        return re.findall(r"^(Baseline|BN-x5) +(.*\S) +(\d+\.\d%)$", capsys.readouterr().out, re.M)
+
+    monkeypatch.setattr(figure2, "train", train)
+    monkeypatch.setattr(example.runs, "one_thread", lambda: None)  # of this process
+    kept, drawn = tmp_path / "kept.json", tmp_path / "drawn.svg"
+    options = "--quick", "--results", str(kept), "--output", str(drawn)
+    rows = run(*options)
+    assert len(trained) == len(set(trained)) == 10  # of twelve cases the panels share two
+    assert json.loads(kept.read_text())["settings"]["steps"] == 100
     found = {row[:2]: row[2] for row in rows}
     assert len(rows) == len(found) == 12
+    assert len(set(found.values())) == 10
     assert found["Baseline", "none"] == found["Baseline", "0.4"]
     assert found["BN-x5", "across"] == found["BN-x5", "0"]
-    drawn = (tmp_path / "drawn.svg").read_bytes()
-    child = run_figure(tmp_path, "shuffling_dropout.py", *options)
-    assert "BN-x5" not in child.stderr  # from the progress bar
-    assert (tmp_path / "drawn.svg").read_bytes() == drawn
-    child = run_figure(tmp_path, "shuffling_dropout.py", "--steps", "39")
-    assert child.returncode == 2
-    assert "--steps must be at least 40" in child.stderr
+    picture = drawn.read_bytes()
+    assert run(*options) == rows
+    assert not trained
+    assert drawn.read_bytes() == picture
+    with pytest.raises(SystemExit):
+        run("--steps", "39")
+    assert "--steps must be at least 40" in capsys.readouterr().err
 
 
 @needs_examples
