@@ -4,9 +4,14 @@ Nothing is fetched, neither when it is built nor when it is read: no inventories
 formulas are MathML. What is generated on the way goes to docs/generated.
 """
 
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
+
+# Before NumPy is imported: threads slow down the small products of the examples, as perceptron.py
+# says, which is imported too late for that.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # extension.py
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks
