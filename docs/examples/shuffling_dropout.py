@@ -11,9 +11,10 @@ at that small scale:
 - with dropout of 0.6, 0.4 and none.
 
 With five seeds and 1,000 steps (docs/results/shuffling_dropout.json) the paper's 1% for shuffling
-does not show: the means of BN-x5 are within 0.4 points, those of Baseline differ more, but so do its
-seeds. Dropout agrees with the paper: BN-x5 does not need it, as its means are within 0.2 points,
-while Baseline does best with 0.4. Look at how little the blue dots move, and how much the black.
+does not show: the means of BN-x5 are within 0.4 points; those of Baseline differ more, but so do
+its seeds. Dropout agrees with the paper: BN-x5 does not need it, as its means are within 0.2
+points, while Baseline does best with 0.4. Look at how little the blue dots move, and how much the
+black ones.
 
     python shuffling_dropout.py --quick                # a minute, writes shuffling_dropout.png
     python shuffling_dropout.py --seeds 5 --results shuffling_dropout.json
