@@ -657,6 +657,10 @@ LAYER = of(
 DISTRIBUTED = of(
     "distributed/_layer",
     (
+        "test_thread_comm.py::test_a_deep_copy_of_a_layer_shares_the_communicator",
+        ("memo.setdefault(id(self.comm), self.comm)", "pass"),
+    ),
+    (
         "test_distributed.py",
         ("                Ranks(self.comm).refuse(error)", "                pass"),
         ("if self._synchronised():\n                Ranks", "if True:\n                Ranks"),
@@ -835,6 +839,10 @@ DISK = of(
 
 ARRAYS = of(
     "_arrays",
+    (
+        "test_interop.py::test_integers_of_objects_whose_dtype_has_another_name_or_none",
+        ("return take(obj, name).dtype in _INTEGERS", "return False"),
+    ),
     (
         "test_interop.py::test_zeros_without_memory",
         ("if obj._is_zerotensor():", "if False:"),
@@ -1271,7 +1279,7 @@ POPULATION = [
         "_sources",
         (
             "test_population.py",
-            ("chunk //= 3", "pass"),
+            ("chunk //= 5", "pass"),
             ("if self.size <= chunk:", "if False:"),
             ("order += self.axes", "grains = {}"),
             ("max(chunk // values // grains[a], 1) * grains[a]", "max(chunk // values, 1)"),

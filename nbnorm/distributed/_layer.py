@@ -122,7 +122,7 @@ class SyncBatchNorm(BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy of everything but the communicator, which is a handle: both share it."""
         memo.setdefault(id(self.comm), self.comm)
-        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied = type(self).__new__(type(self))
         vars(copied).update(deepcopy(self.__getstate__(), memo))
         return copied
 
