@@ -192,3 +192,19 @@ def test_pairwise_extends_as_it_adds(before, number):
     assert len(one_by_one) == len(at_once) == before + number + 1
     for one, other in zip(one_by_one.total(), at_once.total(), strict=True):
         assert_same_bits(one, other)
+
+
+def test_the_origin_is_the_median_of_the_finite_values_that_count():
+    x = np.array([[-9.0, -np.inf], [1, 6], [2, 7], [3, 8]])
+    rows = Rows(2)
+    rows.add(x, np.array([0.0, 1, 1, 1]))
+    assert rows.origin.tolist() == [2, 7]
+    rows = Rows(2)
+    rows.add(x)
+    assert rows.origin.tolist() == [1, 7]
+
+
+def test_a_copy_has_an_origin_of_its_own():
+    rows = Rows(1)
+    rows.copy().add(np.array([[5.0]]))
+    assert np.isnan(rows.origin).all()
