@@ -392,12 +392,17 @@ def finite(value: Any, name: str) -> float:
     return number_
 
 
+def integer(value: Any, name: str, kind: str = "an int") -> int:
+    """Return an int, also of a 0-d integer array."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {kind}, got {value!r}") from None
+
+
 def at_least_one(value: Any, name: str) -> int:
     """Return an int, or raise unless it is one and not below 1."""
-    try:
-        found = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    found = integer(value, name)
     if found < 1:
         raise ValueError(f"{name} must be at least 1, got {found}")
     return found
@@ -405,10 +410,7 @@ def at_least_one(value: Any, name: str) -> int:
 
 def batches(value: Any) -> int:
     """Return num_batches_tracked, an integer or a 0-d integer array, as an int."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"num_batches_tracked must be an integer, got {value!r}") from None
+    count = integer(value, "num_batches_tracked", "an integer")
     if count < 0:
         raise ValueError(f"num_batches_tracked must not be negative, got {count}")
     return count
@@ -469,10 +471,7 @@ def segments(groups: Any, offsets: Any, shape: Shape, first: int, name: str) -> 
     if groups is not None and offsets is not None:
         raise ValueError("groups and offsets are both given, expected one of them")
     if offsets is None:
-        try:
-            number = operator.index(groups)
-        except TypeError:
-            raise TypeError(f"groups must be an int, got {groups!r}") from None
+        number = integer(groups, "groups")
         if number < 1 or length % number:
             raise ValueError(f"groups is {number}, expected a divisor of {length}, of {where}")
         return list(range(0, length + 1, length // number)) if length else [0] * (number + 1)
@@ -548,10 +547,7 @@ def lengths(values: NDArray, axis: Any, shape: Shape, channels: list[int], name:
             raise ValueError(f"lengths have no axis to go along in {name} of shape {shape}")
         along = others[-1]
     else:
-        try:
-            along = operator.index(axis)
-        except TypeError:
-            raise TypeError(f"length_axis must be an int, got {axis!r}") from None
+        along = integer(axis, "length_axis")
         if not -len(shape) <= along < len(shape) or along % len(shape) not in others:
             raise ValueError(
                 f"length_axis is {axis}, expected one of {others}: axes of {name} of shape {shape} "

@@ -1,6 +1,5 @@
 """thinc: `BatchNorm`, a layer for NumPy and CuPy arrays."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -103,10 +102,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     >>> network.predict(X).shape
     (2, 2)
     """
-    try:
-        axis = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an int, got {axis!r}") from None
+    axis = _checks.integer(axis, "axis")
     _checks.activation(activation)
     names = [_PARAMETERS[name] for name in names_of(affine)]
     return Model(
