@@ -38,10 +38,8 @@ from pathlib import Path
 from perceptron import Network, digits  # before NumPy, whose threads it sets
 
 # isort: split
-import matplotlib as mpl
 import numpy as np
 import runs
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 SIZES = (784, 100, 100, 100, 10)
@@ -155,10 +153,7 @@ def print_table(steps, found):
 def draw(steps, found, tested, output):
     """Write the figure: (a) accuracy; (b, c) a sigmoid's input, of the first rate and seed."""
     first, *others = found
-    # The same results give the same file: no date, and names of elements that are not random.
-    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(12, 4.4), layout="constrained")
+    with runs.drawn(output, (12, 4.4)) as figure:
         grid = figure.add_gridspec(1, 3, width_ratios=(1.5, 1, 1))
         figure.suptitle(f"Ioffe & Szegedy (2015), Figure 1: batch normalization on {tested}")
 
@@ -198,8 +193,6 @@ def draw(steps, found, tested, output):
             panel.set(xlim=(0, steps[-1]))
             panel.grid(alpha=0.3)
         middle.set_ylabel("15th, 50th and 85th percentile")
-        metadata = {"Date": None} if output.suffix == ".svg" else None
-        figure.savefig(output, dpi=150, metadata=metadata)
 
 
 def options():

@@ -39,11 +39,9 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import runs
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -208,6 +206,26 @@ def train(variant, data, seed, rate, steps, habits, progress):
     return {"accuracy": accuracy, "diverged": diverged}
 
 
+def finish(wanted, finished, settings, path):
+    """Train the networks, (variant, habits, seed) by the name of a run, that are not in `finished`.
+
+    Each is added to it, and to the JSON at `path` if that is not None.
+    """
+    missing = {name: run for name, run in wanted.items() if name not in finished}
+    data, rate, steps = digits(), settings["rate"], settings["steps"]
+    with tqdm(total=steps * len(missing), unit=" steps", disable=not missing) as progress:
+        for name, (variant, habits, seed) in missing.items():
+            progress.set_description(name)
+            finished[name] = train(variant, data, seed, rate, steps, habits, progress)
+            if path:
+                runs.write(path, settings, finished)
+
+
+def key(name, seed):
+    """Return the name of a run."""
+    return f"{name}, seed {seed}"
+
+
 def tested_at(steps):
     """Return the forty steps after which a network is tested; the last step is one of them."""
     return (np.arange(1, TESTS + 1) * steps // TESTS).tolist()
@@ -240,10 +258,7 @@ def table(steps, found):
 
 def draw(steps, found, output):
     """Write the figure: test accuracy by step, mean and range over seeds, whole and enlarged."""
-    # Equal results must give equal files: no date, and no random names of elements.
-    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(12, 4.8), layout="constrained")
+    with runs.drawn(output, (12, 4.8)) as figure:
         figure.suptitle("Small scale: an Inception of 4 modules on 4,000 digits, not ImageNet")
         whole, top = figure.subplots(1, 2)
         for name, of in found.items():
@@ -263,8 +278,6 @@ def draw(steps, found, output):
         for panel in (whole, top):
             panel.set(xlabel="step", xlim=(0, steps))
             panel.grid(alpha=0.3)
-        metadata = {"Date": None} if output.suffix == ".svg" else None
-        figure.savefig(output, dpi=150, metadata=metadata)
 
 
 def options():
@@ -304,25 +317,15 @@ def main():
         finished = runs.read(arguments.results, settings)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    keys = {
-        (name, seed): f"{name}, seed {seed}"
-        for seed in range(arguments.seeds)
+    seeds = range(arguments.seeds)
+    changed, baseline = with_changes(changes), Habits()
+    wanted = {
+        key(name, seed): (VARIANTS[name], changed if VARIANTS[name].changed else baseline, seed)
+        for seed in seeds
         for name in arguments.networks
     }
-    missing = [(*key, run) for key, run in keys.items() if run not in finished]
-    data = digits()
-    with tqdm(total=steps * len(missing), unit=" steps", disable=not missing) as progress:
-        for name, seed, run in missing:
-            progress.set_description(run)
-            variant = VARIANTS[name]
-            habits = with_changes(changes if variant.changed else ())
-            finished[run] = train(variant, data, seed, rate, steps, habits, progress)
-            if arguments.results:
-                runs.write(arguments.results, settings, finished)
-    found = {
-        name: [finished[keys[name, seed]] for seed in range(arguments.seeds)]
-        for name in arguments.networks
-    }
+    finish(wanted, finished, settings, arguments.results)
+    found = {name: [finished[key(name, seed)] for seed in seeds] for name in arguments.networks}
     print("", *table(steps, found), sep="\n")
     draw(steps, found, arguments.output)
     print(f"\nwrote {arguments.output}")

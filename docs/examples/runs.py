@@ -1,4 +1,4 @@
-"""Results of long runs as JSON, with command, machine, dates, versions and settings.
+"""Results of long runs: as JSON, with command, machine, dates, versions and settings; as figures.
 
 A file has all finished runs. Running the command again adds the missing ones; if none is
 missing, it only draws.
@@ -7,9 +7,12 @@ missing, it only draws.
 import json
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib as mpl
 import numba
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -58,3 +61,15 @@ def write(path, settings, runs):
     unfinished = path.with_suffix(".part")
     unfinished.write_text(text)
     unfinished.replace(path)  # atomic: an interruption leaves the old file
+
+
+@contextmanager
+def drawn(output, size):
+    """Give an empty figure, and write it at the end."""
+    # Equal results must give equal files: no date, and no random names of elements.
+    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        metadata = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, dpi=150, metadata=metadata)

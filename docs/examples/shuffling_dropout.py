@@ -26,12 +26,9 @@ import argparse
 from pathlib import Path
 
 import figure2
-import matplotlib as mpl
 import numpy as np
 import runs
 from figure2 import CHANGED, VARIANTS, Habits
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 RATE = 0.05
 LAST = 10  # tests whose mean is a run's accuracy
@@ -78,10 +75,7 @@ def print_table(found):
 
 def draw(found, output):
     """Write the figure: accuracies of all seeds, and their means as lines."""
-    # Equal results must give equal files: no date, and no random names of elements.
-    style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+    with runs.drawn(output, (10, 4)) as figure:
         figure.suptitle("Small scale: an Inception of 4 modules on 4,000 digits, not ImageNet")
         panels = figure.subplots(1, len(found))
         for panel, (title, of) in zip(panels, found.items(), strict=True):
@@ -97,8 +91,6 @@ def draw(found, output):
             panel.set(title=title, ylabel=f"accuracy, mean of the last {LAST} tests")
             panel.grid(alpha=0.3)
         panels[-1].legend(frameon=False)
-        metadata = {"Date": None} if output.suffix == ".svg" else None
-        figure.savefig(output, dpi=150, metadata=metadata)
 
 
 def options():
@@ -124,26 +116,19 @@ def main():
     """Train what is missing, print the table, write the figure."""
     parser, arguments = options()
     runs.one_thread()
-    steps, seeds = arguments.steps, range(arguments.seeds)
-    settings = {"steps": steps, "rate": RATE}
+    seeds = range(arguments.seeds)
+    settings = {"steps": arguments.steps, "rate": RATE}
     try:
         finished = runs.read(arguments.results, settings)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    missing = {
+    wanted = {
         key(network, habits, seed): (VARIANTS[network], habits, seed)
         for seed in seeds
         for panel in PANELS.values()
         for (network, _), habits in panel.items()
-        if key(network, habits, seed) not in finished
     }
-    data = figure2.digits()
-    with tqdm(total=steps * len(missing), unit=" steps", disable=not missing) as progress:
-        for name, (variant, habits, seed) in missing.items():
-            progress.set_description(name)
-            finished[name] = figure2.train(variant, data, seed, RATE, steps, habits, progress)
-            if arguments.results:
-                runs.write(arguments.results, settings, finished)
+    figure2.finish(wanted, finished, settings, arguments.results)
     found = {panel: accuracies(panel, seeds, finished) for panel in PANELS}
     print_table(found)
     draw(found, arguments.output)
