@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.runs import conditions, describe
 from benchmarks.tables import markdown
 from nbnorm import Moments, batch_norm_stats
-from nbnorm.moments import Pairwise
+from nbnorm._pairwise import Pairwise
 from nbnorm.population import CHUNK, population_stats
 
 DIGITS = Path(__file__).resolve().parents[1] / "docs" / "examples" / "data" / "mnist5k.npz"
