@@ -1,7 +1,8 @@
 """Modules import only from layers below, never in a circle, also within functions.
 
-Read from the source, so that neither hosts nor CUDA need be installed. Python's implicit imports of
-a module's parent packages do not count.
+What benchmarks, examples and tests import from the package has to be there. Read from the source,
+so that neither hosts nor CUDA need be installed. Python's implicit imports of a module's parent
+packages do not count.
 """
 
 import ast
@@ -72,6 +73,23 @@ def imports(name):
                     yield node.module
 
 
+def bound(name):
+    """Return the names that a module gives a value to outside functions, and its submodules."""
+    names = {other.rpartition(".")[2] for other in MODULES if other.rpartition(".")[0] == name}
+    statements = list(ast.parse(MODULES[name].read_text(encoding="utf-8")).body)
+    for node in statements:  # grows: what stands in an `if` or a `try`
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names.update(each.id for each in ast.walk(node) if isinstance(each, ast.Name))
+        else:
+            inner = ast.iter_child_nodes(node)
+            statements += [each for each in inner if isinstance(each, ast.stmt)]
+    return names
+
+
 GRAPH = {name: sorted(set(imports(name))) for name in MODULES}
 
 
@@ -105,3 +123,17 @@ def test_backends_know_nothing_of_each_other():
         for one, other in ("nbnorm.cpu", "nbnorm.cuda"), ("nbnorm.cuda", "nbnorm.cpu"):
             if name.startswith(one):
                 assert not [found for found in others if found.startswith(other)], name
+
+
+def test_benchmarks_examples_and_tests_import_what_is_there():
+    """Most need libraries that are not here, so they cannot all be run."""
+    there = {name: bound(name) for name in MODULES}
+    imported = 0
+    for folder in ("benchmarks", "docs", "tests"):
+        for path in (PACKAGE.parent / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module in there:
+                    missing = {alias.name for alias in node.names} - there[node.module]
+                    assert not missing, f"{path} imports {missing} from {node.module}"
+                    imported += 1
+    assert imported > 100
