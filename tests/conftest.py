@@ -6,6 +6,7 @@ from itertools import filterfalse
 import backends
 import numba
 import pytest
+import strategies
 from hypothesis import Phase, settings
 
 # The first call of a kernel compiles it, which would exceed any deadline. Examples derive from the
@@ -25,6 +26,11 @@ CPU_ONLY = (
     *("torch_convert", "torch_fold", "torch_functional", "torch_modules", "torch_operators"),
     *("torch_package", "torch_recalibrate", "torch_transforms"),
 )
+# Files in which the cases in half precision are slow: each dtype has kernels of its own.
+HALVES_ARE_SLOW = (
+    *("accuracy", "distributed", "integers", "microbatch", "population", "results", "rows"),
+    *("streaming", "warmup"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +48,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--backend")
+    if _asks_for_nothing(config):
+        strategies.drawn[:] = ("float32", "float64")
     if name == "simulator":
         # On the simulator an example takes a second: run few, and do not shrink them.
         phases = [phase for phase in Phase if phase is not Phase.shrink]
@@ -62,6 +70,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _deselect(config, items, _is_slow)
     if config.getoption("--backend") in backends.ON_DEVICE:
         _deselect(config, items, _is_about_the_cpu)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`pytest` alone runs in two processes; what starts with a name, in the one that prints it."""
+    return 2 if _asks_for_nothing(config) else 0
 
 
 @pytest.fixture
@@ -88,15 +101,14 @@ def _deselect(
 def _compiles_for_halves(item: pytest.Item) -> bool:
     """Cases in half precision of tests that have other dtypes too: a minute of compilation.
 
-    `pytest` alone runs test_halves.py, which compares halves with float32, and the tests that draw
-    dtypes.
+    `pytest` alone runs test_halves.py, which compares halves with float32.
     """
     file = item.path.stem.removeprefix("test_")
     params = getattr(item, "callspec", None)
     return (
-        file in ("accuracy", "distributed", "integers", "streaming")
+        file in HALVES_ARE_SLOW
         and params is not None
-        and any(str(value) in ("float16", "bfloat16") for value in params.params.values())
+        and any("float16" in str(value) for value in params.params.values())
     )
 
 

@@ -74,8 +74,17 @@ def over_threads(size, function, timeout=WAIT):
     return [rank.result() for rank in ranks]
 
 
+# Cases with kernels that no other case has.
+SLOW = (
+    *("equals_one_process_with_residual", "equals_one_process_where_planes_are_large"),
+    "renormalises_with_the_statistics_of_all_ranks",
+)
+
+
 @pytest.mark.parametrize("size", BATCHES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_over_threads(name, size):
     over_threads(size, CASES[name])
 

@@ -48,6 +48,7 @@ def shared_memory():
     yield longer.view()[1:], longer[:8]
 
 
+@pytest.mark.slow  # the kernels of every function
 def test_valid_arguments_are_valid():
     """Otherwise the tests here would pass for other reasons than they name."""
     for function, arguments in VALID.items():
@@ -418,6 +419,7 @@ def test_momentum_outside_of_0_and_1_extrapolates(momentum, mean, var):
 BACKWARD = [name for name in taking("activation") if "backward" in name]
 
 
+@pytest.mark.slow  # each function thrice, with kernels of its own
 @pytest.mark.parametrize("function", BACKWARD)
 def test_the_mask_of_relu_needs_y_or_beta_even_if_it_is_none(function):
     arguments = VALID[function]()

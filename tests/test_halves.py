@@ -103,6 +103,7 @@ def test_results_are_those_of_float32_rounded_once(dtype):
             assert_same_bits(a, b.astype(x.dtype))
 
 
+@pytest.mark.slow  # float64 parameters: kernels of their own
 @pytest.mark.parametrize("shape", [(6, 1), (2, 1, 30, 30)], ids=["columns", "rows"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_relu_stops_what_is_too_small_to_be_stored(dtype, shape):

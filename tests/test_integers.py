@@ -110,6 +110,7 @@ def test_more_integers_than_a_sum_can_hold():
         nbnorm.batch_norm_stats(x)
 
 
+@pytest.mark.slow  # kernels for four dtypes and any strides
 @given(
     st.sampled_from(DTYPES),
     st.lists(st.integers(1, 12), min_size=2, max_size=4),
@@ -172,6 +173,7 @@ def test_inference(shape, axis, dtype):
     check_inference(drawn(shape, dtype), axis, None)
 
 
+@pytest.mark.slow  # kernels for sixteen pairs of dtypes
 @pytest.mark.parametrize("result", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtype_of_the_result(dtype, result):

@@ -107,7 +107,7 @@ def test_however_a_batch_is_split(drawn, activation):
         assert_within(found, theirs, stored(tolerance, theirs, found.dtype), name)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", [None, "relu", pytest.param("gelu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", BFLOAT16], ids=str)
 @pytest.mark.parametrize("axis", [1, -1, (1, 2)], ids=str)
 def test_one_part_gives_the_bits_of_the_whole(axis, dtype, activation):

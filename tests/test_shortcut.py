@@ -257,6 +257,7 @@ def compare(request, monkeypatch):
     _shortcut._site.cache_clear()
 
 
+@pytest.mark.slow  # two hundred draws meet a hundred kinds of kernels
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_with_and_without(name, compare):
     ordinary = []
@@ -301,7 +302,7 @@ def test_all_arrays_in_one_order(name, layout, compare):
             assert ordinary is (layout in ("C", "F", "channels-last")), shape
 
 
-@pytest.mark.parametrize("activation", [None, "relu", LEAKY])
+@pytest.mark.parametrize("activation", [None, "relu", pytest.param(LEAKY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CALLS)
 def test_one_thing_that_is_not_ordinary(name, training, activation, compare):

@@ -5,6 +5,7 @@ Runs in a child process with the simulator and stand-ins for CuPy and torch.
 
 from pathlib import Path
 
+import pytest
 from children import run_child
 
 CHILD = '''
@@ -119,6 +120,7 @@ print("done")
 '''
 
 
+@pytest.mark.slow  # a process that makes every kernel a wrapper
 def test_torch_tensors_are_computed_on_torchs_stream_of_their_device():
     tests = Path(__file__).parents[1]
     assert run_child("-W", "error", "-c", f"TESTS = {str(tests)!r}\n{CHILD}") == "done\n"
