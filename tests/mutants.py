@@ -465,8 +465,11 @@ CHANNEL = of(
     ),
 )  # fmt: skip
 
+KEPT = "test_activations.py::test_dy_through_the_activation_is_kept"
+
 ROWS = of(
     "cpu/rows",
+    (KEPT, ("after(kept, dy, y, norm)", "after(None, dy, y, norm)")),
     (
         "test_arithmetic.py::test_every_value_of_a_row_is_counted_once",
         ("each(size, element.add_moment_row,", "each(size - 1, element.add_moment_row,"),
@@ -500,6 +503,11 @@ ROWS = of(
 
 COLUMNS = of(
     "cpu/columns",
+    (
+        KEPT,
+        ("by_columns(given(kept, u_c), grid, 0)", "None"),
+        ("after(kept, dy, y, norm)", "after(None, dy, y, norm)"),
+    ),
     (
         "test_digits.py::test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only",
         ("RUN_ROWS = 32", "RUN_ROWS = 128"),
@@ -565,6 +573,7 @@ COLUMNS = of(
 
 ELEMENT = of(
     "cpu/element",
+    (KEPT, ("    keep(j, kept[3], g3)\n", "")),
     (
         "test_arithmetic.py::test_relu_at_its_edge_forward",
         ("floor if v <= floor else v", "floor if v < floor else v"),

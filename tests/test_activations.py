@@ -203,6 +203,36 @@ def test_the_split_passes_are_the_whole_ones(name, shape):
     np.testing.assert_array_equal(whole.dgamma, sums[1].astype(np.float32))
 
 
+@pytest.mark.parametrize("scale", [(1, 1), (2e37, 1), (1, 2e37)], ids=["plain", "x", "dy"])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("shape", [(40, 3), (6, 4, 20, 20), (64, 64, 28, 28)])
+def test_dy_through_the_activation_is_kept(shape, added, scale):
+    """Between the two sweeps, in dx; it gives the bits of computing it twice, also in place.
+
+    Also where gamma rstd, or sums of dy, leave the range of float32.
+    """
+    x, gamma, beta, residual, dy = drawn(shape, np.float32)
+    x[:, 1] *= scale[0]
+    gamma[1] /= scale[0]
+    dy[:, 1] = abs(dy[:, 1]) * scale[1]
+    _, mean, rstd = nbnorm.batch_norm_forward(x, gamma, beta)
+    options = {"activation": "silu", "residual": residual if added else None, "beta": beta}
+    sums = nbnorm.batch_norm_backward_reduce(dy, x, mean, rstd, gamma=gamma, **options)
+    dx = nbnorm.batch_norm_backward_apply(
+        dy, x, gamma, mean, rstd, *sums, x.size // shape[1], **options
+    )
+    frozen = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd, training=False, **options)
+    with np.errstate(over="ignore"):
+        dbeta, dgamma = np.float32(sums)
+    for out in None, dy:
+        found = nbnorm.batch_norm_backward(dy, x, gamma, mean, rstd, out=out, **options)
+        np.testing.assert_array_equal(found.dx, dx)
+        np.testing.assert_array_equal(found.dbeta, dbeta)
+        np.testing.assert_array_equal(found.dgamma, dgamma)
+        if added:
+            np.testing.assert_array_equal(found.dresidual, frozen.dresidual)
+
+
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("name", ["hardswish", "silu"])
 def test_the_layer(name, added):

@@ -230,6 +230,14 @@ def gate(norm, like):
     return lambda norm, like: like.dtype.type(0)
 
 
+@by_types
+def after(kept, dy, y, norm):
+    """dy, y and norm as the second sweep takes them: after the activation, if g is `kept`."""
+    if isinstance(kept, types.NoneType):
+        return lambda kept, dy, y, norm: (dy, y, norm)
+    return lambda kept, dy, y, norm: (kept, None, (norm[0], norm[1], norm[2], None))
+
+
 @ordered
 def all_one(units):
     """Whether every channel's unit is 1."""

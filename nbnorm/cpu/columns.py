@@ -18,11 +18,13 @@ from nbnorm.cpu import rows as by_rows
 from nbnorm.cpu.channel import (
     FIRST,
     affine,
+    after,
     all_one,
     bound,
     coefficients,
     factors,
     gate,
+    given,
     lost,
     merge,
     pairwise_sum,
@@ -364,16 +366,14 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @noinline
-def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
-    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k, where g = dy masked by y > 0.
-
-    The mask is recomputed from x if norm holds beta, and read if y is given.
-    """
+def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
+    """`rows.backward_reduce` by columns."""
     _, _, S, _, fold, _ = grid
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     scale_c = scales(norm, c0, c1, u_c)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
     scale = by_columns(scale_c, grid, 0)
+    u = by_columns(given(kept, u_c), grid, 0)  # sums with another u than 1 are taken again, below
     s, t = zeros(2, hi.size, hi.dtype)
     s64, t64 = zeros(2, hi.size, np.float64)
     act = gate(norm, hi)
@@ -385,7 +385,8 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         for r in range(begin, min(begin + RUN_ROWS // 4, r0 + quarter)):
             n = r * fold
             dy_, x_ = four(dy, n, step, c0, 0, size), four(x, n, step, c0, 0, size)
-            args = dy_, x_, four(y, n, step, c0, 0, size), hi, None, a, b, scale, act, s, t
+            y_, kept_ = four(y, n, step, c0, 0, size), four(kept, n, step, c0, 0, size)
+            args = dy_, x_, y_, hi, u, a, b, scale, act, kept_, s, t
             each(size, element.add_gradient_rows, args)
         each(size, element.drain, (s, s64))
         each(size, element.drain, (t, t64))
@@ -393,18 +394,21 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
         for r in range(r0 + 4 * quarter, r1):
             n, short = r * fold, row_size(grid, r, c0, c1)
             dy_, x_ = piece(dy, n, c0, 0, short), piece(x, n, c0, 0, short)
-            args = dy_, x_, piece(y, n, c0, 0, short), hi, None, a, b, scale, act, s, t
+            y_, kept_ = piece(y, n, c0, 0, short), piece(kept, n, c0, 0, short)
+            args = dy_, x_, y_, hi, u, a, b, scale, act, kept_, s, t
             each(short, element.add_gradient_row, args)
         each(size, element.drain, (s, s64))
         each(size, element.drain, (t, t64))
     gather(s64, S, of_chunk(partial, 0, k, c0, c1))
     gather(t64, S, of_chunk(partial, 1, k, c0, c1))
+    g, y_, norm_ = after(kept, dy, y, norm)
+    b_, act_ = given(norm_[3], b_c), gate(norm_, hi)
     for c in range(c0, c1):
         i = c - c0
         if u_c[i] != 1 or by_rows.overflowed(partial, k, c):
             partial[0, k, c], partial[1, k, c] = by_rows.gradient_sums64(
-                dy, x, None, y, grid, k, c,
-                hi_c[i], u_c[i], a_c[i], element.at(b_c, i), scale_c[i], act,
+                g, x, None, y_, grid, k, c,
+                hi_c[i], u_c[i], a_c[i], element.at(b_, i), scale_c[i], act_,
             )  # fmt: skip
 
 

@@ -210,21 +210,36 @@ def apply_rows(j, x, residual, hi, u, a, b, floor, y):
     store(y[1], j, v1)
 
 
+@ordered
+def keep(j, kept, g):
+    """kept[j] = g, unless `kept` is None."""
+    if kept is not None:
+        store(kept, j, g)
+
+
 @inlined
-def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, s, t):
-    """s += g and t += g (x u - hi) scale, where g = dy through the activation."""
+def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
+    """s += g and t += g (x u - hi) scale, where g = dy through the activation.
+
+    g is kept if there is an array for it, which may be dy itself.
+    """
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
+    keep(j, kept, g)
     s[j] += g
     t[j] += g * (deviation(taken(x, j, act), at(hi, j), at(u, j)) * at(scale, j))
 
 
 @inlined
-def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, s, t):
+def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
     """`add_gradient_row` of four rows."""
     g0 = masked_dy(j, dy[0], x[0], y[0], hi, u, a, b, act)
     g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, act)
     g2 = masked_dy(j, dy[2], x[2], y[2], hi, u, a, b, act)
     g3 = masked_dy(j, dy[3], x[3], y[3], hi, u, a, b, act)
+    keep(j, kept[0], g0)
+    keep(j, kept[1], g1)
+    keep(j, kept[2], g2)
+    keep(j, kept[3], g3)
     t0 = g0 * (deviation(taken(x[0], j, act), at(hi, j), at(u, j)) * at(scale, j))
     t1 = g1 * (deviation(taken(x[1], j, act), at(hi, j), at(u, j)) * at(scale, j))
     t2 = g2 * (deviation(taken(x[2], j, act), at(hi, j), at(u, j)) * at(scale, j))

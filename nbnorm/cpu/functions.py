@@ -212,6 +212,14 @@ def _functions(of: Any, real: type) -> tuple[Pair, int]:
     return Pair(*map(inlined, _MADE[of](math_of(real)))), count
 
 
+_CHEAP = {CLASSES[name] for name in ("leaky_relu", "relu6", "hardswish")} | {*INVERSES.values()}
+
+
+def costs(act: Any) -> bool:
+    """Return True for the type of an activation whose derivative takes longer than to load it."""
+    return act.instance_class not in _CHEAP
+
+
 def inverts(act: Any) -> bool:
     """Return True for the type of an argument that stands for an `Inverse`."""
     return getattr(act, "instance_class", None) in INVERSES.values()

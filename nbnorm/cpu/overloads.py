@@ -368,7 +368,7 @@ def _passes(traversal, units):
         C = shape[1]
         partial, dy_, x_ = np.empty((2, chunks, C)), view(dy, shape), view(x, shape)
         for u in range(units_of(C, span) * chunks):
-            backward_reduce_unit(dy_, x_, None, grid, span, chunks, norm, partial, u)
+            backward_reduce_unit(dy_, x_, None, grid, span, chunks, norm, partial, None, u)
         finish_sums(partial, norm, 0, C, x_, sums)
 
     @ordered

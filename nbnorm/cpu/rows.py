@@ -13,11 +13,13 @@ from nbnorm.cpu import element
 from nbnorm.cpu.channel import (
     FIRST,
     affine,
+    after,
     bound,
     coefficients,
     coefficients_of,
     factors,
     gate,
+    given,
     lost,
     merge,
     scales,
@@ -208,18 +210,20 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @ordered
-def add_gradient_piece(dy, x, y, hi, u, a, b, scale, act, s, t):
-    """s += g and t += g (x u - hi) scale lane by lane, where g = dy masked by ReLU."""
+def add_gradient_piece(dy, x, y, kept, hi, u, a, b, scale, act, s, t):
+    """s += g and t += g (x u - hi) scale lane by lane; kept = g, where g = dy masked by ReLU."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         dy_, x_ = four(line(dy), i, LANES, 0, 0, LANES), four(line(x), i, LANES, 0, 0, LANES)
-        y_ = four(line(y), i, LANES, 0, 0, LANES)
-        each(LANES, element.add_gradient_rows, (dy_, x_, y_, hi, u, a, b, scale, act, s, t))
+        y_, kept_ = four(line(y), i, LANES, 0, 0, LANES), four(line(kept), i, LANES, 0, 0, LANES)
+        args = dy_, x_, y_, hi, u, a, b, scale, act, kept_, s, t
+        each(LANES, element.add_gradient_rows, args)
     for i in range(whole, x.size, LANES):
         size = min(LANES, x.size - i)
         dy_, x_ = piece(line(dy), i, 0, 0, size), piece(line(x), i, 0, 0, size)
-        y_ = piece(line(y), i, 0, 0, size)
-        each(size, element.add_gradient_row, (dy_, x_, y_, hi, u, a, b, scale, act, s, t))
+        y_, kept_ = piece(line(y), i, 0, 0, size), piece(line(kept), i, 0, 0, size)
+        args = dy_, x_, y_, hi, u, a, b, scale, act, kept_, s, t
+        each(size, element.add_gradient_row, args)
 
 
 @noinline
@@ -250,10 +254,11 @@ def overflowed(partial, k, c):
 
 
 @noinline
-def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
+def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
     """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k, where g = dy masked by y > 0.
 
-    The mask is recomputed from x if norm holds beta, and read if y is given.
+    The mask is recomputed from x if norm holds beta, and read if y is given. g is written to
+    `kept`, if given; that may be dy itself.
     """
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale = scales(norm, c0, c1, u)
@@ -269,15 +274,18 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
             for n in range(n0, n1):
                 add_gradient_piece(
                     piece(dy, n, c, s, size), piece(x, n, c, s, size), piece(y, n, c, s, size),
+                    piece(kept, n, c, s, size),
                     hi[i], u[i], a[i], element.at(b, i), scale[i], act, s_lanes, t_lanes,
                 )  # fmt: skip
             partial[0, k, c] += total(s_lanes, wide)
             partial[1, k, c] += total(t_lanes, wide)
+    g, y_, norm_ = after(kept, dy, y, norm)
+    b_, act_ = given(norm_[3], b), gate(norm_, hi)
     for c in range(c0, c1):
         if overflowed(partial, k, c):
             i = c - c0
             partial[0, k, c], partial[1, k, c] = gradient_sums64(
-                dy, x, None, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
+                g, x, None, y_, grid, k, c, hi[i], u[i], a[i], element.at(b_, i), scale[i], act_
             )
 
 

@@ -266,7 +266,7 @@ def _build(traversal: ModuleType, reduce_chunk: Any, apply_chunk: Any) -> Simple
     @named(f"{name}_jvp_sums_unit")
     def jvp_sums_unit(tx, x, grid, block, chunks, norm, partial, u):
         c0, c1 = channels(block, u // chunks, grid[1])
-        backward_reduce_chunk(tx, x, None, grid, norm, c0, c1, u % chunks, partial)
+        backward_reduce_chunk(tx, x, None, grid, norm, c0, c1, u % chunks, partial, None)
 
     @ordered
     @named(f"{name}_second_sums_unit")
@@ -301,7 +301,7 @@ def _build(traversal: ModuleType, reduce_chunk: Any, apply_chunk: Any) -> Simple
         c0, c1 = channels(block, u, grid[1])
         if count < np.inf:
             for k in range(partial.shape[1]):
-                backward_reduce_chunk(tx, x, None, grid, norm, c0, c1, k, partial)
+                backward_reduce_chunk(tx, x, None, grid, norm, c0, c1, k, partial, None)
             finish_sums(partial, norm, c0, c1, x, sums)
         for k in range(partial.shape[1]):
             apply_chunk(

@@ -140,7 +140,7 @@ def _build(name: str, units: SimpleNamespace) -> SimpleNamespace:
             dy_, x_, y_ = moved(dy, n), moved(x, n), moved(y, n)
             partial = new((2, chunks, C), np.float64)
             for k in range(chunks):
-                backward_reduce_unit(dy_, x_, y_, grid, C, chunks, norm_, partial, k)
+                backward_reduce_unit(dy_, x_, y_, grid, C, chunks, norm_, partial, None, k)
             finish_sums(partial, norm_, np.int64(0), C, x_, sums[g])
 
     @ordered

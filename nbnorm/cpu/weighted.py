@@ -213,8 +213,11 @@ def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @noinline
-def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
-    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k; see `rows.backward_reduce`."""
+def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
+    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k; `kept` is None.
+
+    See `rows.backward_reduce`.
+    """
     values, w, _ = x
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale, act = scales(norm, c0, c1, u), gate(norm, hi)
@@ -471,7 +474,7 @@ def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @noinline
-def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial):
+def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
     """`rows_backward_reduce` by columns."""
     values, w, _ = x
     _, _, S, _, fold, _ = grid
