@@ -76,8 +76,8 @@ def over_threads(size, function, timeout=WAIT):
 
 # Cases with kernels that no other case has.
 SLOW = (
-    *("equals_one_process_with_residual", "equals_one_process_where_planes_are_large"),
-    "renormalises_with_the_statistics_of_all_ranks",
+    *("equals_one_process_with_residual", "equals_one_process_with_residual_and_relu"),
+    *("equals_one_process_where_planes_are_large", "renormalises_with_the_statistics_of_all_ranks"),
 )
 
 

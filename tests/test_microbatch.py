@@ -44,6 +44,7 @@ def recipes_and_cuts(draw):
     return recipe, cuts
 
 
+@pytest.mark.slow  # many kinds of kernels
 @given(drawn=recipes_and_cuts(), activation=st.sampled_from((None, "relu")))
 def test_however_a_batch_is_split(drawn, activation):
     """Within the tolerances of one pass: merging parts must not cost digits."""
