@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`pytest` alone runs in two processes; what starts with a name, in the one that prints it."""
+    """Run `pytest` alone in two processes, and a selection of tests in one."""
     return 2 if _asks_for_nothing(config) else 0
 
 

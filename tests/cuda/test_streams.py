@@ -120,7 +120,7 @@ print("done")
 '''
 
 
-@pytest.mark.slow  # a process that makes every kernel a wrapper
+@pytest.mark.slow  # a child process that compiles and simulates kernels
 def test_torch_tensors_are_computed_on_torchs_stream_of_their_device():
     tests = Path(__file__).parents[1]
     assert run_child("-W", "error", "-c", f"TESTS = {str(tests)!r}\n{CHILD}") == "done\n"
