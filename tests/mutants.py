@@ -573,7 +573,7 @@ COLUMNS = of(
 
 ELEMENT = of(
     "cpu/element",
-    (KEPT, ("    keep(j, kept[3], g3)\n", "")),
+    (KEPT, ("    store(kept[3], j, g3)\n", "")),
     (
         "test_arithmetic.py::test_relu_at_its_edge_forward",
         ("floor if v <= floor else v", "floor if v < floor else v"),

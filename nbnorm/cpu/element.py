@@ -210,13 +210,6 @@ def apply_rows(j, x, residual, hi, u, a, b, floor, y):
     store(y[1], j, v1)
 
 
-@ordered
-def keep(j, kept, g):
-    """kept[j] = g, unless `kept` is None."""
-    if kept is not None:
-        store(kept, j, g)
-
-
 @inlined
 def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
     """s += g and t += g (x u - hi) scale, where g = dy through the activation.
@@ -224,7 +217,7 @@ def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
     g is kept if there is an array for it, which may be dy itself.
     """
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
-    keep(j, kept, g)
+    store(kept, j, g)
     s[j] += g
     t[j] += g * (deviation(taken(x, j, act), at(hi, j), at(u, j)) * at(scale, j))
 
@@ -236,10 +229,10 @@ def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
     g1 = masked_dy(j, dy[1], x[1], y[1], hi, u, a, b, act)
     g2 = masked_dy(j, dy[2], x[2], y[2], hi, u, a, b, act)
     g3 = masked_dy(j, dy[3], x[3], y[3], hi, u, a, b, act)
-    keep(j, kept[0], g0)
-    keep(j, kept[1], g1)
-    keep(j, kept[2], g2)
-    keep(j, kept[3], g3)
+    store(kept[0], j, g0)
+    store(kept[1], j, g1)
+    store(kept[2], j, g2)
+    store(kept[3], j, g3)
     t0 = g0 * (deviation(taken(x[0], j, act), at(hi, j), at(u, j)) * at(scale, j))
     t1 = g1 * (deviation(taken(x[1], j, act), at(hi, j), at(u, j)) * at(scale, j))
     t2 = g2 * (deviation(taken(x[2], j, act), at(hi, j), at(u, j)) * at(scale, j))
@@ -263,10 +256,8 @@ def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
 @ordered
 def store_gradients(j, g, d, f, dx, dresidual):
     """dresidual = g and dx = f d, each if given."""
-    if dresidual is not None:
-        store(dresidual, j, g)
-    if dx is not None:
-        store(dx, j, at(f, j) * d)
+    store(dresidual, j, g)
+    store(dx, j, at(f, j) * d)
 
 
 @inlined
@@ -344,8 +335,7 @@ def second_apply(j, ddx, dy, x, hi, ahpq, bkst, ddy, dx):
     first = tangent(j, ddx, x, hi, ahpq)
     second = curvature(j, ddx, dy, x, hi, ahpq, bkst)
     store(ddy, j, first)
-    if dx is not None:
-        store(dx, j, second)
+    store(dx, j, second)
 
 
 @by_types
@@ -456,7 +446,5 @@ def backward_apply_weighted(j, dy, x, w, y, hi, u, a, b, hpq, v, f, act, like, d
     weight, zero = weight_at(w, j, like), like.dtype.type(0)
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     d = at(f, j) * weighted_centred(j, weight, g, x, hi, u, hpq, v, act)
-    if dresidual is not None:
-        store(dresidual, j, g if weight != 0 else zero)
-    if dx is not None:
-        store(dx, j, d if weight != 0 else zero)
+    store(dresidual, j, g if weight != 0 else zero)
+    store(dx, j, d if weight != 0 else zero)

@@ -48,7 +48,9 @@ def load(values, j):
 
 @by_types
 def store(values, j, value):
-    """values[j] = value, rounded once."""
+    """values[j] = value, rounded once; nothing if `values` is None."""
+    if isinstance(values, types.NoneType):
+        return lambda values, j, value: None
 
     def store_half(values, j, value):
         values[j] = half_from_float(value)
