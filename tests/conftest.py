@@ -21,8 +21,8 @@ settings.register_profile("few", settings.get_profile("nbnorm"), max_examples=4)
 CPU_ONLY = (
     *("arithmetic", "benchmarks", "cache", "config", "conventions", "demo", "demo_browser"),
     *("digits", "distributed", "docs", "examples", "interop", "layer", "mutants", "plan", "pool"),
-    *("population", "reference", "resume", "site", "sources", "streaming", "threads", "warmup"),
-    *("autograd", "mygrad"),
+    *("population", "reference", "repository", "resume", "site", "sources", "streaming"),
+    *("threads", "warmup", "autograd", "mygrad"),
     *("torch_convert", "torch_fold", "torch_functional", "torch_modules", "torch_operators"),
     *("torch_package", "torch_recalibrate", "torch_transforms"),
 )

@@ -424,7 +424,7 @@ def test_doctests():
 
 @pytest.mark.parametrize("name", ["sync_batch_norm_forward", "sync_batch_norm_backward"])
 def test_docstrings_have_the_form_of_the_others(name):
-    from test_docs import test_docstrings_of_functions as check
+    from test_repository import test_docstrings_of_functions as check
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nbnorm, name, getattr(distributed, name), raising=False)
