@@ -247,15 +247,29 @@ WEIGHTS = of(
          "            args",
          "values of weight 0 add nothing; leaving the row out saves time"),
         ("(n > r0 and counts(w, n - 1))", "False", "what is fetched decides the time alone"),
+        ("each(size, element.fill, (K.dtype.type(found + 1), m))", "pass"),
+    ),
+    (
+        "test_weights.py::test_the_first_rows_that_count_give_the_shift",
+        ("if any_counts(weights_of(w, n, c0, 0, short)):", "if True:"),
+        ("        if found == FIRST:\n            break\n    for c", "    for c"),
+    ),
+    (
+        "test_streaming.py::test_what_counts_streams_the_same_bits",
+        ("ahead * alike(w, last, n)", "ahead"),
+        ("ahead * alike(w, n, next_)", "ahead"),
+        ("columns_ahead(y, (values, residual, y),", "columns_ahead(y, (values, residual),"),
     ),
 ) + of(
     "cpu/element",
     (
         _BITS,
         ("d = d if weight != 0 else weight", "d = d"),
+        ("d = d if at(w, j) != 0 else like.dtype.type(0)", "d = d"),
         ("v = v if at(w, j) != 0 else other", "v = v"),
         ("s[j] += g if at(w, j) != 0 else zero", "s[j] += g"),
-        ("store(dresidual, j, g if weight != 0 else zero)", "store(dresidual, j, g)"),
+        ("store(dresidual, j, g if counts else zero)", "store(dresidual, j, g)"),
+        ("store(dx, j, d if counts else zero)", "store(dx, j, d)"),
         ("weight * at(h, j)) - weight * normalised", "weight * at(h, j)) - normalised"),
     ),
     (
@@ -427,6 +441,12 @@ CHANNEL = of(
     (
         "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
         ("or n * d * d > m2 / 4", ""),
+        ("new_m2, lost(m, mean, q, new_m2, like)", "new_m2, False"),
+    ),
+    (
+        "test_weights.py",
+        ("d / (m if m > 0 else 1.0)", "d / m"),
+        ("delta_tile if m > 0 else delta", "delta_tile"),
     ),
     (
         "test_arithmetic.py::test_moments_of_one_value_and_of_many_merge",
@@ -518,7 +538,6 @@ COLUMNS = of(
     ),
     (
         "test_digits.py::test_a_shift_taken_from_values_far_off_costs_no_digit",
-        ("gone[c] = lost(m, mean, q[c], new_merged[c], center)", "gone[c] = False"),
         ("center = K + d / m", "center = K"),
     ),
     (

@@ -149,6 +149,30 @@ def test_rows_with_gaps_stream_the_same_bits(shape, gap, streaming):
             out.assert_kept()
 
 
+@pytest.mark.slow  # kernels of its own
+@pytest.mark.parametrize("kind", ["samples", "values", "weights"])
+@shapes
+def test_what_counts_streams_the_same_bits(shape, kind, streaming):
+    """A row takes over the first values of the next one only if both have one weight."""
+    x, dy, gamma = drawn(shape, "float32", 0), drawn(shape, "float32", 1), np.ones(shape[1])
+    rng, alike = np.random.default_rng(2), (shape[0], *[1] * (len(shape) - 1))
+    weights = rng.integers(0, 3, shape if kind == "values" else alike)
+    weights[:2] = 1
+    given = {"weights": weights.astype("float32")} if kind == "weights" else {"mask": weights > 0}
+    streaming(False)
+    expected = nbnorm.batch_norm_forward(x, gamma, fill=3, **given)
+    statistics = gamma, expected.mean, expected.rstd
+    dx = nbnorm.batch_norm_backward(dy, x, *statistics, **given).dx
+    streaming(True)
+    for offset in (0, 1, 8):
+        out = Guarded(shape, "float32", offset)
+        nbnorm.batch_norm_forward(x, gamma, fill=3, out=out.array, **given)
+        assert_same_bits(out.array, expected.y, f"y at offset {offset}")
+        nbnorm.batch_norm_backward(dy, x, *statistics, out=out.array, **given)
+        assert_same_bits(out.array, dx, f"dx at offset {offset}")
+        out.assert_kept()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("channels", [1024, 96, 7])
 def test_short_planes_stream_by_themselves_and_in_rows(channels, threads, streaming, thread_count):

@@ -27,6 +27,7 @@ from tolerances import (
 
 import nbnorm
 from nbnorm import BatchNorm, Moments, cpu, reference
+from nbnorm.cpu import channel, weighted
 
 pytestmark = pytest.mark.slow  # kernels of its own
 
@@ -427,6 +428,24 @@ def test_values_that_begin_to_count_late(rows):
     ref = reference.batch_norm_stats(x, mask=mask)
     assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
     assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_first_rows_that_count_give_the_shift(own):
+    """However late: with one value, statistics of padded sequences took four times as long."""
+    N, C = 200, 5
+    x = np.random.default_rng(0).normal(3, 1, (N, C)).astype(np.float32)
+    counts = np.arange(N) % 2 * (np.arange(N) >= 50)
+    weights = np.ascontiguousarray(counts[:, None].repeat(C if own else 1, 1), np.uint8).ravel()
+    w = (weights, C, 1) if own else (weights, 1)
+    grid, shift = tuple(map(np.int64, (N, C, 1, 256, 1, N))), np.empty(C)
+
+    @numba.njit
+    def first_shifts(x, w, grid, shift):
+        weighted.first_shifts((x, C, 1), w, grid, 0, C, 0, N, shift)
+
+    first_shifts(x.ravel(), w, grid, shift)
+    assert_allclose(shift, x[counts == 1][: channel.FIRST].mean(0, np.float64), rtol=1e-6)
 
 
 def test_weights_above_0_count_however_small():

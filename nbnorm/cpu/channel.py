@@ -52,6 +52,20 @@ def lost(n, d, q, m2, like):
 
 
 @ordered
+def with_tile(count, shift, delta, m2, m, center, d, q, like):
+    """Delta and M2 of a chunk with a tile merged, and whether the tile's sums are `lost`.
+
+    The tile has m values; d and q are the sums of x - center and (x - center)^2. Weights can leave
+    it empty.
+    """
+    mean = d / (m if m > 0 else 1.0)
+    delta_tile = center - shift + mean
+    delta_tile = delta_tile if m > 0 else delta
+    _, new_delta, new_m2 = merge(count, delta, m2, m, delta_tile, q - d * mean)
+    return new_delta, new_m2, lost(m, mean, q, new_m2, like)
+
+
+@ordered
 def merge_chunk(c, count_k, shift_k, delta_k, m2_k, count, shift, delta, m2):
     """Merge the moments of one chunk of channel c into those of the chunks before it."""
     shift[c] = shift[c] if count[c] > 0 else shift_k[c]

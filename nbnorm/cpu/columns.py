@@ -25,10 +25,10 @@ from nbnorm.cpu.channel import (
     factors,
     gate,
     given,
-    lost,
     merge,
     pairwise_sum,
     scales,
+    with_tile,
 )
 from nbnorm.cpu.intrinsics import (
     LINE,
@@ -238,17 +238,11 @@ def mean_so_far(c, shift, delta, center):
 
 
 @ordered
-def merge_tile(c, count, shift, delta, merged, m, center, d, q, new_delta, new_merged, gone):
-    """Moments of channel c of a chunk with a tile merged, from the tile's sums d and q.
-
-    m is the number of values in the tile. gone says that the sums are `lost`.
-    """
-    mean = d[c] / m
-    delta_tile = center[c] - shift[c] + mean
-    _, new_delta[c], new_merged[c] = merge(
-        count, delta[c], merged[c], m, delta_tile, q[c] - d[c] * mean
+def merge_tile(c, count, shift, delta, m2, m, center, d, q, new_delta, new_m2, gone):
+    """`with_tile` of channel c; all channels have the same count and m."""
+    new_delta[c], new_m2[c], gone[c] = with_tile(
+        count, shift[c], delta[c], m2[c], m, center[c], d[c], q[c], center
     )
-    gone[c] = lost(m, mean, q[c], new_merged[c], center)
 
 
 @noinline

@@ -181,6 +181,12 @@ def copy(j, values, out):
 
 
 @ordered
+def move(j, values, out):
+    """out[j] = values[j] in the compute dtype."""
+    out[j] = load(values, j)
+
+
+@ordered
 def fill(j, value, out):
     """out[j] = value."""
     out[j] = value
@@ -338,10 +344,15 @@ def second_apply(j, ddx, dy, x, hi, ahpq, bkst, ddy, dx):
     store(dx, j, second)
 
 
+def is_mask(w):
+    """Whether w is a mask or one of its values, by type."""
+    return getattr(w, "dtype", w) == types.uint8
+
+
 @by_types
 def weight_at(w, j, like):
     """The weight of value j, in the dtype of `like`: 0 or 1 if it is a mask."""
-    if getattr(w, "dtype", w) == types.uint8:
+    if is_mask(w):
         return lambda w, j, like: like.dtype.type(at(w, j) != 0)
     return lambda w, j, like: like.dtype.type(at(w, j))
 
@@ -351,7 +362,7 @@ def weight64(w, j):
     """The weight of value j in float64: 0 or 1 if it is a mask, 1 if w is None."""
     if isinstance(w, types.NoneType):
         return lambda w, j: 1.0
-    if getattr(w, "dtype", w) == types.uint8:
+    if is_mask(w):
         return lambda w, j: 1.0 if at(w, j) != 0 else 0.0
     return lambda w, j: np.float64(at(w, j))
 
@@ -375,14 +386,23 @@ def add_weighted_row(j, x, w, K, s, q, m):
         m[j] += weight
 
 
-@ordered
+@by_types
 def weighted_deviation(j, x, w, K, like):
-    """w, w d and w d^2 of value j, where d = x - K."""
-    weight = weight_at(w, j, like)
-    d = unconditional(load(x, j)) - at(K, j)
-    d = d if weight != 0 else weight
-    weighted = weight * d
-    return weight, weighted, weighted * d
+    """w, w d and w d^2 of value j, where d = x - K; d and d^2 where a mask counts."""
+
+    def weighted(j, x, w, K, like):
+        weight = weight_at(w, j, like)
+        d = unconditional(load(x, j)) - at(K, j)
+        d = d if weight != 0 else weight
+        along = weight * d
+        return weight, along, along * d
+
+    def masked(j, x, w, K, like):
+        d = unconditional(load(x, j)) - at(K, j)
+        d = d if at(w, j) != 0 else like.dtype.type(0)
+        return weight_at(w, j, like), d, d * d
+
+    return masked if is_mask(w) else weighted
 
 
 @ordered
@@ -401,13 +421,12 @@ def add_weighted_rows(j, x, w, K, s, q, m):
 @ordered
 def add_first_row(j, x, w, K, s, m):
     """s += x - K and m += 1 where the weight is not 0; the first such x becomes K."""
-    v = load(x, j)
-    first = v if m[j] == 0 else K[j]
-    d = v - first
-    if at(w, j) != 0:
-        K[j] = first
-        s[j] += d
-        m[j] += 1
+    v, before, zero = unconditional(load(x, j)), K[j], s.dtype.type(0)
+    first = v if m[j] == 0 else before
+    counts = at(w, j) != 0
+    K[j] = first if counts else before
+    s[j] += v - first if counts else zero
+    m[j] += s.dtype.type(counts)
 
 
 @inlined
@@ -430,7 +449,7 @@ def add_weighted_gradient_row(j, dy, x, w, y, hi, u, a, b, scale, act, s, t):
 
 
 @inlined
-def weighted_centred(j, weight, g, x, hi, u, hpq, v, act):
+def centred_by(weight, j, g, x, hi, u, hpq, v, act):
     """dx / f = (g v - w h) - w ((x u - hi) p + q), or g v for frozen statistics (hpq is None)."""
     if hpq is None:
         return times(g, at(v, j))
@@ -440,11 +459,21 @@ def weighted_centred(j, weight, g, x, hi, u, hpq, v, act):
     )
 
 
+@inlined_by_types
+def weighted_centred(j, w, g, x, hi, u, hpq, v, act, like):
+    """`centred` where a mask counts, `centred_by` weights."""
+    if is_mask(w):
+        return lambda j, w, g, x, hi, u, hpq, v, act, like: centred(j, g, x, hi, u, hpq, v, act)
+    return lambda j, w, g, x, hi, u, hpq, v, act, like: centred_by(
+        weight_at(w, j, like), j, g, x, hi, u, hpq, v, act
+    )
+
+
 @inlined
 def backward_apply_weighted(j, dy, x, w, y, hi, u, a, b, hpq, v, f, act, like, dx, dresidual):
     """`backward_apply` where the weight is not 0; dx = dresidual = 0 where it is."""
-    weight, zero = weight_at(w, j, like), like.dtype.type(0)
+    counts, zero = at(w, j) != 0, like.dtype.type(0)
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
-    d = at(f, j) * weighted_centred(j, weight, g, x, hi, u, hpq, v, act)
-    store(dresidual, j, g if weight != 0 else zero)
-    store(dx, j, d if weight != 0 else zero)
+    d = at(f, j) * weighted_centred(j, w, g, x, hi, u, hpq, v, act, like)
+    store(dresidual, j, g if counts else zero)
+    store(dx, j, d if counts else zero)

@@ -28,12 +28,16 @@ from nbnorm.cpu.channel import (
     lost,
     merge,
     scales,
+    with_tile,
 )
 from nbnorm.cpu.columns import (
     RUN_ROWS,
     TILE_ROWS,
+    before_line,
     by_columns_each,
+    columns_ahead,
     expand,
+    first_line,
     gather,
     mean_so_far,
     moments64,
@@ -290,6 +294,11 @@ def sample_weight(w, n):
     return lambda w, n: element.weight64(w[0], n * w[1])
 
 
+def masks_samples(w):
+    """Whether w, a Numba type, is a mask of one value per sample: what counts has weight 1."""
+    return len(w.types) == 2 and element.is_mask(w.types[0])
+
+
 @ordered
 def beside(w, n, r0, r1):
     """Whether sample n does not count, but the one before or after does, r0 <= n < r1.
@@ -309,6 +318,31 @@ def in_quarters(i, r0, r1):
     return r0 + i // 4 + i % 4 * quarter if i < 4 * quarter else r0 + i
 
 
+@by_types
+def any_counts(w):
+    """Whether any weight of a row is not 0."""
+
+    def one(w):
+        return w != 0
+
+    def some(w):
+        found = False
+        for i in range(w.size):
+            found |= w[i] != 0
+        return found
+
+    return some if isinstance(w, types.Array) else one
+
+
+@ordered
+def samples(x, n, c, size):
+    """The rows x[n[i], c : c + size] of four samples."""
+    return (
+        piece(x, n[0], c, 0, size), piece(x, n[1], c, 0, size),
+        piece(x, n[2], c, 0, size), piece(x, n[3], c, 0, size),
+    )  # fmt: skip
+
+
 @noinline
 def first_that_counts(x, w, n0, n1, c, S):
     """The first value of x[n0:n1, c] that counts, or 0. Only weights are read before it."""
@@ -320,20 +354,47 @@ def first_that_counts(x, w, n0, n1, c, S):
     return 0.0
 
 
+@by_types
+def add_first(x, w, n, c, size, found, K, s, m):
+    """Add row x[n, c : c + size] to s, after `found` others; the first x that count become K.
+
+    m counts the values of each column.
+    """
+
+    def own(x, w, n, c, size, found, K, s, m):
+        args = piece(x, n, c, 0, size), weights_of(w, n, c, 0, size), K, s, m
+        each(size, element.add_first_row, args)
+
+    def shared(x, w, n, c, size, found, K, s, m):
+        x_ = piece(x, n, c, 0, size)
+        if found == 0:
+            each(size, element.move, (x_, K))
+        each(size, element.add_moment_row, (x_, K, s, None))
+        each(size, element.fill, (K.dtype.type(found + 1), m))
+
+    return shared if len(w.types) == 2 else own
+
+
 @noinline
 def first_shifts(x, w, grid, c0, c1, begin, end, shift):
     """shift = mean of the first values of weight above 0 of each channel, 0 where there are none.
 
-    It is exact if these values are all equal. They are those of the first FIRST rows, or, if none
-    of these counts, the first that does.
+    It is exact if these values are all equal. They are those of the first FIRST rows that count,
+    or, if a channel has none there, the first one that counts. (Of a chunk that begins in padding,
+    a single value would be so far from the mean that the sums are `lost`: statistics of
+    64 x 400 x 512 with lengths took four times as long.)
     """
     N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed((x, w, 0.0)).dtype
     K, s, m = zeros(3, fold * channels * S, dtype)
-    for r in range(begin, min(begin + FIRST, end)):
-        short = row_size(grid, r, c0, c1)
-        w_ = weights_of(w, r * fold, c0, 0, short)
-        each(short, element.add_first_row, (piece(x, r * fold, c0, 0, short), w_, K, s, m))
+    found = 0
+    for r in range(begin, end):
+        n, short = r * fold, row_size(grid, r, c0, c1)
+        if any_counts(weights_of(w, n, c0, 0, short)):
+            add_first(x, w, n, c0, short, found, K, s, m)
+            found += 1
+        if found == FIRST:
+            break
     for c in range(channels):
         count, first, rest = 0.0, 0.0, 0.0
         for j0 in range(c * S, K.size, channels * S):
@@ -348,25 +409,35 @@ def first_shifts(x, w, grid, c0, c1, begin, end, shift):
         shift[c] = mean if abs(mean) < np.inf else first
 
 
-@noinline
+@by_types
 def add_row(x, w, n, c, size, K, s, q, m):
-    """Add the row x[n, c : c + size] to the sums."""
-    args = piece(x, n, c, 0, size), weights_of(w, n, c, 0, size), K, s, q, m
-    each(size, element.add_weighted_row, args)
+    """Add the row x[n, c : c + size], which counts, to the sums."""
+
+    def weighted(x, w, n, c, size, K, s, q, m):
+        args = piece(x, n, c, 0, size), weights_of(w, n, c, 0, size), K, s, q, m
+        each(size, element.add_weighted_row, args)
+
+    def masked(x, w, n, c, size, K, s, q, m):
+        each(size, element.add_moment_row, (piece(x, n, c, 0, size), K, s, q))
+
+    return masked if masks_samples(w) else weighted
 
 
-@ordered
+@by_types
 def add_four(x, w, n, c, size, K, s, q, m):
-    """Add the rows x[n[i], c : c + size] of four samples to the sums."""
-    x_ = (
-        piece(x, n[0], c, 0, size), piece(x, n[1], c, 0, size),
-        piece(x, n[2], c, 0, size), piece(x, n[3], c, 0, size),
-    )  # fmt: skip
-    w_ = (
-        weights_of(w, n[0], c, 0, size), weights_of(w, n[1], c, 0, size),
-        weights_of(w, n[2], c, 0, size), weights_of(w, n[3], c, 0, size),
-    )  # fmt: skip
-    each(size, element.add_weighted_rows, (x_, w_, K, s, q, m))
+    """Add the rows x[n[i], c : c + size] of four samples, which count, to the sums."""
+
+    def weighted(x, w, n, c, size, K, s, q, m):
+        w_ = (
+            weights_of(w, n[0], c, 0, size), weights_of(w, n[1], c, 0, size),
+            weights_of(w, n[2], c, 0, size), weights_of(w, n[3], c, 0, size),
+        )  # fmt: skip
+        each(size, element.add_weighted_rows, (samples(x, n, c, size), w_, K, s, q, m))
+
+    def masked(x, w, n, c, size, K, s, q, m):
+        each(size, element.add_moment_rows, (samples(x, n, c, size), K, s, q))
+
+    return masked if masks_samples(w) else weighted
 
 
 @noinline
@@ -401,10 +472,20 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
                 found = 0
         for i in range(found):
             add_row(x, w, waiting[i], c0, size, K, s, q, m)
-        for j in range(3):
-            each(size, element.drain, (sums[j], sums64[j]))
+        each(size, element.drain, (s, sums64[0]))
+        each(size, element.drain, (q, sums64[1]))
+        if m is not None:
+            each(size, element.drain, (sums[2], sums64[2]))
     if m is None:
         each(size, element.fill, (shared, sums64[2]))
+
+
+@ordered
+def merge_weighted_tile(c, count, shift, delta, m2, m, center, d, q, new_delta, new_m2, gone):
+    """`with_tile` of channel c."""
+    new_delta[c], new_m2[c], gone[c] = with_tile(
+        count[c], shift[c], delta[c], m2[c], m[c], center[c], d[c], q[c], center
+    )
 
 
 @noinline
@@ -417,7 +498,8 @@ def columns_stats(x, grid, c0, c1, k, partial):
     sums = zeros(3, fold * channels * S, dtype)
     K = new(fold * channels * S, dtype)
     sums64 = news(3, K.size, np.float64)
-    d, q, m = news(3, channels, np.float64)
+    d, q, m, new_delta, new_m2 = news(5, channels, np.float64)
+    gone = new(channels, np.uint8)
     clear_chunk(partial, k, c0, c1)
     count, m2 = of_chunk(partial, 0, k, c0, c1), of_chunk(partial, 3, k, c0, c1)
     shift, delta = of_chunk(partial, 1, k, c0, c1), of_chunk(partial, 2, k, c0, c1)
@@ -431,21 +513,44 @@ def columns_stats(x, grid, c0, c1, k, partial):
         gather(sums64[0], S, d)
         gather(sums64[1], S, q)
         gather(sums64[2], S, m)
+        before, after = (count, shift, delta, m2), (new_delta, new_m2, gone)
+        each(channels, merge_weighted_tile, (*before, m, center, d, q, *after))
         for c in range(channels):
-            if m[c] == 0:
-                continue
-            mean = d[c] / m[c]
-            delta_tile = center[c] - shift[c] + mean
-            merged = merge(count[c], delta[c], m2[c], m[c], delta_tile, q[c] - d[c] * mean)
-            if lost(m[c], mean, q[c], merged[2], center):
+            if gone[c]:
                 near, rest, m2_tile = moments64(
                     values, w, r * fold, min(stop * fold, N), c0 + c, 0, S, m[c],
                     np.float64(center[c]),
                 )  # fmt: skip
                 if count[c] == 0:  # a shift that far off would cost delta digits
                     shift[c] = near
-                merged = merge(count[c], delta[c], m2[c], m[c], (near - shift[c]) + rest, m2_tile)
-            count[c], delta[c], m2[c] = merged
+                _, new_delta[c], new_m2[c] = merge(
+                    count[c], delta[c], m2[c], m[c], (near - shift[c]) + rest, m2_tile
+                )
+        each(channels, element.add_value, (count, m))
+        each(channels, element.copy, (new_delta, delta))
+        each(channels, element.copy, (new_m2, m2))
+
+
+@by_types
+def alike(w, n, other):
+    """Whether two samples have the same weight; True if their values have weights of their own."""
+    if len(w.types) == 2:
+        return lambda w, n, other: w[0][n * w[1]] == w[0][other * w[1]]
+    return lambda w, n, other: True
+
+
+@ordered
+def whole_lines(w, grid, r, begin, end, first, ahead, c0, c1):
+    """First sample of row r, and where in the row to begin and how many values to write.
+
+    See `before_line`. A row takes over values of the next one only if both have the same weight.
+    """
+    fold = grid[4]
+    n, last, next_ = r * fold, max(r - 1, begin) * fold, min(r + 1, end - 1) * fold
+    # No branches with w: it would be counted as used in each, see `each_to`.
+    j = before_line(grid, r, begin, end, first, ahead * alike(w, last, n))
+    after = before_line(grid, r + 1, begin, end, first, ahead * alike(w, n, next_))
+    return n, j, row_size(grid, r, c0, c1) + after - j
 
 
 @noinline
@@ -456,20 +561,22 @@ def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
     if not all_one(u_c):
         rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return
-    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
-    low, other, fold = bound(floor, hi), filled(fill, hi), grid[4]
+    ahead = columns_ahead(y, (values, residual, y), grid, streamed, c0, c1)
+    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
+    low, other = bound(floor, hi), filled(fill, hi)
     begin, end = rows_of(grid, k)
+    first = first_line(y, grid, begin, ahead)
     for r in range(begin, end):
-        n, size = r * fold, row_size(grid, r, c0, c1)
-        hi_, a_, b_ = part((hi, a, b), 0, size)
+        n, j, size = whole_lines(w, grid, r, begin, end, first, ahead, c0, c1)
+        hi_, a_, b_ = part((hi, a, b), j, j + size)
         if beside(w, n, begin, end):
-            prefetch(piece(values, n, c0, 0, size))
-            prefetch(piece(residual, n, c0, 0, size))
+            prefetch(piece(values, n, c0, j, size))
+            prefetch(piece(residual, n, c0, j, size))
         args = (
-            piece(values, n, c0, 0, size), weights_of(w, n, c0, 0, size), other,
-            piece(residual, n, c0, 0, size), hi_, None, a_, b_, low,
+            piece(values, n, c0, j, size), weights_of(w, n, c0, j, size), other,
+            piece(residual, n, c0, j, size), hi_, None, a_, b_, low,
         )  # fmt: skip
-        each_to(size, element.apply_weighted, args, (piece(y, n, c0, 0, size),), streamed)
+        each_to(size, element.apply_weighted, args, (piece(y, n, c0, j, size),), streamed)
     fence(streamed)
 
 
@@ -522,20 +629,23 @@ def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, 
     if not (all_one(u_c) and all_one(v_c)):
         rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
         return
-    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
-    hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid, 0)
-    act, like, fold = gate(norm, hi), computed(x), grid[4]
+    out = element.either(dx, dresidual)
+    ahead = columns_ahead(out, (dy, values, y, dx, dresidual), grid, streamed, c0, c1)
+    hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
+    hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid, ahead)
+    act, like = gate(norm, hi), computed(x)
     begin, end = rows_of(grid, k)
+    first = first_line(out, grid, begin, ahead)
     for r in range(begin, end):
-        n, size = r * fold, row_size(grid, r, c0, c1)
-        dy_, x_ = piece(dy, n, c0, 0, size), piece(values, n, c0, 0, size)
-        w_, y_ = weights_of(w, n, c0, 0, size), piece(y, n, c0, 0, size)
-        outs = piece(dx, n, c0, 0, size), piece(dresidual, n, c0, 0, size)
+        n, j, size = whole_lines(w, grid, r, begin, end, first, ahead, c0, c1)
+        dy_, x_ = piece(dy, n, c0, j, size), piece(values, n, c0, j, size)
+        w_, y_ = weights_of(w, n, c0, j, size), piece(y, n, c0, j, size)
+        outs = piece(dx, n, c0, j, size), piece(dresidual, n, c0, j, size)
         if beside(w, n, begin, end):
             prefetch(dy_)
             prefetch(x_)
             prefetch(y_)
-        hi_, a_, b_, hpq_ = part((hi, a, b, hpq), 0, size)
+        hi_, a_, b_, hpq_ = part((hi, a, b, hpq), j, j + size)
         args = dy_, x_, w_, y_, hi_, None, a_, b_, hpq_, None, a_, act, like
         each_to(size, element.backward_apply_weighted, args, outs, streamed)
     fence(streamed)
