@@ -78,8 +78,9 @@ def test_values_and_derivatives(name, dtype):
     exact_slope = reference._activate(v.astype(np.longdouble), name, derivative=True)
     eps = np.finfo(dtype).eps
     least = np.finfo(dtype).tiny * 100  # what is near the end of the range may become 0
-    assert (abs(y - exact) <= eps * (4 * abs(exact) + abs(v * exact_slope)) + least).all()
-    assert (abs(slope - exact_slope) <= 4 * eps).all()
+    units = 3.5 if name == "gelu" and dtype == np.float64 else 2.25
+    assert (abs(y - exact) <= eps * (units * abs(exact) + abs(v * exact_slope)) + least).all()
+    assert (abs(slope - exact_slope) <= 2 * eps).all()
 
 
 @pytest.mark.parametrize("name", TABLE)
