@@ -5,11 +5,16 @@ the variants as multiples: masks, lengths and weights (`counts`), activations, r
 """
 
 import argparse
-import time
+import sys
+from pathlib import Path
 
 import numpy as np
 
 import nbnorm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import alternate
 
 # The shapes, their channel axis, and the axis of lengths.
 COUNTS = {
@@ -106,18 +111,6 @@ VARIANTS = {
 }
 
 
-def least(calls, rounds):
-    """Return the least time of every call, in milliseconds, taking turns."""
-    best = dict.fromkeys(calls, np.inf)
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
-
-
 def main():
     """Print a table of every variant asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,7 +124,8 @@ def main():
         print(f"{'shape':20} {'pass':9} {'plain, ms':>9}  others, in multiples")
         for shape in shapes:
             for direction, calls in make(shape).items():
-                best = least(calls, arguments.rounds)
+                times = alternate(calls, arguments.rounds)
+                best = {kind: 1e3 * found.least for kind, found in times.items()}
                 plain = best.pop("plain")
                 others = ", ".join(f"{kind} {ms / plain:.2f}" for kind, ms in best.items())
                 name = " x ".join(map(str, shape))
