@@ -213,6 +213,10 @@ _COUNTS = (
     "test_weights.py::test_lengths_are_a_mask "
     "test_weights.py::test_out_must_not_overlap_what_counts"
 )
+_LATE = (
+    "test_weights.py::test_a_channel_in_which_nothing_counts "
+    "test_weights.py::test_values_that_begin_to_count_late"
+)
 _BITS = (
     "test_weights.py::test_what_does_not_count_changes_no_bit "
     "test_weights.py::test_values_that_begin_to_count_late "
@@ -444,8 +448,7 @@ CHANNEL = of(
         ("new_m2, lost(m, mean, q, new_m2, like)", "new_m2, False"),
     ),
     (
-        "test_weights.py::test_a_channel_in_which_nothing_counts "
-        "test_weights.py::test_values_that_begin_to_count_late",
+        _LATE,
         ("d / (m if m > 0 else 1.0)", "d / m"),
         ("delta_tile if m > 0 else delta", "delta_tile"),
     ),

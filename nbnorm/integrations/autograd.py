@@ -18,6 +18,7 @@ from nbnorm._arrays import ones_like
 from nbnorm._typing import Activation, Array, Axis, Mask, NDArray
 from nbnorm.activations import Activation as Fused
 from nbnorm.functional import batch_norm_apply, batch_norm_backward, batch_norm_forward
+from nbnorm.integrations._curvature import curvature, has_curvature
 from nbnorm.second_order import batch_norm_double_backward
 
 __all__ = ["batch_norm"]
@@ -84,14 +85,14 @@ def batch_norm(
         A third derivative is requested.
     NotImplementedError
         Forward mode is requested (`autograd.make_jvp`), or a second derivative with an activation
-        other than ReLU.
+        of the user's.
 
     Notes
     -----
     Implements Algorithm 1 and the gradients in section 3 of Ioffe & Szegedy (2015). One backward
     pass computes the requested gradients and no others. It reuses mean and rstd from the forward
     pass and keeps x, and y if ReLU follows a residual. Each gradient has its argument's dtype.
-    Second derivatives are those of `nbnorm.batch_norm_double_backward`.
+    Second derivatives are those of `nbnorm.batch_norm_double_backward`, and of the activation.
 
     Tools that evaluate a function twice update its running statistics twice:
     `autograd.checkpoint`, `autograd.test_util.check_grads`.
@@ -205,8 +206,8 @@ def _differentiate_gradients(
     argnums: tuple[int, ...], _: Any, arguments: tuple[Any, ...], __: dict[str, Any]
 ) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
     """Return a function that maps gradients of `_gradients` to those of its arguments."""
-    *given, activation, _, mask = arguments
-    if isinstance(activation, Fused):
+    *given, activation, residual, mask = arguments
+    if isinstance(activation, Fused) and not has_curvature(activation):
         raise NotImplementedError(
             f"nbnorm's batch_norm has no second derivative with {activation!r}; apply a function "
             "of autograd.numpy's to its result instead"
@@ -215,8 +216,8 @@ def _differentiate_gradients(
     def gradients(grads: tuple[Array, ...]) -> tuple[Array, ...]:
         of_results = iter(grads)
         directions = [next(of_results) if wanted else None for wanted in mask]
-        found = _second(*directions, *given, activation)
-        return tuple(found[i] for i in argnums)
+        found = _second(*directions, *given, activation, residual)
+        return tuple(found[min(i, 4)] for i in argnums)  # the residual is the fifth
 
     return gradients
 
@@ -237,14 +238,28 @@ def _second(
     training: bool,
     axis: Axis,
     activation: Activation,
+    residual: NDArray | None,
 ) -> tuple[NDArray, ...]:
-    """Return the gradients of dy, x, gamma and beta, on which `_gradients` depends.
+    """Return the gradients of dy, x, gamma, beta and residual, on which `_gradients` depends.
 
-    ReLU passes or stops gradients, which does not depend on how large its input is. So beta, which
-    only shifts that, has a gradient of 0.
+    `_gradients` is the backward pass without activation, of g = dy act'(v) with
+    v = gamma (x - mean) rstd + beta [+ residual]. So dy has the gradient of g times act'(v), and v
+    that times dy act''(v), which goes on to x, gamma, beta and residual. act'' is 0 for ReLU.
     """
-    passed: Any = True
-    if activation is not None:
+    call = {"training": training, "axis": axis}
+
+    def through(g: NDArray) -> NDArray:
+        """g through the activation."""
+        if activation is None:
+            return g
+        if activation == "relu":
+            return np.where(passed, g, np.zeros_like(g))
+        added = np.zeros_like(x) if residual is None else residual  # whose gradient is asked for
+        given = {"beta": beta, "residual": added, "activation": activation, **call}
+        mask = False, False, False, True
+        return batch_norm_backward(g, x, gamma, mean, rstd, output_mask=mask, **given).dresidual
+
+    if activation == "relu":
         if y is None:
             y = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, activation=activation)
         passed = y > 0
@@ -252,18 +267,25 @@ def _second(
         None if ddx is None else ddx.astype(x.dtype, copy=False),
         ddgamma,
         ddbeta,
-        np.where(passed, dy, np.zeros_like(dy)),
+        through(dy),
         x,
         gamma,
         mean,
         rstd,
-        training=training,
-        axis=axis,
+        **call,
     )
     if ddresidual is not None:
         ddy = ddy + ddresidual
-    dbeta = dgamma if beta is None else np.zeros_like(beta)
-    return np.where(passed, ddy, np.zeros_like(ddy)), dx, dgamma, dbeta
+    if not isinstance(activation, Fused):
+        dbeta = dgamma if beta is None else np.zeros_like(beta)
+        return through(ddy), dx, dgamma, dbeta
+    v = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, residual=residual)
+    dv = (dy * ddy * curvature(activation, v)).astype(x.dtype)
+    mask = True, gamma is not None, beta is not None, False
+    of_v = _gradients(dv, x, gamma, beta, mean, rstd, None, training, axis, None, None, mask)
+    of_x, *of_parameters = of_v
+    dgamma = dgamma + of_parameters[0] if gamma is not None else dgamma
+    return through(ddy), dx + of_x, dgamma, of_parameters[-1] if of_parameters else None, dv
 
 
 def _no_third_derivative(*_: object) -> Callable[[Array], NoReturn]:

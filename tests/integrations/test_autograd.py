@@ -5,6 +5,7 @@ import re
 import weakref
 from itertools import product
 
+import numba
 import numpy as onp
 import pytest
 from autodiff import (
@@ -25,6 +26,7 @@ pytest.importorskip("autograd", reason="the integration of autograd needs autogr
 
 import autograd.numpy as np
 from autograd import elementwise_grad, grad, jacobian, make_jvp, make_vjp
+from autograd.scipy.special import erf
 from autograd.test_util import check_grads
 
 import nbnorm
@@ -350,12 +352,29 @@ def composed(x, gamma, beta, residual, running_mean, running_var, *, training, a
         mean = np.mean(x, axis=over, keepdims=True)
         var = np.mean((x - mean) ** 2, axis=over, keepdims=True)
     y = np.reshape(gamma, shape) * (x - mean) / np.sqrt(var + 1e-5) + np.reshape(beta, shape)
-    y = y if residual is None else y + residual
-    return np.maximum(y, 0) if activation else y
+    return FORMULAS[activation](y if residual is None else y + residual)
+
+
+def logistic(v):
+    return 1 / (1 + np.exp(-v))
+
+
+FORMULAS = {
+    None: lambda v: v,
+    "relu": lambda v: np.maximum(v, 0),
+    "leaky_relu": lambda v: np.where(v > 0, v, 0.01 * v),
+    "relu6": lambda v: np.minimum(np.maximum(v, 0), 6),
+    "hardswish": lambda v: v * np.minimum(np.maximum(v + 3, 0), 6) / 6,
+    "silu": lambda v: v * logistic(v),
+    "gelu": lambda v: v * (1 + erf(v / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda v: v * logistic(np.sqrt(8 / np.pi) * (v + 0.044715 * v**3)),
+    "sigmoid": logistic,
+    "tanh": np.tanh,
+}
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", FORMULAS)
 @modes
 def test_second_derivatives(training, activation, with_residual):
     """Of every pair of arguments, against batch normalization of autograd's own functions."""
@@ -381,11 +400,39 @@ def test_second_derivatives(training, activation, with_residual):
         onp.testing.assert_allclose(*hessians, rtol=1e-9, atol=1e-9)
 
 
-def test_a_second_derivative_with_another_activation_is_refused():
+@pytest.mark.parametrize("absent", [("gamma",), ("beta",), ("gamma", "beta")], ids=str)
+def test_a_second_derivative_without_gamma_or_beta(absent):
     b = drawn("NC")
-    function = function_of(b, ("x",), activation="silu")
+    parameters = {n: None if n in absent else getattr(b, n) for n in ("gamma", "beta")}
+
+    def ours(x):
+        return batch_norm(x, **parameters, activation="silu")
+
+    def theirs(x):
+        gamma = onp.ones_like(b.gamma) if "gamma" in absent else b.gamma
+        beta = onp.zeros_like(b.beta) if "beta" in absent else b.beta
+        running = b.running_mean, b.running_var
+        return composed(x, gamma, beta, None, *running, training=True, activation="silu")
+
+    hessians = (
+        jacobian(grad(lambda x, f=f: np.sum(b.dy * f(x) ** 3)))(b.x) for f in (ours, theirs)
+    )
+    onp.testing.assert_allclose(*hessians, rtol=1e-9, atol=1e-9)
+
+
+def test_a_second_derivative_with_a_function_of_the_user_is_refused():
+    @numba.njit
+    def square(v):
+        return v * v
+
+    @numba.njit
+    def twice(v):
+        return v + v
+
+    b = drawn("NC")
+    function = function_of(b, ("x",), activation=nbnorm.activation(square, twice))
     first = elementwise_grad(lambda x: function(x) ** 2)
-    with pytest.raises(NotImplementedError, match=r"no second derivative with .*silu.*numpy"):
+    with pytest.raises(NotImplementedError, match=r"no second derivative with .*square.*numpy"):
         elementwise_grad(first)(b.x)
 
 
