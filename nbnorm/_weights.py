@@ -205,10 +205,10 @@ class WeightedFrame(Frame):
         _running.move(running, (mean, var), momentum, self._count > 0)
 
 
-def least(totals: NDArray) -> float:
+def least(totals: NDArray) -> Any:
     """Return the least count above 0, or 0."""
     some = totals[totals > 0]
-    return float(some.min()) if some.size else 0.0
+    return some.min().item() if some.size else 0
 
 
 def bound(backend: Any, weights: Weights) -> Any:

@@ -186,7 +186,7 @@ def _gradients(
     dx, dgamma, dbeta, dresidual = batch_norm_backward(
         dy,
         x,
-        ones_like(beta) if gamma is None and beta is not None else gamma,
+        _scale(gamma, beta),
         mean,
         rstd,
         beta=beta,
@@ -200,6 +200,11 @@ def _gradients(
     if beta is not None and dbeta is not None:
         dbeta = dbeta.astype(beta.dtype, copy=False)  # it has gamma's dtype
     return tuple(grad for grad in (dx, dgamma, dbeta, dresidual) if grad is not None)
+
+
+def _scale(gamma: NDArray | None, beta: NDArray | None) -> NDArray | None:
+    """Return gamma, or ones where there is beta alone, whose gradient then has its own dtype."""
+    return ones_like(beta) if gamma is None and beta is not None else gamma
 
 
 def _differentiate_gradients(
@@ -239,25 +244,33 @@ def _second(
     axis: Axis,
     activation: Activation,
     residual: NDArray | None,
-) -> tuple[NDArray, ...]:
+) -> tuple[Any, ...]:
     """Return the gradients of dy, x, gamma, beta and residual, on which `_gradients` depends.
 
     `_gradients` is the backward pass without activation, of g = dy act'(v) with
     v = gamma (x - mean) rstd + beta [+ residual]. So dy has the gradient of g times act'(v), and v
     that times dy act''(v), which goes on to x, gamma, beta and residual. act'' is 0 for ReLU.
     """
-    call = {"training": training, "axis": axis}
 
-    def through(g: NDArray) -> NDArray:
-        """g through the activation."""
+    def through(g: NDArray) -> Any:
+        """g act'(v)."""
         if activation is None:
             return g
         if activation == "relu":
             return np.where(passed, g, np.zeros_like(g))
-        added = np.zeros_like(x) if residual is None else residual  # whose gradient is asked for
-        given = {"beta": beta, "residual": added, "activation": activation, **call}
-        mask = False, False, False, True
-        return batch_norm_backward(g, x, gamma, mean, rstd, output_mask=mask, **given).dresidual
+        return batch_norm_backward(
+            g,
+            x,
+            gamma,
+            mean,
+            rstd,
+            beta=beta,
+            residual=np.zeros_like(x) if residual is None else residual,  # dresidual is wanted
+            training=training,
+            axis=axis,
+            activation=activation,
+            output_mask=(False, False, False, True),
+        ).dresidual
 
     if activation == "relu":
         if y is None:
@@ -272,7 +285,8 @@ def _second(
         gamma,
         mean,
         rstd,
-        **call,
+        training=training,
+        axis=axis,
     )
     if ddresidual is not None:
         ddy = ddy + ddresidual
@@ -281,11 +295,11 @@ def _second(
         return through(ddy), dx, dgamma, dbeta
     v = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, residual=residual)
     dv = (dy * ddy * curvature(activation, v)).astype(x.dtype)
-    mask = True, gamma is not None, beta is not None, False
-    of_v = _gradients(dv, x, gamma, beta, mean, rstd, None, training, axis, None, None, mask)
-    of_x, *of_parameters = of_v
-    dgamma = dgamma + of_parameters[0] if gamma is not None else dgamma
-    return through(ddy), dx + of_x, dgamma, of_parameters[-1] if of_parameters else None, dv
+    of_v = batch_norm_backward(dv, x, _scale(gamma, beta), mean, rstd, training=training, axis=axis)
+    if gamma is not None:
+        dgamma = dgamma + of_v.dgamma
+    dbeta = None if beta is None else of_v.dbeta.astype(beta.dtype, copy=False)
+    return through(ddy), dx + of_v.dx, dgamma, dbeta, dv
 
 
 def _no_third_derivative(*_: object) -> Callable[[Array], NoReturn]:
