@@ -15,6 +15,7 @@ from nbnorm.activations import NAMES, TABLE, Activation
 from nbnorm.cpu import functions
 from nbnorm.cpu.intrinsics import each
 from nbnorm.cpu.jit import entry, ordered
+from nbnorm.integrations._curvature import curvature
 
 pytestmark = pytest.mark.slow  # each activation is two kernels of its own
 
@@ -108,6 +109,19 @@ def test_the_table_against_formulas_of_others(name):
     slopes = [(formula(t + h) - formula(t - h)) / (2 * h) for t in v]
     np.testing.assert_allclose(reference._activate(v, name), expected, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(reference._activate(v, name, True), slopes, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_curvature(name):
+    """The second derivative, for hosts: the difference of first ones, 0 far out, NaN for NaN."""
+    v, h = np.linspace(-9, 9, 1801) + 1e-3, np.longdouble(1e-5)
+    sides = (reference._activate(v + step, name, derivative=True) for step in (h, -h))
+    difference = np.subtract(*sides) / (2 * h)
+    smooth = abs(abs(v) - 3) > 1e-2  # where hardswish has corners
+    found = curvature(nbnorm.activation(name), v)
+    np.testing.assert_allclose(found[smooth], difference[smooth].astype(float), atol=1e-9)
+    far = curvature(nbnorm.activation(name), np.array([np.inf, -np.inf, 1e300, -1e4, np.nan]))
+    np.testing.assert_array_equal(far, [0, 0, 0, 0, np.nan])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -171,6 +171,12 @@ def test_what_counts_streams_the_same_bits(shape, kind, streaming):
         nbnorm.batch_norm_backward(dy, x, *statistics, out=out.array, **given)
         assert_same_bits(out.array, dx, f"dx at offset {offset}")
         out.assert_kept()
+    gaps = Guarded((2 * shape[0], *shape[1:]), "float32", 1)
+    nbnorm.batch_norm_forward(x, gamma, fill=3, out=gaps.array[::2], **given)
+    assert_same_bits(gaps.array[::2], expected.y, "y with gaps")
+    nbnorm.batch_norm_backward(dy, x, *statistics, out=gaps.array[::2], **given)
+    assert_same_bits(gaps.array[::2], dx, "dx with gaps")
+    assert (gaps.array[1::2] == SENTINEL).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

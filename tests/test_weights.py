@@ -160,7 +160,9 @@ def test_backward(case, training, dy_layout):
 
 EXAMPLES = [((40, 3), 1), ((9, 5, 7), 1), ((6, 4, 70), 1), ((4, 3, 30, 20), 1), ((300, 200), 1)]
 EXAMPLES += [((5, 40, 9), -1), ((3, 300, 5), (1,)), ((70, 2, 40), (1, 2))]
-examples = pytest.mark.parametrize(("shape", "axis"), EXAMPLES, ids=str)
+examples = pytest.mark.parametrize(
+    ("shape", "axis"), EXAMPLES, ids=lambda value: str(value).replace(" ", "")
+)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -356,9 +358,13 @@ def test_segments_and_what_counts(shape, kind):
 
 @pytest.mark.parametrize("shape", [(400, 130), (90, 60, 20), (16, 12, 40, 30)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_threads_change_no_bit(shape, dtype, thread_count):
+@pytest.mark.parametrize("late", [False, True])
+def test_threads_change_no_bit(shape, dtype, late, thread_count):
+    """Also if a channel begins to count later than others, which may be in a block with it."""
     x, dy = data(dtype, shape), data(dtype, shape, 1)
     weights = np.random.default_rng(6).lognormal(0, 6, shape)
+    if late:
+        weights[: shape[0] // 3, : shape[1] // 2] = 0
 
     def results():
         running = np.zeros(shape[1]), np.ones(shape[1])
@@ -418,10 +424,13 @@ def test_counts_of_other_parts_of_the_batch():
         assert_same_bits(dx, same)
 
 
-@pytest.mark.parametrize("rows", [30, 700])
-def test_values_that_begin_to_count_late(rows):
-    """Also with a mean far from 0, which shows if a channel has no shift near it."""
-    x = np.random.default_rng(12).normal(1e6, 1, (rows, 140))
+@pytest.mark.parametrize("shape", [(30, 140), (700, 140), (40, 4, 400)], ids=str)
+def test_values_that_begin_to_count_late(shape):
+    """Also with a mean far from 0, which shows if a channel has no shift near it.
+
+    In a channel that counts in the beginning alone, later tiles are empty.
+    """
+    x = np.random.default_rng(12).normal(1e6, 1, shape)
     mask = np.zeros(x.shape, bool)
     mask[-20:, ::3], mask[:25, 1::3], mask[::7, 2::3] = True, True, True
     moments = nbnorm.batch_norm_stats(x, mask=mask)
@@ -430,14 +439,28 @@ def test_values_that_begin_to_count_late(rows):
     assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_first_rows_that_count_give_the_shift(own):
+@kinds
+@examples
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_constant_channel_has_no_spread(shape, axis, kind, dtype):
+    if kind == "lengths" and shape in ((40, 3), (300, 200), (70, 2, 40)):
+        pytest.skip("no axis to go along")
+    recipe = Recipe(shape, axis, dtype)
+    counting = what_counts(recipe, kind, True, np.random.default_rng(8))
+    x = np.full(shape, 0.1, dtype)
+    x[weights_of(recipe, counting) == 0] = np.nan
+    moments = nbnorm.batch_norm_stats(x, axis=axis, **counting)
+    some = np.broadcast_to(moments.count, moments.mean.shape) > 0
+    assert_array_equal(moments.mean[some], np.float64(x.dtype.type(0.1)))
+    assert_array_equal(moments.m2, 0)
+
+
+def test_the_first_samples_that_count_give_the_shift():
     """However late: with one value, statistics of padded sequences took four times as long."""
     N, C = 200, 5
     x = np.random.default_rng(0).normal(3, 1, (N, C)).astype(np.float32)
     counts = np.arange(N) % 2 * (np.arange(N) >= 50)
-    weights = np.ascontiguousarray(counts[:, None].repeat(C if own else 1, 1), np.uint8).ravel()
-    w = (weights, C, 1) if own else (weights, 1)
+    w = counts.astype(np.uint8), 1
     grid, shift = tuple(map(np.int64, (N, C, 1, 256, 1, N))), np.empty(C)
 
     @numba.njit
@@ -446,6 +469,19 @@ def test_the_first_rows_that_count_give_the_shift(own):
 
     first_shifts(x.ravel(), w, grid, shift)
     assert_allclose(shift, x[counts == 1][: channel.FIRST].mean(0, np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape", [(16384, 64), (1, 1, 1 << 19)], ids=["columns", "rows"])
+def test_first_values_far_off_cost_the_later_ones_no_digit(shape, shared):
+    x = np.random.default_rng(0).normal(size=shape)
+    (x[:32] if len(shape) == 2 else x[0, :, :32])[...] = 1e6
+    mask = np.ones((shape[0], 1, *shape[2:]) if shared else shape, bool)
+    mask.reshape(-1)[-1] = False
+    x[np.broadcast_to(~mask, shape)] = np.nan
+    moments, ref = (f(x, mask=mask) for f in (nbnorm.batch_norm_stats, reference.batch_norm_stats))
+    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
+    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
 
 
 def test_weights_above_0_count_however_small():

@@ -181,8 +181,8 @@ def copy(j, values, out):
 
 
 @ordered
-def move(j, values, out):
-    """out[j] = values[j] in the compute dtype."""
+def widen(j, values, out):
+    """out[j] = values[j], converted to the compute dtype."""
     out[j] = load(values, j)
 
 

@@ -295,7 +295,7 @@ def sample_weight(w, n):
 
 
 def masks_samples(w):
-    """Whether w, a Numba type, is a mask of one value per sample: what counts has weight 1."""
+    """Whether w, by type, is a mask of samples, so that each value that counts has weight 1."""
     return len(w.types) == 2 and element.is_mask(w.types[0])
 
 
@@ -316,22 +316,6 @@ def in_quarters(i, r0, r1):
     """The i-th row of r0 <= r < r1 to read, one of each quarter in turn; see `whole_share`."""
     quarter = (r1 - r0) // 4
     return r0 + i // 4 + i % 4 * quarter if i < 4 * quarter else r0 + i
-
-
-@by_types
-def any_counts(w):
-    """Whether any weight of a row is not 0."""
-
-    def one(w):
-        return w != 0
-
-    def some(w):
-        found = False
-        for i in range(w.size):
-            found |= w[i] != 0
-        return found
-
-    return some if isinstance(w, types.Array) else one
 
 
 @ordered
@@ -356,9 +340,9 @@ def first_that_counts(x, w, n0, n1, c, S):
 
 @by_types
 def add_first(x, w, n, c, size, found, K, s, m):
-    """Add row x[n, c : c + size] to s, after `found` others; the first x that count become K.
+    """Add row x[n, c : c + size] to s; `found` rows precede it. m counts the values of each column.
 
-    m counts the values of each column.
+    K receives the first row, or the first value of each column that counts.
     """
 
     def own(x, w, n, c, size, found, K, s, m):
@@ -368,7 +352,7 @@ def add_first(x, w, n, c, size, found, K, s, m):
     def shared(x, w, n, c, size, found, K, s, m):
         x_ = piece(x, n, c, 0, size)
         if found == 0:
-            each(size, element.move, (x_, K))
+            each(size, element.widen, (x_, K))
         each(size, element.add_moment_row, (x_, K, s, None))
         each(size, element.fill, (K.dtype.type(found + 1), m))
 
@@ -379,19 +363,19 @@ def add_first(x, w, n, c, size, found, K, s, m):
 def first_shifts(x, w, grid, c0, c1, begin, end, shift):
     """shift = mean of the first values of weight above 0 of each channel, 0 where there are none.
 
-    It is exact if these values are all equal. They are those of the first FIRST rows that count,
-    or, if a channel has none there, the first one that counts. (Of a chunk that begins in padding,
-    a single value would be so far from the mean that the sums are `lost`: statistics of
-    64 x 400 x 512 with lengths took four times as long.)
+    It is exact if these values are all equal. They are those of the first FIRST rows that count, or
+    the first one that counts if a channel has none there. With a single value, as in a chunk that
+    begins in padding, the sums are often `lost`: statistics of 64 x 400 x 512 with lengths took
+    four times as long. If values have weights of their own, every row is taken to count: which do
+    may differ by channel, and no channel's sums may depend on the others of its block.
     """
     N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed((x, w, 0.0)).dtype
     K, s, m = zeros(3, fold * channels * S, dtype)
     found = 0
     for r in range(begin, end):
-        n, short = r * fold, row_size(grid, r, c0, c1)
-        if any_counts(weights_of(w, n, c0, 0, short)):
-            add_first(x, w, n, c0, short, found, K, s, m)
+        if counts(w, r * fold):
+            add_first(x, w, r * fold, c0, row_size(grid, r, c0, c1), found, K, s, m)
             found += 1
         if found == FIRST:
             break
@@ -547,7 +531,8 @@ def whole_lines(w, grid, r, begin, end, first, ahead, c0, c1):
     """
     fold = grid[4]
     n, last, next_ = r * fold, max(r - 1, begin) * fold, min(r + 1, end - 1) * fold
-    # No branches with w: it would be counted as used in each, see `each_to`.
+    # No branch may use w: Numba would count a reference to it there, an atomic operation that waits
+    # for streaming stores (see `each_to`).
     j = before_line(grid, r, begin, end, first, ahead * alike(w, last, n))
     after = before_line(grid, r + 1, begin, end, first, ahead * alike(w, n, next_))
     return n, j, row_size(grid, r, c0, c1) + after - j

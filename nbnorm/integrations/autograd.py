@@ -84,8 +84,8 @@ def batch_norm(
     RuntimeError
         A third derivative is requested.
     NotImplementedError
-        Forward mode is requested (`autograd.make_jvp`), or a second derivative with an activation
-        of the user's.
+        Forward mode is requested (`autograd.make_jvp`), or a second derivative with a
+        user-defined activation.
 
     Notes
     -----
@@ -248,8 +248,9 @@ def _second(
     """Return the gradients of dy, x, gamma, beta and residual, on which `_gradients` depends.
 
     `_gradients` is the backward pass without activation, of g = dy act'(v) with
-    v = gamma (x - mean) rstd + beta [+ residual]. So dy has the gradient of g times act'(v), and v
-    that times dy act''(v), which goes on to x, gamma, beta and residual. act'' is 0 for ReLU.
+    v = gamma (x - mean) rstd + beta [+ residual]. The gradient of dy is that of g
+    times act'(v). The gradient of v is that of g times dy act''(v), and passes on to x, gamma, beta
+    and residual; it is 0 for ReLU.
     """
 
     def through(g: NDArray) -> Any:
@@ -294,12 +295,15 @@ def _second(
         dbeta = dgamma if beta is None else np.zeros_like(beta)
         return through(ddy), dx, dgamma, dbeta
     v = batch_norm_apply(x, gamma, beta, mean, rstd, axis=axis, residual=residual)
-    dv = (dy * ddy * curvature(activation, v)).astype(x.dtype)
-    of_v = batch_norm_backward(dv, x, _scale(gamma, beta), mean, rstd, training=training, axis=axis)
+    dv = curvature(activation, v) * dy * ddy  # in float64: products of halves leave their range
+    of_v = batch_norm_backward(
+        dv.astype(x.dtype), x, _scale(gamma, beta), mean, rstd, training=training, axis=axis
+    )
     if gamma is not None:
         dgamma = dgamma + of_v.dgamma
     dbeta = None if beta is None else of_v.dbeta.astype(beta.dtype, copy=False)
-    return through(ddy), dx + of_v.dx, dgamma, dbeta, dv
+    dresidual = None if residual is None else dv.astype(residual.dtype)
+    return through(ddy), dx + of_v.dx, dgamma, dbeta, dresidual
 
 
 def _no_third_derivative(*_: object) -> Callable[[Array], NoReturn]:

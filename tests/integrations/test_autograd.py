@@ -370,11 +370,12 @@ FORMULAS = {
     "gelu_tanh": lambda v: v * logistic(np.sqrt(8 / np.pi) * (v + 0.044715 * v**3)),
     "sigmoid": logistic,
     "tanh": np.tanh,
+    nbnorm.activation("leaky_relu", slope=0.3): lambda v: np.where(v > 0, v, 0.3 * v),
 }
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("activation", FORMULAS)
+@pytest.mark.parametrize("activation", FORMULAS, ids=str)
 @modes
 def test_second_derivatives(training, activation, with_residual):
     """Of every pair of arguments, against batch normalization of autograd's own functions."""
@@ -418,6 +419,28 @@ def test_a_second_derivative_without_gamma_or_beta(absent):
         jacobian(grad(lambda x, f=f: np.sum(b.dy * f(x) ** 3)))(b.x) for f in (ours, theirs)
     )
     onp.testing.assert_allclose(*hessians, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [300, 1e-3])
+def test_a_second_derivative_in_half_precision(size):
+    """Products of dy and its direction leave float16; a float32 residual has a float32 gradient."""
+    b = drawn("NC", residual=True)
+    found = {}
+    for dtype in ("float16", "float64"):
+        x, residual = b.x.astype(dtype), b.residual.astype(np.promote_types(dtype, "float32"))
+        dy = (size * b.dy / abs(b.dy).max()).astype(dtype)
+
+        def loss(x, residual, dy=dy):
+            y = batch_norm(x, b.gamma, b.beta, residual=residual, activation="silu")
+            return np.sum(dy.astype("float32") * y)
+
+        def twice(residual, x=x, loss=loss, dy=dy):
+            return np.sum(dy.astype("float32") * grad(loss)(x, residual))
+
+        found[dtype] = grad(twice)(residual)
+        assert found[dtype].dtype == residual.dtype
+    scale = abs(found["float64"]).max()
+    onp.testing.assert_allclose(found["float16"], found["float64"], rtol=0, atol=2e-2 * scale)
 
 
 def test_a_second_derivative_with_a_function_of_the_user_is_refused():
