@@ -484,6 +484,17 @@ def test_first_values_far_off_cost_the_later_ones_no_digit(shape, shared):
     assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_first_values_may_differ_by_more_than_the_greatest_number(shared):
+    x = np.full((40, 300), 3e38, np.float32)
+    x[::3] *= -1
+    mask = np.ones((40, 1 if shared else 300), bool)
+    mask[-1, 0] = False
+    moments, ref = (f(x, mask=mask) for f in (nbnorm.batch_norm_stats, reference.batch_norm_stats))
+    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
+    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+
+
 def test_weights_above_0_count_however_small():
     x = np.array([[1.0], [2.0], [3.0]], np.float32)
     weights = np.array([[1.0], [1e-60], [1.0]])
