@@ -288,9 +288,15 @@ WEIGHTS = of(
         ("d = d if weight != 0 else weight", "d = d"),
         ("d = d if at(w, j) != 0 else like.dtype.type(0)", "d = d"),
         ("v = v if at(w, j) != 0 else other", "v = v"),
+        ("store(dx, j, d if counts else zero)", "store(dx, j, d)"),
+    ),
+    (
+        "test_weights.py::test_other_activations[(40,3)-1-silu]",
         ("s[j] += g if at(w, j) != 0 else zero", "s[j] += g"),
         ("store(dresidual, j, g if counts else zero)", "store(dresidual, j, g)"),
-        ("store(dx, j, d if counts else zero)", "store(dx, j, d)"),
+    ),
+    (
+        "test_weights.py::test_whole_weights_are_repeated_samples",
         ("weight * at(h, j)) - weight * normalised", "weight * at(h, j)) - normalised"),
     ),
     (

@@ -258,6 +258,13 @@ def test_whole_weights_are_repeated_samples(shape):
     moments = nbnorm.batch_norm_stats(x, weights=weights)
     assert type(moments.count) is float
     assert moments.count == nbnorm.batch_norm_stats(repeated).count
+    dy, samples = rng.normal(size=shape), np.arange(shape[0]).repeat(times)
+    got = nbnorm.batch_norm_backward(dy, x, None, mean, rstd, weights=weights)
+    each = dy / np.maximum(times, 1).reshape(weights.shape)  # shared by the repetitions
+    of_each = nbnorm.batch_norm_backward(each[samples], repeated, None, mean, rstd).dx
+    dx = np.zeros(shape)
+    np.add.at(dx, samples, of_each)
+    assert_allclose(got.dx, dx, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30, 1e-300, 1e300])
