@@ -276,7 +276,7 @@ WEIGHTS = of(
     (
         "test_streaming.py::test_what_counts_streams_the_same_bits",
         ("ahead * alike(w, last, n)", "ahead"),
-        ("ahead * alike(w, n, next_)", "ahead"),
+        ("ahead * alike(w, n, next_)", "ahead", "the next row writes these values again"),
         ("columns_ahead(y, (values, residual, y),", "columns_ahead(y, (values, residual),"),
         ("columns_ahead(out, (dy, values, y, dx, dresidual),",
          "columns_ahead(out, (dy, values, y, dresidual),"),
@@ -473,7 +473,6 @@ CHANNEL = of(
     (
         _LATE,
         ("d / (m if m > 0 else 1.0)", "d / m"),
-        ("delta_tile if m > 0 else delta", "delta_tile"),
     ),
     (
         "test_arithmetic.py::test_moments_of_one_value_and_of_many_merge",

@@ -60,7 +60,6 @@ def with_tile(count, shift, delta, m2, m, center, d, q, like):
     """
     mean = d / (m if m > 0 else 1.0)
     delta_tile = center - shift + mean
-    delta_tile = delta_tile if m > 0 else delta
     _, new_delta, new_m2 = merge(count, delta, m2, m, delta_tile, q - d * mean)
     return new_delta, new_m2, lost(m, mean, q, new_m2, like)
 
