@@ -2,8 +2,9 @@
 
 Usage: `python tests/mutate.py [word]`. mutants.py lists the changes; `word` selects those whose
 file or line contains it. Each mutant runs its own few tests on a copy of the package. It is killed
-if they fail, crash or time out. A mutant that survives needs a reason in the table, for example
-that it changes only the run time.
+if they fail or crash. If they time out, it may hang or only be slow: its tests must be short enough
+to tell. A mutant that survives needs a reason in the table, for example that it changes only the
+run time.
 """
 
 import argparse
@@ -22,7 +23,7 @@ LIMIT = 300  # seconds
 
 
 def run(tests, folder):
-    """Run tests on a copy; return "alive", "killed" or "no test ran"."""
+    """Run tests on a copy; return "alive", "killed", "timed out" or "no test ran"."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     # Python detects stale bytecode by seconds and size, which two mutants may share.
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -37,7 +38,7 @@ def run(tests, folder):
             check=False,
         ).returncode
     except subprocess.TimeoutExpired:
-        return "killed"
+        return "timed out"
     if code == 0:
         return "alive"
     # 1 is a failed test, a negative number a signal; other codes are errors of pytest itself.
@@ -78,7 +79,7 @@ def main():
             if result == "alive" and m.reason:
                 result = "alive, with a reason"
             found[result] = found.get(result, 0) + 1
-            bad += result not in ("killed", "alive, with a reason")
+            bad += result not in ("killed", "timed out", "alive, with a reason")
             line = f"{m.file}: {m.original.strip()!r} -> {m.mutated.strip()!r}"
             print(f"{result:20} {time.perf_counter() - begin:4.0f} s  {line}", flush=True)
     print(f"{len(chosen)} mutants:", ", ".join(f"{n} {result}" for result, n in found.items()))
