@@ -176,13 +176,7 @@ def add_half(j, sums, wide, half):
 
 @ordered
 def copy(j, values, out):
-    """out[j] = values[j]."""
-    out[j] = values[j]
-
-
-@ordered
-def widen(j, values, out):
-    """out[j] = values[j], converted to the compute dtype."""
+    """out[j] = values[j], in the dtype that it is computed in."""
     out[j] = load(values, j)
 
 

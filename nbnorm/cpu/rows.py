@@ -20,9 +20,9 @@ from nbnorm.cpu.channel import (
     factors,
     gate,
     given,
-    lost,
     merge,
     scales,
+    with_tile,
 )
 from nbnorm.cpu.intrinsics import clear, each, each_to, fence, four, new, of_chunk, piece, zeros
 from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
@@ -155,17 +155,16 @@ def add_tile(x, n0, n1, c, s, size, k, s_lanes, q_lanes, wide, partial):
     for n in range(n0, n1):
         add_moment_piece(piece(x, n, c, s, size), K, s_lanes, q_lanes)
     d, q = total(s_lanes, wide), total(q_lanes, wide)
-    m = (n1 - n0) * size
-    mean = d / m
-    from_shift = np.float64(K) - shift
-    merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
-    if lost(m, mean, q, merged[2], s_lanes):
-        near, rest, m2_tile = moments64(x, n0, n1, c, s, size, np.float64(K))
+    m = float((n1 - n0) * size)
+    K64 = np.float64(K)
+    new_delta, new_m2, gone = with_tile(count, shift, delta, m2, m, K64, d, q, s_lanes)
+    if gone:
+        near, rest, m2_tile = moments64(x, n0, n1, c, s, size, K64)
         if count == 0:  # a shift that far off would cost delta digits
             shift = near
-        merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
-    partial[0, k, c], partial[2, k, c], partial[3, k, c] = merged
-    partial[1, k, c] = shift
+        _, new_delta, new_m2 = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
+    partial[0, k, c], partial[1, k, c] = count + m, shift
+    partial[2, k, c], partial[3, k, c] = new_delta, new_m2
 
 
 @ordered

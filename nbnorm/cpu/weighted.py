@@ -25,7 +25,6 @@ from nbnorm.cpu.channel import (
     coefficients_of,
     factors,
     gate,
-    lost,
     merge,
     scales,
     with_tile,
@@ -180,18 +179,15 @@ def rows_stats(x, grid, c0, c1, k, partial):
                 add_weighted_piece(piece(values, n, c, s, size), w_, K, s_lanes, q_lanes, m_own)
             d, q = total(s_lanes, wide), total(q_lanes, wide)
             m = tile_weight(m_own, shared, wide)
-            if m == 0:
-                continue
-            mean = d / m
-            from_shift = np.float64(K) - shift
-            merged = merge(count, delta, m2, m, from_shift + mean, q - d * mean)
-            if lost(m, mean, q, merged[2], s_lanes):
-                near, rest, m2_tile = moments64(values, w, n0, n1, c, s, size, m, np.float64(K))
+            K64 = np.float64(K)
+            new_delta, new_m2, gone = with_tile(count, shift, delta, m2, m, K64, d, q, s_lanes)
+            if gone:
+                near, rest, m2_tile = moments64(values, w, n0, n1, c, s, size, m, K64)
                 if count == 0:  # a shift that far off would cost delta digits
                     shift = near
-                merged = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
-            partial[0, k, c], partial[2, k, c], partial[3, k, c] = merged
-            partial[1, k, c] = shift
+                _, new_delta, new_m2 = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
+            partial[0, k, c], partial[1, k, c] = count + m, shift
+            partial[2, k, c], partial[3, k, c] = new_delta, new_m2
 
 
 @noinline
@@ -352,7 +348,7 @@ def add_first(x, w, n, c, size, found, K, s, m):
     def shared(x, w, n, c, size, found, K, s, m):
         x_ = piece(x, n, c, 0, size)
         if found == 0:
-            each(size, element.widen, (x_, K))
+            each(size, element.copy, (x_, K))
         each(size, element.add_moment_row, (x_, K, s, None))
         each(size, element.fill, (K.dtype.type(found + 1), m))
 
@@ -466,7 +462,11 @@ def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
 
 @ordered
 def merge_weighted_tile(c, count, shift, delta, m2, m, center, d, q, new_delta, new_m2, gone):
-    """`with_tile` of channel c."""
+    """`with_tile` of channel c, which has a count and an m of its own.
+
+    Reading both kinds by `element.at` kept the loop of `columns.merge_tile` from being vectorised:
+    plain statistics of 64 x 400 x 512 took 1.6 ms instead of 1.3.
+    """
     new_delta[c], new_m2[c], gone[c] = with_tile(
         count[c], shift[c], delta[c], m2[c], m[c], center[c], d[c], q[c], center
     )
