@@ -156,8 +156,8 @@ def _differentiate(
         dy = dy.astype(dtype, copy=False)  # the loss may be computed in another dtype
         grads: tuple[Array, ...] = ()
         if any(mask):
-            statistics = mean, rstd, y, training, axis, activation, taken, mask
-            grads = _gradients(dy, x, gamma, beta, *statistics)
+            statistics = mean, rstd, y, training, axis, activation
+            grads = _gradients(dy, x, gamma, beta, taken, *statistics, mask)
         if of_residual and added:
             grads = *grads, dy
         if of_residual and residual.dtype != dtype:
@@ -173,13 +173,13 @@ def _gradients(
     x: NDArray,
     gamma: NDArray | None,
     beta: NDArray | None,
+    residual: NDArray | None,
     mean: NDArray,
     rstd: NDArray,
     y: NDArray | None,
     training: bool,
     axis: Axis,
     activation: Activation,
-    residual: NDArray | None,
     mask: Mask,
 ) -> tuple[NDArray, ...]:
     """Return those of dx, dgamma, dbeta and dresidual that are in `mask`."""
@@ -211,7 +211,7 @@ def _differentiate_gradients(
     argnums: tuple[int, ...], _: Any, arguments: tuple[Any, ...], __: dict[str, Any]
 ) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
     """Return a function that maps gradients of `_gradients` to those of its arguments."""
-    *given, activation, residual, mask = arguments
+    *given, activation, mask = arguments
     if isinstance(activation, Fused) and not has_curvature(activation):
         raise NotImplementedError(
             f"nbnorm's batch_norm has no second derivative with {activation!r}; apply a function "
@@ -221,8 +221,8 @@ def _differentiate_gradients(
     def gradients(grads: tuple[Array, ...]) -> tuple[Array, ...]:
         of_results = iter(grads)
         directions = [next(of_results) if wanted else None for wanted in mask]
-        found = _second(*directions, *given, activation, residual)
-        return tuple(found[min(i, 4)] for i in argnums)  # the residual is the fifth
+        found = _second(*directions, *given, activation)
+        return tuple(found[i] for i in argnums)
 
     return gradients
 
@@ -237,20 +237,20 @@ def _second(
     x: NDArray,
     gamma: NDArray | None,
     beta: NDArray | None,
+    residual: NDArray | None,
     mean: NDArray,
     rstd: NDArray,
     y: NDArray | None,
     training: bool,
     axis: Axis,
     activation: Activation,
-    residual: NDArray | None,
 ) -> tuple[Any, ...]:
     """Return the gradients of dy, x, gamma, beta and residual, on which `_gradients` depends.
 
     `_gradients` is the backward pass without activation, of g = dy act'(v) with
-    v = gamma (x - mean) rstd + beta [+ residual]. The gradient of dy is that of g
-    times act'(v). The gradient of v is that of g times dy act''(v), and passes on to x, gamma, beta
-    and residual; it is 0 for ReLU.
+    v = gamma (x - mean) rstd + beta [+ residual]. The gradient of dy is that of g times act'(v).
+    The gradient of v is that of g times dy act''(v), and passes on to x, gamma, beta and residual;
+    it is 0 for ReLU.
     """
 
     def through(g: NDArray) -> Any:
