@@ -7,11 +7,11 @@ result or error, and every array's memory afterwards, must agree.
 import pickle
 from itertools import count, product
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from of_users import doubled, squared
 
 import nbnorm
 from nbnorm import _shortcut
@@ -159,16 +159,6 @@ def described(result, arrays):
         result is arrays.get("out"),
         result.flags.writeable,
     )
-
-
-@numba.njit
-def squared(v):
-    return v * v
-
-
-@numba.njit
-def doubled(v):
-    return v + v
 
 
 MINE = nbnorm.activation(squared, doubled)

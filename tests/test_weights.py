@@ -50,6 +50,19 @@ def what_counts(recipe, kind, shared, rng):
     return {"weights": np.where(counts, rng.uniform(0.1, 3, shape), 0).astype(np.float32)}
 
 
+def skip_without_axis(kind, shape):
+    """Skip lengths of the examples that have no axis to go along."""
+    if kind == "lengths" and shape in ((40, 3), (300, 200), (70, 2, 40)):
+        pytest.skip("no axis to go along")
+
+
+def assert_statistics(x, mask):
+    """The moments of what counts are the oracle's."""
+    moments, ref = (f(x, mask=mask) for f in (nbnorm.batch_norm_stats, reference.batch_norm_stats))
+    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
+    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+
+
 def weights_of(recipe, counting):
     """Return the weight of every value of x, in x's shape."""
     x = recipe.x()
@@ -171,8 +184,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @examples
 def test_what_does_not_count_changes_no_bit(shape, axis, kind, dtype):
     recipe, rng = Recipe(shape, axis, dtype), np.random.default_rng(1)
-    if kind == "lengths" and shape in ((40, 3), (300, 200), (70, 2, 40)):
-        pytest.skip("no axis to go along")
+    skip_without_axis(kind, shape)
     counting = what_counts(recipe, kind, True, rng)
     w, x, dy = weights_of(recipe, counting), recipe.x(), recipe.like_x(5)
     residual = recipe.like_x(7)
@@ -440,18 +452,14 @@ def test_values_that_begin_to_count_late(shape):
     x = np.random.default_rng(12).normal(1e6, 1, shape)
     mask = np.zeros(x.shape, bool)
     mask[-20:, ::3], mask[:25, 1::3], mask[::7, 2::3] = True, True, True
-    moments = nbnorm.batch_norm_stats(x, mask=mask)
-    ref = reference.batch_norm_stats(x, mask=mask)
-    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
-    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+    assert_statistics(x, mask)
 
 
 @kinds
 @examples
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_constant_channel_has_no_spread(shape, axis, kind, dtype):
-    if kind == "lengths" and shape in ((40, 3), (300, 200), (70, 2, 40)):
-        pytest.skip("no axis to go along")
+    skip_without_axis(kind, shape)
     recipe = Recipe(shape, axis, dtype)
     counting = what_counts(recipe, kind, True, np.random.default_rng(8))
     x = np.full(shape, 0.1, dtype)
@@ -486,9 +494,7 @@ def test_first_values_far_off_cost_the_later_ones_no_digit(shape, shared):
     mask = np.ones((shape[0], 1, *shape[2:]) if shared else shape, bool)
     mask.reshape(-1)[-1] = False
     x[np.broadcast_to(~mask, shape)] = np.nan
-    moments, ref = (f(x, mask=mask) for f in (nbnorm.batch_norm_stats, reference.batch_norm_stats))
-    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
-    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+    assert_statistics(x, mask)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -497,9 +503,7 @@ def test_first_values_may_differ_by_more_than_the_greatest_number(shared):
     x[::3] *= -1
     mask = np.ones((40, 1 if shared else 300), bool)
     mask[-1, 0] = False
-    moments, ref = (f(x, mask=mask) for f in (nbnorm.batch_norm_stats, reference.batch_norm_stats))
-    assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
-    assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
+    assert_statistics(x, mask)
 
 
 def test_weights_above_0_count_however_small():

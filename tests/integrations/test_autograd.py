@@ -5,7 +5,6 @@ import re
 import weakref
 from itertools import product
 
-import numba
 import numpy as onp
 import pytest
 from autodiff import (
@@ -20,6 +19,7 @@ from autodiff import (
     run_example,
 )
 from children import run_child
+from of_users import doubled, squared
 from tolerances import assert_same_bits
 
 pytest.importorskip("autograd", reason="the integration of autograd needs autograd")
@@ -447,16 +447,8 @@ def test_a_second_derivative_in_half_precision(size):
 
 
 def test_a_second_derivative_with_a_function_of_the_user_is_refused():
-    @numba.njit
-    def square(v):
-        return v * v
-
-    @numba.njit
-    def twice(v):
-        return v + v
-
     b = drawn("NC")
-    function = function_of(b, ("x",), activation=nbnorm.activation(square, twice))
+    function = function_of(b, ("x",), activation=nbnorm.activation(squared, doubled))
     first = elementwise_grad(lambda x: function(x) ** 2)
     with pytest.raises(NotImplementedError, match=r"no second derivative with .*square.*numpy"):
         elementwise_grad(first)(b.x)

@@ -3,8 +3,8 @@
 import copy
 import pickle
 
-import numba
 import pytest
+from of_users import doubled, squared
 
 torch = pytest.importorskip("torch", reason="the integration of PyTorch needs PyTorch")
 
@@ -182,16 +182,6 @@ def test_a_relu_that_follows_another_activation_is_not_fused():
     x = drawn((4, 3, 5, 5), dtype=torch.float32)
     expected = model(x)
     assert torch.equal(convert(model, fuse_relu=True)(x), expected)
-
-
-@numba.njit
-def squared(v):
-    return v * v
-
-
-@numba.njit
-def doubled(v):
-    return v + v
 
 
 @modes

@@ -1,0 +1,14 @@
+"""An activation of a user's own, compiled once for all tests of a process."""
+
+import numba
+
+
+@numba.njit
+def squared(v):
+    return v * v
+
+
+@numba.njit
+def doubled(v):
+    """The derivative of `squared`."""
+    return v + v
