@@ -64,6 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if addresses := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"two processes would name these tests differently: {addresses}")
     for item in filter(_compiles_for_halves, items):
         item.add_marker("slow")
     if _asks_for_nothing(config):

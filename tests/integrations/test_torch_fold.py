@@ -512,7 +512,7 @@ WIRES = [
 ]
 
 
-@pytest.mark.parametrize(("wire", "reason"), WIRES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("wire", "reason"), WIRES)
 def test_what_is_used_elsewhere_stays(wire, reason):
     model, u = randomised(Wired(wire)), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     result = check(model, u, folded=[], left=["bn"])
@@ -540,7 +540,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
 def test_what_cannot_be_folded_stays(change, reason, norm_first):
     model = randomised(Wired(PAIR[norm_first]))
     change(model)
