@@ -51,7 +51,7 @@ if _TYPE_CHECKING:
     from nbnorm import integrations as integrations
     from nbnorm import reference as reference
 
-_register()  # for compiled functions that call those above
+_register()  # compiled functions may call those above
 
 __all__ = [
     "BatchNorm",

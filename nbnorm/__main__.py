@@ -28,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo.add_argument("--array", metavar="NAME", help="which array of a .npz file")
     demo.add_argument(
         "--axis",
-        help="channel axes, which keep statistics of their own: 1 (default), -1 (channels last), "
-        "1,2,3 (of several, the first negative: --axis=-2,-1)",
+        help="channel axes, which keep their statistics: 1 (default), -1 (channels last) or 1,2,3; "
+        "if the first of several is negative: --axis=-2,-1",
     )
-    demo.add_argument("--output", metavar="PAGE", help="where to write the page (FILE's name.html)")
+    demo.add_argument("--output", metavar="PAGE", help="page to write (default: FILE's name.html)")
     demo.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
     given = parser.parse_args(arguments)
     if given.command is None:

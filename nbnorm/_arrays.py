@@ -2,8 +2,8 @@
 
 `take` views any accepted array as a plain `numpy.ndarray` on the same memory, or as a CuPy array if
 it is on a GPU. `home_of` converts results back, so torch tensors in give torch tensors out. Neither
-imports the other library, since the array's existence implies that it is imported. The first array
-on a GPU imports the CUDA backend.
+imports the array's library: since the array exists, it is imported already. The first array on a
+GPU imports the CUDA backend.
 """
 
 import sys
@@ -55,7 +55,8 @@ def take(obj: Array, name: str) -> NDArray:
             f"{_class_name(obj)}" + f"; np.asarray({name}) makes an array of it" * convertible
         )
     if not array.dtype.isnative:
-        raise TypeError(f"{name} has non-native byte order ({array.dtype.str}); byteswap it first")
+        native = array.dtype.str[1:]
+        raise TypeError(f"{name} has non-native byte order; use {name}.astype({native!r})")
     return array
 
 
@@ -87,8 +88,8 @@ def take_numbers(obj: Array, name: str) -> NDArray:
 
 
 def result_dtype(dtype: Any, name: str) -> np.dtype[Any]:
-    """Return the dtype of a result, given as `dtype` or by the argument `name`."""
-    named = str(dtype).rpartition(".")[2]  # as of torch.float16
+    """Return `dtype`, which the argument `name` gives, as one of `DTYPES`, or raise."""
+    named = str(dtype).rpartition(".")[2]  # drops "torch."
     try:
         found = (
             _bfloat16(name)
@@ -98,7 +99,7 @@ def result_dtype(dtype: Any, name: str) -> np.dtype[Any]:
     except TypeError:
         raise TypeError(f"{name} must be one of {_or(DTYPES)}, got {dtype!r}") from None
     if found not in _KNOWN and found.name != "bfloat16":
-        raise TypeError(f"{name} is of dtype {found}, expected one of {_or(DTYPES)}")
+        raise TypeError(f"{name} is {found}, expected one of {_or(DTYPES)}")
     return found
 
 
@@ -168,7 +169,7 @@ def on_host(array: Array) -> NDArray:
 def ones_like(array: NDArray) -> NDArray:
     """Return ones with the shape and dtype of a parameter, on its device.
 
-    As gamma they give dbeta the dtype of a beta that stands alone; with None it would have x's.
+    Passed as gamma where there is only beta: dbeta then has beta's dtype, not x's.
     """
     ones = np.zeros_like(array)
     ones[...] = 1
@@ -187,10 +188,10 @@ def overwrite(array: Array, values: NDArray) -> None:
 
 
 def on_its_device(name: str, instead: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Run a function on the device of its argument `name`, on its library's current stream.
+    """Decorate: run on the device of the argument `name`, on its library's current stream.
 
     Has no effect for arrays in CPU memory. If the argument is None, the keyword `instead` takes its
-    place. The device of moments is that of their mean. Also tells torch.compile to call the
+    place. Moments (`self`) are on the device of their mean. Also tells torch.compile to call the
     function instead of tracing it.
     """
 
@@ -219,7 +220,7 @@ def on_its_device(name: str, instead: str = "") -> Callable[[Callable[_P, _R]], 
             with backend(name).memory.current_for(x):
                 return function(*args, **kwargs)
 
-        # Give the wrapper the module's globals, by which doctest recognises a module's functions.
+        # doctest recognises a module's functions by their globals: give the wrapper the module's.
         code, scope, closure = call.__code__, function.__globals__, call.__closure__
         found: Callable[_P, _R] = wraps(function)(FunctionType(code, scope, closure=closure))
         return untraced(found)
@@ -234,7 +235,7 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 # Message of torch.compile for a call that it cannot trace.
-_NOT_TRACED = "nbnorm computes on memory; nbnorm.integrations.torch can be compiled"
+_NOT_TRACED = "nbnorm needs values; nbnorm.integrations.torch can be compiled"
 
 
 def cuda_backend(name: str) -> ModuleType:
@@ -333,7 +334,7 @@ def stand_in_of(cls: type) -> str:
 
 
 def _refuse_tensor(obj: Array, name: str) -> None:
-    """Raise for a torch tensor that has no memory, or whose memory is not its whole meaning."""
+    """Raise for a torch tensor without memory of its own, or whose memory omits its tangent."""
     torch = sys.modules.get("torch")
     tensor = getattr(torch, "Tensor", None)  # None while torch is being imported
     if torch is None or tensor is None or not isinstance(obj, tensor):

@@ -1,4 +1,4 @@
-"""Moments merged part by part, kept in a file from which a later call goes on."""
+"""Moments merged part by part, saved to a file from which a later call resumes."""
 
 import os
 import time
@@ -17,26 +17,26 @@ from nbnorm._typing import Array
 from nbnorm.moments import Moments
 
 _CONTENT = "nbnorm.population_stats 1"  # the format of files; a new number where it changes
-_KEYS = ("number", "sum", "count", "mean", "m2")  # of parts; of their names; of those that wait
-# A file is written when that has taken less than this part of the time since it was last written.
+_KEYS = ("number", "sum", "count", "mean", "m2")  # of parts; their checksum; the waiting moments
+# The file is rewritten once the last write has cost less than this share of the time since then.
 SHARE = 1 / 50
 
 
 class Checkpoint:
-    """Moments merged in pairs; with a path, continued from that file and kept in it.
+    """Moments merged in pairs; with a path, resumed from that file and saved to it.
 
-    As a context manager it removes the file where the block ends, and leaves it up to date where an
+    As a context manager it deletes the file if the block completes, and brings it up to date if an
     exception ends the block.
     """
 
     def __init__(self, path: Any) -> None:
         self._merged, self._sum = Pairwise(), 0
-        self._ahead, self._expected = 0, 0  # parts in the file that data has yet to name; their sum
+        self._ahead, self._expected = 0, 0  # parts in the file not yet passed to `has`; checksum
         self._path = None if path is None else _checked(path)
         if self._path is not None and os.path.exists(self._path):
             self._read(self._path)
         self._restored = self._ahead > 0
-        # One object, replaced by one assignment: an interrupt between two would not leave it half.
+        # One object, replaced in one assignment, so an interrupt cannot leave it half updated.
         self._state = self._saved = (len(self._merged), tuple(self._merged.waiting), 0)
         self._cost, self._time = 0.0, time.perf_counter()
 
@@ -48,9 +48,9 @@ class Checkpoint:
         return sum(map(values_of, self._merged.waiting))
 
     def has(self, *part: Any) -> bool:
-        """Return True if the file has the moments of this part.
+        """Return True if the file has this part; call once per part, in order.
 
-        Must be called for each part in turn, with what tells it from parts of other data.
+        `part` identifies it, and its checksum must agree with the file's.
         """
         if self._path is None:
             return False
@@ -64,7 +64,7 @@ class Checkpoint:
 
     def add(self, moments: Moments) -> None:
         """Merge the moments of the part that `has` was called for."""
-        if self._restored:  # from NumPy arrays to what they were
+        if self._restored:  # from NumPy to the data's library and device
             self._merged.waiting = [_like(moments, part) for part in self._merged.waiting]
             self._restored = False
         self._merged.add(moments)
@@ -118,14 +118,13 @@ class Checkpoint:
 
     def _of_other_data(self) -> ValueError:
         return ValueError(
-            f"checkpoint {self._path!r} holds {len(self)} parts of other data: an array has "
-            "another shape or dtype, or axis or chunk is not what it was; remove the file to begin "
-            "anew"
+            f"checkpoint {self._path!r} holds {len(self)} parts of other data: a shape, dtype, "
+            "axis or chunk differs; delete the file to start over"
         )
 
 
 def values_of(moments: Moments) -> int:
-    """Return the number of values in moments of all channels."""
+    """Return the number of values: count times the number of channels."""
     values: int = int(moments.count) * prod(moments.mean.shape)
     return values
 
@@ -136,18 +135,18 @@ def _checked(path: Any) -> str:
         absolute = os.path.abspath(os.fsdecode(path))
     except TypeError:
         raise TypeError(f"checkpoint must be a path or None, got {path!r}") from None
-    if not os.fsdecode(path):  # the working directory, if it were made absolute
+    if not os.fsdecode(path):  # abspath("") is the working directory
         raise ValueError("checkpoint is empty, expected a path or None")
     if os.path.isdir(absolute):
         raise IsADirectoryError(f"checkpoint {absolute!r} is a folder, expected a file")
     folder = os.path.dirname(os.path.realpath(absolute))
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"checkpoint {absolute!r} is in {folder!r}, which is no folder")
+        raise FileNotFoundError(f"checkpoint {absolute!r}: {folder!r} is not a folder")
     return absolute
 
 
 def _like(moments: Moments, part: Moments) -> Moments:
-    """Return a part with arrays of the library and on the device of other moments."""
+    """Return a part with arrays of the library and device of other moments."""
     home = home_of(moments.mean)
 
     def given(array: Array) -> Array:

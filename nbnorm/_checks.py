@@ -83,7 +83,7 @@ def same_dtype(array: NDArray, name: str, x: NDArray, of: str = "x") -> None:
 
 
 def dtype_of_result(dtype: Any, expected: Any) -> None:
-    """Raise if the dtype asked for is not that of the result: only integers are converted."""
+    """Raise if `dtype` differs from the result's: only integer x is converted."""
     if dtype != expected:
         raise ValueError(
             f"dtype is {dtype}, expected {expected}, the dtype of x: only integers are converted"
@@ -160,9 +160,9 @@ def has_lazy_sign(obj: Array) -> bool:
 
 
 def running_to_update(arrays: Mapping[str, NDArray], instead: str) -> None:
-    """Raise if running statistics cannot be updated in place; `arrays` are all of the call's.
+    """Raise if running statistics cannot be updated in place; `arrays` has all of the call's.
 
-    An array that shares memory with them would change between the forward and the backward pass.
+    One that shares memory with them would change between the forward and the backward pass.
     """
     mean, var = arrays["running_mean"], arrays["running_var"]
     writable(mean, "running_mean", instead)
@@ -265,10 +265,9 @@ NOT_GIVEN: Any = _NotGiven()
 
 
 def given(array: Any, name: str, activation: Fused, y: Any, from_y: bool = False) -> Any:
-    """Return a parameter, or None if it was omitted.
+    """Return a parameter, or None if it was omitted; raise if the gradient depends on it.
 
-    Raise if it was omitted and the derivative of the activation depends on it, or x_hat, which is
-    computed from y without x.
+    It does if the derivative of the activation is recomputed from x, or x_hat from y.
     """
     if array is not NOT_GIVEN:
         return array
@@ -288,11 +287,11 @@ def given(array: Any, name: str, activation: Fused, y: Any, from_y: bool = False
 
 
 def for_derivative(activation: Fused, y: Any, residual: Any) -> None:
-    """Raise unless the residual is known: ReLU reads y, other activations recompute v."""
+    """Raise if y is given in place of residual or vice versa: only ReLU reads y."""
     if isinstance(activation, Activation) and y is not None and residual is None:
         raise ValueError(
             f"y does not give the derivative of {activation!r}; "
-            "pass the forward's residual= if it had one"
+            "omit it, or pass the forward's residual="
         )
     if activation == "relu" and residual is not None and y is None:
         raise ValueError(
@@ -301,9 +300,9 @@ def for_derivative(activation: Fused, y: Any, residual: Any) -> None:
 
 
 def invertible(given: Any, remedy: str = "pass x", dtype: np.dtype[Any] | None = None) -> None:
-    """Raise if y, of this dtype if it is known, does not determine the value before the activation.
+    """Raise if `given` has no inverse, so that y, of this dtype, does not determine x_hat.
 
-    A slope must have a reciprocal in the range of the dtype that kernels compute in.
+    Parameters must be from 2^-b to 2^b, with b from `_bits`, or 1022 without a dtype.
     """
     found = activation(given)
     if found is None:
@@ -319,15 +318,15 @@ def invertible(given: Any, remedy: str = "pass x", dtype: np.dtype[Any] | None =
         ]
         if not wrong:
             return
-        why = f"{why} where {', '.join(wrong)}"
+        why = f"{why} with {', '.join(wrong)}"
     raise ValueError(f"activation={given!r} {why}, so y does not determine x_hat; {remedy}")
 
 
 def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -> None:
     """Raise if x_hat = (y - beta) / gamma cannot be computed; arrays are in CPU memory.
 
-    gamma and gamma rstd must be numbers with reciprocals in the range of the dtype that kernels
-    compute x's `dtype` in (in float64, so must their product). NaN and Inf pass, as in x.
+    The magnitudes of gamma and gamma rstd must be from 2^-b to 2^b, with b from `_bits(dtype)`.
+    NaN and Inf pass. Where rstd is 0, only gamma is checked.
     """
     bits = _bits(dtype)
     scale = gamma.astype(np.float64)
@@ -338,12 +337,12 @@ def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -
 
 
 def _bits(dtype: np.dtype[Any]) -> int:
-    """Return the greatest power of two by which kernels divide y of this dtype."""
+    """Return b, such that factors from 2^-b to 2^b, and gamma^2 rstd, stay in range."""
     return 510 if dtype == np.float64 else 126
 
 
 def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
-    """Raise for the first factor that is not of a size from 2^-bits to 2^bits, NaN or Inf."""
+    """Raise for the first finite factor whose magnitude is not in [2^-bits, 2^bits]."""
     size, values = np.abs(factor), np.broadcast_to(values, factor.shape)
     wrong = np.argwhere((size < 2.0**-bits) | ((size > 2.0**bits) & (size < np.inf)))
     if wrong.size:
@@ -356,7 +355,7 @@ def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
 
 
 def kept(x: NDArray, y: NDArray) -> None:
-    """Raise if y lies in the memory of x: the forward has written it over x."""
+    """Raise if x and y overlap: the forward pass has written y over x."""
     x, y = _mirror(x), _mirror(y)
     if np.may_share_memory(x, y) and _overlap(x, y):
         raise ValueError(
@@ -393,7 +392,7 @@ def finite(value: Any, name: str) -> float:
 
 
 def integer(value: Any, name: str, kind: str = "an int") -> int:
-    """Return an int, also of a 0-d integer array."""
+    """Return an int or 0-d integer array as an int."""
     try:
         return operator.index(value)
     except TypeError:
@@ -401,7 +400,7 @@ def integer(value: Any, name: str, kind: str = "an int") -> int:
 
 
 def at_least_one(value: Any, name: str) -> int:
-    """Return an int, or raise unless it is one and not below 1."""
+    """Return an integer as an int; raise if it is less than 1."""
     found = integer(value, name)
     if found < 1:
         raise ValueError(f"{name} must be at least 1, got {found}")
@@ -417,7 +416,7 @@ def batches(value: Any) -> int:
 
 
 def activation(given: Any) -> Fused:
-    """Return None, "relu" or another activation; raise if there is none of this name."""
+    """Return None, "relu" or an `Activation`; raise if `given` is not known."""
     if isinstance(given, str) and given in NAMES:
         given = named(given)
     if isinstance(given, Activation):
@@ -457,7 +456,7 @@ def enough_values(m: float, correction: float, got: str, *of_what: object) -> No
 
 
 def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
-    """Raise if only one running statistic is given, or none although they normalise."""
+    """Raise if only one running statistic is given, or neither with training=False."""
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} is None; pass both running_mean and running_var, or neither")
@@ -466,14 +465,14 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
 
 
 def segments(groups: Any, offsets: Any, shape: Shape, first: int, name: str) -> list[int]:
-    """Return where the parts of axis `first` begin, and the end of the last."""
+    """Return the beginnings of the parts along axis `first`, and the last end."""
     length, where = shape[first], f"axis {first} of {name} of shape {shape}"
     if groups is not None and offsets is not None:
         raise ValueError("groups and offsets are both given, expected one of them")
     if offsets is None:
         number = integer(groups, "groups")
         if number < 1 or length % number:
-            raise ValueError(f"groups is {number}, expected a divisor of {length}, of {where}")
+            raise ValueError(f"groups is {number}, expected a divisor of {length}, {where}")
         return list(range(0, length + 1, length // number)) if length else [0] * (number + 1)
     if offsets.dtype.kind not in "iu":
         raise TypeError(f"offsets has dtype {offsets.dtype}, expected integers")
@@ -482,15 +481,15 @@ def segments(groups: Any, offsets: Any, shape: Shape, first: int, name: str) -> 
     ends = [int(end) for end in offsets]
     if ends[0] != 0 or ends[-1] != length:
         raise ValueError(
-            f"offsets go from {ends[0]} to {ends[-1]}, expected 0 to {length}: {where}"
+            f"offsets go from {ends[0]} to {ends[-1]}, expected 0 to {length}, {where}"
         )
     if any(end < begin for begin, end in pairwise(ends)):
-        raise ValueError("offsets decrease, expected the beginnings of consecutive parts")
+        raise ValueError("offsets decrease, expected the beginnings of parts, in order")
     return ends
 
 
 def counts(values: NDArray, expected: Shape, own: list[int]) -> list[int]:
-    """Return the counts of parts; raise unless all channels of each have one positive count."""
+    """Return an int per part; raise unless the channels of a part share one positive count."""
     if values.shape != expected:
         raise ValueError(f"count has shape {values.shape}, expected {expected}, or an int")
     found = []
@@ -498,21 +497,20 @@ def counts(values: NDArray, expected: Shape, own: list[int]) -> list[int]:
         value = float(row[0]) if row.size else 1.0
         if (row != value).any() or value != int(value) or value < (m > 0):
             raise ValueError(
-                "count must be a whole positive number, the same for all channels of a part, "
-                f"got {row}"
+                f"count must be a positive integer, the same for all channels of a part, got {row}"
             )
         found.append(int(value))
     return found
 
 
 def same_parts(gamma: NDArray | None, beta: NDArray | None) -> None:
-    """Raise if only one of gamma and beta has a row for each part: their gradients look alike."""
+    """Raise if only one of gamma and beta has a row for each part: dbeta has gamma's shape."""
     if gamma is not None and beta is not None and gamma.shape != beta.shape:
         raise ValueError(f"beta has shape {beta.shape}, expected {gamma.shape}, the shape of gamma")
 
 
 def one_of(given: list[str]) -> None:
-    """Raise if more than one argument says what counts."""
+    """Raise if more than one of mask, lengths, weights is given."""
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are given, expected one of mask, lengths, weights")
 
@@ -520,7 +518,7 @@ def one_of(given: list[str]) -> None:
 def boolean(mask: NDArray) -> None:
     """Raise if a mask is not of dtype bool."""
     if mask.dtype != np.bool_:
-        raise TypeError(f"mask has dtype {mask.dtype}, expected bool; numbers are weights=")
+        raise TypeError(f"mask has dtype {mask.dtype}, expected bool; use weights= for numbers")
 
 
 def broadcastable(array: NDArray, name: str, x: NDArray, of: str) -> None:
@@ -534,7 +532,7 @@ def broadcastable(array: NDArray, name: str, x: NDArray, of: str) -> None:
 
 
 def lengths(values: NDArray, axis: Any, shape: Shape, channels: list[int], name: str) -> int:
-    """Check `lengths`; return the axis of x that they are along."""
+    """Check `lengths`; return the axis of x they count along."""
     if values.dtype.kind not in "iu":
         raise TypeError(f"lengths has dtype {values.dtype}, expected integers")
     if values.shape != shape[:1]:
@@ -544,7 +542,7 @@ def lengths(values: NDArray, axis: Any, shape: Shape, channels: list[int], name:
     others = [i for i in range(1, len(shape)) if i not in channels]
     if axis is None:
         if not others:
-            raise ValueError(f"lengths have no axis to go along in {name} of shape {shape}")
+            raise ValueError(f"lengths has no axis to count along in {name} of shape {shape}")
         along = others[-1]
     else:
         along = integer(axis, "length_axis")
@@ -578,7 +576,7 @@ def finite_sums(totals: NDArray) -> None:
 
 
 def weight(value: Any, m: float) -> float:
-    """Return the `count` of weighted values; raise if it is not positive although some count."""
+    """Return `count` as a float; raise unless it is positive (or 0 if m is 0) and finite."""
     count = number(value, "count")
     if not (count > 0 or (m == 0 and count == 0)) or count == math.inf:
         raise ValueError(f"count must be positive and finite, got {value!r}")
@@ -588,7 +586,7 @@ def weight(value: Any, m: float) -> float:
 def weight_each(values: NDArray, own: NDArray) -> None:
     """Raise unless the count of each channel is finite, and positive where anything counts."""
     if not ((values > 0) | ((values == 0) & (own == 0))).all() or (values == np.inf).any():
-        raise ValueError(f"count must be positive and finite where x counts, got {values}")
+        raise ValueError(f"count must be finite, and positive where weights are, got {values}")
 
 
 def count(value: Any, x: NDArray) -> float:

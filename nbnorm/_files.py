@@ -1,4 +1,4 @@
-"""Files of arrays that a later run reads back: npz, marked, and replaced as a whole."""
+"""npz files of arrays, marked with their content and replaced atomically."""
 
 import os
 import pickle
@@ -13,16 +13,16 @@ import numpy as np
 
 from nbnorm._typing import NDArray
 
-# What NumPy raises for other files, cut or damaged ones; TypeError, as an array opens no block.
+# What np.load raises for other or damaged files. TypeError: with .npy, `with` gets an ndarray.
 _NOT_NPZ = (
     *(EOFError, KeyError, RuntimeError, TypeError, ValueError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
 )
-MARK = "format"  # the array that says what the others are, so that no other file passes for it
+MARK = "format"  # name of the array that holds `content`, by which `read` knows its files
 
 
 def write(file: Any, content: str, arrays: dict[str, Any]) -> None:
-    """Write arrays to an npz file: to a path all at once, to a file object as it comes."""
+    """Write arrays as npz: to a path atomically, to a file object directly."""
     marked: dict[str, Any] = {MARK: np.array(content), **arrays}
     if hasattr(file, "write"):
         np.savez(file, **marked)
@@ -40,7 +40,7 @@ def read(file: Any, content: str, keys: Iterable[str], name: str) -> dict[str, N
             arrays = {key: stored[key] for key in keys if found == content}
             names = ", ".join(stored) or "nothing"
     except _NOT_NPZ as error:
-        raise ValueError(f"{named} is not an npz file, or a damaged one ({error})") from error
+        raise ValueError(f"{named} is not an npz file, or is damaged ({error})") from error
     if found != content:
         holds = f"arrays named {names}" if found is None else repr(found)
         raise ValueError(f"{named} holds {holds}, expected {content!r}")
@@ -48,12 +48,12 @@ def read(file: Any, content: str, keys: Iterable[str], name: str) -> dict[str, N
 
 
 def named_file(file: Any, name: str) -> str:
-    """Return what messages call a file: the caller's argument and what it is."""
+    """Return a file's name in messages: the argument's name and the path."""
     return f"{name} {file if hasattr(file, 'read') else os.fspath(file)!r}"
 
 
 def _opened(file: Any) -> AbstractContextManager[IO[bytes]]:
-    # NumPy does not close what it opens if that is no zip file.
+    # np.load does not close its file if that is not a zip file.
     return nullcontext(file) if hasattr(file, "read") else open(file, "rb")
 
 

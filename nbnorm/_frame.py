@@ -71,7 +71,7 @@ class Frame:
     x : ndarray
         x as a NumPy or CuPy array, in its own shape.
     dtype : dtype
-        dtype of results in x's shape: x's own, or what is computed from integers.
+        dtype of results in x's shape: x's own, or y's if x holds integers.
     inputs : dict of str to ndarray
         x and the other arrays checked so far, by name.
     m, channels : int
@@ -88,8 +88,8 @@ class Frame:
 
     backend: ModuleType = cpu
     memory: Any = cpu.memory
-    described = "x of shape {}"  # what has m values per channel
-    unit = 1.0  # of the weights that kernels take; M2 is in these units, too
+    described = "x of shape {}"  # in messages: what has m values per channel
+    unit = 1.0  # kernels' weights, counts and M2 are in this unit
 
     _take = staticmethod(take_floating)
 
@@ -164,7 +164,7 @@ class Frame:
         return self.m
 
     def counted(self, count: Any) -> Any:
-        """Check the `count` of a backward pass."""
+        """Return the checked `count` of a backward pass."""
         if len(getattr(count, "shape", ())) > 0:
             return _checks.single_count(on_host(take(count, "count")), self.x)
         return _checks.count(count, self.x)
@@ -205,7 +205,7 @@ class Frame:
         return Target(array, self.memory.empty(layout.shape, self.dtype), out)
 
     def settle(self, target: Target) -> Any:
-        """Return a finished result: the `out` that was passed, or an array of x's library."""
+        """Copy what kernels wrote elsewhere; return the `out` passed, or x's library's array."""
         if not (target.written.base is target.array or self.empty or self._fits(target.array)):
             turned = self._turned(target.array)
             turned[...] = target.written.reshape(turned.shape)
@@ -217,11 +217,11 @@ class Frame:
         return array.transpose(tuple(map(dense.index, range(len(dense)))))
 
     def statistic(self, array: NDArray) -> NDArray:
-        """Return a statistic as contiguous float64 of shape (C,), without a copy if it is that."""
+        """Return a statistic as contiguous float64 of shape (C,), copied only if needed."""
         return self._flat(array, _FLOAT64)
 
     def statistic_or(self, array: NDArray | None, otherwise: float) -> NDArray:
-        """Call `statistic`; in place of None return an array of this value, not to be written."""
+        """Call `statistic`; for None return an array of `otherwise`, never to be written to."""
         if array is not None:
             return self.statistic(array)
         same: NDArray = self.memory.constant(self.channels, otherwise, _FLOAT64)
@@ -256,9 +256,9 @@ class Frame:
         y: NDArray | None,
         residual: NDArray | None,
     ) -> tuple[NDArray, NDArray | None, NDArray | None]:
-        """Return (gamma, beta, y) for the backend: the last two give the activation's derivative.
+        """Return (gamma, beta, y) as backends take them to differentiate the activation.
 
-        They are None without one. In place of y an activation other than ReLU gets the residual.
+        beta and y are None if not needed. An activation other than ReLU gets the residual as y.
         """
         if activation is None or (activation == "relu" and y is not None):
             y_ = None if activation is None else self.view(y)
@@ -271,7 +271,7 @@ class Frame:
     ) -> Array:
         """Round a sum of shape (C,) to gamma's dtype, or to x's if gamma is None.
 
-        `beta` is read by `_segments` alone, where it gives the shape if gamma is None.
+        `beta` is for `SegmentedFrame`, which takes the shape from it if gamma is None.
         """
         dtype = self.x.dtype if gamma is None else gamma.dtype
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # IEEE results

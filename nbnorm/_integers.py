@@ -14,9 +14,9 @@ from nbnorm.cpu.integers import MOST
 
 
 class IntegerFrame(Frame):
-    """Frame of a call with uint8, int8, uint16 or int16 x, of which y has the floating `dtype`.
+    """Frame of a call with uint8, int8, uint16 or int16 x, and floating y.
 
-    That is by default the dtype of `out`, or float32.
+    y's dtype is `dtype`, or else that of `out`, or else float32.
     """
 
     _take = staticmethod(take)
@@ -41,14 +41,14 @@ class IntegerFrame(Frame):
             )
 
     def required_like_x(self, array: Array, name: str) -> NDArray:
-        """Raise: what is added before the activation is added to floating x only."""
+        """Raise: only floating x takes a residual."""
         raise TypeError(f"{name} must be None if x has dtype {self.x.dtype}; convert x first")
 
 
 def integer_frame(
     x: Array, axis: Axis, dtype: Any = None, out: Array | None = None, **parts: Any
 ) -> IntegerFrame | None:
-    """Return the frame of a call with integers, None for floating x; `parts` need the latter."""
+    """Return the frame if x holds integers, else None; raise for integers with `parts`."""
     if not holds_integers(x, "x"):
         return None
     given = [name for name, value in parts.items() if value is not None and name != "fill"]

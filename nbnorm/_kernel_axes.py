@@ -1,4 +1,4 @@
-"""Axes of the weights of layers, in the order of any framework, and whether a layer pads."""
+"""Axis order of a layer's weight in any framework, and whether a convolution pads."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ Padding = int | str | Sequence[Any] | NDArray
 class View(NamedTuple):
     """How to see a weight as (groups, out, in, *kernel)."""
 
-    order: tuple[int, ...]  # its axes: (all channels of one side, the other's in a group, *kernel)
+    order: tuple[int, ...]  # axes of (the side with all channels, the other's group, *kernel)
     groups: int
-    inputs_whole: bool  # the side of which all channels have one axis
+    inputs_whole: bool  # whether the inputs are the side with all channels
 
     def kernel(self, shape: tuple[int, ...]) -> list[int]:
         """Return the lengths of the kernel of a weight of this shape."""
@@ -24,12 +24,12 @@ class View(NamedTuple):
     def of(self, weight: NDArray) -> NDArray:
         """Return the weight as (groups, out, in, *kernel)."""
         whole, *rest = (weight.shape[axis] for axis in self.order)
-        share = whole // max(self.groups, 1)  # depthwise and without channels there is no group
+        share = whole // max(self.groups, 1)  # groups is 0 if depthwise without channels
         grouped = weight.transpose(self.order).reshape(self.groups, share, *rest)
         return grouped.swapaxes(1, 2) if self.inputs_whole else grouped
 
     def back(self, grouped: NDArray, shape: tuple[int, ...]) -> NDArray:
-        """Return what `of` made of a weight of this shape."""
+        """Undo `of`: return the weight, of this shape."""
         moved = grouped.swapaxes(1, 2) if self.inputs_whole else grouped
         moved = moved.reshape([shape[axis] for axis in self.order])
         return moved.transpose([self.order.index(axis) for axis in range(len(shape))])
@@ -54,8 +54,8 @@ def view_of(shape: tuple[int, ...], layout: str | None, groups: int, transposed:
     if depthwise:
         if groups != 1 or transposed:
             raise ValueError(
-                f"layout is {layout!r}, which is depthwise, expected neither groups (got "
-                f"{groups!r}) nor transposed (got {transposed!r}) beside it"
+                f"layout is {layout!r}, which is depthwise and excludes groups (got {groups!r}) "
+                f"and transposed (got {transposed!r})"
             )
         return View(order, shape[order[0]], inputs_whole=True)
     _check_groups(groups, shape[order[0]], "in" if transposed else "out", shape)
@@ -72,14 +72,14 @@ def is_padded(padding: Padding, kernel: list[int]) -> bool:
     amounts = _amounts(padding)
     if not all(map(_is_amount, amounts)):
         raise ValueError(
-            "padding must be integers that are not negative, 'valid', 'same' (also 'same_upper', "
+            "padding must be nonnegative integers, 'valid', 'same' (also 'same_upper', "
             f"'same_lower'), 'causal', 'circular' or 'reflect', got {padding!r}"
         )
     return any(amount > 0 for amount in amounts)
 
 
 def _amounts(padding: Any) -> list[Any]:
-    """Return what is in a sequence or an array, and in those inside; for an empty one None."""
+    """Return a flat list of nested sequences and arrays; [None] for an empty one."""
     if isinstance(padding, np.ndarray):
         padding = padding.tolist()
     if isinstance(padding, str) or not isinstance(padding, Sequence):
@@ -88,7 +88,7 @@ def _amounts(padding: Any) -> list[Any]:
 
 
 def _is_amount(padding: Any) -> bool:
-    """Return whether this is a number of zeros."""
+    """Return whether this is a nonnegative int."""
     integer = isinstance(padding, int | np.integer) and not isinstance(padding, bool | np.bool)
     return bool(integer and padding >= 0)
 

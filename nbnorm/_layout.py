@@ -56,7 +56,7 @@ def layout_of(shape: Axes, strides: Axes, itemsize: int, channel_axes: Axes) -> 
 
 @lru_cache(maxsize=1024)
 def layout_beginning(layout: Layout, shape: Axes, channel_axes: Axes, first: int) -> Layout:
-    """Return the layout of x, or of a copy, whose outermost axis is `first`, not a channel axis."""
+    """Return a layout of x, or of its copy, in which the reduced axis `first` is outermost."""
     if layout.groups[0][:1] == (first,):
         return layout
     inside = tuple(i for i in range(len(shape)) if i != first and i not in channel_axes)

@@ -11,7 +11,7 @@ from nbnorm.moments import Moments, merged
 class Pairwise:
     """Merge moments in pairs, then pairs of pairs, and so on; leftovers at the end.
 
-    The number of parts and `waiting`, from which it can be made anew, are all of its state.
+    Its whole state is the number of parts and `waiting`, from which it can be rebuilt.
     """
 
     def __init__(self, number: int = 0, waiting: Iterable[Any] = ()) -> None:
@@ -22,7 +22,7 @@ class Pairwise:
         return self._number
 
     def copy(self) -> Self:
-        """Return another one with the same parts."""
+        """Return an independent copy."""
         return type(self)(self._number, self.waiting)
 
     def add(self, moments: Any) -> None:
@@ -30,13 +30,13 @@ class Pairwise:
         self._add(moments, 1)
 
     def extend(self, parts: Moments) -> None:
-        """Add moments in float64 arrays that have a row for each part, counts too.
+        """Add parts given as one `Moments` of float64 arrays with a row per part.
 
-        The result has the same bits as `add` row by row, but rows are merged all at once.
+        The result has the same bits as `add` row by row, but rows are merged at once.
         """
         rows: Any = np.stack(parts)
         while rows.shape[1]:
-            # As many as are merged in pairs of pairs before any other is.
+            # The most rows that merge with each other before any other part.
             number = 1 << (rows.shape[1].bit_length() - 1)
             if self._number:
                 number = min(number, self._number & -self._number)
@@ -47,7 +47,7 @@ class Pairwise:
             self._add(Moments(*these[:, 0]), number)
 
     def _add(self, moments: Any, number: int) -> None:
-        """Add the merge of so many parts, a power of two that divides their number so far."""
+        """Add moments of `number` parts: a power of two that divides the parts so far."""
         self._number += number
         number = self._number // number
         while number % 2 == 0:

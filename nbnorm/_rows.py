@@ -1,7 +1,7 @@
-"""Moments of the rows of a table, summed in fixed blocks, so that they do not depend on the calls.
+"""Moments of the rows of a table, summed in fixed blocks: how calls divide them does not matter.
 
 The moments of a block depend on its rows and their order in memory, and blocks are merged in an
-order that depends on their places alone.
+order that depends only on their places.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rows:
     deviations would lose to rounding at every merge: after 1e5 float64 rows, the variance would be
     off by 1e-11. A first value alone may be an outlier, or a placeholder of weight 0.
 
-    `tail` has the `rows` after the last complete block.
+    `tail` is of the `rows` rows after the last full block.
     """
 
     def __init__(self, columns: int) -> None:
@@ -39,7 +39,7 @@ class Rows:
         self._begin()
 
     def copy(self) -> Rows:
-        """Return other rows with these moments."""
+        """Return an independent copy."""
         other = copy(self)
         other.origin, other.blocks = self.origin.copy(), self.blocks.copy()
         return other
@@ -86,7 +86,7 @@ class Rows:
         self.tail, self.rows = _nothing(self.origin.size), 0
 
     def _prolong(self, part: Moments, rows: int) -> None:
-        """Merge so many rows, the only part, into the tail, which may then be a complete block."""
+        """Merge `part`, one part of `rows` rows, into the tail; move a full tail to the blocks."""
         count, mean, m2 = np.stack(part)[:, 0]
         self.tail = self.tail.merge(Moments(count, mean, m2))
         self.rows += rows
@@ -95,9 +95,9 @@ class Rows:
             self._begin()
 
     def _of_parts(self, x: NDArray, size: int, weights: NDArray | None) -> Moments:
-        """Return the moments of parts of so many rows; arrays have a row for each part.
+        """Return the moments of every `size` rows, as rows of arrays; means less the origin.
 
-        What is summed again, and how, depends on each part alone.
+        Far parts and NaN are summed again, which depends on each part alone.
         """
         origin = np.nan_to_num(self.origin)
         in_rows, parts = x.strides[0] >= x.strides[1], len(x) // size
@@ -107,7 +107,7 @@ class Rows:
             found[1] -= origin
             found[:, far] = _shifted(x, size, origin, far)
         elif weights is None and parts > x.shape[1] and x.dtype != np.float64:
-            found = _by_column(x, size)  # with the bits of `_apart`, which copies
+            found = _by_column(x, size)  # same bits as `_apart`, without its copy
             found[1] -= origin
         else:
             found = _apart(x, size, origin, range(parts), weights)
@@ -117,7 +117,7 @@ class Rows:
 
 
 def _together(x: NDArray, size: int) -> NDArray:
-    """Return count, mean and M2 of parts of so many rows, shape (3, parts, columns)."""
+    """Return count, mean and M2 of every `size` rows, shape (3, parts, columns)."""
     parts = len(x) // size
     if parts == 1:
         return _array(batch_norm_stats(x))[:, None]
@@ -127,7 +127,7 @@ def _together(x: NDArray, size: int) -> NDArray:
 
 
 def _by_column(x: NDArray, size: int) -> NDArray:
-    """Call `_together` for an x in Fortran order, which is read as it lies in memory."""
+    """Like `_together`, for x in Fortran order: column by column, without a copy."""
     parts, columns = len(x) // size, x.shape[1]
     found = np.empty((3, parts, columns))
     for c in range(columns):
@@ -165,15 +165,15 @@ def _apart(
 ) -> NDArray:
     """Return count, mean - origin and M2 of some parts, shape (3, parts, columns).
 
-    Every part and column is a channel of a copy, which is float64 relative to the origin. If
-    `masked`, NaN does not count.
+    Copies x so that every part and column is a channel; float64 x less the origin. If `masked`,
+    NaN does not count.
     """
     columns, relative = x.shape[1], x.dtype == np.float64
     found = np.empty((3, len(parts), columns))
     step = max(1, SLAB // (size * columns))
     for begin in range(0, len(parts), step):
         some = np.array(parts[begin : begin + step])
-        if len(some) == columns == 1:  # weights of a channel alone are summed in another order
+        if len(some) == columns == 1:  # a single channel's weights are summed in another order
             some = some.repeat(2)
         turned = np.empty((len(some), columns, size), x.dtype)
         for values, part in zip(turned, some, strict=True):
@@ -183,7 +183,7 @@ def _apart(
         counting: dict[str, NDArray] = {}
         if masked and weights is None:
             counting["mask"] = ~np.isnan(turned)
-        elif weights is not None:  # one for each value, as for any number of parts
+        elif weights is not None:  # per value, so that one part sums as many do
             of_rows = np.broadcast_to(weights.reshape(-1, 1, size)[some], turned.shape)
             there = ~np.isnan(turned) if masked else True
             counting["weights"] = np.where(there, of_rows, weights.dtype.type(0))

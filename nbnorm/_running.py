@@ -1,4 +1,4 @@
-"""Running statistics moved by NumPy or CuPy, where no kernel is compiled for them."""
+"""Running statistics updated by NumPy or CuPy where there is no kernel for them."""
 
 from collections.abc import Sequence
 

@@ -37,7 +37,7 @@ def frame_of(
     offsets: Any = None,
     **what_counts: Any,
 ) -> Frame:
-    """Return the frame of a call, of a subclass if it has segments or not every value counts."""
+    """Return the frame of a call, of a subclass with segments, mask, lengths or weights."""
     counting = Counting(**what_counts)
     counting.check()
     if groups is not None or offsets is not None:
@@ -112,7 +112,7 @@ class SegmentedFrame(WeightedFrame):
             self.channel_shape = of_all
 
     def count(self) -> Any:
-        """Return the values per channel: an int, or an array shaped like mean where it differs."""
+        """Return the count per channel: an int for `groups` alone, else an array like mean."""
         if self._equal and self.weights is None:
             return self.m
         counts = self.memory.zeros(self.channel_shape)
@@ -128,7 +128,7 @@ class SegmentedFrame(WeightedFrame):
                 return [_checks.weight(count, self.m) / self.unit] * number
             return [_checks.count(count, self.x)] * number
         if self.weights is None and self._found is not None and not self.empty:
-            self._bind(self._found)  # counts elsewhere may differ by channel
+            self._bind(self._found)  # other chunks' counts may differ by channel
         if self.weights is not None:
             given = self.statistic(self.required(self._floating(count), "count"))
             _checks.weight_each(on_host(given), self._totals.reshape(-1))
@@ -162,9 +162,9 @@ class SegmentedFrame(WeightedFrame):
     def parameter_gradient(
         self, total: NDArray, gamma: NDArray | None, beta: NDArray | None = None
     ) -> Array:
-        """Round sums to gamma's dtype; add those of all parts unless gamma has a row for each.
+        """Round sums to gamma's dtype, added over the parts unless gamma has a row for each.
 
-        If gamma is None, the rows of beta count.
+        Without gamma, beta's shape decides.
         """
         like = beta if gamma is None else gamma
         shape = self._of_part if like is None else like.shape
@@ -316,12 +316,12 @@ class Segmented:
 class Threaded(Segmented):
     """`Segmented` on the CPU, where each thread takes whole parts: `nbnorm.cpu.segments`.
 
-    If there are few parts, all threads take one together. Both ways give the same bits. Parts that
-    are `segments.few` would not, so they always go to `nbnorm.cpu.segments`.
+    With few parts, all threads work on one part at a time. Both ways give the same bits, except
+    if `segments.few`: such parts always go to `nbnorm.cpu.segments`.
     """
 
     def _kernels(self, *tensors: NDArray | None) -> tuple[Any, tuple[int, ...], bool] | None:
-        """Return kernels, their numbers and whether they use threads, or None for other calls."""
+        """Return kernels, the fields of `segments.Parts` and whether to use threads, or None."""
         present = [t for t in tensors if t is not None]
         x = present[0]
         S, samples = x.shape[2], max(end - begin for begin, end in self._parts)

@@ -29,9 +29,9 @@ _EXACT = 1 << 53  # smaller ints are exact as floats
 
 
 class _Entries:
-    """Entries of one shape and one activation, given by its class in `functions`.
+    """Compiled entries for one shape and one activation.
 
-    Without such a class they have ReLU or none.
+    `of` is the activation's class in `functions`; None for ReLU or none.
     """
 
     __slots__ = ("backward", "forward", "inference", "of")
@@ -84,7 +84,7 @@ class _Site(_Entries):
         return array if self.order is None else array.transpose(self.turn)
 
     def work(self, tensors: int) -> NDArray | None:
-        """Return the arguments of a threaded entry that passes over `tensors` arrays like x.
+        """Return the `numbers` of a threaded entry that passes over `tensors` arrays like x.
 
         Return None if calls must take turns on the threads, which only the general path handles.
         """
@@ -134,9 +134,9 @@ def _floor(activation: Any) -> float | None:
 
 
 def _other(site: _Site, activation: Any) -> tuple[_Entries, float] | None:
-    """Return the entries of an activation that has no `_floor`, and its parameter.
+    """Return the entries and the parameter of an activation that has no `_floor`.
 
-    None if it is unknown; only the general path says so.
+    None if it is unknown; the general path then raises.
     """
     if type(activation) is str:
         made = _NAMED.get(activation)
@@ -317,7 +317,7 @@ def backward(
 
 
 def _all_of(dtype: np.dtype[Any], *arrays: Any) -> bool:
-    """Return True if all arguments are None or arrays of `dtype`; else compile no entry."""
+    """Return True if all are None or arrays of `dtype`; entries are compiled only then."""
     return all(a is None or (type(a) is np.ndarray and a.dtype == dtype) for a in arrays)
 
 

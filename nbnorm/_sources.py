@@ -14,7 +14,7 @@ Index = tuple[slice, ...]
 
 
 def arrays_of(data: Any) -> Iterable[Any]:
-    """Return the arrays of an argument that is one or goes through several."""
+    """Return `data` as an iterable of arrays, or raise TypeError."""
     _check_names(data)
     if hasattr(data, "shape"):
         return (data,)
@@ -43,10 +43,10 @@ def check_type(array: Any) -> None:
 
 
 class Source:
-    """An array, or what reads one when it is sliced, and its channel axes.
+    """An array, or an object that reads one when sliced, and its channel axes.
 
-    `array` is what computes and reads: of an xarray.DataArray the dask array that it holds, or its
-    Variable, whose slices need no coordinates.
+    `array` is what is sliced: for an xarray.DataArray its dask array or else its Variable, whose
+    slices need no coordinates.
     """
 
     def __init__(self, array: Any, axis: tuple[int | str, ...]) -> None:
@@ -74,9 +74,8 @@ class Source:
     def cuts(self, chunk: int) -> Iterator[list[Index]]:
         """Cut the array into pieces of at most `chunk` values, along the chunks of a file.
 
-        Yields the pieces of all channels for each part of the other axes: usually one. If chunks of
-        a file divide the channel axes, and those of all channels are too many values, it is several
-        that follow each other along the channel axes.
+        Yields, for each part of the reduced axes, a list of pieces that hold all channels together:
+        one, or several if the file's chunks divide the channel axes and one would be too large.
         """
         steps = self._steps(chunk)
         if steps == self.shape:
@@ -96,9 +95,9 @@ class Source:
         """Return the lengths of a piece along the axes."""
         stored = self._stored()
         if stored is not None:
-            # While a piece is read, its chunks are there as well, in both forms, and what the
-            # allocator keeps for each thread: pieces of a third of a chunk took 1.7 to 2.1 chunks
-            # of memory, of a fifth 1.0 to 1.4.
+            # Reading a piece also holds the file's chunks, compressed and decompressed, and the
+            # allocator's memory per thread: pieces of chunk / 3 took 1.7 to 2.1 chunks of memory,
+            # of chunk / 5 1.0 to 1.4.
             chunk //= 5
         if self.size <= chunk:
             return self.shape
@@ -135,9 +134,9 @@ class Source:
 
 
 def _check_names(data: Any) -> None:
-    """Raise if data holds arrays by name: iterated it gives names, and a frame has a shape too.
+    """Raise for a mapping of arrays or a data frame, which iterates over names.
 
-    The class is asked, as an xarray.DataArray has its coordinates as attributes.
+    Tests the class: an xarray.DataArray has its coordinates as attributes.
     """
     if hasattr(type(data), "keys"):
         whole = "data.to_numpy()" if hasattr(data, "to_numpy") else "data[key]"

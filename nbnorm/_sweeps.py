@@ -1,4 +1,4 @@
-"""Parts of a batch that are read several times, one at a time, and results computed meanwhile."""
+"""Batches read several times, one part at a time, with results computed on the way."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def kind_of(frame: Frame) -> Kind:
 
 
 class Sweeps:
-    """Readings of the same parts of one source or of several, the last of which is that of x.
+    """Repeated readings of the parts of one or more sources together; the last source is x's.
 
-    The first reading notes shapes and dtypes, and the later ones must find the same. No part is
-    kept while the next is read.
+    The first reading notes shapes and dtypes, and later ones must find the same. No part is kept
+    while the next is read.
     """
 
     def __init__(self, **sources: Parts[Any]) -> None:
@@ -59,7 +59,7 @@ class Sweeps:
         self._forms: list[str] = []
 
     def first(self, function: Callable[..., tuple[R, Kind]]) -> Iterator[R]:
-        """Yield the results of a function of every part; check that the parts go together."""
+        """Yield ``function(*parts)`` of every part; raise if the parts do not go together."""
         opened, expected = self._opened(), None
         while parts := self._next(opened):
             try:
@@ -76,7 +76,7 @@ class Sweeps:
             raise ValueError(f"{next(reversed(self._sources))} has no parts, expected at least one")
 
     def again(self, function: Callable[..., X]) -> Recomputed[X]:
-        """Return the results of a function of every part, which must be as it was noted."""
+        """Return ``function(*parts)`` of every part, which must not have changed."""
 
         def results() -> Iterator[X]:
             opened = self._opened()
@@ -108,11 +108,11 @@ class Sweeps:
         return [] if ended else list(parts.values())
 
     def _same(self, parts: list[Any], i: int, form: str) -> list[Any]:
-        """Return the parts; raise if x's is not as it was noted, `_NONE` at the end."""
+        """Return the parts; raise if x's form is not `form` (`_NONE` at the end)."""
         found = _form(parts[-1]) if parts else _NONE
         if found != form:
             raise ValueError(
-                f"part {i} of {next(reversed(self._sources))} had {form} when it was first read, "
+                f"part {i} of {next(reversed(self._sources))} had {form} at the first reading, "
                 f"and now {found}; every reading must yield the same parts"
             )
         return parts
@@ -146,7 +146,7 @@ def _readable_twice(source: Any, name: str) -> None:
 
 
 def _same_kind(kind: Kind, expected: Kind) -> None:
-    """Raise if a part has not what all must have in common, namely what part 0 has."""
+    """Raise if a part differs in kind from part 0."""
     if kind.dtype != expected.dtype:
         raise TypeError(f"x has dtype {kind.dtype}, expected {expected.dtype}, that of part 0")
     if kind.channels != expected.channels:

@@ -1,4 +1,4 @@
-"""What arguments and results are, to readers and to type checkers."""
+"""Type aliases of arguments and results."""
 
 import os
 from typing import IO, Any, Literal, TypeVar
@@ -25,6 +25,6 @@ Mask = tuple[bool, bool, bool, bool]
 # The type of x, and of results like it. Statistics are of x's library too, but float64 and of
 # another shape, which Python's types cannot express: they are Any.
 X = TypeVar("X")
-# A result that is None where it was not asked for. Any, so that type checkers do not demand a check
+# A result that is None unless it was requested. Any, so that type checkers do not demand a check
 # for None at every use.
 OrNone = Any

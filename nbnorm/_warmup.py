@@ -64,8 +64,8 @@ def warmup(
     recomputed = with_own_kernels(_checks.activation(activation)) is not None
     for shape in shapes:
         x = np.zeros(shape, dtype)
-        frozen = functional.batch_norm_stats(x, axis=axis)
-        statistics = [a.astype(_parameters_of(x.dtype)) for a in (frozen.mean, frozen.m2)]
+        moments = functional.batch_norm_stats(x, axis=axis)  # of zeros: M2 serves as the variance
+        statistics = [a.astype(_parameters_of(x.dtype)) for a in (moments.mean, moments.m2)]
         added = x if residual else None
         functional.batch_norm_inference(
             x, None, None, *statistics,
@@ -73,7 +73,7 @@ def warmup(
         )  # fmt: skip
         if not training:
             continue
-        running = [np.zeros(frozen.mean.shape, _parameters_of(x.dtype)) for _ in range(2)]
+        running = [np.zeros(moments.mean.shape, _parameters_of(x.dtype)) for _ in range(2)]
         y, mean, rstd = functional.batch_norm_forward(
             x, None, None, *running,
             axis=axis, activation=activation, residual=added, correction=0,

@@ -31,7 +31,7 @@ class Weights(NamedTuple):
     fill: float | None
 
     def of(self, begin: int, end: int, backend: Any) -> Weights:
-        """Return the weights of x[begin:end]."""
+        """Return the weights of samples begin to end."""
         values = self.values[begin:end]
         return Weights(values, backend.weigh(values, self.count.size), self.fill)
 
@@ -47,7 +47,7 @@ class Counting(NamedTuple):
 
     @property
     def given(self) -> bool:
-        """Whether anything may not count."""
+        """Whether mask, lengths or weights is given."""
         return not (self.mask is None and self.lengths is None and self.weights is None)
 
     def check(self) -> None:
@@ -59,13 +59,13 @@ class Counting(NamedTuple):
 
 
 class WeightedFrame(Frame):
-    """Frame of a call in which not every value counts alike.
+    """Frame of a call with mask, lengths or weights.
 
-    `m` is the least sum of weights of a channel in which anything counts. Weights are divided by
-    `unit`, a power of two, which is not 1 if they would leave the range of float32.
+    `m` is the least positive sum of weights of a channel. Weights are divided by `unit`: 1, or, if
+    the greatest is not between 2^-20 and 2^20, the power of two that brings it to [1, 2).
     """
 
-    described = "x of shape {}, of which fewer values count"
+    described = "x of shape {} with mask, lengths or weights"
     weights: Weights | None = None
     _found: Weights | None
 
@@ -81,10 +81,10 @@ class WeightedFrame(Frame):
         self.weights, self.backend = weights, bound(self._plain, weights)
 
     def _weigh(self, counting: Counting) -> Weights:
-        """Check what counts and return it.
+        """Check the weights and return them.
 
-        Sets `unit`, `_shared` (by all channels), `_kind` (of a single count), `_count` and
-        `_totals` (of each channel, on x's device and the host) and `_every` (each value counts
+        Sets `unit`, `_shared` (by all channels), `_kind` and `_one` (of a single count), `_count`
+        and `_totals` (of each channel, on x's device and the host) and `_every` (each value counts
         once).
         """
         found = self._given_by(counting)
@@ -138,9 +138,9 @@ class WeightedFrame(Frame):
         return [i % self.x.ndim for i in _checks.axes(self._axis)]
 
     def _in_range(self, weights: NDArray) -> NDArray:
-        """Return weights in the compute dtype, divided by `unit`; raise if one is not valid."""
+        """Set `unit`; return weights divided by it, in the compute dtype; raise if invalid."""
         dtype = np.float64 if self.x.dtype == np.float64 else np.float32
-        if weights.itemsize == 2:  # CuPy has no least bfloat16
+        if weights.itemsize == 2:  # CuPy has no min() for bfloat16
             weights = weights.astype(np.float32)
         if weights.size == 0:
             return weights.astype(dtype)
@@ -167,7 +167,7 @@ class WeightedFrame(Frame):
         return values.view(np.uint8) if values.dtype == np.bool_ else values
 
     def count(self) -> Any:
-        """Return what counts per channel: an int, a float under weights, or an array like mean."""
+        """Return the count: an int, a float with `weights`, an array unless channels share it."""
         if self._shared:
             return self._one
         return self.home(self.unflat(self._count))
@@ -206,13 +206,13 @@ class WeightedFrame(Frame):
 
 
 def least(totals: NDArray) -> Any:
-    """Return the least count above 0, or 0."""
+    """Return the least positive total, or 0."""
     some = totals[totals > 0]
     return some.min().item() if some.size else 0
 
 
 def bound(backend: Any, weights: Weights) -> Any:
-    """Return a backend whose functions have these weights."""
+    """Return the backend with these weights bound."""
     of_x = ("stats", "apply", "forward", "backward_reduce", "backward_apply", "backward")
     functions = {name: partial(getattr(backend, name), weights=weights) for name in of_x}
     return SimpleNamespace(**functions, rstd=backend.rstd)

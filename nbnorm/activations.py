@@ -163,7 +163,7 @@ def _gelu(m: Math) -> Pair:
     def derivative(v: Scalar) -> Scalar:
         a = size(v)
         w = -a if v < zero else a
-        return probability(v) + w * (density * bell(a))  # whose exp is that of the tail
+        return probability(v) + w * (density * bell(a))  # shares its exp with the tail
 
     return Pair(value, derivative)
 
@@ -188,9 +188,9 @@ def _gelu_tanh(m: Math) -> Pair:
 
 
 class Definition(NamedTuple):
-    """A row of the table: what makes the functions, and the parameters with their defaults.
+    """A row of the table: `of` builds the functions; `parameters` are names and defaults.
 
-    `inverse`, where there is one, makes the function that gives v from y.
+    `inverse`, if any, builds the function that returns v from y.
     """
 
     of: Callable[[Math], Pair]
@@ -203,7 +203,7 @@ class Definition(NamedTuple):
         return Pair(self.inverse(math), self.of(math).derivative)
 
 
-# ReLU is no row: the kernels have it as a lower bound of y, and its derivative as a mask.
+# ReLU has no row: in kernels it is a lower bound of y, and its derivative a mask.
 
 # middle and r of the upper tail of the normal distribution, exp(-a^2 / 2) r(t) / (1 + 1.25 a) with
 # t = (a - middle) / (a + middle). The polynomials interpolate at the Chebyshev nodes, computed
@@ -249,11 +249,11 @@ class Activation:
     Attributes
     ----------
     name : str
-        Its name in the table, or that of a function of the user.
+        Name in the table, or of the user's function.
     parameters : tuple of float
-        Such as the slope of leaky_relu.
+        For example the slope of leaky_relu.
     functions : Pair or None
-        The user's functions; None for a name of the table.
+        The user's functions; None for a function of the table.
     """
 
     __slots__ = ("functions", "name", "parameters")

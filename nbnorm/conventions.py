@@ -37,13 +37,13 @@ class Convention(NamedTuple):
         Name of the framework in `load` and `dump`.
     arrays : mapping of str to str
         The framework's names of the arrays, in its order, and their names in
-        `BatchNorm.state_dict`. Only "factor" has none: Caffe stores sums, which it divides by it.
+        `BatchNorm.state_dict`. "factor" is not in it: Caffe divides its stored sums by it.
     eps : tuple of str and float
         Keyword and default.
     momentum : tuple of str and float
         Keyword and default.
     weighs : "new" or "old"
-        The statistic that momentum is the weight of. In nbnorm it is the new one.
+        Which statistic momentum multiplies. In nbnorm it is the new one.
     correction : int
         The running variance averages M2 / (m - correction): 1 is unbiased, 0 biased.
     axis : int, default 1
@@ -222,9 +222,9 @@ def load(
     -------
     BatchNorm
         Layer in training mode, like every new layer. It has the dtype of the arrays, or the widest
-        if they differ. It has the parameters that the framework's layer has: ``affine`` is
-        "gamma" or "beta" if that is one of them. A gamma that the framework ignores
-        (``fix_gamma``) is 1. The layer has no activation; set ``layer.activation`` if needed.
+        if they differ, and the parameters of the framework's layer: ``affine`` is "gamma" or "beta"
+        if that has only one. A gamma that the framework ignores (``fix_gamma``) is 1. The layer has
+        no activation; set ``layer.activation`` if needed.
 
     Raises
     ------
@@ -470,7 +470,7 @@ def _named(
     arrays: Mapping[str, Array] | Sequence[Array],
     prefix: str,
 ) -> tuple[dict[str, str], dict[str, Array]]:
-    """Return full names, and arrays, by nbnorm's names; raise if any is missing or unexpected."""
+    """Return full names and arrays, keyed by ours; raise if any is missing or unexpected."""
     absent = _absent(convention, switches)
     names = {ours: prefix + n for n, ours in convention.arrays.items() if ours not in absent}
     if isinstance(arrays, Mapping):

@@ -1,4 +1,4 @@
-"""Inference as scale and shift, and folded into a linear or convolution layer beside it."""
+"""Inference as scale and shift, folded into an adjacent linear or convolution layer."""
 
 import numpy as np
 
@@ -194,16 +194,16 @@ def fold_into_conv(
     ValueError
         A shape is wrong; `eps` is negative or not finite; `groups` is not a positive integer or
         does not divide the channels; `layout` does not fit `weight`, or is depthwise beside
-        `groups` or `transposed`. With `norm_first`: `padding` is missing, is nonzero, or the layer
+        `groups` or `transposed`. With `norm_first`: `padding` is missing or not 0, or the layer
         is transposed; the last two are allowed if the shift is 0 in every channel.
 
     Notes
     -----
-    A network that normalises and then pads has zeros at the border. The folded layer pads before
-    its weight has normalised anything, and 0 would become the shift. To fold such a layer, pad its
-    input by the value that becomes 0, -shift / scale of `fold_batch_norm` in each channel, and let
-    the layer itself pad nothing. In a transposed convolution the number of kernel elements that
-    reach an output, and so what they add of the shift, depends on its position.
+    A convolution that pads after batch normalization has zeros at the border. The folded layer
+    pads the input of batch normalization instead, where 0 would become the shift. To fold such a
+    layer, pad its input with the value that becomes 0, -shift / scale of `fold_batch_norm` in each
+    channel, and fold with padding=0. In a transposed convolution the number of kernel elements that
+    reach an output, and so their share of the shift, depends on its position.
 
     Examples
     --------
@@ -249,8 +249,8 @@ _PADDED_AFTER = (
     "pad the input with -shift / scale of fold_batch_norm instead, and pass padding=0"
 )
 _REACHED_UNEVENLY = (
-    "norm_first is True, but a transposed convolution adds the shift of batch normalization more "
-    "often to some outputs than to others, which no bias can do: keep the batch normalization"
+    "norm_first is True, but a transposed convolution adds the shift of batch normalization to "
+    "outputs unequally often, which no bias can express: keep the batch normalization"
 )
 
 
@@ -267,7 +267,7 @@ def _fold(
     """Return weight and bias; raise `obstacle` if there is one and a shift is not 0."""
     taken = take_floating(weight, "weight")
     grouped = view.of(taken)
-    # Batch normalization has the channels of one side, whose axes are 0 and this one.
+    # Batch normalization acts on one side: axes 0 (group) and `side` (channel in it).
     side = 2 if norm_first else 1
     outs = (view.groups * grouped.shape[1],)
     channels = (view.groups * grouped.shape[side],)

@@ -46,7 +46,7 @@ class BatchNormBackward(NamedTuple, Generic[X]):
         Gradient of x, with the shape, dtype and memory order of x.
     dgamma, dbeta : array or None
         Gradients of gamma and beta, with the shape of the channel axes and the dtype of gamma. With
-        segments they have the shape of gamma, or, if that is None, of their own argument.
+        segments they have gamma's shape; if gamma is None, dbeta has beta's.
     dresidual : array or None
         Gradient of the residual, with the shape and dtype of x. None if neither `y` nor `residual`
         was given.
@@ -134,12 +134,12 @@ def batch_norm_forward(
         Any shape that broadcasts to x; length 1 along the channel axes if all channels share it.
         At most one of mask, lengths and weights may be given.
     lengths : array of int, shape (x.shape[0],), optional
-        x[n] counts up to position lengths[n] along `length_axis`; what follows is padding.
+        Of x[n], the first lengths[n] along `length_axis` count; the rest is padding.
     length_axis : int, optional
         By default the last axis that is not a channel axis.
     weights : array of float, optional
         How often each value counts: mean = sum(w x) / sum(w), var = sum(w (x - mean)^2) / sum(w).
-        Finite, not negative, of any shape that broadcasts to x. A weight of 0 is a mask's False.
+        Finite, nonnegative, of any shape that broadcasts to x. Weight 0 acts as mask False.
     fill : float or None, default 0
         y where x does not count. None normalises x there like the rest.
     out : array of x's shape and dtype, optional
@@ -241,7 +241,7 @@ def _forward(x: X, *arguments: Any, **parts: Any) -> BatchNormForward[X]:
 class ForwardCall(NamedTuple):
     """Checked arguments of a function that computes y, with NumPy or CuPy arrays.
 
-    Only `batch_norm_forward` uses the fields after `out`; `running` is (mean, variance).
+    Inference and apply do not set the fields after `out`; `running` is (mean, variance).
     """
 
     frame: Frame
@@ -293,8 +293,8 @@ def check_forward(
 ) -> ForwardCall:
     """Check and convert the arguments of a forward call; compute nothing.
 
-    `parts` are segments and what counts, for `frame_of`. With ``alone=False``, x is only part of
-    the batch, and the caller checks the number of values.
+    `parts` are segments and what counts, for `frame_of`. With ``alone=False``, the caller checks
+    the number of values, as x may be only part of the batch.
     """
     frame = frame_of(x, axis, **parts)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
@@ -382,7 +382,7 @@ def batch_norm_inference(
     groups, offsets : int, or array of int, optional
         Parts of x with statistics of their own, as in `batch_norm_forward`.
     mask, lengths, length_axis, weights, fill : optional
-        What counts, and y where x does not, as in `batch_norm_forward`.
+        Which values count, and y elsewhere, as in `batch_norm_forward`.
     dtype : dtype, optional
         dtype of y if x holds integers: float32 (the default), float64, float16 or bfloat16. The
         arithmetic is in float32, for float64 in float64. If x is floating, y has its dtype.
@@ -397,13 +397,13 @@ def batch_norm_inference(
     Raises
     ------
     TypeError, ValueError
-        As in `batch_norm_forward`. x holds integers and is on a GPU; dtype is none of those above,
+        As in `batch_norm_forward`; x holds integers and is on a GPU; dtype is none of those above,
         or not that of a floating x.
 
     Notes
     -----
     Implements line 11 of Algorithm 2 of Ioffe & Szegedy (2015). `fold_into_linear` and
-    `fold_into_conv` fold the same map into the weights of the preceding layer.
+    `fold_into_conv` fold the same map into the weights of an adjacent layer.
 
     Examples
     --------
@@ -576,8 +576,8 @@ def batch_norm_stats(
     -------
     Moments
         (count, mean, m2): an int and two float64 arrays with the shape of the channel axes. With
-        segments the arrays have a row for each part. count is a float under weights, and such an
-        array where it differs: with offsets, or what counts differs by channel or segment.
+        segments the arrays have a row for each part. count is a float with weights, and an array
+        shaped like mean with offsets, or if what counts may differ by channel or segment.
         Merging the moments of several chunks, ``first.merge(second, third)``, is as accurate as
         one pass over all of them.
 
@@ -653,9 +653,9 @@ def batch_norm_backward(
         bfloat16.
     x : array, at least 2-d, or None
         Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`: the
-        overwritten x would yield wrong gradients, which nothing can notice. Without x, no gamma may
-        be 0, and the forward call must have had no residual, and no activation but "leaky_relu"
-        of a slope > 0.
+        overwritten x would yield wrong gradients, and no check can detect that. Without x, no gamma
+        may be 0, and the forward call had neither residual nor activation, except "leaky_relu" with
+        a slope > 0.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd : array of the shape of the channel axes
@@ -700,14 +700,14 @@ def batch_norm_backward(
         dy, x or y is not floating, or their dtypes differ; parameters or statistics are not
         floating.
     ValueError
-        A shape, axis, activation, output_mask or out is invalid; an activation is given with
-        neither beta nor y; x and y share memory. x is None, and a gamma is 0, an activation cannot
+        A shape, axis, activation, output_mask or out is invalid; the activation needs beta (ReLU:
+        or y) or residual; x and y share memory. x is None, and a gamma is 0, an activation cannot
         be inverted, a residual is given or beta is omitted; or gamma, gamma rstd or a slope is not
-        within 2^-126 and 2^126 in magnitude (2^-510 and 2^510 if y is float64).
+        from 2^-126 to 2^126 in magnitude (2^-510 to 2^510 if y is float64).
 
     Notes
     -----
-    Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch collected. Blocks
+    Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch combined. Blocks
     of a few hundred gradients are summed in the dtype of the computation, so float32 gradients
     beyond 1e35 can overflow to Inf or NaN even if their total would not.
 
@@ -730,7 +730,7 @@ def batch_norm_backward(
     >>> abs(grads.dx.sum()) < 1e-12  # a shift of the whole batch changes nothing
     np.True_
 
-    In place: y is written over x, and backward needs y alone.
+    In place: y is written over x, and backward needs only y.
 
     >>> y, mean, rstd = nbnorm.batch_norm_forward(x, gamma, out=x)
     >>> same = nbnorm.batch_norm_backward(dy, None, gamma, mean, rstd, beta=None, y=y)
@@ -811,7 +811,7 @@ class BackwardCall(NamedTuple):
 
     @property
     def recomputed(self) -> Fused:
-        """The activation if its derivative is recomputed from x, for the backend; without x, v."""
+        """The activation whose derivative is recomputed (from y: its inverse); None for ReLU."""
         own = with_own_kernels(self.activation)
         return inverse_of(own) if own is not None and self.from_y else own
 
@@ -1030,8 +1030,8 @@ def batch_norm_backward_apply(
     sum_dy, sum_dy_xhat : array of the shape of the channel axes
         Sums returned by `batch_norm_backward_reduce`, added over all parts of the batch.
     count : int, float or array
-        Number of values per channel in all parts together, or their sum of weights. With segments,
-        that of each. An array shaped like `sum_dy` where it differs.
+        Number of values per channel in the whole batch, or the sum of their weights; with segments,
+        in each segment. An array like `sum_dy` if it differs.
     beta : array of the shape of the channel axes, or None
         As in the forward call. The derivative of an activation depends on it, so pass it (None if
         the forward call had none); with ReLU `y` will do. Without activation it may be omitted,

@@ -58,7 +58,7 @@ class BatchNorm:
         equally and omits the variance between batch means; for the exact statistics of a data
         set, merge moments and call `set_statistics`.
     debias : bool, default False
-        Whether the running average is debiased, as Adam's are: it then owes nothing to the initial
+        Whether to debias the running average, as Adam does: it then does not depend on the initial
         values 0 and 1, and the first batch replaces them. Momentum must be in (0, 1], or None,
         which has no bias in any case.
     affine : bool, "gamma" or "beta", default True
@@ -80,8 +80,8 @@ class BatchNorm:
     inplace : bool, default False
         Whether `forward` writes y **over x**; `backward` then computes x_hat from y, and the layer
         keeps one tensor alive instead of two. In training no gamma may be 0, and small ones cost
-        digits (see `batch_norm_backward`). Residuals are refused, and activations but "leaky_relu"
-        of a slope > 0.
+        digits (see `batch_norm_backward`). Residuals and activations are refused, except
+        "leaky_relu" with a slope > 0.
 
     Attributes
     ----------
@@ -104,10 +104,9 @@ class BatchNorm:
     TypeError
         `dtype` is not one of the four floating dtypes; `renorm` is not a `Renorm`.
     ValueError
-        `num_features` is negative or does not fit `axis`; `affine` is something else; there is
-        `renorm` without `track_running_stats`; `renorm`, or an activation that cannot be inverted,
-        with `inplace`. `forward`
-        and `backward` check the other options.
+        `num_features` is negative or does not fit `axis`; `affine` is none of its values; `renorm`
+        without `track_running_stats`; `renorm`, or an activation without an inverse, with
+        `inplace`. `forward` and `backward` check the other options.
 
     Examples
     --------
@@ -154,7 +153,7 @@ class BatchNorm:
         if not isinstance(renorm, Renorm | None):
             raise TypeError(f"renorm must be an nbnorm.Renorm or None, got {renorm!r}")
         if renorm is not None and not track_running_stats:
-            raise ValueError("renorm corrects towards running statistics: track_running_stats=True")
+            raise ValueError("renorm needs running statistics; pass track_running_stats=True")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -208,8 +207,8 @@ class BatchNorm:
         groups, offsets : int, or array of int, optional
             Parts of x with statistics of their own, as in `batch_norm_forward`.
         mask, lengths, length_axis, weights, fill : optional
-            What counts, and y where x does not, as in `batch_norm_forward`. A batch in which
-            nothing counts is not tracked.
+            Which values count, and y elsewhere; see `batch_norm_forward`. If none does, the batch
+            is not in num_batches_tracked.
 
         Returns
         -------
@@ -251,9 +250,9 @@ class BatchNorm:
     def _prepared(
         self, x: Array, residual: Array | None, **given: Any
     ) -> tuple[Callable[..., Any], bool, dict[str, Any], dict[str, Any]]:
-        """Check what the layer refuses by itself; return how to normalise x.
+        """Check what `batch_norm_forward` does not, and prepare its call.
 
-        That is a function of x, whether x has its own statistics, the options of the function, and
+        Returns a method that normalises x, whether x has its own statistics, the keywords, and
         those of `given` that are not None: segments, and what counts.
         """
         if self.inplace:
@@ -294,7 +293,7 @@ class BatchNorm:
             raise ValueError("residual is given, and y does not determine x_hat with inplace=True")
         _checks.mutable(x, "x", _OVERWRITTEN)
         taken = take_floating(x, "x")
-        # It may have been set since.
+        # Users may set the attribute.
         _checks.invertible(self.activation, "use inplace=False", taken.dtype)
         _checks.writable(taken, "x", _OVERWRITTEN)
         if self.training and "weight" in self.parameters:
@@ -344,7 +343,7 @@ class BatchNorm:
         # all ranks together.
         mean, var = (moved_to(x, np.zeros(shape)) for _ in range(2))
         options |= {"running_mean": mean, "running_var": var, "momentum": 1.0}
-        if not _PARTS.isdisjoint(options):  # theirs leave out what lies between segments
+        if not _PARTS.isdisjoint(options):  # var omits what lies between segments
             counting = {name: options[name] for name in _COUNTING if name in options}
             self._seen.add(batch_norm_stats(x, axis=self.axis, **counting))
             return self._normalise(x, training, **options)
@@ -435,15 +434,15 @@ class BatchNorm:
             Usually those of a whole data set: `batch_norm_stats` of every chunk, merged. The
             running variance becomes M2 / (count - correction), with the layer's correction.
         num_batches_tracked : int, optional
-            The layer's new `num_batches_tracked`: as how many batches the statistics count when
-            further ones are averaged with ``momentum=None`` or ``debias=True``. None keeps the
-            layer's number; but where it weights batches and is 0, so that the next batch would
-            replace the statistics, it becomes 1.
+            New `num_batches_tracked`: the number of batches that the statistics stand for when
+            later ones are averaged (``momentum=None`` or ``debias=True``). None keeps the layer's
+            number, except that with these options 0 becomes 1, as at 0 the next batch would replace
+            the statistics.
 
         Raises
         ------
         TypeError
-            The mean or M2 is not a floating array, or the count is not an int;
+            Mean or M2 is not a floating array, or the count is not a number;
             num_batches_tracked is not an integer.
         ValueError
             The layer keeps no running statistics, or they are read-only or share memory with each
@@ -464,7 +463,7 @@ class BatchNorm:
         if self.running_mean is None or self.running_var is None:
             raise ValueError("the layer keeps no running statistics (track_running_stats=False)")
         if np.ndim(moments.mean) > np.ndim(self.running_mean):
-            raise ValueError("moments have rows of segments, expected one row; merge them first")
+            raise ValueError("moments have a row for each segment; merge them into one first")
         count: Any = moments.count
         if len(getattr(count, "shape", ())) > 0:
             count = on_host(take_floating(count, "count"))
@@ -574,7 +573,7 @@ class BatchNorm:
 
 
 def _anything_counts(options: Mapping[str, Any]) -> bool:
-    """Return whether any value counts in a call with these options, which are valid."""
+    """Return whether any value counts in a call with these valid options."""
     return all(
         bool(take(options[name], name).any())
         for name in ("mask", "lengths", "weights")

@@ -1,4 +1,4 @@
-"""Batch normalization of a batch whose parts, micro-batches, need not stand in memory together.
+"""Batch normalization of a batch in parts (micro-batches) that need not all fit in memory.
 
 Each pass reads the parts twice: for the statistics (or sums) of the whole batch, and for y (or dx),
 which is computed part by part while the caller iterates.
@@ -206,7 +206,7 @@ def micro_batch_norm_backward(
     ----------
     dys : iterable of arrays that can be read twice, or function that returns an iterable
         Gradients of the parts of y, with the shapes and dtype of `xs`, in the same order. They must
-        be those of one loss of the whole batch: of a mean over all samples, for example.
+        come from one loss over the whole batch, such as the mean over all samples.
     xs : iterable of arrays that can be read twice, or function that returns an iterable
         The parts of x, as in the forward call.
     gamma : array of the shape of the channel axes, or None
@@ -237,7 +237,7 @@ def micro_batch_norm_backward(
     ValueError
         There are no parts, or not as many of `dys` as of `xs`; count is not the number of values
         per channel in all parts; or as in `batch_norm_backward`. While reading `dxs`: the
-        parts are others than before.
+        parts have changed.
 
     Notes
     -----
@@ -279,7 +279,7 @@ def micro_batch_norm_backward(
 
 
 class _Sums(NamedTuple):
-    """Sum dy and sum dy x_hat of parts, float64 of shape (2, C); what the gradients are made of."""
+    """Sum dy and sum dy x_hat of parts, float64 of shape (2, C), and what `rounded` needs."""
 
     count: int  # type: ignore[assignment]  # shadows tuple.count, on purpose
     flat: NDArray
@@ -288,7 +288,7 @@ class _Sums(NamedTuple):
     home: Callable[[NDArray], Array]
 
     def merge(self, other: _Sums) -> _Sums:
-        """Return the sums over the parts of both."""
+        """Return both, added."""
         return self._replace(count=self.count + other.count, flat=_added(self.flat, other.flat))
 
     def rounded(self, dtype: Any) -> tuple[Array, Array]:

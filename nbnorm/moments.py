@@ -26,9 +26,9 @@ class Moments(NamedTuple):
     Attributes
     ----------
     count : int, float or array of float64
-        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0. The sum of
-        weights, a float, if values have weights. An array shaped like `mean` where it differs:
-        between segments from ``offsets``, or because what counts differs by channel.
+        Number of values per channel; 0 for an empty batch, whose mean and M2 are 0. With weights,
+        their sum, a float. An array shaped like `mean` with ``offsets``, or if mask, lengths or
+        weights may differ by channel or segment.
     mean : array of float64
         Mean, with the shape of the channel axes: ``(C,)`` for one axis.
     m2 : array of float64
@@ -73,7 +73,7 @@ class Moments(NamedTuple):
 
         Notes
         -----
-        Uses the pairwise update of Chan, Golub & LeVeque (1979): with d = mean_b - mean_a and
+        Uses the pairwise update of Chan, Golub & LeVeque (1983): with d = mean_b - mean_a and
         n = n_a + n_b, mean = mean_a + d n_b / n and M2 = M2_a + M2_b + d² n_a n_b / n.
 
         Examples
@@ -177,8 +177,8 @@ class Moments(NamedTuple):
         Parameters
         ----------
         file : str, path or binary file object
-            Where to write. A path is taken as it is, whatever its suffix. A file that is there is
-            replaced once the new one is complete: an interrupted call leaves it as it was.
+            Where to write. A path is used as given, whatever its suffix. An existing file is
+            replaced once the new one is complete, so an interrupted call leaves it unchanged.
 
         Raises
         ------
@@ -254,7 +254,7 @@ class Moments(NamedTuple):
 
 
 _CONTENT = "nbnorm.Moments 1"  # the format of files; a new number where it changes
-_ONE = (int, float)  # a count of all channels
+_ONE = (int, float)  # types of a shared count
 
 
 def rstd_of(var: NDArray, eps: float) -> NDArray:
@@ -290,11 +290,11 @@ def rstd_of(var: NDArray, eps: float) -> NDArray:
 
 
 def debiased(momentum: float, batches: int) -> float:
-    """Return the weight of the next batch in a debiased average of so many batches.
+    """Return the weight of the next batch in a debiased average of `batches` batches.
 
-    With a = momentum and t = batches + 1, the average avg <- (1 - w) avg + w batch of weights
-    w = a / (1 - (1 - a)^t) is at every t the moving average that starts at 0, divided by
-    1 - (1 - a)^t (Kingma & Ba 2014).
+    With a = momentum and t = batches + 1, this is w = a / (1 - (1 - a)^t). The average
+    avg <- (1 - w) avg + w batch is then, at every t, the moving average that starts at 0 divided
+    by 1 - (1 - a)^t (Kingma & Ba 2014).
 
     Parameters
     ----------
@@ -325,7 +325,7 @@ def debiased(momentum: float, batches: int) -> float:
     if not 0 < alpha <= 1:
         raise ValueError(
             f"momentum must be in (0, 1] for a debiased average, got {momentum}; "
-            "the average with equal weights is momentum=None in BatchNorm"
+            "for equal weights, use momentum=None in BatchNorm"
         )
     if batches == 0 or alpha == 1:
         return 1.0
@@ -352,8 +352,8 @@ def update_running_stats(
     ----------
     running_mean, running_var : array of shape moments.mean.shape
         float32, float64, float16 or bfloat16; the two dtypes may differ. NumPy arrays or any
-        objects with ``__dlpack__``. Moments of segments have an axis more, the first: running
-        statistics then move once, with the parts' means and variances averaged by count.
+        objects with ``__dlpack__``. Moments of segments have one more axis, the first: the
+        statistics are updated once, by the segments' means and variances averaged by count.
     moments : Moments
         Moments of a batch, or of several batches merged.
     momentum : float, default 0.1
@@ -367,9 +367,8 @@ def update_running_stats(
         If True, write to the given arrays. If False, return new arrays of the same library and
         dtype, as read-only arrays (JAX) require.
     num_batches_tracked : int, optional
-        If given, debias the averages: the number of batches, not empty, that they already hold.
-        At 0 the batch replaces their initial values, if these are finite. Requires a momentum in
-        (0, 1].
+        If given, debias: the number of nonempty batches already in the averages. At 0 the batch
+        replaces the initial values, if these are finite. Requires a momentum in (0, 1].
 
     Returns
     -------
@@ -389,9 +388,9 @@ def update_running_stats(
 
     Notes
     -----
-    A moving average that starts at 0 is too small by 1 - (1 - momentum)^t after t batches, and
-    Adam divides by that (Kingma & Ba 2014). Here the running statistics hold the quotient: with
-    `num_batches_tracked`, batch t is given the weight momentum / (1 - (1 - momentum)^t).
+    A moving average that starts at 0 is too small by a factor of 1 - (1 - momentum)^t after t
+    batches; Adam divides by it (Kingma & Ba 2014). The running statistics hold the quotient: with
+    `num_batches_tracked`, batch t has the weight momentum / (1 - (1 - momentum)^t).
 
     Examples
     --------
@@ -440,7 +439,7 @@ def update_running_stats(
 def merged(
     count: Any, mean: NDArray, m2: NDArray, count_b: Any, mean_b: NDArray, m2_b: NDArray
 ) -> tuple[Any, NDArray, NDArray]:
-    """Return merged moments of which a count is an array."""
+    """Return merged moments if a count is an array."""
     total = count + count_b
     d, share = mean_b - mean, count_b / np.where(total == 0, 1, total)
     mean = np.where(count == 0, mean_b, np.where(count_b == 0, mean, mean + d * share))
@@ -475,9 +474,9 @@ def _var(count: Any, m2: NDArray, correction: float) -> NDArray:
 def _taken(
     moments: Moments, expected: tuple[int, ...] | None = None
 ) -> tuple[Any, NDArray, NDArray]:
-    """Return count, mean and M2 as an int and two float64 arrays of the same shape.
+    """Return count, mean and M2: a number, or a float64 array if it has axes, and two arrays.
 
-    The count is a third such array where it differs.
+    The arrays are float64 of one shape.
     """
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be nbnorm.Moments, got {type(moments).__qualname__}")

@@ -57,18 +57,18 @@ def population_stats(
         reduce. A str is the name of a dimension of a DataArray.
     chunk : int, default 8388608
         Maximum number of values to process at a time. Arrays are split along the reduced axes,
-        the outermost in memory first. Zarr's and HDF5's are split along the borders of their own
-        chunks, so that each of these is decompressed once, into pieces of a fifth as many values,
-        but of at least one chunk of the file. Has no effect on dask arrays.
+        the outermost in memory first. Zarr and HDF5 arrays are split at the borders of the file's
+        chunks, each decompressed once; pieces have at most chunk / 5 values, but at least one of
+        the file's chunks. Has no effect on dask arrays.
     progress : bool or callable, default False
         Whether to show a progress bar of the values processed, which needs the ``progress`` extra.
         A callable is called as ``progress(done, total)`` before the first chunk and after each:
-        with the number of values processed, and that of all, or None if only the end of an iterable
-        will tell. What it returns is ignored; what it raises ends the call. A dask scheduler of
-        several machines tells it only of the end.
+        with the number of values processed, and that of all, or None if that is unknown before an
+        iterable ends. What it returns is ignored; what it raises ends the call. Distributed dask
+        schedulers report only the end.
     checkpoint : str or path, optional
-        A file that keeps what has been computed, so that a call that was interrupted can be
-        repeated and goes on where that one was. See Notes.
+        A file that saves progress: to resume an interrupted call, repeat it with the same
+        arguments. See Notes.
 
     Returns
     -------
@@ -100,19 +100,18 @@ def population_stats(
     merging in sequence gives 280.
 
     If slicing reads or copies (Zarr, h5py, arrays without an (N, C, S) view), memory holds one
-    chunk. While Zarr or HDF5 reads, it holds its chunks both compressed and decompressed; as pieces
-    are a fifth of a chunk, that is less than two chunks, unless a single one of the file's is more.
+    piece. Zarr and HDF5 add the file's chunks that they read, compressed and decompressed: with
+    pieces of `chunk` / 5, less than 2 `chunk` values in all, unless one chunk of the file is more.
     A memory map takes only pages that the system can reclaim. A dask array is computed by its
     scheduler in one go, so memory holds as many blocks as the scheduler works on.
 
-    `checkpoint` is written so seldom that writing takes at most 2 % of the time, and when an
-    exception ends the call; it is replaced as a whole, so it is never half written. A call that
-    completes removes it. It holds the moments that wait to be merged and how many chunks they are
-    of, so the bits are those of a call that was not interrupted. The call that goes on must be
-    given the same data, axis and chunk: it does not read again the chunks of an array, but draws
-    from an iterable what it drops, and verifies the shapes and dtypes, not the values. With a
-    checkpoint 64 blocks of a dask array are computed at a time; what these share with others is
-    computed again.
+    `checkpoint` is written when an exception ends the call, and otherwise so rarely that it takes
+    at most 2 % of the time. It is replaced atomically, and removed when a call completes. It holds
+    the moments still to be merged and the number of chunks in them, so a resumed call gives the
+    same bits as one that was not interrupted. Pass it the same data, axis and chunk: shapes and
+    dtypes are verified, values are not. It skips the finished chunks of an array without reading
+    them; from an iterable it draws them and drops them. With a checkpoint, 64 blocks of a dask
+    array are computed at a time; what they share with other blocks is computed again.
 
     Examples
     --------
@@ -143,7 +142,7 @@ def population_stats(
     ...     try:
     ...         population_stats(x, chunk=3, checkpoint=file, progress=interrupted)
     ...     except KeyboardInterrupt:
-    ...         stats = population_stats(x, chunk=3, checkpoint=file)  # of five rows
+    ...         stats = population_stats(x, chunk=3, checkpoint=file)  # reads 5 rows
     >>> stats.count, stats.mean
     (10, array([13.5, 14.5, 15.5]))
     """
@@ -238,17 +237,17 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
 
 
 def batches_of(layer: Any, seen: Pairwise) -> int | None:
-    """Return as how many batches the statistics of those seen count, None for the layer's own.
+    """Return the `num_batches_tracked` to set for the batches seen; None keeps the layer's.
 
-    That number matters where it weights batches. PyTorch's `update_bn` leaves the number of batches
-    seen; here it replaces only the 0 of a layer that has not been trained.
+    It matters only if it weights batches. PyTorch's `update_bn` leaves the number of batches seen;
+    here it replaces only the 0 of a layer that has not been trained.
     """
     weighted = layer.momentum is None or getattr(layer, "debias", False)
     return len(seen) if weighted and layer.num_batches_tracked == 0 else None
 
 
 class _Run:
-    """The parts of data that have been merged, and the progress shown of them."""
+    """Merges the moments of data's arrays, and reports the progress."""
 
     def __init__(
         self,
@@ -262,11 +261,11 @@ class _Run:
         self._total: int | None = None
 
     def merge(self, source: _sources.Source, chunk: int, at_once: bool) -> None:
-        """Merge the moments of an array, of a dask array `at_once` or a few blocks at a time."""
+        """Merge an array's moments; all blocks of a dask array `at_once`, or some at a time."""
         if self._channels not in (None, source.channels):
             raise ValueError(
-                f"data has channel axes of shape {source.channels}, expected {self._channels}, the "
-                "shape in the arrays before"
+                f"data has channel axes of shape {source.channels}, expected {self._channels}, "
+                "that of the arrays before"
             )
         self._channels = source.channels
         array = source.array
@@ -306,7 +305,7 @@ class _Run:
         return moments
 
     def _of_blocks(self, source: _sources.Source, blocks: Any) -> Moments:
-        """Return the moments of blocks of a dask array, of one graph which returns only them."""
+        """Compute the moments of a dask array's blocks, in one graph that returns only them."""
         from dask import delayed
         from dask.callbacks import Callback
 
@@ -329,7 +328,7 @@ class _Run:
         return moments
 
     def _begin(self) -> None:
-        """Show that no more is done than a checkpoint holds, once data has passed the checks."""
+        """Report the checkpoint's progress, once the first piece has passed the checks."""
         if not self._begun:
             self._begun = True
             self._total = _size(self._arrays)
@@ -342,7 +341,7 @@ class _Run:
 
 @contextmanager
 def _shown(progress: Progress) -> Iterator[Callable[[int, int | None], object] | None]:
-    """Yield what shows the progress, by default with tqdm, or None."""
+    """Yield the callback that shows progress, or None."""
     if not (callable(progress) or isinstance(progress, bool | np.bool_)):
         raise TypeError(f"progress must be a bool or callable, got {progress!r}")
     if callable(progress) or not progress:
@@ -374,7 +373,7 @@ def _shown(progress: Progress) -> Iterator[Callable[[int, int | None], object] |
 
 
 def _size(arrays: Iterable[Array]) -> int | None:
-    """Return the number of values, or None if only going through the arrays would tell."""
+    """Return the number of values, or None if it is unknown without iterating."""
     if not isinstance(arrays, Sequence):
         return None
     size = sum(prod(getattr(array, "shape", ())) for array in arrays)

@@ -1,13 +1,13 @@
 """Reference implementation: batch normalization in plain NumPy, one line per equation of the paper.
 
-Implements every function of nbnorm under the same name and with the same arguments, after S. Ioffe
+Implements the array functions of nbnorm under the same names and arguments, after S. Ioffe
 & C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
 Covariate Shift" (2015). Comments cite the equations: Algorithm 1 is the transform of a mini-batch,
 Algorithm 2 trains a network and then freezes it, section 3 has the gradients. docs/math.md derives
 them.
 
-The module is meant for reading and testing. It is slow, takes only NumPy arrays, does not check its
-arguments, and shares no arithmetic with the kernels. It computes in float64, or in longdouble if x
+The module is meant for reading and testing. It is slow, takes only NumPy arrays, hardly checks
+arguments, and shares only the table of activations with the kernels. It computes in float64, or in
 is float64 or there is no x (folding, running statistics, backward from y), and returns results in
 that dtype. Only `out` and running statistics updated in place are rounded to their own dtypes.
 
@@ -129,7 +129,7 @@ def batch_norm_backward(
 
     Returns dx and dresidual, with x's shape, and dgamma and dbeta, with that of the channel axes.
     Gradients not in `output_mask` are None, as is dresidual unless `y` is given with x, or
-    `residual`. With weights, the m in 1/m is sum_i w_i, and value i is in mean and var w_i times.
+    `residual`. With weights, the m in 1/m is sum_i w_i, and value i enters mean and var w_i times.
     """
     w = weights = _what_counts(_either(x, y), axis, mask, lengths, length_axis, weights)
     mask = lengths = length_axis = None
@@ -213,9 +213,9 @@ def update_running_stats(
     """Section 3.1, the moving average in place of Algorithm 2, line 10.
 
     Averages the variance m/(m - 1) var if ``correction=1``. Returns the arrays passed in or, with
-    ``inplace=False``, new ones that are not rounded. An empty batch does not change the values.
-    With `num_batches_tracked`, the average divided by 1 - (1 - momentum)^t (Kingma & Ba, 2014).
-    Nor does a channel change in which nothing counts.
+    ``inplace=False``, new ones that are not rounded. An empty batch does not change the values,
+    nor does a channel change in which nothing counts. With `num_batches_tracked`, the average
+    divided by 1 - (1 - momentum)^t (Kingma & Ba, 2014).
     """
     new_mean, new_var = _long(running_mean), _long(running_var)
     count, mean, m2 = np.asarray(moments.count), _long(moments.mean), _long(moments.m2)
@@ -335,9 +335,9 @@ def batch_norm_double_backward(
 ) -> BatchNormDoubleBackward[NDArray]:  # fmt: skip
     """Gradients of sum ddx dx + sum ddgamma dgamma + sum ddbeta dbeta (docs/math.md).
 
-    The first is linear in dy, with the transpose of the gradient, the directional derivative. The
-    others follow from sum_i ddx_i dx_i = gamma sum_i dy_i dx_hat_i, where dx_hat is the derivative
-    of x_hat along ddx.
+    The gradient is linear in dy, so ddy is its transpose: the directional derivative. The others
+    follow from sum_i ddx_i dx_i = gamma sum_i dy_i dx_hat_i, where dx_hat is the derivative of
+    x_hat along ddx.
     """
     m, over, _ = _reduction(x, axis)
     dy, xhat, r = _wide(dy, x), _normalise(x, mean, rstd, axis), _spread(rstd, x, axis)
@@ -350,7 +350,7 @@ def batch_norm_double_backward(
     d = np.zeros_like(xhat) if ddx is None else _wide(ddx, x)
     mean_xhat = np.sum(d * xhat, axis=over, keepdims=True) / max(m, 1)
     # The loss is gamma r sum_i dy_i (d_i - mean(d) - x_hat_i mean(d x_hat)) + e sum_i dy_i x_hat_i.
-    # Its derivative with respect to x_hat_j, and, times dr/dx_j = -r^2 x_hat_j / m, that to r:
+    # Its derivatives with respect to x_hat_j and r; dr/dx_j = -r^2 x_hat_j / m:
     g_xhat = np.sum(dy * xhat, axis=over, keepdims=True) / max(m, 1)
     of_xhat = (e - factor * r * mean_xhat) * dy - factor * r * g_xhat * d
     of_r_times_r = factor * np.sum(dy * txhat, axis=over, keepdims=True)
@@ -465,7 +465,7 @@ def fold_into_conv(
     Weights have shape ``(out, in / groups, *kernel)`` or, transposed,
     ``(in, out / groups, *kernel)``, or what `layout` says. In the former, weight[o, i] takes input
     channel i of the group of output channel o; in the latter, weight[i, o] contributes to output
-    channel o of the group of input channel i. `padding` must be none.
+    channel o of the group of input channel i. `padding` is ignored.
     """
     scale, shift = fold_batch_norm(gamma, beta, mean, var, eps=eps)
     layout = layout or ("IO" if transposed else "OI") + "K" * (weight.ndim - 2)
@@ -596,9 +596,9 @@ def _input(
     x: OptArray, gamma: OptArray, beta: OptArray, mean: NDArray, rstd: NDArray, y: OptArray,
     activation: Activation, axis: Axis,
 ) -> tuple[NDArray, NDArray, OptArray]:  # fmt: skip
-    """Return x, mean and y; if x is None, solve v = gamma (x - mean) rstd + beta for x - mean.
+    """Return x, mean and y; without x, x - mean solved from y, a mean of 0, and None.
 
-    v is what the activation made y of. The mean is then 0. Where rstd is 0, x - mean is 0 too.
+    y = act(gamma (x - mean) rstd + beta). Where rstd is 0, x - mean is 0.
     """
     if x is not None:
         return x, mean, y
@@ -686,7 +686,7 @@ def _each(function: Any, arguments: dict[str, Any]) -> list[Any]:
 
 
 def _joined(parts: list[Any], name: str | None, x: OptArray, y: OptArray, axis: Axis) -> Any:
-    """Return results of x's shape, or those of this name, as one array; None if they are None."""
+    """Concatenate the parts' results, or their field `name`, in x's shape; None if None."""
     arrays = [part if name is None else getattr(part, name) for part in parts]
     large = y if x is None else x
     assert large is not None

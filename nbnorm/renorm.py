@@ -329,12 +329,12 @@ def batch_renorm_backward(
 
 
 def checked_bounds(r_max: Any, d_max: Any) -> tuple[float, float]:
-    """Return both bounds as floats; raise if one is not a bound. Infinity is valid."""
+    """Return both bounds as floats; raise if r_max < 1, d_max < 0 or one is NaN."""
     return _at_least(1, r_max, "r_max"), _at_least(0, d_max, "d_max")
 
 
 def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Return gamma, beta and the running statistics as `renorm_factors` takes them."""
+    """Return gamma, beta and the running statistics as `renorm_forward` takes them."""
     frame, running = call.frame, call.running
     assert running is not None
     return (
@@ -348,7 +348,7 @@ def parameters(call: ForwardCall) -> tuple[NDArray, NDArray, NDArray, NDArray]:
 def corrected(
     call: ForwardCall, mean: NDArray, m2: NDArray, count: int, bounds: tuple[float, float]
 ) -> tuple[ForwardCall, NDArray, NDArray]:
-    """Return the call with gamma r and beta + gamma d, r and d, for moments of `count` values."""
+    """Return (call, r, d), with gamma r as the call's gamma and beta + gamma d as its beta."""
     frame = call.frame
     if count == 0:
         r, d = _none(frame)
@@ -376,7 +376,7 @@ def gamma_sum(sums: NDArray, r: NDArray, d: NDArray) -> NDArray:
 
 
 def _none(frame: Frame) -> tuple[NDArray, NDArray]:
-    """Return r and d without an effect, for a batch without values."""
+    """Return r = 1 and d = 0, for an empty batch."""
     return frame.memory.zeros(frame.channels) + 1.0, frame.memory.zeros(frame.channels)
 
 

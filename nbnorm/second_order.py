@@ -100,8 +100,8 @@ def batch_norm_double_backward(
     + ddgamma rstd (g - mean(g) - x_hat mean(g x_hat))
 
     docs/math.md derives them from section 3 of Ioffe & Szegedy (2015). One sweep over ddx, dy and
-    x takes five sums, a second writes ddy and dx. There is no activation: where one follows, mask
-    dy and ddx by its derivative, and ddy as well. Sums are accurate relative to the sums of their
+    x computes five sums, a second writes ddy and dx. If ReLU follows, set dy and the resulting ddy
+    to 0 wherever y > 0 is false, but not ddx. Sums are accurate relative to the sums of their
     absolute terms.
 
     Examples
@@ -267,8 +267,8 @@ def batch_norm_backward_statistics(
 
     Notes
     -----
-    Section 3 of Ioffe & Szegedy (2015), dl/dmean and dl/dvar, where mean does not depend on x, as
-    Chainer's ``fixed_batch_normalization`` has them. Where rstd is 0, both are 0.
+    Section 3 of Ioffe & Szegedy (2015), dl/dmean and dl/dvar, for a mean that does not depend on
+    x; as Chainer's ``fixed_batch_normalization``. Where rstd is 0, both are 0.
 
     Examples
     --------

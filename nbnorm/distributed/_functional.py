@@ -82,7 +82,7 @@ def sync_batch_norm_forward(
         Population statistics; pass both or neither. In training they are updated **in place** with
         the statistics of all ranks: if equal on every rank before, they stay bitwise equal.
     comm : Communicator
-        An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
+        mpi4py's, a `TorchProcessGroup`, a `ThreadComm` or another `Communicator`.
     training : bool, default True
         Normalise with the batch's statistics (True) or the running ones.
     momentum : float, default 0.1
@@ -173,7 +173,7 @@ def forward_of_all(
     *,
     bounds: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[Any, ...]:
-    """Return the result of `sync_batch_norm_forward` in training; with `bounds`, then r and d.
+    """Return the result of `sync_batch_norm_forward` in training, then r and d with `bounds`.
 
     `bounds` returns r_max and d_max of batch renormalization, as keywords.
     """

@@ -29,7 +29,7 @@ class SyncBatchNorm(BatchNorm):
     num_features : int or tuple of int
         Number of channels; see `BatchNorm`.
     comm : Communicator
-        An mpi4py communicator, `TorchProcessGroup`, or any object with ``Allgather``.
+        mpi4py's, a `TorchProcessGroup`, a `ThreadComm` or another `Communicator`.
     **options
         The other arguments of `BatchNorm`. They must be the same on all ranks. With `renorm`, r and
         d correct the statistics of all ranks' values. In training, `forward` refuses segments and
@@ -40,8 +40,7 @@ class SyncBatchNorm(BatchNorm):
     comm : Communicator
         The communicator passed in.
     grads : dict of str to array
-        This rank's sums. Add or average them over the ranks, as the gradients of all other
-        parameters.
+        This rank's sums. Add or average them over the ranks, as you do all other gradients.
 
     Raises
     ------

@@ -133,7 +133,7 @@ _HEADER_LENGTH = 16
 _REASON_BYTES = 512
 FORWARD, BACKWARD = 1.0, 2.0
 _AGREED = len(Header._fields) - 1
-_ACTIVATIONS = ("None", *map(repr, NAMES), "a function of the user's")
+_ACTIVATIONS = ("None", *map(repr, NAMES), "a user's function")
 _DTYPE_CODES = {np.dtype(name): float(code) for code, name in enumerate(DTYPES[:3])}
 
 # The name of each field in error messages, and a function that formats its value.
@@ -228,7 +228,7 @@ class Ranks:
         return call, [int(values) for values in table[:, _AGREED].tolist()]
 
     def refuse(self, error: Exception) -> NoReturn:
-        """Raise an error of this rank's own, after telling the ranks that are in `checked`."""
+        """Raise `error`, after telling the other ranks, which wait in `checked`."""
 
         def check() -> NoReturn:
             raise error

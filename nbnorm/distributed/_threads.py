@@ -16,8 +16,8 @@ from nbnorm._typing import NDArray
 class ThreadComm:
     """Communicator of one of several threads, which take part as ranks.
 
-    `split` makes the communicators, one for each thread. Inside ``with comm:`` an exception that
-    ends a rank ends the others, too, where they wait for it.
+    `split` makes the communicators, one for each thread. Inside ``with comm:``, an exception in
+    one rank also ends the others, which would wait for it.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class ThreadComm:
 
     @classmethod
     def split(cls, size: int, *, timeout: float | None = None) -> list[ThreadComm]:
-        """Return the communicators of so many threads, in rank order.
+        """Return the communicators of `size` threads, in rank order.
 
         Parameters
         ----------
@@ -64,7 +64,7 @@ class ThreadComm:
         Returns
         -------
         list of ThreadComm
-            One communicator a rank.
+            One communicator per rank.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class ThreadComm:
             Another rank has ended with an exception, which is this one's cause; or another thread
             is in an exchange with this communicator.
         TimeoutError
-            The others have not come in time. They raise RuntimeError.
+            The others did not come in time. They raise RuntimeError.
         ValueError
             The ranks' arrays differ in size or dtype.
         """
@@ -160,7 +160,7 @@ class _Meeting:
         return [table[other] for other in range(self.size)]
 
     def end(self, rank: int, error: BaseException) -> None:
-        """Let the ranks that wait, and later exchanges, raise for an error of this rank's."""
+        """Make waiting ranks and later exchanges raise, because of this rank's error."""
         with self._changed:
             self._ended = self._ended or (rank, error)
             self._changed.notify_all()
@@ -171,7 +171,7 @@ class _Meeting:
             raise RuntimeError(f"rank {rank} has ended with {_described(error)}") from error
 
     def _late(self, rank: int, table: dict[int, Any]) -> TimeoutError:
-        """Return the error of a rank that has waited long enough; end the others."""
+        """Return the TimeoutError of a rank that waited too long; end the others."""
         missing = [other for other in range(self.size) if other not in table]
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         error = TimeoutError(f"rank {rank} has waited {self._limit:g} s for {names}")
