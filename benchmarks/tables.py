@@ -12,7 +12,7 @@ BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
 _RESNET = "All 53 batch norms of ResNet-50 at N = 32, in ms"
 _SMALL = "Small calls, in µs"
-_OF_THOSE = "channels-last over those of more than two axes"
+_OF_THOSE = "channels-last: those of more than two axes"
 
 LEGEND = """\
 Cells have milliseconds, least and median, and a ratio: nbnorm's time in floors, or a peer's time in
@@ -41,9 +41,9 @@ def section(run: Run) -> str:
         by_op = _by_op(run, dtype)
         shapes = len({row.shape for rows in by_op.values() for row in rows})
         parts.append(
-            f"Peers' times in {dtype} as multiples of nbnorm's, like with like: geometric mean\n"
-            f"over {shapes} shapes ({_OF_THOSE}), and in brackets\nthe least, with its shape:\n\n"
-            f"{_means(by_op)}"
+            f"Peers' times in {dtype} divided by nbnorm's, on the same layout: geometric mean\n"
+            f"over {shapes} shapes ({_OF_THOSE}), and in brackets\nthe smallest, with its shape:"
+            f"\n\n{_means(by_op)}"
         )
         for title, table in ((_RESNET, _sums(by_op)), (_SMALL, _small(by_op))):
             if table:
@@ -64,9 +64,9 @@ def page(run: Run) -> str:
         if small:
             parts.append(f"## Small calls, {dtype}\n\n{_SMALL}:\n\n{small}")
         parts.append(
-            f"## Against each library, {dtype}\n\nTimes as multiples of nbnorm's, like with like: "
-            f"geometric mean over all shapes\n({_OF_THOSE}), and in brackets the least, with its "
-            f"shape:\n\n{_means(by_op)}"
+            f"## Against each library, {dtype}\n\nTimes divided by nbnorm's, on the same layout: "
+            f"geometric mean over all shapes\n({_OF_THOSE}), and in brackets the smallest, with "
+            f"its shape:\n\n{_means(by_op)}"
         )
         for op, rows in by_op.items():
             table = _shapes(rows, filter(is_ours, PEERS))
@@ -232,7 +232,7 @@ def _means(by_op: dict[str, list[Row]]) -> str:
                 value = _mean_and_least(measured, lambda row, n=name, us=us: row.ratio(n, us))
                 cells[i] = "{}x ({}x, {})".format(*value)
         lines.append([name, *cells])
-    best = ["best of all, any layout, to nbnorm"]
+    best = ["fastest peer, any layout"]
     for rows in by_op.values():
         us = "nbnorm" if "nbnorm" in _names(rows) else "nbnorm, new output"
         against = [row for row in rows if _others([row])]

@@ -71,6 +71,14 @@ def take_floating(obj: Array, name: str) -> NDArray:
     return array
 
 
+def take_float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArray:
+    """Convert a parameter or statistic to float64; raise if its shape is not as expected."""
+    array = take_floating(obj, name)
+    if array.shape != expected:
+        raise ValueError(f"{name} has shape {array.shape}, expected {expected} {of}")
+    return array.astype(np.float64)
+
+
 def holds_integers(obj: Array, name: str) -> bool:
     """Return whether an object has one of the dtypes of `INTEGERS`; it need not be an array."""
     dtype = getattr(obj, "dtype", None)

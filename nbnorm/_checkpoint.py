@@ -30,8 +30,11 @@ class Checkpoint:
     """
 
     def __init__(self, path: Any) -> None:
-        self._merged, self._sum = Pairwise(), 0
-        self._ahead, self._expected = 0, 0  # parts in the file not yet passed to `has`; checksum
+        self._merged, self._checksum = Pairwise(), 0
+        self._ahead, self._expected_checksum = (
+            0,
+            0,
+        )  # parts in the file not yet passed to `has_next`; checksum
         self._path = None if path is None else _checked(path)
         if self._path is not None and os.path.exists(self._path):
             self._read(self._path)
@@ -47,18 +50,18 @@ class Checkpoint:
         """Return the number of values in the moments."""
         return sum(map(values_of, self._merged.waiting))
 
-    def has(self, *part: Any) -> bool:
+    def has_next(self, *part: Any) -> bool:
         """Return True if the file has this part; call once per part, in order.
 
         `part` identifies it, and its checksum must agree with the file's.
         """
         if self._path is None:
             return False
-        self._sum = zlib.crc32(repr(part).encode(), self._sum)
+        self._checksum = zlib.crc32(repr(part).encode(), self._checksum)
         if self._ahead == 0:
             return False
         self._ahead -= 1
-        if self._ahead == 0 and self._sum != self._expected:
+        if self._ahead == 0 and self._checksum != self._expected_checksum:
             raise self._of_other_data()
         return True
 
@@ -70,7 +73,7 @@ class Checkpoint:
         self._merged.add(moments)
         if self._path is None:
             return
-        self._state = (len(self._merged), tuple(self._merged.waiting), self._sum)
+        self._state = (len(self._merged), tuple(self._merged.waiting), self._checksum)
         if self._cost <= SHARE * (time.perf_counter() - self._time):
             self._write(self._path)
 
@@ -102,7 +105,7 @@ class Checkpoint:
         stored = _files.read(path, _CONTENT, _KEYS, "checkpoint")
         counts, means, m2 = stored["count"].tolist(), stored["mean"], stored["m2"]
         waiting = map(Moments, counts, means, m2)
-        self._ahead, self._expected = int(stored["number"]), int(stored["sum"])
+        self._ahead, self._expected_checksum = int(stored["number"]), int(stored["sum"])
         self._merged = Pairwise(self._ahead, waiting)
 
     def _write(self, path: str) -> None:

@@ -330,10 +330,10 @@ def divisor(gamma: NDArray, dtype: np.dtype[Any], rstd: NDArray | None = None) -
     """
     bits = _bits(dtype)
     scale = gamma.astype(np.float64)
-    _in_range(scale, "gamma", scale, bits)
+    _check_range(scale, "gamma", scale, bits)
     if rstd is not None:
         with np.errstate(invalid="ignore"):  # Inf times 0
-            _in_range(np.where(rstd == 0, 1, scale * rstd), "rstd", rstd, bits)
+            _check_range(np.where(rstd == 0, 1, scale * rstd), "rstd", rstd, bits)
 
 
 def _bits(dtype: np.dtype[Any]) -> int:
@@ -341,7 +341,7 @@ def _bits(dtype: np.dtype[Any]) -> int:
     return 510 if dtype == np.float64 else 126
 
 
-def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
+def _check_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
     """Raise for the first finite factor whose magnitude is not in [2^-bits, 2^bits]."""
     size, values = np.abs(factor), np.broadcast_to(values, factor.shape)
     wrong = np.argwhere((size < 2.0**-bits) | ((size > 2.0**bits) & (size < np.inf)))
@@ -354,7 +354,7 @@ def _in_range(factor: NDArray, name: str, values: NDArray, bits: int) -> None:
         )
 
 
-def kept(x: NDArray, y: NDArray) -> None:
+def not_overwritten(x: NDArray, y: NDArray) -> None:
     """Raise if x and y overlap: the forward pass has written y over x."""
     x, y = _mirror(x), _mirror(y)
     if np.may_share_memory(x, y) and _overlap(x, y):
@@ -509,7 +509,7 @@ def same_parts(gamma: NDArray | None, beta: NDArray | None) -> None:
         raise ValueError(f"beta has shape {beta.shape}, expected {gamma.shape}, the shape of gamma")
 
 
-def one_of(given: list[str]) -> None:
+def at_most_one(given: list[str]) -> None:
     """Raise if more than one of mask, lengths, weights is given."""
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are given, expected one of mask, lengths, weights")

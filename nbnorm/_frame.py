@@ -131,9 +131,9 @@ class Frame:
 
     def per_channel(self, array: Array | None, name: str) -> NDArray | None:
         """Call `required` for an argument that may be None."""
-        return None if array is None else self.required(array, name)
+        return None if array is None else self.required_per_channel(array, name)
 
-    def required(self, array: Array, name: str) -> NDArray:
+    def required_per_channel(self, array: Array, name: str) -> NDArray:
         """Return a parameter or statistic as an array; check its dtype and shape."""
         taken = take_floating(array, name)
         if taken is not array or self.memory is not cpu.memory:

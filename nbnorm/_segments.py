@@ -98,7 +98,7 @@ class SegmentedFrame(WeightedFrame):
         """Return a backend that runs every pass part by part."""
         return kind(self._plain, self.memory, self._rows, self._C, self._counts, backends)
 
-    def required(self, array: Array, name: str) -> NDArray:
+    def required_per_channel(self, array: Array, name: str) -> NDArray:
         """Return a parameter or statistic, of the shape of the channel axes or with a row per part.
 
         Running statistics do not have rows.
@@ -107,7 +107,7 @@ class SegmentedFrame(WeightedFrame):
         if name.startswith("running") or rank == len(self._of_part):
             self.channel_shape = self._of_part
         try:
-            return super().required(array, name)
+            return super().required_per_channel(array, name)
         finally:
             self.channel_shape = of_all
 
@@ -130,7 +130,7 @@ class SegmentedFrame(WeightedFrame):
         if self.weights is None and self._found is not None and not self.empty:
             self._bind(self._found)  # other chunks' counts may differ by channel
         if self.weights is not None:
-            given = self.statistic(self.required(self._floating(count), "count"))
+            given = self.statistic(self.required_per_channel(self._floating(count), "count"))
             _checks.weight_each(on_host(given), self._totals.reshape(-1))
             return list(given.reshape(number, -1) / self.unit)
         counts = on_host(take(count, "count"))

@@ -31,13 +31,13 @@ _EXACT = 1 << 53  # smaller ints are exact as floats
 class _Entries:
     """Compiled entries for one shape and one activation.
 
-    `of` is the activation's class in `functions`; None for ReLU or none.
+    `act` is the activation's class in `functions`; None for ReLU or none.
     """
 
-    __slots__ = ("backward", "forward", "inference", "of")
+    __slots__ = ("act", "backward", "forward", "inference")
 
-    def __init__(self, of: Any = None) -> None:
-        self.of = of
+    def __init__(self, act: Any = None) -> None:
+        self.act = act
         # Without and with a residual; for backward, by where the derivative comes from.
         self.forward: list[Any] = [None, None]
         self.inference: list[Any] = [None, None]
@@ -70,11 +70,11 @@ class _Site(_Entries):
         self.serial = self._numbers(1, 2) if self.small else None
         self.numbers: dict[tuple[int, int], NDArray] = {}
 
-    def entries(self, of: Any) -> _Entries:
+    def entries(self, act: Any) -> _Entries:
         """Return the entries of an activation's class."""
-        found = self.others.get(of)
+        found = self.others.get(act)
         if found is None:
-            found = self.others[of] = _Entries(of)
+            found = self.others[act] = _Entries(act)
         return found
 
     def new(self) -> NDArray:
@@ -188,22 +188,22 @@ def forward(
     site, number = _site_of(x, axis), _floor(activation)
     if site is None:
         return None
-    of: _Entries = site
+    cached: _Entries = site
     if number is None:
         other = _other(site, activation)
         if other is None:
             return None
-        of, number = other
+        cached, number = other
     added = residual is not None
     numbers = site.serial if site.small else site.work(2 + added)
     if numbers is None:
         return None
-    entry = of.forward[added]
+    entry = cached.forward[added]
     if entry is None:
         if not _all_of(site.dtype, gamma, beta, running_mean, running_var, residual, out):
             return None
-        entry = entries.forward(site.traversal, site.dtype.name, added, of.of)
-        of.forward[added] = entry
+        entry = entries.forward(site.traversal, site.dtype.name, added, cached.act)
+        cached.forward[added] = entry
     y = site.new() if out is None else out
     mean, rstd = np.empty(site.C), np.empty(site.C)
     done = entry(
@@ -232,22 +232,22 @@ def inference(
     site, number = _site_of(x, axis), _floor(activation)
     if site is None:
         return None
-    of: _Entries = site
+    cached: _Entries = site
     if number is None:
         other = _other(site, activation)
         if other is None:
             return None
-        of, number = other
+        cached, number = other
     added = residual is not None
     numbers = site.serial if site.small else site.work(2 + added)
     if numbers is None:
         return None
-    entry = of.inference[added]
+    entry = cached.inference[added]
     if entry is None:
         if not _all_of(site.dtype, gamma, beta, mean, var, residual, out):
             return None
-        entry = entries.inference(site.traversal, site.dtype.name, added, of.of)
-        of.inference[added] = entry
+        entry = entries.inference(site.traversal, site.dtype.name, added, cached.act)
+        cached.inference[added] = entry
     y = site.new() if out is None else out
     mean64, rstd = (np.empty(site.C), np.empty(site.C)) if statistics else (None, None)
     done = entry(x, gamma, beta, mean, var, residual, out, y, mean64, rstd, numbers, eps, number)
@@ -282,14 +282,14 @@ def backward(
     site, number = _site_of(x, axis), _floor(activation)
     if site is None:
         return None
-    of: _Entries = site
+    cached: _Entries = site
     if number is None:
         other = _other(site, activation)
         if other is None:
             return None
-        of, number = other
+        cached, number = other
     # The derivative of ReLU is read from y, that of another activation computed with the residual.
-    kept, useless = (y, residual) if of.of is None else (residual, y)
+    kept, useless = (y, residual) if cached.act is None else (residual, y)
     mask = "none" if number == -inf else "beta" if kept is None else "y"
     want_dx, want_dgamma, want_dbeta, want_dresidual = output_mask
     if not want_dx or useless is not None:
@@ -299,12 +299,12 @@ def backward(
     numbers = site.serial if site.small else site.work(5 if mask == "y" else 3)
     if numbers is None:
         return None
-    entry = of.backward.get(mask)
+    entry = cached.backward.get(mask)
     if entry is None:
         if not (_all_of(site.dtype, dy, gamma, beta, kept, out) and _all_of(_FLOAT64, mean, rstd)):
             return None
-        entry = entries.backward(site.traversal, site.dtype.name, mask, of.of)
-        of.backward[mask] = entry
+        entry = entries.backward(site.traversal, site.dtype.name, mask, cached.act)
+        cached.backward[mask] = entry
     dx = site.new() if out is None else out
     dresidual = site.new() if mask == "y" else None
     dgamma, dbeta = np.empty(site.C, site.dtype), np.empty(site.C, site.dtype)

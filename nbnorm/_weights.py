@@ -91,7 +91,7 @@ class WeightedFrame(Frame):
         self.unit, self._shared = 1.0, self._channels_share(found)
         self._kind: type = float if counting.weights is not None else int
         if found.dtype != np.bool_:
-            found = self._in_range(found)
+            found = self._scaled(found)
         values = self._spread(found)
         count = self.backend.weigh(values, max(self.channels, 1))
         with np.errstate(over="ignore"):
@@ -110,7 +110,7 @@ class WeightedFrame(Frame):
         x = self.x
         names = ("mask", "lengths", "weights")
         given = [name for name in names if getattr(counting, name) is not None]
-        _checks.one_of(given)
+        _checks.at_most_one(given)
         [name] = given
         array = getattr(counting, name)
         if name == "lengths":
@@ -137,7 +137,7 @@ class WeightedFrame(Frame):
     def _channel_axes(self) -> list[int]:
         return [i % self.x.ndim for i in _checks.axes(self._axis)]
 
-    def _in_range(self, weights: NDArray) -> NDArray:
+    def _scaled(self, weights: NDArray) -> NDArray:
         """Set `unit`; return weights divided by it, in the compute dtype; raise if invalid."""
         dtype = np.float64 if self.x.dtype == np.float64 else np.float32
         if weights.itemsize == 2:  # CuPy has no min() for bfloat16
@@ -176,7 +176,7 @@ class WeightedFrame(Frame):
         """Check the `count` of a backward pass: a number, or one for each channel."""
         if len(getattr(count, "shape", ())) == 0:
             return _checks.weight(count, self.m) / self.unit
-        counts = self.required(self._floating(count), "count")
+        counts = self.required_per_channel(self._floating(count), "count")
         given = on_host(counts)
         _checks.weight_each(given, self.unflat(self._totals))
         if self.weights is None and given.size and (given == given.flat[0]).all():

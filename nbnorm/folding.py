@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nbnorm._arrays import home_of, on_its_device, take_floating
+from nbnorm._arrays import home_of, on_its_device, take_float64, take_floating
 from nbnorm._kernel_axes import Padding, View, is_padded, view_of
 from nbnorm._typing import Array, NDArray
 from nbnorm.moments import rstd_of
@@ -299,14 +299,14 @@ def _scale_and_shift(
     of: str,
 ) -> tuple[NDArray, NDArray]:
     """Check the arguments and return scale and shift in float64."""
-    scale = rstd_of(_float64(var, "var", expected, of), eps)
-    center = _float64(mean, "mean", expected, of)
+    scale = rstd_of(take_float64(var, "var", expected, of), eps)
+    center = take_float64(mean, "mean", expected, of)
     with np.errstate(all="ignore"):  # NaN and Inf pass through to their channel
         if gamma is not None:
-            scale = _float64(gamma, "gamma", expected, of) * scale
+            scale = take_float64(gamma, "gamma", expected, of) * scale
         shift = -center * scale
         if beta is not None:
-            shift = _float64(beta, "beta", expected, of) + shift
+            shift = take_float64(beta, "beta", expected, of) + shift
     return scale, shift
 
 
@@ -317,16 +317,8 @@ def _folded_bias(
     if bias is None:
         return shift
     with np.errstate(all="ignore"):
-        scaled = _float64(bias, "bias", expected, of)
+        scaled = take_float64(bias, "bias", expected, of)
         return (scaled if scale is None else scaled * scale) + shift
-
-
-def _float64(obj: Array, name: str, expected: tuple[int, ...], of: str) -> NDArray:
-    """Convert a parameter or statistic to float64; raise if its shape is not as expected."""
-    array = take_floating(obj, name)
-    if array.shape != expected:
-        raise ValueError(f"{name} has shape {array.shape}, expected {expected} {of}")
-    return array.astype(np.float64)
 
 
 def _cast(array: NDArray, like: Array) -> Array:

@@ -454,7 +454,7 @@ def _inference(
     if dtype is not None:
         _checks.dtype_of_result(result_dtype(dtype, "dtype"), frame.dtype)
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, var_ = frame.required(mean, "mean"), frame.required(var, "var")
+    mean_, var_ = frame.required_per_channel(mean, "mean"), frame.required_per_channel(var, "var")
     residual_ = frame.like_x(residual, "residual")
     eps, activation = _checks.epsilon(eps), _checks.activation(activation)
     call = ForwardCall(frame, gamma_, beta_, residual_, activation, frame.out(out, inplace="x"))
@@ -538,7 +538,10 @@ def batch_norm_apply(
         length_axis=length_axis, weights=weights, fill=fill,
     )  # fmt: skip
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    mean_, rstd_ = (
+        frame.required_per_channel(mean, "mean"),
+        frame.required_per_channel(rstd, "rstd"),
+    )
     residual_ = frame.like_x(residual, "residual")
     activation = _checks.activation(activation)
     call = ForwardCall(frame, gamma_, beta_, residual_, activation, frame.out(out, inplace="x"))
@@ -707,9 +710,8 @@ def batch_norm_backward(
 
     Notes
     -----
-    Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch combined. Blocks
-    of a few hundred gradients are summed in the dtype of the computation, so float32 gradients
-    beyond 1e35 can overflow to Inf or NaN even if their total would not.
+    Implements section 3 of Ioffe & Szegedy (2015), with the sums over the batch combined. Sums
+    that overflow the dtype of the computation are taken again in float64.
 
     Backward from y follows Rota Bulo, Porzi & Kontschieder, "In-Place Activated BatchNorm for
     Memory-Optimized Training of DNNs" (2018). y is rounded to its dtype, which leaves x_hat an
@@ -893,10 +895,13 @@ def check_backward(
     dy_, y_ = frame.required_like_x(dy, "dy"), None if from_y else frame.like_x(y, "y")
     residual_ = frame.like_x(residual, "residual")
     gamma_, beta_ = frame.per_channel(gamma, "gamma"), frame.per_channel(beta, "beta")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    mean_, rstd_ = (
+        frame.required_per_channel(mean, "mean"),
+        frame.required_per_channel(rstd, "rstd"),
+    )
     _checks.same_parts(gamma_, beta_)
     if y_ is not None:
-        _checks.kept(frame.x, y_)
+        _checks.not_overwritten(frame.x, y_)
     if from_y:
         scale = np.ones(rstd_.shape) if gamma_ is None else on_host(gamma_)
         _checks.divisor(scale, frame.x.dtype, on_host(rstd_))
@@ -1083,8 +1088,8 @@ def batch_norm_backward_apply(
         length_axis=length_axis, weights=weights,
     )  # fmt: skip
     frame = call.frame
-    sum_dy_ = frame.required(sum_dy, "sum_dy")
-    sum_dy_xhat_ = frame.required(sum_dy_xhat, "sum_dy_xhat")
+    sum_dy_ = frame.required_per_channel(sum_dy, "sum_dy")
+    sum_dy_xhat_ = frame.required_per_channel(sum_dy_xhat, "sum_dy_xhat")
     m = frame.counted(count)
     target = frame.target(frame.out(out, inplace="dy"))
     if not frame.empty:

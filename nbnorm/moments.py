@@ -88,7 +88,7 @@ class Moments(NamedTuple):
         parts = [_taken(other, expected=mean.shape) for other in others]
         with np.errstate(all="ignore"):  # a NaN or Inf in one channel is not worth a warning
             for count_b, mean_b, m2_b in parts:
-                if not (isinstance(count, _ONE) and isinstance(count_b, _ONE)):
+                if not (isinstance(count, _SCALAR) and isinstance(count_b, _SCALAR)):
                     count, mean, m2 = merged(count, mean, m2, count_b, mean_b, m2_b)
                 elif count == 0:
                     count, mean, m2 = count_b, mean_b, m2_b
@@ -99,7 +99,7 @@ class Moments(NamedTuple):
                     m2 = m2 + m2_b + d * d * (count * count_b / total)
                     count = total
         home = home_of(self.mean)
-        counted: Any = count if isinstance(count, _ONE) else home(count)
+        counted: Any = count if isinstance(count, _SCALAR) else home(count)
         return Moments(counted, home(mean), home(m2))
 
     @on_its_device("self")
@@ -163,7 +163,7 @@ class Moments(NamedTuple):
         count, _, m2 = _taken(self)
         rstd = rstd_of(_var(count, m2, 0), eps)
         rstd = np.where(m2 == np.inf, np.nan, rstd)
-        if isinstance(count, _ONE):
+        if isinstance(count, _SCALAR):
             return home_of(self.mean)(rstd if count > 0 else np.zeros_like(rstd))
         return home_of(self.mean)(np.where(count > 0, rstd, 0.0))
 
@@ -254,7 +254,7 @@ class Moments(NamedTuple):
 
 
 _CONTENT = "nbnorm.Moments 1"  # the format of files; a new number where it changes
-_ONE = (int, float)  # types of a shared count
+_SCALAR = (int, float)  # types of a shared count
 
 
 def rstd_of(var: NDArray, eps: float) -> NDArray:
@@ -426,7 +426,7 @@ def update_running_stats(
     targets = list(running.values()) if inplace else [array.copy() for array in running.values()]
     if segments:
         mean, var = _average(count, mean), _average(count, var)
-    if isinstance(count, _ONE):
+    if isinstance(count, _SCALAR):
         if count > 0:
             move(targets, (mean, var), momentum)
     else:  # channels in which nothing counts do not change
@@ -449,7 +449,7 @@ def merged(
 
 def _average(count: Any, values: NDArray) -> NDArray:
     """Return the average of values over the first axis, weighted by count; 0 without values."""
-    if isinstance(count, _ONE):
+    if isinstance(count, _SCALAR):
         equal: NDArray = values.mean(axis=0)
         return equal
     total = count.sum(axis=0)
@@ -460,7 +460,7 @@ def _average(count: Any, values: NDArray) -> NDArray:
 def _var(count: Any, m2: NDArray, correction: float) -> NDArray:
     """Return M2 / (count - correction), or 0 without values; raise if there are too few."""
     correction = _checks.finite(correction, "correction")
-    if not isinstance(count, _ONE):
+    if not isinstance(count, _SCALAR):
         counts = on_host(count)
         least = float(min(counts[counts > 0], default=0))
         _checks.enough_values(least, correction, "{:g}", least)

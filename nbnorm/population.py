@@ -272,7 +272,7 @@ class _Run:
         described = source.shape, getattr(array, "dtype", None), source.axes
         if not _sources.of_dask(array):
             for cut in source.cuts(chunk):
-                if not self._merged.has(described, cut):
+                if not self._merged.has_next(described, cut):
                     self._merged.add(self._of_pieces(source, cut))
                     self._tell()
             return
@@ -280,7 +280,7 @@ class _Run:
         blocks = array.rechunk(dict.fromkeys(source.axes, -1)).to_delayed().ravel()
         step = len(blocks) if at_once else BLOCKS
         for i in range(0, len(blocks), step):
-            if not self._merged.has(described, len(blocks), i):
+            if not self._merged.has_next(described, len(blocks), i):
                 self._merged.add(self._of_blocks(source, blocks[i : i + step]))
                 self._tell()
 

@@ -395,12 +395,16 @@ def batch_renorm_forward(
 
 @_quiet
 def batch_renorm_backward(
-    dy: NDArray, x: NDArray, gamma: OptArray, mean: NDArray, rstd: NDArray, r: NDArray,
+    dy: NDArray, x: OptArray, gamma: OptArray, mean: NDArray, rstd: NDArray, r: NDArray,
     d: NDArray, *, beta: OptArray = NOT_GIVEN, y: OptArray = None, residual: OptArray = None,
     axis: Axis = 1, activation: Activation = None,
     output_mask: tuple[bool, bool, bool, bool] = (True, True, True, True), out: OptArray = None,
 ) -> BatchNormBackward[NDArray]:  # fmt: skip
     """Section 3 of Ioffe (2017), "the gradients of loss l", in the order of the paper."""
+    if x is None:  # y = act(gamma r (x - mean) rstd + beta + gamma d)
+        scale = _long(np.ones_like(r) if gamma is None else gamma)
+        shift = scale * d if given(beta, "beta", None, y, True) is None else scale * d + beta
+        x, mean, y = _input(None, scale * r, shift, mean, rstd, y, activation, axis)
     m, over, _ = _reduction(x, axis)
     deviation, r_ = _wide(x, x) - _spread(mean, x, axis), _spread(r, x, axis)
     xhat = deviation * _spread(rstd, x, axis) * r_ + _spread(d, x, axis)
@@ -666,7 +670,10 @@ def _ends(x: NDArray, axis: Axis, groups: int | None, offsets: Any) -> list[int]
 
 
 def _each(function: Any, arguments: dict[str, Any]) -> list[Any]:
-    """Call a function for each part of x; parameters may have a row for each part."""
+    """Call a function for each part of x; parameters may have a row for each part.
+
+    `arguments` are the caller's locals(), in which `weights` stand for mask and lengths.
+    """
     axis = arguments["axis"]
     x: NDArray = arguments["x"] if arguments["x"] is not None else arguments["y"]
     first, kept = _reduction(x, axis)[1][0], x.ndim - len(_reduction(x, axis)[1])

@@ -239,7 +239,7 @@ def batch_renorm_forward(
     )
 
 
-@on_its_device("x")
+@on_its_device("x", instead="y")
 def batch_renorm_backward(
     dy: Array,
     x: X,
@@ -267,17 +267,18 @@ def batch_renorm_backward(
     dy : array of x's shape and dtype
         Gradient of y. Any strides, including broadcast ones. May be float32 if x is float16 or
         bfloat16.
-    x : array, at least 2-d
-        Input of the forward call. If that wrote y over it (``out=x``), pass a copy made before.
+    x : array, at least 2-d, or None
+        Input of the forward call. If that wrote y over it (``out=x``), pass None and `y`; see
+        `batch_norm_backward` for the conditions.
     gamma : array of the shape of the channel axes, or None
         As in the forward call.
     mean, rstd, r, d : array of the shape of the channel axes
         As returned by the forward call.
     beta : array of the shape of the channel axes, or None
         As in the forward call. With ``activation="relu"`` pass it or `y`; without, it may be
-        omitted.
+        omitted, unless x is None.
     y : array of x's shape and dtype, optional
-        Result of the forward call, required with ReLU if that added a residual.
+        Result of the forward call, required with ReLU if that added a residual, or if x is None.
     residual : array of x's shape and dtype, optional
         Residual of the forward call, required with another activation; see `batch_norm_backward`.
     axis : int or tuple of int, default 1
@@ -316,7 +317,9 @@ def batch_renorm_backward(
     """
     call = check_backward(dy, x, gamma, mean, rstd, beta, axis, activation, y=y, residual=residual)
     frame, wanted = call.frame, call.wanted(output_mask)
-    r_, d_ = (frame.statistic(frame.required(a, name)) for a, name in ((r, "r"), (d, "d")))
+    r_, d_ = (
+        frame.statistic(frame.required_per_channel(a, name)) for a, name in ((r, "r"), (d, "d"))
+    )
     out_ = frame.out(out, inplace="dy")
     folded = with_r_and_d(call, r_, d_)
     dx, sums, dresidual = folded.gradients(wanted, True, out_)

@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple
 
 import numpy as np
 
-from nbnorm._arrays import home_of, on_its_device, take_floating
+from nbnorm._arrays import home_of, on_its_device, take_float64, take_floating
 from nbnorm._frame import Frame
 from nbnorm._typing import Array, Axis, NDArray, X
 
@@ -122,7 +122,10 @@ def batch_norm_double_backward(
     ddx_, dy_ = frame.like_x(ddx, "ddx"), frame.required_like_x(dy, "dy")
     ddgamma_, ddbeta_ = frame.per_channel(ddgamma, "ddgamma"), frame.per_channel(ddbeta, "ddbeta")
     gamma_ = frame.per_channel(gamma, "gamma")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    mean_, rstd_ = (
+        frame.required_per_channel(mean, "mean"),
+        frame.required_per_channel(rstd, "rstd"),
+    )
     ddy, dx = frame.target(), frame.target()
     total: NDArray = frame.memory.zeros(frame.channels)
     if not frame.empty:
@@ -216,7 +219,10 @@ def batch_norm_jvp(
     tx_ = frame.like_x(tx, "tx")
     tgamma_, tbeta_ = frame.per_channel(tgamma, "tgamma"), frame.per_channel(tbeta, "tbeta")
     gamma_ = frame.per_channel(gamma, "gamma")
-    mean_, rstd_ = frame.required(mean, "mean"), frame.required(rstd, "rstd")
+    mean_, rstd_ = (
+        frame.required_per_channel(mean, "mean"),
+        frame.required_per_channel(rstd, "rstd"),
+    )
     ty = frame.target()
     if not frame.empty:
         x_, statistics = frame.view(frame.x), (frame.statistic(mean_), frame.statistic(rstd_))
@@ -281,10 +287,11 @@ def batch_norm_backward_statistics(
     (array([-0.75]), array([-0.0625]))
     """
     expected = take_floating(rstd, "rstd").shape
-    rstd_ = _like_rstd(rstd, "rstd", expected)
-    sum_dy_ = _like_rstd(sum_dy, "sum_dy", expected)
-    sum_dy_xhat_ = _like_rstd(sum_dy_xhat, "sum_dy_xhat", expected)
-    scale = rstd_ if gamma is None else _like_rstd(gamma, "gamma", expected) * rstd_
+    of_rstd = "like rstd"
+    rstd_ = take_float64(rstd, "rstd", expected, of_rstd)
+    sum_dy_ = take_float64(sum_dy, "sum_dy", expected, of_rstd)
+    sum_dy_xhat_ = take_float64(sum_dy_xhat, "sum_dy_xhat", expected, of_rstd)
+    scale = rstd_ if gamma is None else take_float64(gamma, "gamma", expected, of_rstd) * rstd_
     home = home_of(rstd)
     with np.errstate(all="ignore"):  # NaN and Inf pass through to their channel
         return home(-scale * sum_dy_), home(-scale * rstd_ * sum_dy_xhat_ / 2)
@@ -296,13 +303,3 @@ def _scale_and_shift(
     """Return `Frame.scale_and_shift` of arguments for which None means 0."""
     zero = frame.memory.zeros(frame.channel_shape, np.dtype("float32"))
     return frame.scale_and_shift(zero if scale is None else scale, shift)
-
-
-def _like_rstd(obj: Array, name: str, expected: tuple[int, ...]) -> NDArray:
-    """Convert an array to float64; raise if it does not have the shape of rstd."""
-    array = take_floating(obj, name)
-    if array.shape != expected:
-        raise ValueError(
-            f"{name} has shape {array.shape}, expected {expected} for rstd of shape {expected}"
-        )
-    return array.astype(np.float64)

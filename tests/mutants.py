@@ -126,7 +126,7 @@ FROM_Y = of(
     "functional",
     (
         "test_from_y.py",
-        ("        _checks.kept(frame.x, y_)", "        pass"),
+        ("        _checks.not_overwritten(frame.x, y_)", "        pass"),
         ("        _checks.divisor(scale, frame.x.dtype, on_host(rstd_))", "        pass"),
         ("return gamma * gamma * rstd", "return gamma * rstd"),
         ("beta, (rstd != 0) / gamma", "beta, 1 / gamma"),

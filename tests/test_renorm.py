@@ -204,6 +204,24 @@ def test_value_and_gradients_are_those_of_keras_2(r_max, d_max):
         assert_allclose(gradient, expected, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
+@pytest.mark.parametrize("shape", [(64, 5), (4, 5, 20, 20)])
+@pytest.mark.parametrize("activation", [None, nbnorm.activation("leaky_relu", slope=0.2)])
+def test_backward_from_y(shape, activation):
+    """x = None: x_hat = ((v - beta) / gamma - d) / r, where v is y before the activation."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(1, 2, (2, *shape))
+    gamma, beta = rng.uniform(0.5, 2, 5), rng.normal(size=5)
+    y, *saved = nbnorm.batch_renorm_forward(
+        x, gamma, beta, np.ones(5), np.full(5, 4.0), r_max=1.1, d_max=0.2, activation=activation
+    )
+    options = {"beta": beta, "activation": activation}
+    expected = nbnorm.batch_renorm_backward(dy, x, gamma, *saved, **options)
+    for module in (nbnorm, reference):
+        found = module.batch_renorm_backward(dy, None, gamma, *saved, y=y, **options)
+        for got, wanted in zip(found[:3], expected[:3], strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_each_gradient_alone():
     x, dy, gamma, beta, mean, var = case()
     _, *saved = nbnorm.batch_renorm_forward(x, gamma, beta, mean, var, d_max=0.5)

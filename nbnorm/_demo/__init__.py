@@ -36,7 +36,7 @@ def write_page(
     data = open_data(file, array, axis)
     target = Path(output) if output is not None else Path(f"{data.name}.html")
     _check_target(target, data.path)
-    # The name of a file need not be UTF-8; what is not becomes "?".
+    # File names need not be UTF-8; other bytes become "?".
     page = page_of(report_of(data)).encode("utf-8", errors="replace")
     try:
         target.write_bytes(page)

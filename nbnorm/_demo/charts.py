@@ -12,7 +12,7 @@ WIDE, HIGH = 960, 180  # of a chart of all channels
 
 
 def number(value: float, digits: int = 6) -> str:
-    """Return a number for readers: rounded, and with a minus that is as wide as a plus."""
+    """Format a number: rounded, with a typographic minus sign."""
     text = f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
     return text.replace("nan", "NaN").replace("inf", "Inf")
 
@@ -26,7 +26,7 @@ def histogram(found: Histogram | None, kind: str, label: str) -> str:
     scale, top = WIDTH / (right - left), max(int(found.counts.max()), 1)
     path, end = [], 0.0
     for i, count in enumerate(found.counts):
-        begin = (found.low - left + i * step) * scale  # a step may be lost beside low
+        begin = (found.low - left + i * step) * scale  # low + i * step may equal low
         end = begin + step * scale
         if count and end > 0 and begin < WIDTH:
             begin, end = max(begin, 0), min(end, WIDTH)

@@ -18,21 +18,21 @@ from nbnorm._typing import NDArray
 # Looked for in folders. A file that is named itself may have any suffix.
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
-KEPT = ("L", "LA", "RGB", "RGBA", "CMYK", "I", "F")  # Pillow's modes of arrays as they are
+KEPT = ("L", "LA", "RGB", "RGBA", "CMYK", "I", "F")  # Pillow's modes to use unchanged
 BYTES = frozenset(("L", "LA", "RGB", "RGBA", "CMYK"))  # those that Pillow converts to RGB
 TAKEN = frozenset(map(np.dtype, ("f2", "f4", "f8", "u1", "i1", "u2", "i2")))  # nbnorm's own
 EXPECTED = "expected a .npy or .npz file, an image, or a folder of images"
 
 
 class DemoError(Exception):
-    """What the command cannot do, in words for who called it."""
+    """An error whose message is shown to the user."""
 
 
 @dataclass(frozen=True)
 class Data:
     """Arrays that share their channels, read one at a time.
 
-    An item is a function that returns an array, or an object that reads an array when sliced.
+    Calling an item returns an array, or an object that reads one when sliced.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Data:
 
 
 def open_data(file: str, array: str | None = None, axis: str | None = None) -> Data:
-    """Return the arrays of a file or folder; raise DemoError, with the way out, for any other."""
+    """Return the arrays of a file or folder; raise DemoError, with a remedy, for any other."""
     path = Path(file)
     if not path.exists():
         raise DemoError(f"FILE {file} does not exist; {EXPECTED}")
@@ -86,7 +86,7 @@ class _As:
 
 
 def pieces(array: Any, axes: tuple[int, ...], most: int) -> Iterator[NDArray]:
-    """Yield pieces of an item, of at most so many values each, with all channels."""
+    """Yield pieces of an item, of at most `most` values, with all channels."""
     whole = _sources.Source(array, axes)
     for cut in whole.cuts(most):
         yield from map(whole.read, cut)
@@ -116,14 +116,14 @@ def _name_in(names: list[str], path: Path, name: str | None) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
-        raise DemoError(f"{there}: choose one by --array NAME")
+        raise DemoError(f"{there}: choose one with --array NAME")
     if name not in names:
         raise DemoError(f"--array {name} is not in the file; {there}")
     return name
 
 
 def _of_array(path: Path, array: NDArray, name: str | None, axis: str | None) -> Data:
-    """Return an array as a data, converted where nbnorm does not take its dtype."""
+    """Return the Data of an array, converted if nbnorm does not take its dtype."""
     dtype = _dtype_for(array.dtype)
     if array.ndim < 2:
         raise DemoError(

@@ -41,14 +41,14 @@ class Findings:
         self._bad: dict[int, tuple[int, int]] = {}
 
     def order(self) -> list[int]:
-        """Return the channels, the most notable first, equals by number."""
+        """Return the channels, most notable first, ties by number."""
         badness = np.maximum(self.badness, np.log(np.maximum(self.offset, 1)))
         rank = np.where(self.broken, 0, np.where(self.constant, 1, 2))
         order: list[int] = np.lexsort((-badness, rank)).tolist()
         return order
 
     def count_bad(self, channels: Sequence[int]) -> None:
-        """Count NaN and Inf of those of these channels that have any."""
+        """Count NaN and Inf in those of `channels` that have any."""
         found = [c for c in channels if self.broken[c]]
         counts = {c: np.zeros(2, np.int64) for c in found}
         for item in self.data.items if found else ():
@@ -104,7 +104,7 @@ class Findings:
             sentences.append(spread)
         if not sentences:
             sentences.append(
-                "Nothing stands out: no NaN, Inf or constant channel, and scales are alike."
+                "Nothing stands out: no NaN, Inf or constant channel, and similar scales."
             )
         return tuple(sentences)
 
@@ -124,7 +124,7 @@ class Findings:
         if self.std[most] < FAR * self.std[least]:
             return None
         return (
-            f"Scales differ: the standard deviation goes from {self.std[least]:.4g} "
+            f"Scales differ: the standard deviation ranges from {self.std[least]:.4g} "
             f"(channel {self.data.label(least)}) to {self.std[most]:.4g} "
             f"(channel {self.data.label(most)}), {self.std[most] / self.std[least]:.3g} times."
         )

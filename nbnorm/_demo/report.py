@@ -60,7 +60,7 @@ class Report:
 
 
 def report_of(data: Data) -> Report:
-    """Return the statistics, histograms and times of a data."""
+    """Return the statistics, histograms and times of `data`."""
     moments = population_stats((item() for item in data.items), axis=data.axes)
     found = Findings(data, moments)
     listed = found.order()[:LISTED]
@@ -98,7 +98,7 @@ def report_of(data: Data) -> Report:
 
 
 def ends_of(low: float, high: float) -> tuple[float, float]:
-    """Return the ends of an axis on which both can be drawn, farther apart if these are equal."""
+    """Return low and high, moved apart if they are too close to draw."""
     if high - low >= NARROW:
         return low, high
     half, most = max(0.5, ulp(low)), float(np.finfo(np.float64).max)
@@ -113,7 +113,7 @@ def _sample(data: Data) -> list[NDArray]:
 
 
 def _thinned(array: Any, axes: tuple[int, ...], most: int) -> NDArray:
-    """Return at most so many values of an array, or one per channel, evenly spaced.
+    """Return at most `most` values, or one per channel, evenly spaced.
 
     The outermost axes in memory are thinned first, so that a memory map reads whole stretches.
     """

@@ -46,7 +46,7 @@ def batch(data: Data) -> tuple[NDArray, str]:
             break
         images.append(image)
     x = np.concatenate(images)
-    return x, f"the first {len(images)} images, one below the other, of shape {x.shape}"
+    return x, f"the first {len(images)} images, stacked, of shape {x.shape}"
 
 
 def time(x: NDArray, axes: tuple[int, ...]) -> tuple[Timing, ...]:

@@ -5,14 +5,13 @@ x, dy, y, residual, dx and dresidual have shape (N, C, S), no axis of length 0 a
 have shape (C,) and are contiguous float64; gamma and beta may both be float32 instead. Nothing is
 checked here. `nbnorm.cuda` has the same functions with the same signatures.
 
-The backward functions mask dy by ReLU if they get beta or y: with beta they recompute the mask
-from x, with y they read it (y > 0). With another activation they get beta, and as y the residual or
-None: they recompute v, the value before the activation.
+z is the value before the activation, and g = dy act'(z). For ReLU the backward functions recompute
+the mask from x if they get beta, and read it (y > 0) if they get y; with neither g is dy. For
+another activation they get beta, and the residual or None as y, and recompute z.
 `double_backward` and `jvp` have no activation.
 
-`weights` of the other functions say how often each value of x counts: see `nbnorm._weights`.
-
-x of `stats` and `apply` may be integers of 8 or 16 bits, then without weights.
+`weights`, where a function has it, says how often each value of x counts: see `nbnorm._weights`.
+x of `stats` and `apply` may also be 8- or 16-bit integers, without weights.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def apply(
     weights: Any = None,
 ) -> None:
     """y = act(gamma (x - mean) rstd + beta [+ residual])."""
-    # Planned for y, as x may be integers: what is written takes longer than what is read.
+    # Plan for y: x may be integers, and writing takes longer than reading.
     cut, run = _cut(y, 2 + (residual is not None), weights)
     x_, residual_, y_ = _x(x, cut, weights), _view(residual), _view(y)
     norm = mean, rstd, gamma, beta
@@ -118,7 +117,7 @@ def _forward(
     y: NDArray,
     weights: Any = None,
 ) -> None:
-    """Normalise x into y; fill in m2 and what norm has from the batch (see `channel`)."""
+    """Normalise x into y; write m2, and norm's mean, rstd and results of renorm (see `channel`)."""
     cut, run = _cut(x, 2 + (residual is not None), weights)
     x_, residual_, y_ = _x(x, cut, weights), _view(residual), _view(y)
     partial = np.empty((4, cut.chunks, cut.grid.C))
@@ -150,7 +149,7 @@ def renorm_forward(
     activation: Fused,
     y: NDArray,
 ) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
-    """`forward` with gamma r and beta + gamma d; return mean, M2, rstd, r and d, shape (C,) each.
+    """y = act(gamma (x_hat r + d) + beta [+ residual]); return mean, M2, rstd, r and d, each (C,).
 
     gamma, beta and the running statistics are float64.
     """
@@ -218,7 +217,7 @@ def backward_reduce(
     *,
     weights: Any = None,
 ) -> NDArray:
-    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy through the activation."""
+    """Return sum g and sum g x_hat of each channel, shape (2, C), where g = dy act'(z)."""
     cut, run = _cut(x, 2 + (y is not None), weights)
     dy_, x_, y_ = _view(dy), _x(x, cut, weights), _view(y)
     norm = _norm(activation, mean, rstd, gamma, beta)
@@ -246,10 +245,10 @@ def backward_apply(
     *,
     weights: Any = None,
 ) -> None:
-    """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
+    """Write dresidual = g = dy act'(z) and dx; either may be None.
 
-    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy
-    through the activation. With weights the two means are multiplied by the weight of each value.
+    dx = gamma rstd (g - w (sums[0] + x_hat sums[1]) / count), where w is the value's weight, or 1;
+    dx = gamma rstd g if sums is None (mean and rstd are constants). Both are 0 where w is 0.
     """
     cut, run = _cut(x, 2 + (y is not None) + (dx is not None) + (dresidual is not None), weights)
     norm = _norm(activation, mean, rstd, gamma, beta)
@@ -324,7 +323,7 @@ def jvp(
 ) -> None:
     """ty = gamma rstd (tx - mean(tx) - x_hat mean(tx x_hat)) + tgamma x_hat + tbeta.
 
-    Without both means if not `training`. gamma, tgamma and tbeta are float64.
+    Both means are 0 unless `training`. gamma, tgamma and tbeta are float64.
     """
     cut, _ = _cut(x, 3)
     run = second_order.rows if cut.traversal == "rows" else second_order.columns
@@ -359,7 +358,7 @@ def double_backward(
     ddy: NDArray,
     dx: NDArray,
 ) -> NDArray:
-    """Write ddy and dx; return the gradient of gamma, shape (C,).
+    """Differentiate `backward` (docs/math.md): write ddy and dx, return gamma's gradient, (C,).
 
     gamma, ddgamma and ddbeta are float64. Statistics are constants if not `training`.
     """
@@ -434,14 +433,14 @@ def weigh(values: NDArray, C: int) -> NDArray:
 
 
 def _act(activation: Fused) -> Any:
-    """Return what kernels take: for None and ReLU the lower bound of y, so that one serves both."""
+    """Return what kernels take; for None and ReLU a lower bound of y, so one kernel serves both."""
     if activation is None:
         return -np.inf
     return 0.0 if activation == "relu" else functions.argument(activation)
 
 
 def _norm(activation: Activation | None, *norm: NDArray | None) -> tuple[Any, ...]:
-    """Return mean, rstd, gamma and beta with an activation other than ReLU."""
+    """Return (mean, rstd, gamma, beta), followed by an activation other than ReLU."""
     return norm if activation is None else (*norm, functions.argument(activation))
 
 
@@ -463,7 +462,7 @@ def _view(array: NDArray | None) -> tuple[NDArray, int, int] | None:
 
 
 def _strided(array: NDArray) -> tuple[NDArray, int, int]:
-    """`_view` of an array that kernels load as it is."""
+    """`_view` of an array whose dtype kernels take directly."""
     N, C, S = array.shape
     if array.flags.carray:
         return array.reshape(-1), C * S, S

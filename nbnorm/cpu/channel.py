@@ -1,9 +1,9 @@
 """Per-channel arithmetic in float64: merging moments, coefficients of the normalisation.
 
-`partial` has shape (4, chunks, C). partial[:, k, c] holds count, shift, delta and M2 of chunk k of
-channel c, whose mean is shift + delta. shift is the mean of the chunk's first values. delta has the
-size of a standard deviation, so it keeps digits that a mean of 1e6 standard deviations would lose
-to rounding at every merge.
+`partial` has shape (sums, chunks, C). For statistics partial[:, k, c] is count, shift, delta and M2
+of chunk k of channel c, whose mean is shift + delta. shift is the mean of the chunk's first values.
+delta has the size of a standard deviation, so it keeps digits that a mean of 1e6 standard
+deviations would lose to rounding at every merge.
 
 `norm` is (mean, rstd, gamma, beta), arrays of shape (C,), the first two float64, and, in a backward
 pass, an activation other than ReLU. In a forward pass of batch renormalization gamma and beta are
@@ -21,16 +21,17 @@ from nbnorm.cpu.intrinsics import clear, each, new, news, of_chunk, part, piece,
 from nbnorm.cpu.jit import by_types, none_without, ordered
 from nbnorm.cpu.storage import computed, epsilon, limits
 
-# Number of values at the start of a chunk whose mean is its shift. With the first value alone, 60
-# samples (one tile, K up to 3 standard deviations off) left rstd wrong by 9e-7.
+# A chunk's shift is the mean of its first FIRST values. With one value, up to 3 standard deviations
+# off, 60 samples (one tile) left rstd wrong by 9e-7.
 FIRST = 32
 
 
 @ordered
 def merge(count, delta, m2, count_b, delta_b, m2_b):
-    """Merge the moments of two sets of values (Chan, Golub & LeVeque 1983).
+    """Count, delta and M2 of the union of two sets of values (Chan, Golub & LeVeque 1983).
 
-    Both deltas are relative to the same shift: mean = shift + delta. Weights can leave both empty.
+    delta + d n_b / n and M2 + M2_b + d^2 n_a n_b / n, where d = delta_b - delta and n = n_a + n_b.
+    Both deltas are relative to one shift. With weights both sets may be empty.
     """
     total = count + count_b
     d = delta_b - delta
@@ -42,10 +43,9 @@ def merge(count, delta, m2, count_b, delta_b, m2_b):
 def lost(n, d, q, m2, like):
     """Whether the sums of x - K and (x - K)^2 over a tile of n values are too inaccurate to use.
 
-    d is the mean of the tile less K, q the sum of squares, m2 the M2 that the chunk would get. The
-    sums are lost if squares over- or underflow, or if K is so far from the mean (an outlier as
-    first value, a drifting mean) that n d^2 exceeds a quarter of M2. A limit of 4 M2 cost y and M2
-    another 4 units in the last place.
+    d is the tile's mean minus K, q the sum of squares, m2 the chunk's M2 after the merge. The sums
+    are lost if squares overflow or underflow (also if every x is K), or if n d^2 > m2 / 4: K is
+    then too far from the mean. A limit of 4 m2 would cost 4 more units in the last place.
     """
     tiny, greatest = limits(like)
     return not (q <= greatest) or q < n * tiny * 2.0**26 or n * d * d > m2 / 4
@@ -53,10 +53,10 @@ def lost(n, d, q, m2, like):
 
 @ordered
 def with_tile(count, shift, delta, m2, m, center, d, q, like):
-    """Delta and M2 of a chunk with a tile merged, and whether the tile's sums are `lost`.
+    """Merge a tile into a chunk: return delta, M2 and whether the tile's sums are `lost`.
 
-    The tile has m values; d and q are the sums of x - center and (x - center)^2. Weights can leave
-    it empty.
+    d and q are the tile's sums of x - center and (x - center)^2; its mean is center + d / m, its M2
+    q - d^2 / m. m is its number of values, or its weight, which may be 0.
     """
     mean = d / (m if m > 0 else 1.0)
     delta_tile = center - shift + mean
@@ -82,7 +82,7 @@ def rstd_of(var, eps):
 
 @ordered
 def finish_moments_channel(c, count, shift, delta, m2, eps, mean, rstd):
-    """Mean and rstd of channel c from its merged moments; both 0 if nothing counts."""
+    """mean = shift + delta and rstd = 1 / sqrt(M2 / count + eps) of channel c; 0 if count is 0."""
     mean[c] = shift[c] + delta[c]
     # If M2 overflows float64, the variance is unknown: y becomes NaN rather than beta.
     found = np.nan if m2[c] == np.inf else rstd_of(m2[c] / count[c], eps)
@@ -126,8 +126,9 @@ def renorm_factors_channel(c, mean, m2, count, eps, running_mean, running_var, r
 def renorm_factors(mean, m2, count, eps, population, c0, c1, r, d):
     """r and d of batch renormalization (Ioffe 2017), of channels c0 <= c < c1.
 
-    `population` is (running_mean, running_var, r_max, d_max): arrays of shape (C,) in float64, and
-    the bounds. 0 / 0 gives r = 1 and d = 0.
+    r = clip(std / running_std, 1 / r_max, r_max) and
+    d = clip((mean - running_mean) / running_std, -d_max, d_max), where 0 / 0 is 1 and 0. Both std
+    include eps. `population` is (running_mean, running_var, r_max, d_max); arrays are float64 (C,).
     """
     running_mean, running_var, r_max, d_max = population
     args = part(mean, c0, c1), part(m2, c0, c1), count, eps
@@ -164,10 +165,10 @@ def floor_power(value):
 
 @ordered
 def unit_for(a, least, most, like):
-    """Power of two u for which (x - hi) u and a / u are in the dtype's range if (x - hi) a is.
+    """Power of two u that keeps (x - hi) u and a / u in the dtype's range wherever (x - hi) a is.
 
-    u is at most `most`, and at least `least` (1 or more) as far as a / u allows it; both are powers
-    of two. u is 1 if a itself is in the range and `least` is 1.
+    u is the power nearest to `least` (1 or more) for which a / u is normal, at most `most`; both
+    are powers of two. u is 1 if a is normal and least = 1 <= most, and if a is Inf or NaN.
     """
     tiny, _ = limits(like)
     size = floor_power(a)
@@ -180,7 +181,7 @@ def unit_for(a, least, most, like):
 
 @ordered
 def most_for(hi, like):
-    """Greatest unit for which (x - hi) unit is finite for every x."""
+    """Upper bound of u: hi u stays finite, and u <= 1/2 where x - hi could overflow."""
     tiny, greatest = limits(like)
     size = floor_power(hi)
     if greatest * epsilon(like) / 4 <= size < np.inf:
@@ -215,8 +216,8 @@ def affine(norm, c0, c1, like):
     """Coefficients hi, u, a, b of y = (x u - hi) a + b, one per channel; b is None if beta is.
 
     They are computed in float64 and rounded once. u is a power of two, 1 unless x - hi or
-    gamma rstd leaves the range of x's dtype. hi is the rounded mean (see `split`) times u,
-    a = gamma rstd / u, b = beta - lo gamma rstd. Where nothing leaves the range, u changes no bit.
+    gamma rstd leaves the range of the compute dtype; it changes no bit of a y within that range.
+    hi is the rounded mean (see `split`) times u, a = gamma rstd / u, b = beta - lo gamma rstd.
     """
     mean, rstd, gamma, beta = norm[:4]
     size = c1 - c0
@@ -229,7 +230,7 @@ def affine(norm, c0, c1, like):
 
 @by_types
 def bound(floor, like):
-    """The floor of y in the compute dtype; an activation as it is."""
+    """`floor` in the compute dtype; an activation unchanged."""
     if isinstance(floor, types.Number):
         return lambda floor, like: like.dtype.type(floor)
     return lambda floor, like: floor
@@ -237,7 +238,7 @@ def bound(floor, like):
 
 @by_types
 def gate(norm, like):
-    """What dy goes through: the activation in `norm`, or 0, to which ReLU sets it."""
+    """`act` of `element.through`: the activation in `norm`, or 0 for ReLU or none."""
     if len(norm) == 5:
         return lambda norm, like: norm[4]
     return lambda norm, like: like.dtype.type(0)
@@ -245,7 +246,7 @@ def gate(norm, like):
 
 @by_types
 def after(kept, dy, y, norm):
-    """dy, y and norm as the second sweep takes them: after the activation, if g is `kept`."""
+    """dy, y and norm for the second sweep: g for dy, and no activation, if g was kept."""
     if isinstance(kept, types.NoneType):
         return lambda kept, dy, y, norm: (dy, y, norm)
     return lambda kept, dy, y, norm: (kept, None, (norm[0], norm[1], norm[2], None))
@@ -268,7 +269,7 @@ def given(condition, value):
 
 @ordered
 def rstd_power(rstd, like):
-    """Greatest power of two <= rstd, clamped to the normal numbers of the dtype of `like`."""
+    """Greatest power of two <= rstd, at least the dtype's least normal number, at most 2^126."""
     tiny, _ = limits(like)
     return min(max(floor_power(rstd), tiny), 2.0**126)
 
@@ -317,7 +318,7 @@ def finish_sums(partial, norm, c0, c1, x, sums):
 
 @ordered
 def divisor(count, c):
-    """What the sums of channel c are divided by; 1 if nothing counts, where they are 0."""
+    """count of channel c, to divide its sums by; 1 if it is 0, as the sums are 0 then."""
     m = at(count, c)
     return m if m > 0 else 1.0
 
@@ -334,8 +335,8 @@ def factors_channel(c, c0, rstd, gamma, sums, count, u, v, f):
         p = floor_power(rstd[c] * mean_dy_xhat)
         most = u[c] / (2 * p * tiny)
         size = max(floor_power(mean_dy), floor_power(mean_dy_xhat))
-        # |x_hat| is at most sqrt(count), so what is subtracted from dy may be that many times
-        # these means. dy itself may be count times its mean, if only one value is not 0.
+        # |x_hat| <= sqrt(count), so up to sqrt(count) times these means is subtracted from dy. dy
+        # itself may be count times its mean, if only one value is not 0.
         room = greatest * 2.0**-28
         if size < room:
             if 0 < p < tiny * u[c]:  # p v / u must be a normal number
@@ -401,10 +402,9 @@ def coefficients_of(hpq, c):
 
 @ordered
 def pairwise_sum(runs, length):
-    """Sum runs of `length` values into the first run, pairwise: n runs are rounded log2 n times.
+    """Add up runs of `length` values into the first one, pairwise: log2(n) roundings for n runs.
 
-    Added one after another, 256 samples with an outlier left a float64 M2 wrong by 4 units in the
-    last place.
+    In sequence, 256 samples with an outlier left a float64 M2 wrong by 4 units in the last place.
     """
     n = runs.size // length
     while n > 1:
@@ -424,7 +424,7 @@ def add_chunks(partial, i, c0, c1, total):
 
 @ordered
 def mean_of(total, count):
-    """total / count; 0 if count is Inf, which stands for statistics that do not depend on x."""
+    """total / count; 0 if count is Inf, which means that statistics are constants."""
     return 0.0 if count == np.inf else total / count
 
 
@@ -436,7 +436,7 @@ def finish_second_channel(c, sum_d, sum_d_xhat, sum_g, sum_g_xhat, count, sum_dg
 
 @ordered
 def finish_second_sums(partial, norm, c0, c1, x, count, sums):
-    """Sums of channels c0 <= c < c1 from those of the chunks; see `curvature_coefficients`."""
+    """Add up all chunks: the five sums (see `curvature_coefficients`) of channels c0 <= c < c1."""
     size = c1 - c0
     mean, rstd = part(norm[0], c0, c1), part(norm[1], c0, c1)
     sum_d, sum_d_xhat = part(row(sums, 0), c0, c1), part(row(sums, 1), c0, c1)
@@ -469,7 +469,7 @@ def centers(norm, c0, c1, like):
 
 @ordered
 def is_normal(value, like):
-    """Whether a factor keeps its digits in the dtype of `like`; so do 0, Inf and NaN."""
+    """Whether a factor is normal in the dtype of `like`; True also for 0, Inf and NaN."""
     tiny, greatest = limits(like)
     return not (0 < abs(value) < tiny or greatest < abs(value) < np.inf)
 
@@ -549,7 +549,7 @@ def curvature_coefficients(dy, norm, tangents, sums, count, c0, c1, like, fits):
 
     h, p and hi are those of `tangent_coefficients`. docs/math.md derives the right side. `sums` has
     sum d, sum d x_hat, sum g, sum g x_hat and sum d (g - mean(g) - x_hat mean(g x_hat)) of d = ddx
-    and g = dy. Returns None, and leaves `fits`, if dy is None.
+    and g = dy. If dy is None, returns None and does not change `fits`.
     """
     mean, rstd, gamma, _ = norm
     size = c1 - c0

@@ -8,7 +8,7 @@ rows.py.
 
 Each column keeps its own sum, so no sum depends on where a block of channels begins. The loop over
 rows and the loop over columns are in the same function: a call costs two atomic operations for each
-array passed, as long as the arithmetic on a short row.
+array, which take as long as the arithmetic on a short row.
 """
 
 import numpy as np
@@ -76,7 +76,7 @@ def row_size(grid, r, c0, c1):
 def by_columns(values, grid, ahead):
     """Expand one value per channel to one per column, followed by `ahead` values of the next row.
 
-    Returns `values` itself if that is the same.
+    Returns `values` itself if nothing changes.
     """
     _, _, S, _, fold, _ = grid
     if S * fold == 1 and ahead == 0:
@@ -121,9 +121,9 @@ def gather(sums, S, out):
 
 @ordered
 def whole_share(grid, r0, r1, parts):
-    """Number of rows in each of equal `parts` of rows r0 <= r < r1, a short last row left out.
+    """Number of rows in each of `parts` equal shares of r0 <= r < r1, without a short last row.
 
-    Loops take one row of each part at a time and load sums or coefficients once for all of them.
+    Loops take one row of each share at a time and load sums or coefficients once for all of them.
     Neighbouring rows would lie in one page, where the processor prefetches less: statistics of
     32 x 56 x 56 x 256 read 17 GB/s with four neighbours, 28 with one row of each quarter.
     """
@@ -181,17 +181,17 @@ def moment_sums64(x, w, n0, n1, c, s, size, K):
 
 @ordered
 def add_compensated(so_far, value):
-    """so_far + value, and the excess that rounding added, to subtract from the next value."""
+    """so_far + value, and its rounding error, to subtract from the next value."""
     grown = so_far + value
     return grown, (grown - so_far) - value
 
 
 @noinline
 def moments64(x, w, n0, n1, c, s, size, m, K):
-    """Two-pass moments of x[n0:n1, c, s : s + size], of weight m in all.
+    """Two-pass moments in float64 of x[n0:n1, c, s : s + size], whose weights add up to m.
 
-    A value near the mean, the mean less that value, and M2. Used if the sums in the compute dtype
-    are `lost`.
+    Returns a value near the mean, the mean minus that value, and M2. Used if the sums in the
+    compute dtype are `lost`.
     """
     d, _, same = moment_sums64(x, w, n0, n1, c, s, size, K)
     if same:
@@ -285,7 +285,7 @@ def stats(x, grid, c0, c1, k, partial):
                     count, delta[c], m2[c], m, (near - shift[c]) + rest, m2_tile
                 )
         count += m
-        # Array assignments would compile half a second longer, for the text of an error message.
+        # Array assignments would take half a second more to compile, only for an error message.
         each(channels, element.copy, (new_delta, delta))
         each(channels, element.copy, (new_m2, m2))
     each(channels, element.fill, (count, of_chunk(partial, 0, k, c0, c1)))
@@ -300,10 +300,10 @@ def by_planes(x, grid, streamed, c0, c1):
 
 @ordered
 def columns_ahead(out, views, grid, streamed, c0, c1):
-    """Values in a line of `out`: a row takes over fewer from the next one; see `before_line`.
+    """Values in a cache line of `out`, if rows also write values of the next row; else 0.
 
-    0 unless results are streamed, the block has all channels, and the rows of every view that is
-    not None follow one another without gaps.
+    They do (see `before_line`) if results are streamed, the block has all channels, and the rows of
+    every view that is not None follow one another without gaps.
     """
     _, C, S, _, _, _ = grid
     follow = streamed and c1 - c0 == C and in_sequence(views, C * S)
@@ -312,17 +312,17 @@ def columns_ahead(out, views, grid, streamed, c0, c1):
 
 @ordered
 def first_line(out, grid, begin, ahead):
-    """Values from the start of row `begin` of `out` to a cache line, if rows go `ahead`; else 0."""
+    """Number of values of row `begin` of `out` before its first cache line; 0 if `ahead` is 0."""
     return line_after(piece(out, begin * grid[4], 0, 0, 1)) if ahead else 0
 
 
 @ordered
 def before_line(grid, r, begin, end, first, ahead):
-    """Number of values of row r that are written with row r - 1: those before the first line.
+    """Number of values of row r that are written with row r - 1: those before r's first line.
 
-    All rows begin <= r < end but the first and last then write whole lines, and no line that is
-    streamed is read first. Without this, inference of 32 x 56 x 56 x 100 took 1.6 times as long
-    if y begins 16 bytes after a line, as NumPy's arrays do.
+    All rows begin <= r < end but the first and the last then write whole cache lines, which
+    streaming stores need not read. Otherwise inference of 32 x 56 x 56 x 100 took 1.6 times as long
+    with y 16 bytes after a line, as NumPy's arrays begin.
     """
     if ahead == 0 or r in (begin, end):
         return 0
@@ -367,7 +367,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
     scale_c = scales(norm, c0, c1, u_c)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
     scale = by_columns(scale_c, grid, 0)
-    u = by_columns(given(kept, u_c), grid, 0)  # sums with another u than 1 are taken again, below
+    u = by_columns(given(kept, u_c), grid, 0)  # for g; sums with u != 1 are recomputed below
     s, t = zeros(2, hi.size, hi.dtype)
     s64, t64 = zeros(2, hi.size, np.float64)
     act = gate(norm, hi)
@@ -408,7 +408,7 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
 
 @noinline
 def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """Write dx and dresidual, each if given; sums=None means frozen statistics."""
+    """`rows.backward_apply` by columns."""
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     v_c, _ = factors(norm, sums, count, c0, c1, u_c)
     if by_planes(x, grid, streamed, c0, c1) or not (all_one(u_c) and all_one(v_c)):

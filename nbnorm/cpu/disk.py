@@ -38,12 +38,11 @@ _FOLDER = re.compile(r"(.+)_[0-9a-f]{40}")
 # process may have other functions under the same name.
 OF_A_USER = "of_a_user"
 
-# Seconds. To write a file takes milliseconds: an older one was left by a process that was killed.
+# Seconds. Writing a file takes milliseconds: an older temporary file is from a killed process.
 _LEFT = 3600
-# A file is dated by its last use, to the day. One of another state (versions, source, processor)
-# that nobody has used for so long is removed. Another state alone is no reason: environments and
-# machines that share a folder each have their own. Nor is age alone: the image of a container may
-# have been filled long before it runs.
+# A file's date is the day of its last use. It is removed if it is older than _UNUSED and of another
+# state (versions, source, processor). Neither is enough: environments and machines that share a
+# folder have states of their own, and a container's image may be built long before it runs.
 _DAY = 24 * 3600
 _UNUSED = 8 * 7 * _DAY
 
@@ -64,9 +63,9 @@ class KernelCache(NullCache):  # type: ignore[misc]
     also numbers the files of a function through an index. Two processes that compile at the same
     time can take the same number, and one then loads the other's kernel.
 
-    A file begins with a checksum of its key and content. Unless it is, to the bit, what was
-    written under this name, it is a miss, before it is unpickled or given to LLVM. One zeroed page
-    of machine code used to end every process that loaded it, until someone deleted the file.
+    A file begins with a checksum of its key and content. A file that does not match is a miss, and
+    is neither unpickled nor given to LLVM: a zeroed page of machine code would end every process
+    that loads it, until someone deletes the file.
     """
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
@@ -87,7 +86,7 @@ class KernelCache(NullCache):  # type: ignore[misc]
         return Path(self.cache_path) / file, digest.digest()
 
     def _of_a_user(self, sig: Any) -> bool:
-        """Whether a kernel holds functions of a user: an entry tells by its name."""
+        """Whether a kernel contains a user's functions, by its name and signature."""
         return OF_A_USER in self._name or OF_A_USER in str(sig)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -121,23 +120,23 @@ class KernelCache(NullCache):  # type: ignore[misc]
                 part.write_bytes(_checksum(key, content) + content)
                 part.replace(path)
             finally:
-                with suppress(OSError):  # renamed, mostly; an interrupt goes on
+                with suppress(OSError):  # normally it has been renamed
                     part.unlink()
 
 
 def _note_use(path: Path) -> None:
-    """Give a file the date of today, where that may be written."""
+    """Set a file's date to today, if that is permitted."""
     with suppress(OSError):
         if time.time() - path.stat().st_mtime > _DAY:
             os.utime(path)
 
 
 def _tidy(path: Path) -> None:
-    """Before a file is written, remove unused files from its folder and others of the package.
+    """Remove unused files from the folder of `path` and from the package's other folders.
 
-    Those are Numba's folders for other places that the package lay or lies in: a new environment
-    has a new one. Only files that have the form of our names are removed, and folders that this
-    leaves empty. A process that runs and has its file removed has loaded it, or compiles it again.
+    Numba makes a folder for each place that the package is installed in, so old environments leave
+    theirs behind. Only files with our form of name are removed, and folders that become empty. A
+    running process has loaded the file that it loses, or compiles the kernel again.
     """
     folder, state = path.parent, path.name.rpartition("-")[2][:8]
     _remove_unused(str(folder), state)
@@ -155,7 +154,7 @@ def _tidy(path: Path) -> None:
 
 
 def _remove_unused(folder: str, state: str) -> bool:
-    """Remove what killed processes left, and what is unused and of another state than this.
+    """Remove temporary files of killed processes, and unused files of states other than `state`.
 
     Return whether anything was removed; errors are ignored.
     """

@@ -55,16 +55,16 @@ def times(value, unit):
 
 @none_without("b", fused=True)
 def normalised(x, hi, u, a, b):
-    """y before residual and ReLU: (x u - hi) a + b, or None if b is None.
+    """y before residual and activation: (x u - hi) a + b, or None if b is None.
 
-    Backward recomputes the ReLU mask with the same expression.
+    Backward recomputes it with the same expression.
     """
     return deviation(x, hi, u) * a + b
 
 
 @inlined_by_types
 def taken(x, j, act):
-    """x[j]; v from y[j], which stands in for x, if `act` is an inverse."""
+    """x[j] or, if `act` is an inverse and x holds y, v recovered from y[j]."""
     if inverts(act):
         return lambda x, j, act: value_at(load(x, j), act)
     return lambda x, j, act: load(x, j)
@@ -72,7 +72,7 @@ def taken(x, j, act):
 
 @inlined_by_types
 def before(x, hi, u, a, b, act):
-    """v before residual and activation, from what was `taken`."""
+    """v without the residual, from the result of `taken`."""
     if inverts(act):
         return lambda x, hi, u, a, b, act: x
     return lambda x, hi, u, a, b, act: normalised(x, hi, u, a, b)
@@ -116,7 +116,7 @@ def sloped(dy, residual, v, threshold, act):
 
 @inlined_by_types
 def through(dy, y, v, threshold, act):
-    """dy through the activation: `masked` where `act` is 0, `sloped` where y is the residual."""
+    """g: dy `masked` if `act` is 0 (ReLU or none), else `sloped`, y being the residual or None."""
     if isinstance(act, types.Number):
         return lambda dy, y, v, threshold, act: masked(dy, y, v, threshold, act)
     return lambda dy, y, v, threshold, act: sloped(dy, y, v, threshold, act)
@@ -124,7 +124,7 @@ def through(dy, y, v, threshold, act):
 
 @inlined
 def masked_dy(j, dy, x, y, hi, u, a, b, act):
-    """g = dy[j] through the activation."""
+    """g = dy[j] act'(z)."""
     v = before(taken(x, j, act), at(hi, j), at(u, j), at(a, j), at(b, j), act)
     return through(unconditional(load(dy, j)), load(y, j), v, stored_as_zero(x), act)
 
@@ -176,7 +176,7 @@ def add_half(j, sums, wide, half):
 
 @ordered
 def copy(j, values, out):
-    """out[j] = values[j], in the dtype that it is computed in."""
+    """out[j] = values[j], in the compute dtype."""
     out[j] = load(values, j)
 
 
@@ -188,7 +188,7 @@ def fill(j, value, out):
 
 @inlined
 def activated(j, x, residual, hi, u, a, b, floor):
-    """max((x u - hi) a + b [+ residual], floor)."""
+    """act((x u - hi) a + b [+ residual]), where act is `floor`."""
     v = normalised(load(x, j), at(hi, j), at(u, j), at(a, j), at(b, j))
     if residual is not None:
         v += load(residual, j)
@@ -197,7 +197,7 @@ def activated(j, x, residual, hi, u, a, b, floor):
 
 @inlined
 def apply(j, x, residual, hi, u, a, b, floor, y):
-    """y = max((x u - hi) a + b [+ residual], floor)."""
+    """y = act((x u - hi) a + b [+ residual]), where act is `floor`."""
     store(y, j, activated(j, x, residual, hi, u, a, b, floor))
 
 
@@ -212,9 +212,9 @@ def apply_rows(j, x, residual, hi, u, a, b, floor, y):
 
 @inlined
 def add_gradient_row(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
-    """s += g and t += g (x u - hi) scale, where g = dy through the activation.
+    """s += g and t += g (x u - hi) scale, where g = dy act'(z).
 
-    g is kept if there is an array for it, which may be dy itself.
+    g is stored in `kept` unless that is None; it may be dy itself.
     """
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     store(kept, j, g)
@@ -245,8 +245,7 @@ def add_gradient_rows(j, dy, x, y, hi, u, a, b, scale, act, kept, s, t):
 def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
     """dx = gamma rstd (g - mean(g) - x_hat mean(g x_hat)) and dresidual = g.
 
-    g is dy through the activation. dx and dresidual are written if they are given. Either may be
-    dy itself: dy is read first.
+    g = dy act'(z). dx and dresidual may be None. Either may be dy itself, which is read first.
     """
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     d = centred(j, g, x, hi, u, hpq, v, act)
@@ -255,7 +254,7 @@ def backward_apply(j, dy, x, y, hi, u, a, b, hpq, v, f, act, dx, dresidual):
 
 @ordered
 def store_gradients(j, g, d, f, dx, dresidual):
-    """dresidual = g and dx = f d, each if given."""
+    """dresidual = g and dx = f d; either may be None."""
     store(dresidual, j, g)
     store(dx, j, at(f, j) * d)
 
@@ -331,7 +330,7 @@ def curvature(j, ddx, dy, x, hi, ahpq, bkst):
 
 @ordered
 def second_apply(j, ddx, dy, x, hi, ahpq, bkst, ddy, dx):
-    """ddy (or ty) = `tangent` and, with its coefficients, dx = `curvature`."""
+    """ddy (or ty) = `tangent` and, unless bkst is None, dx = `curvature`."""
     first = tangent(j, ddx, x, hi, ahpq)
     second = curvature(j, ddx, dy, x, hi, ahpq, bkst)
     store(ddy, j, first)
@@ -371,7 +370,7 @@ def add_value(j, sums, values):
 def add_weighted_row(j, x, w, K, s, q, m):
     """s += w d, q += w d^2 and, unless m is None, m += w, where d = x - K.
 
-    x of weight 0 may be anything.
+    Where w is 0, x may be anything.
     """
     weight, along, square = weighted_deviation(j, x, w, K, s)
     s[j] += along
@@ -382,7 +381,7 @@ def add_weighted_row(j, x, w, K, s, q, m):
 
 @by_types
 def weighted_deviation(j, x, w, K, like):
-    """w, w d and w d^2 of value j, where d = x - K; d and d^2 where a mask counts."""
+    """w, w d and w d^2 of value j, where d = x - K; all 0 where w is 0, whatever x is."""
 
     def weighted(j, x, w, K, like):
         weight = weight_at(w, j, like)
@@ -425,7 +424,7 @@ def add_first_row(j, x, w, K, s, m):
 
 @inlined
 def apply_weighted(j, x, w, other, residual, hi, u, a, b, floor, y):
-    """`apply`, but y = other where the weight is 0, unless that is None."""
+    """`apply`, but y = other where the weight is 0, unless `other` is None."""
     v = activated(j, x, residual, hi, u, a, b, floor)
     if other is not None:
         v = v if at(w, j) != 0 else other
@@ -455,7 +454,7 @@ def centred_by(weight, j, g, x, hi, u, hpq, v, act):
 
 @inlined_by_types
 def weighted_centred(j, w, g, x, hi, u, hpq, v, act, like):
-    """`centred` where a mask counts, `centred_by` weights."""
+    """`centred` if w is a mask, else `centred_by` the weight."""
     if is_mask(w):
         return lambda j, w, g, x, hi, u, hpq, v, act, like: centred(j, g, x, hi, u, hpq, v, act)
     return lambda j, w, g, x, hi, u, hpq, v, act, like: centred_by(
@@ -465,7 +464,7 @@ def weighted_centred(j, w, g, x, hi, u, hpq, v, act, like):
 
 @inlined
 def backward_apply_weighted(j, dy, x, w, y, hi, u, a, b, hpq, v, f, act, like, dx, dresidual):
-    """`backward_apply` where the weight is not 0; dx = dresidual = 0 where it is."""
+    """`backward_apply` where the weight is not 0; elsewhere dx = dresidual = 0."""
     counts, zero = at(w, j) != 0, like.dtype.type(0)
     g = masked_dy(j, dy, x, y, hi, u, a, b, act)
     d = at(f, j) * weighted_centred(j, w, g, x, hi, u, hpq, v, act, like)

@@ -5,9 +5,9 @@ and returns False. The caller then takes the general path, which alone reports w
 anything is. A MemoryError may leave results half written. The arithmetic is that of kernels.py.
 
 Entries take Python objects as they are. `numbers` is an int64 array of what all calls of one shape
-have in common: the fields of `ordinary.Site`, those of `kernels.Work`, x's shape and strides.
-`number` is the lower bound of y or, for another activation, whose class in functions.py is `of`,
-its parameter; `act` makes of it what kernels take.
+have in common: the fields of `ordinary.Site` and `kernels.Work`, x's shape and strides. `of` is the
+activation's class in functions.py, and `number` its parameter; for ReLU or none, `of` is None and
+`number` the lower bound of y. act(number) is what kernels take.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def site_for(
 
 @ordered
 def parameter_values(obj, site, default, dtype):
-    """gamma or beta, shape (C,), in place; a new array of `default` if it is None.
+    """gamma or beta, shape (C,), without a copy; an array filled with `default` if it is None.
 
     An array must have this dtype already: `ordinary.parameter` checks it.
     """
@@ -96,14 +96,14 @@ def _tensor(dtype: Any) -> tuple[Any, Any]:
 
 @by_types
 def derived(norm, act):
-    """`norm` of a backward pass: with the activation, unless that is ReLU or none."""
+    """`norm` of a backward pass: followed by the activation, unless that is ReLU or none."""
     if isinstance(act, types.Number):
         return lambda norm, act: norm
     return lambda norm, act: (*norm, act)
 
 
 def _act(of: Any) -> Any:
-    """Return a function that makes what kernels take for an activation from its number."""
+    """Return the function that turns `number` into what kernels take for an activation."""
     if of is None:
         return inlined(lambda number: number)
     return inlined(named(_name("act", of))(lambda number: of(number)))
@@ -151,7 +151,7 @@ def forward(traversal: str, dtype: str, added: bool, of: Any = None) -> Callable
 
 @lru_cache(maxsize=256)
 def inference(traversal: str, dtype: str, added: bool, of: Any = None) -> Callable[..., Any]:
-    """Compile the entry of inference; it also gives rstd, and the mean as float64, if asked to."""
+    """Compile the entry of inference, which also stores mean and rstd (float64) if given arrays."""
     passes, kind = getattr(kernels, f"{traversal}_passes"), getattr(np, dtype)
     view, absent = _tensor(kind)
     residual_view = view if added else absent

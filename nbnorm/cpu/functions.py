@@ -31,12 +31,12 @@ class Constants(NamedTuple):
     """
 
     integer: type
-    shift: float  # 1.5 units of the mantissa's range: adding it rounds to an integer
+    shift: float  # 1.5 * 2^mantissa: adding it rounds to an integer
     mantissa: int  # bits
     bias: int
     log2_high: float  # leading bits of log(2): small multiples are exact
     log2_low: float
-    most: float  # beyond it exp(-a) is not a normal number, and set to 0
+    most: float  # beyond it exp(-a) would be subnormal, and is set to 0
     flat: float  # beyond it tanh is 1
     q: tuple[float, ...]
     middle: float
@@ -122,7 +122,7 @@ def math_of(real: Any) -> Math:
 
     @inlined
     def parts(v):
-        """n and f for which v = n log(2) + f, f at most log(2) / 2."""
+        """n and f for which v = n log(2) + f and |f| <= log(2) / 2."""
         rounded = multiply_add(v, per_log2, shift)
         n = integer(_reinterpreted(rounded, bias) - shift_bits)
         m = shift - rounded
@@ -158,8 +158,8 @@ def math_of(real: Any) -> Math:
     return Math(real, multiply_add, decay, tanh, bell, tail, inlined)
 
 
-# Part of the classes' names, so that no kernel is loaded from disk that was compiled from another
-# table: the table lies outside the folder whose source is part of the key.
+# Part of the classes' names, as the table is outside the folder whose source is part of the key of
+# a kernel on disk: a kernel compiled from another table must not be loaded.
 _MAKERS = [maker for row in TABLE.values() for maker in (row.of, row.inverse) if maker is not None]
 _CODE = b"".join(marshal.dumps(maker.__code__) for maker in _MAKERS)
 _STATE = f"{zlib.crc32(_CODE + repr(TAIL).encode()):08x}"
@@ -216,7 +216,7 @@ _CHEAP = {CLASSES[name] for name in ("leaky_relu", "relu6", "hardswish")} | {*IN
 
 
 def costs(act: Any) -> bool:
-    """Return True for the type of an activation whose derivative takes longer than to load it."""
+    """Return True for the type of an activation whose derivative takes longer than loading g."""
     return act.instance_class not in _CHEAP
 
 

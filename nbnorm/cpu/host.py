@@ -1,4 +1,4 @@
-"""Loops on the OpenMP pool of a host that is in this process already, not on Numba's pool (LLVM).
+"""Loops on the OpenMP pool of a host library in this process, not on Numba's own (LLVM code).
 
 PyTorch's wheels bring a libgomp of their own. Idle threads of one pool spin for a while, on cores
 that the other pool needs: forward and backward of 4096 x 512 took 1.4 ms when alternating with
@@ -23,13 +23,13 @@ _WORKER = ir.FunctionType(ir.VoidType(), [BYTES])
 _PARALLEL = ir.FunctionType(
     ir.VoidType(), [_WORKER.as_pointer(), BYTES, ir.IntType(32), ir.IntType(32)]
 )
-# The loop, its data, its number of turns, and the next turn that no thread has taken.
+# The loop, its data, its number of iterations, and the next one that no thread has taken.
 _RECORD = ir.LiteralStructType([LOOP.as_pointer(), BYTES, INT, INT])
 
 
 @intrinsic
 def _run(typing_context, parallel, loop, lengths, data, threads):
-    """Run a loop's turns one by one, each on whichever thread is free."""
+    """Run the iterations of a loop, each on whichever thread is free."""
 
     def codegen(context, builder, signature, args):
         parallel, loop, lengths, data, threads = args
@@ -55,7 +55,7 @@ def _run(typing_context, parallel, loop, lengths, data, threads):
 
 
 def _worker(module):
-    """Make the function that each thread runs: take turns while any are left."""
+    """Make the function that each thread runs: take the next iteration until none is left."""
     function = ir.Function(module, _WORKER, module.get_unique_name("nbnorm_host_worker"))
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block("entry"))

@@ -1,8 +1,8 @@
 """Exact sums of integers, from which mean and M2 follow with three roundings.
 
 A channel's sum x and sum x^2 are int64: exact, so no bit depends on how they are divided. Lanes and
-columns of 8-bit integers are int32, twice as many to a vector. A chunk adds at most 2^18 / 256
-values to a column and a tile 2^12 / 64 to a lane (see `plan`), where squares of 2^15 would fit.
+columns of 8-bit integers are int32, twice as many to a vector. int32 holds a sum of 2^15 of their
+squares; a chunk adds fewer than 2^11 values to a column, a tile fewer than 2^7 to a lane (`plan`).
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from nbnorm.cpu.kernels import channels, work_of
 from nbnorm.cpu.launch import launch
 
 LANES = 64
-MOST = 1 << 33  # values; their deviations from the mean are at most 2^15
+MOST = 1 << 33  # values; their mean squared deviation is below 2^30
 
 
 @by_types
@@ -46,7 +46,7 @@ def total(sums):
 
 @noinline
 def rows_stats(x, grid, c0, c1, k, partial):
-    """partial[:, k, c] = sum x, sum x^2 of chunk k, for channels c0 <= c < c1."""
+    """partial[:, k, c] += sum x, sum x^2 of chunk k, for channels c0 <= c < c1."""
     s, q = zeros(2, LANES, summed(x).dtype)
     begin, end = rows.tiles(grid, k)
     for t in range(begin, end):

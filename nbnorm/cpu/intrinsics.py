@@ -198,7 +198,7 @@ def of_chunk(typing_context, partial, i, k, c0, c1):
 
 @intrinsic
 def part(typing_context, values, begin, end):
-    """values[begin:end] of a row, or of each row in a tuple, not counted; None for None."""
+    """values[begin:end] of a row, or of each in a tuple, references uncounted; None for None."""
     ints = (types.intp,) * 2
 
     def codegen(context, builder, signature, args):
@@ -244,7 +244,7 @@ def array_at(context, builder, kind, data, lengths, meminfo=None):
 
 @intrinsic
 def row_of(typing_context, array):
-    """A C-contiguous array as one row, typed as writeable, not counted; None for None.
+    """A C-contiguous array as a writeable row, without counting references; None for None.
 
     The array must outlive its row, as arguments and returned results do.
     """
@@ -285,8 +285,8 @@ def address_of(typing_context, array):
 def each(typing_context, size, body, args):
     """Call body(j, *args) for every j < size, in any order.
 
-    Of the arrays that it also reads, the body may write element j only. It gets arrays without
-    reference counts, which it would otherwise change for every j.
+    Iterations must be independent: of an array that it reads, the body may write only element j. It
+    gets arrays without reference counts, which would otherwise change for every j.
     """
     body_signature = typing_context.resolve_function_type(body, (types.intp, *args.types), {})
 
@@ -304,8 +304,8 @@ def each(typing_context, size, body, args):
 def each_to(typing_context, size, body, args, outs, streamed):
     """`each` of a body that writes to its last arguments, `outs`; past the cache if `streamed`.
 
-    Whole vectors are streamed, from the first cache line on; none if the outs do not reach a cache
-    line at the same value. The body writes a vector to the stack, which LLVM turns into a register.
+    Whole vectors are streamed, from the first cache line on; none if the outs reach a cache line at
+    different j. The body writes a vector to the stack, which LLVM turns into a register.
 
     This is one intrinsic because a function would count references to args, and such an atomic
     operation waits for all streaming stores (channels-last inference took 9.0 ms rather than 3.3).
@@ -384,7 +384,7 @@ def _fetch(builder, pointer, write=True):
 
     An ordinary store to a line that is not in the cache holds up all stores behind it. If y begins
     16 bytes after a line, every plane of 28 x 28 ends with such a store: inference of
-    32 x 512 x 28 x 28 took 2.4 ms, now 1.3.
+    32 x 512 x 28 x 28 took 2.4 ms instead of 1.3.
     """
     pointer = builder.bitcast(pointer, ir.PointerType(ir.IntType(8)))
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
@@ -394,9 +394,9 @@ def _fetch(builder, pointer, write=True):
 
 @intrinsic
 def prefetch(typing_context, values):
-    """Prefetch a row that will not be read; nothing for None.
+    """Prefetch a row that is skipped; does nothing for None.
 
-    The processor prefetches what is read in sequence. Where it is not, the next row arrives late.
+    The processor prefetches only what is read in sequence: after a gap the next row would be late.
     """
     if isinstance(values, types.NoneType):
         return types.void(values), _nothing_at_all
@@ -439,7 +439,7 @@ def _loop(builder, begin, end, body):
         name = ir.MetaDataString(builder.module, name)
         return builder.module.add_metadata([name, *operands])
 
-    # Once unrolled, a loop is never vectorised: adding up 64 lanes took 54 ns, not 20.
+    # LLVM does not vectorise an unrolled loop: adding up 64 lanes took 54 ns instead of 20.
     properties = (
         property_("llvm.loop.parallel_accesses", group),
         property_("llvm.loop.unroll.disable"),
@@ -461,7 +461,7 @@ def _rebased(context, builder, kind, packed, rebase):
 
 
 def _for_arrays(context, builder, kind, value, of):
-    """`value` with of(kind, array) for each array in it, also within tuples; others as they are."""
+    """`value` with each array in it, also within tuples, replaced by of(kind, array)."""
     if isinstance(kind, types.BaseTuple):
         parts = [
             _for_arrays(context, builder, item, builder.extract_value(value, i), of)
@@ -586,6 +586,6 @@ def _fence(typing_context):
 
 @ordered
 def fence(streamed):
-    """Call `_fence`, once per chunk, if anything was streamed."""
+    """`_fence` at the end of a chunk, if it was streamed."""
     if streamed:
         _fence()

@@ -31,7 +31,7 @@ _INNERMOST = (
 
 
 class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """Code of a function that only compiled code calls; by itself it becomes no machine code.
+    """Code of a function that only compiled code calls, without machine code of its own.
 
     Numba generates and optimises machine code for every function, and again within each of its
     callers: a kernel of fifty functions, five levels deep, took 9 s to compile. What runs inside a
@@ -61,7 +61,7 @@ class _InnerLibrary(JITCodeLibrary):  # type: ignore[misc]
 
     @property
     def codegen(self) -> Any:
-        """A stand-in: Numba would set the environment of machine code, of which there is none."""
+        """A stand-in: there is no machine code whose environment Numba could set."""
         return SimpleNamespace(set_env=lambda name, environment: None)
 
 
@@ -80,7 +80,7 @@ class _UseInnerLibrary(FunctionPass):  # type: ignore[misc]
         return False
 
 
-# Passes for closures and array expressions, which kernels do not use: 4 % of the compile time.
+# Skipped: passes for closures and array expressions, which kernels do not use, 4 % of compilation.
 _IDLE = (InlineClosureLikes, NopythonRewrites)
 
 
@@ -123,13 +123,13 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 def noinline(function: Callable[..., Any]) -> Any:
-    """`ordered`, not inlined: a kernel that calls the function twice has its code once."""
+    """`ordered`, not inlined: a kernel that calls the function twice contains it once."""
     function.noinline = True  # type: ignore[attr-defined]
     return ordered(function)
 
 
 def compiled_too(function: Function) -> Function:
-    """Let compiled functions call a Python function; for Python it stays what it is."""
+    """Let compiled functions call a Python function, which itself stays unchanged."""
     same: Function = register_jitable(**_INNER)(function)
     return same
 
@@ -156,17 +156,17 @@ def inlined_by_types(choose: Callable[..., Any]) -> Any:
 
 
 def fused_by_types(choose: Callable[..., Any]) -> Any:
-    """`by_types`, where LLVM may fuse a product and its sum; see `none_without` for when to."""
+    """`by_types`, where LLVM may fuse a product and a sum; use it as `none_without` says."""
     return by_types(choose, _FUSED)
 
 
 def none_without(name: str, *, fused: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that returns None if its argument `name` is None.
 
-    The choice is made by type. Numba prunes `if argument is None` only where it holds. Elsewhere
-    the result would be Optional, and a loop over it would not vectorise. With `fused`, LLVM may
-    make one multiply-add of a product and its sum; use it only for products within the innermost
-    loop (see `ordered`).
+    The choice is made by type. Numba removes the other branch of `if argument is None` only if it
+    is None; else the result would be Optional, and a loop over it would not vectorise. With
+    `fused`, LLVM may fuse a product and a sum into a multiply-add; use it only for products within
+    the innermost loop (see `ordered`).
     """
     options = _FUSED if fused else _INNER
 
@@ -189,7 +189,7 @@ def entry(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def entry_point(function: Callable[..., Any], name: str, signature: Any) -> Callable[..., Any]:
-    """Compile a function for these types; return what Python calls without checking types.
+    """Compile a function for these types; return its entry point, which checks no types.
 
     Numba's dispatcher asks every argument for its type, 0.5 us for a dozen.
     """
@@ -200,7 +200,7 @@ def entry_point(function: Callable[..., Any], name: str, signature: Any) -> Call
 
 
 def named(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a function that is made several times a name of its own in compiled code.
+    """Give a function that is built several times a name of its own each time.
 
     Numba tells functions of one name apart by a counter that starts anew in every process. Of two
     cached kernels, compiled by two processes, one can then call the other's function (seen: a rows

@@ -63,7 +63,7 @@ def work_of(n):
 
 @ordered
 def in_parts(grid, work):
-    """`plan.Grid` with parts in place of chunks."""
+    """`plan.Grid` whose chunks are parts."""
     N, C, S, tile, fold, _ = grid
     return N, C, S, tile, fold, work.part
 
@@ -75,7 +75,7 @@ def channels(block, u, C):
 
 
 def renormalise_channels(norm, m2, grid, eps, c0, c1):
-    """r and d of a renormalization's `norm`, and gamma and beta that contain them."""
+    """Compute r and d of batch renormalization, and gamma and beta folded with them, in `norm`."""
     mean, _, gamma_, beta_, (population, gamma, beta, r, d) = norm
     renorm_factors(mean, m2, grid[0] * grid[2], eps, population, c0, c1, r, d)
     fold(gamma, beta, r, d, c0, c1, gamma_, beta_)
@@ -83,18 +83,18 @@ def renormalise_channels(norm, m2, grid, eps, c0, c1):
 
 @by_types
 def renormalise(norm, m2, grid, eps, c0, c1):
-    """`renormalise_channels`, if norm is one of batch renormalization."""
+    """`renormalise_channels` if `norm` is for batch renormalization."""
     return renormalise_channels if len(norm) == 5 else lambda norm, m2, grid, eps, c0, c1: None
 
 
 @by_types
 def room(x, norm, dx, dresidual):
-    """Where the first sweep keeps g = dy act'(v) for the second one; None to compute it twice.
+    """Array in which the first sweep keeps g = dy act'(z) for the second; None if it does not.
 
-    That is dx or dresidual, unless it is stored in half precision. silu's backward pass took half
-    as long for it (32 x 64 x 56 x 56 on a Zen 3).
+    It is dx or dresidual, unless that is in half precision or g is cheap to compute twice. It
+    halves the time of silu's backward pass (32 x 64 x 56 x 56 on a Zen 3).
     """
-    exact = getattr(x.types[0], "dtype", None) in (types.float32, types.float64)  # no weights
+    exact = getattr(x.types[0], "dtype", None) in (types.float32, types.float64)  # unweighted
     if not exact or len(norm) < 5 or not costs(norm.types[4]):
         return lambda x, norm, dx, dresidual: None
     return lambda x, norm, dx, dresidual: either(dx, dresidual)
@@ -140,7 +140,7 @@ def _build(
     @ordered
     @named(f"{name}_forward_block")
     def forward_block(x, residual, grid, block, norm, eps, floor, streamed, partial, m2, y, u):
-        """Statistics of block u into norm's mean and rstd, then its normalisation."""
+        """Compute norm's mean and rstd of block u, then normalise it."""
         c0, c1 = channels(block, u, grid[1])
         for k in range(partial.shape[1]):
             stats_chunk(x, grid, c0, c1, k, partial)
@@ -152,7 +152,7 @@ def _build(
     @ordered
     @named(f"{name}_forward_pass")
     def forward(x, residual, grid, work, norm, eps, floor, partial, m2, y):
-        """`stats` into norm's mean and rstd, then `apply`."""
+        """`stats` to norm's mean and rstd, then `apply`."""
         if work.fused:
             streamed = work.streamed != 0
             args = x, residual, grid, work.block, norm, eps, floor, streamed, partial, m2, y
@@ -173,7 +173,7 @@ def _build(
     def backward_reduce(dy, x, y, grid, work, norm, partial, sums, kept):
         """sums = sum g, sum g x_hat of every channel; partial receives those of the chunks.
 
-        g is dy through the activation; it is written to `kept`, if given.
+        g = dy act'(z); it is written to `kept`, if given.
         """
         units = work.spans * work.chunks
         args = dy, x, y, grid, work.span, work.chunks, norm, partial, kept
@@ -193,7 +193,7 @@ def _build(
     @ordered
     @named(f"{name}_backward_apply_pass")
     def backward_apply(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
-        """Write dx and dresidual, each if given; sums=None means frozen statistics."""
+        """dx = gamma rstd (g - (sums[0] + x_hat sums[1]) / count) and dresidual = g, if given."""
         units, streamed = work.strips * work.parts, work.streamed != 0
         args = (
             dy, x, y, in_parts(grid, work), work.strip, work.parts, norm, sums, count, streamed,
@@ -297,7 +297,7 @@ def rstd_all(var, eps, rstd):
 
 @entry("renorm_factors")
 def renorm_factors_all(mean, m2, count, eps, population, r, d):
-    """`renorm_factors` of every channel, towards statistics of moments that come from elsewhere."""
+    """`renorm_factors` of every channel, for moments that were computed before."""
     renorm_factors(mean, m2, count, eps, population, _FIRST, np.int64(mean.size), r, d)
 
 

@@ -1,4 +1,4 @@
-"""Memory for results and copies, and questions about it.
+"""Memory for results and copies, and checks of its layout.
 
 `nbnorm.cuda.memory` has the same functions for a GPU.
 """

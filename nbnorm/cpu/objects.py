@@ -28,7 +28,7 @@ _CLASS, _DATA, _RANK, _SHAPE, _STRIDES, _DTYPE, _FLAGS = (_HEAD + i for i in (-1
 # dtypes do not identify them: unpickled arrays have dtypes of their own.
 _KIND, _KIND_BITS = _HEAD + 1, -1 << 32 | 0xFF << 16
 
-# NumPy's array flags, as NumPy integers: every plain int would be a type of its own to compile for.
+# NumPy's array flags, as NumPy integers: Numba would compile once more for every plain int.
 ALIGNED = np.int64(0x100)
 WRITABLE = np.int64(0x400) | ALIGNED
 
@@ -71,7 +71,7 @@ def word(typing_context, start, i):
 
 @intrinsic
 def half_word(typing_context, start, i):
-    """The first 4 of the i-th 8 bytes from an address on: a C int on all current machines."""
+    """The first 4 of the i-th 8 bytes from an address on, such as a C int."""
 
     def codegen(context, builder, signature, args):
         whole = builder.gep(_pointer(builder, args[0], ir.IntType(64)), [args[1]])
@@ -107,7 +107,7 @@ def data(array):
 
 @ordered
 def is_array(obj, ndarray, dtype, flags):
-    """Whether an object is exactly an ndarray, with this `kind_of` its dtype and these flags."""
+    """Whether an object is exactly an ndarray, with this dtype (`kind_of`) and these flags."""
     at = address(obj)
     return (
         word(at, _CLASS) == ndarray

@@ -1,9 +1,9 @@
 """Compiled checks of whether a call is ordinary.
 
 In an ordinary call every array is exactly an ndarray of x's dtype, float32 or float64 (mean and
-rstd of a backward call are float64). x has no gaps and an order that kernels walk, and arrays of
-x's shape have the same order. Parameters have one axis. Arrays that are written share memory with
-nothing else. The general path checks all of this and more, in Python, and raises the errors.
+rstd of a backward call are float64). x has no gaps and a memory order that kernels support, which
+is also that of arrays of its shape. Parameters have one axis. Arrays that are written share memory
+with nothing else. The general path checks all of this and more, in Python, and raises the errors.
 """
 
 from typing import NamedTuple

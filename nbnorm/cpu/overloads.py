@@ -1,4 +1,4 @@
-"""nbnorm's functions within functions that users compile: what Numba calls instead of Python's.
+"""Overloads: what Numba compiles where a user's compiled function calls one of nbnorm's.
 
 A call is checked as in Python, by types at compile time and by values at run time. The units of
 kernels.py then compute it, in their usual order, in the calling thread: the bits are those of a
@@ -147,9 +147,9 @@ def _for_mask(relu, **kinds):
 
 
 def _dtype(x, *parameters):
-    """np.float64 if an argument is the type of a float64 array, else np.float32; skips None.
+    """np.float64 if any of these types is a float64 array, else np.float32; None is skipped.
 
-    Of x, gamma and beta it is the dtype of `Frame.scale_and_shift`.
+    For x, gamma and beta this is the dtype in which `Frame.scale_and_shift` passes parameters.
     """
     wide = any(_given(kind) and kind.dtype == types.float64 for kind in (x, *parameters))
     return np.float64 if wide else np.float32
@@ -211,7 +211,7 @@ def check_eps(eps):
 
 @ordered
 def check_moves(m, momentum, correction, training):
-    """Refuse numbers that running statistics cannot be updated with."""
+    """Refuse numbers with which running statistics cannot be updated."""
     if not np.abs(momentum) < np.inf:
         raise ValueError("momentum must be finite")
     if not np.abs(correction) < np.inf:
@@ -276,7 +276,7 @@ def channels_last(x):
 
 @by_types
 def as_row(values, C, default, dtype):
-    """A parameter in a dtype: itself if it has it, `default` in every channel if it is None."""
+    """A parameter in `dtype`: itself if it has that dtype, filled with `default` if it is None."""
     if isinstance(values, types.NoneType):
         return lambda values, C, default, dtype: np.full(C, default, dtype)
     if values.dtype == dtype.instance_type:
@@ -426,7 +426,7 @@ def move(running_mean, running_var, mean, m2, momentum, divisor):
 
 @lru_cache(maxsize=2)
 def _steps(last):
-    """Make the steps of all functions; `last`: the channels are the last axis, so S is 1."""
+    """Make the steps of all functions, for channels on the `last` axis (S = 1) or on axis 1."""
     passes = _passes("columns", kernels.columns_units)
     if not last:
         by_rows = _passes("rows", kernels.rows_units)

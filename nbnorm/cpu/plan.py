@@ -14,7 +14,7 @@ from nbnorm.cpu.jit import compiled_too
 
 TILE_BYTES = 16 << 10  # bytes of a tile in the compute dtype: a third of L1
 CHUNK = 1 << 18  # values in a chunk: threads split a channel into chunks
-CHUNK_ROWS = 512  # rows that are not split: work per channel and chunk is a tenth of the rest
+CHUNK_ROWS = 512  # up to here rows are not split: merging a chunk costs a tenth of summing it
 
 SHARES = 4  # units of work per thread, so that the threads' shares differ by less than a quarter
 SERIAL_BELOW = 1 << 15  # values; for fewer, a parallel launch costs more than the whole pass
@@ -23,16 +23,16 @@ SERIAL_BELOW = 1 << 15  # values; for fewer, a parallel launch costs more than t
 # channel, 6.2 in blocks of four: longer contiguous reads are worth more than a nearer cache.
 NEAR = 4
 RUN_BYTES = 16 << 10  # bytes read contiguously, enough to keep the memory busy
-# Bytes of a row that one thread writes, at least. With 2 KiB, the processor prefetches what another
+# Least bytes of a row that one thread writes. With 2 KiB, the processor prefetches what another
 # thread writes: inference of 256 x 1024 took 45 us with two threads and 34 with one.
 PAGE = 4 << 10
 # Planes of this many values or more are normalised one by one, though summed by columns.
 PLANE_ALONE = 128
-PLANES_BYTES = 64 << 10  # of contiguous planes, to stream them one by one
-# Bytes, in the compute dtype, of a row of smaller planes. Every column has its own coefficients,
-# and more do not stay in L1 (forward of 32 x 512 x 7 x 7 took 267 us with 8 KiB, 225 with 4.5).
+PLANES_BYTES = 64 << 10  # least bytes of contiguous planes that are streamed one by one
+# Bytes, in the compute dtype, of a row of smaller planes. The coefficients of more columns would
+# not stay in L1 (forward of 32 x 512 x 7 x 7 took 267 us with 8 KiB, 225 with 4.5).
 COLUMNS = 9 << 9
-LINE_CHANNELS = 16  # a multiple of this many channels fills whole cache lines for any S
+LINE_CHANNELS = 16  # this many channels of float32 fill whole cache lines for any S
 
 
 class Grid(NamedTuple):
@@ -215,7 +215,7 @@ def _channels_of(units: int, C: int, chunks: int) -> int:
 
 
 def _equal(block: int, C: int, threads: int) -> int:
-    """Size of a block, at most `block`, that gives all threads equally many if C allows it."""
+    """Size of a block, at most `block`, that gives every thread as many blocks, if C allows it."""
     return _ceil(C, _ceil(_ceil(C, block), threads) * threads)
 
 

@@ -71,7 +71,7 @@ def weights_of(w, n, c, s, size):
 
 @ordered
 def add_moment_piece(x, K, s, q):
-    """s += d and q += d^2 lane by lane in x's dtype, where d = x - K."""
+    """s += d and q += d^2 lane by lane in the compute dtype, where d = x - K."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         each(LANES, element.add_moment_rows, (four(line(x), i, LANES, 0, 0, LANES), K, s, q))
@@ -92,7 +92,7 @@ def total(lanes, wide):
 
 @noinline
 def all_equal(x, n0, n1, c, s, size, K):
-    """Whether every x of a tile is K: a dead channel, which need not be summed again."""
+    """Whether every x of a tile is K, as in a dead channel: then there is nothing to sum again."""
     others = 0
     for n in range(n0, n1):
         values = piece(x, n, c, s, size)
@@ -121,9 +121,9 @@ def moment_sums64(x, n0, n1, c, s, size, K):
 
 @noinline
 def moments64(x, n0, n1, c, s, size, K):
-    """Two-pass moments of a tile: a value near the mean, the mean less that value, M2.
+    """Two-pass moments of a tile in float64, used if the sums in the compute dtype are `lost`.
 
-    Used if the sums in x's dtype are `lost`.
+    Returns a value near the mean, the mean minus that value, and M2.
     """
     if all_equal(x, n0, n1, c, s, size, K):
         return K, 0.0, 0.0
@@ -210,7 +210,7 @@ def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 @ordered
 def add_gradient_piece(dy, x, y, kept, hi, u, a, b, scale, act, s, t):
-    """s += g and t += g (x u - hi) scale lane by lane; kept = g, where g = dy masked by ReLU."""
+    """s += g and t += g (x u - hi) scale lane by lane; kept = g, where g = dy act'(z)."""
     whole = x.size // (4 * LANES) * (4 * LANES)
     for i in range(0, whole, 4 * LANES):
         dy_, x_ = four(line(dy), i, LANES, 0, 0, LANES), four(line(x), i, LANES, 0, 0, LANES)
@@ -229,7 +229,7 @@ def add_gradient_piece(dy, x, y, kept, hi, u, a, b, scale, act, s, t):
 def gradient_sums64(dy, x, w, y, grid, k, c, hi, u, a, b, scale, act):
     """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64.
 
-    Over the values of weight above 0, if w has weights (see weighted.py) and is not None.
+    w has weights (see weighted.py) or is None; values of weight 0 are skipped.
     """
     s_sum, t_sum = 0.0, 0.0
     begin, end = tiles(grid, k)
@@ -254,10 +254,10 @@ def overflowed(partial, k, c):
 
 @noinline
 def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
-    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k, where g = dy masked by y > 0.
+    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k, where g = dy act'(z).
 
-    The mask is recomputed from x if norm holds beta, and read if y is given. g is written to
-    `kept`, if given; that may be dy itself.
+    See `nbnorm.cpu` for how beta and y determine g. g is written to `kept`, if given, which may be
+    dy itself.
     """
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale = scales(norm, c0, c1, u)
@@ -290,7 +290,10 @@ def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
 
 @noinline
 def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """Write dx and dresidual, each if given; sums=None means frozen statistics."""
+    """dx = f ((g v - h) - ((x u - hi) p + q)) and dresidual = g in chunk k; either may be None.
+
+    g = dy act'(z). dx = f v g if sums is None: frozen statistics. See `factors`, `coefficients`.
+    """
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     v, f = factors(norm, sums, count, c0, c1, u)
     hpq = coefficients(norm, sums, count, c0, c1, u, v)

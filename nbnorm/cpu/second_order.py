@@ -86,8 +86,7 @@ def second_sums64(ddx, dy, x, grid, k, c, hi, scale, partial):
 def second_lost(partial, k, c, grid, like):
     """Whether a sum of chunk k of channel c overflowed, or the products d g underflowed.
 
-    Products of numbers below 1e-19 underflow in float32. With a large rstd they
-    still affect the result.
+    Products of numbers below 1e-19 underflow in float32, but affect the result if rstd is large.
     """
     tiny, _ = limits(like)
     s_d, s_dt, s_g = partial[0, k, c], partial[1, k, c], partial[2, k, c]
@@ -193,7 +192,7 @@ def second_apply64(ddx, dy, x, grid, norm, tangents, sums, count, c, k, ddy, dx)
 
 @noinline
 def rows_second_apply(ddx, dy, x, grid, norm, tangents, sums, count, streamed, c0, c1, k, ddy, dx):
-    """Write ddy and, if given, dx of chunk k, channels c0 <= c < c1, by rows."""
+    """ddy = `element.tangent` and, unless None, dx = `element.curvature` in chunk k, by rows."""
     like = computed(x)
     hi, ahpq, fits = tangent_coefficients(norm, tangents, sums, count, c0, c1, like)
     bkst = curvature_coefficients(dy, norm, tangents, sums, count, c0, c1, like, fits)
@@ -227,7 +226,7 @@ def all_set(fits):
 def columns_second_apply(
     ddx, dy, x, grid, norm, tangents, sums, count, streamed, c0, c1, k, ddy, dx
 ):
-    """Write ddy and, if given, dx of chunk k, channels c0 <= c < c1, by columns."""
+    """`rows_second_apply` by columns."""
     like = computed(x)
     hi_c, ahpq_c, fits = tangent_coefficients(norm, tangents, sums, count, c0, c1, like)
     bkst_c = curvature_coefficients(dy, norm, tangents, sums, count, c0, c1, like, fits)

@@ -221,7 +221,7 @@ _COLUMNS = _build("columns", kernels.columns_units)
 
 
 def few(samples: int, S: int) -> bool:
-    """Whether to sum small planes along themselves in parts of at most `samples` samples."""
+    """Whether to traverse small planes by rows, in parts of at most `samples` samples."""
     return LEAST_PLANE <= S < PLANE and samples <= MOST_SAMPLES
 
 

@@ -4,8 +4,8 @@ Numba has no half precision on the CPU. Kernels receive float16 as uint16, bfloa
 converts either to float32, exactly. `store` rounds to nearest, ties to even; values that are too
 large become Inf, and NaN stays NaN.
 
-Integers are loaded as float32, exactly: those of 8 bits as they are, those of 16 bits from records
-of one field, as uint16 and int16 are taken.
+Integers are loaded as float32, exactly: those of 8 bits directly, those of 16 bits from records of
+one field, since uint16 and int16 mean half precision.
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ def store(values, j, value):
 
 @by_types
 def stored_as_zero(values):
-    """Greatest value that `store` rounds to 0: half the least number, a tie, goes to even."""
+    """Greatest value that `store` rounds to 0: in 16 bits half the least number, a tie; else 0."""
     if values.dtype == types.uint16:
         return lambda values: np.float32(2.0**-25)
     if values.dtype == types.int16:

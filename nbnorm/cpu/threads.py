@@ -1,4 +1,4 @@
-"""Threads for parallel kernels: how many, whose, who waits for whom, and what follows a fork.
+"""Threads of parallel kernels: their number, their pool, taking turns, and forks.
 
 Numba's own rules hold: `numba.set_num_threads`, `NUMBA_NUM_THREADS` and `NUMBA_THREADING_LAYER` are
 respected, and nothing global is changed. Only `adopt` replaces the threads that kernels run on.
@@ -84,7 +84,7 @@ def turn(parallel: bool) -> AbstractContextManager[object]:
 
 
 def _after_fork() -> None:
-    """Stay serial in a child under GNU OpenMP, which ends or hangs if it uses its parent's threads.
+    """Stay serial in a child under GNU OpenMP: using its parent's threads would end or hang it.
 
     Whether a host had started its threads is unknown, so its children stay serial, too.
     """

@@ -113,7 +113,7 @@ def first_weighted(x, w, n0, n1, c, s, size):
 
 @by_types
 def four_lanes(w, i):
-    """Four times LANES weights from the i-th on, as a tuple."""
+    """LANES values each from i, i + LANES, ... on, as a 4-tuple."""
     if isinstance(w, types.Array):
         return lambda w, i: four(line(w), i, LANES, 0, 0, LANES)
     return lambda w, i: (w, w, w, w)
@@ -144,7 +144,7 @@ def add_weights(w, n0, n1, s, size, lanes):
 
 @ordered
 def tile_weight(lanes, shared, wide):
-    """Sum of the weights of a tile: that of all channels if there are no lanes of its own."""
+    """Sum of a tile's weights: of `lanes` or, if channels share weights (None), `shared`."""
     if lanes is None:
         return shared
     return total(lanes, wide)
@@ -192,7 +192,7 @@ def rows_stats(x, grid, c0, c1, k, partial):
 
 @noinline
 def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """y of chunk k, channels c0 <= c < c1: as `rows.apply`, or `fill` where the weight is 0."""
+    """`rows.apply`, but y = fill where the weight is 0, unless fill is None."""
     values, w, fill = x
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     low, other = bound(floor, hi), filled(fill, hi)
@@ -214,10 +214,7 @@ def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 @noinline
 def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
-    """partial[:, k, c] = sum g, sum g (x u - hi) scale of chunk k; `kept` is None.
-
-    See `rows.backward_reduce`.
-    """
+    """`rows.backward_reduce` over the values of weight above 0; `kept` is None."""
     values, w, _ = x
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     scale, act = scales(norm, c0, c1, u), gate(norm, hi)
@@ -251,7 +248,7 @@ def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
 
 @noinline
 def rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """Write dx and dresidual, each if given; sums=None means frozen statistics."""
+    """`rows.backward_apply`, but dx = f ((g v - w h) - w ((x u - hi) p + q)); 0 where w is 0."""
     values, w, _ = x
     hi, u, a, b = affine(norm, c0, c1, computed(x))
     v, f = factors(norm, sums, count, c0, c1, u)
@@ -297,10 +294,10 @@ def masks_samples(w):
 
 @ordered
 def beside(w, n, r0, r1):
-    """Whether sample n does not count, but the one before or after does, r0 <= n < r1.
+    """Whether sample n of r0 <= n < r1 does not count, but one of its neighbours does.
 
-    Such rows are fetched like those that count. With 30 % of the rows masked at random,
-    normalising 32 x 56 x 56 x 256 took 14.9 ms otherwise, twice as long as without a mask.
+    Such rows are prefetched (see `prefetch`): otherwise normalising 32 x 56 x 56 x 256 with 30 % of
+    the rows masked at random took 14.9 ms, twice as long as without a mask.
     """
     if counts(w, n):
         return False
@@ -362,8 +359,8 @@ def first_shifts(x, w, grid, c0, c1, begin, end, shift):
     It is exact if these values are all equal. They are those of the first FIRST rows that count, or
     the first one that counts if a channel has none there. With a single value, as in a chunk that
     begins in padding, the sums are often `lost`: statistics of 64 x 400 x 512 with lengths took
-    four times as long. If values have weights of their own, every row is taken to count: which do
-    may differ by channel, and no channel's sums may depend on the others of its block.
+    four times as long. If values have weights of their own, every row counts as one of the FIRST:
+    a channel's sums must not depend on which rows count in other channels of its block.
     """
     N, _, S, _, fold, _ = grid
     channels, dtype = c1 - c0, computed((x, w, 0.0)).dtype
@@ -422,7 +419,7 @@ def add_four(x, w, n, c, size, K, s, q, m):
 
 @noinline
 def columns_sums(x, w, grid, r0, r1, c0, c1, K, sums, sums64):
-    """sums64 = sum w, sum w d and sum w d^2 down each column of rows r0 <= r < r1, d = x - K.
+    """sums64 = sum w d, sum w d^2 and sum w down each column of rows r0 <= r < r1, d = x - K.
 
     `sums` are scratch in the compute dtype: 0 on entry and on return.
     """

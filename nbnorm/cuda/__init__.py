@@ -1,14 +1,14 @@
 """CUDA backend: batch normalization of (N, C, S) device arrays, same functions as `nbnorm.cpu`.
 
 x, dy, y, residual, dx and dresidual are CuPy arrays of shape (N, C, S), with no axis of length 0
-and one dtype (but dy and residual may be float32 beside a half-precision x), in a layout that
-`_layout` accepts. Per-channel arrays have shape (C,) and are contiguous float64; gamma and beta may
-both be float32 instead. Nothing is checked here, and nothing waits for the device. CuPy allocates
-all memory, on its current stream.
+and one dtype (but dy, tx, ddx, residual and backward's y may be float32 if x is half precision), in
+a layout that `_layout` accepts. Per-channel arrays have shape (C,) and are contiguous float64;
+gamma and beta may both be float32 instead. Nothing is checked here, and nothing waits for the
+device. CuPy allocates all memory, on its current stream.
 
-The backward functions mask dy by ReLU if they get beta or y, as on the CPU; `double_backward` and
-`jvp` have no ReLU. `weights` of the other functions say how often each value of x counts: see
-`nbnorm._weights`. They have kernels of their own, which read memory twice.
+z, g, beta and y are as in `nbnorm.cpu`; `double_backward` and `jvp` have no activation. `weights`,
+where a function has it, says how often each value of x counts: see `nbnorm._weights`. Calls with
+weights have kernels of their own, which read memory twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _stats(x: Array, eps: float) -> tuple[Array, Array, Array]:
     ready = _pass("stats", x, mean, x)
     partial = empty((2, C, ready.chunks))
     args = partial, C, ready.chunks, float(N * S), eps, mean, m2, rstd
-    # float64 has no digits to lose to a first value far from the mean: sum again around the mean.
+    # In float64 a first value K far from the mean costs digits: sum again, around the mean.
     for again in (False, True) if ready.dtype == "float64" else (False,):
         _run(ready, x, (x,), partial, mean, again)
         launch.run(kernels.finish_moments, "float64", "float64", _warps(C), THREADS, *args)
@@ -126,15 +126,15 @@ def renorm_forward(
     activation: Fused,
     y: Array,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """`forward` with gamma r and beta + gamma d; return mean, M2, rstd, r and d, shape (C,) each.
+    """y = act(gamma (x_hat r + d) + beta [+ residual]); return mean, M2, rstd, r and d, each (C,).
 
     gamma, beta and the running statistics are float64.
     """
     mean, m2, rstd = _stats(x, eps)
     count = x.shape[0] * x.shape[2]
     r, d = renorm_factors(mean, m2, count, eps, running_mean, running_var, r_max, d_max)
-    # By CuPy, as the backward pass has them: a compiler might fuse the product and the sum, and
-    # ReLU's mask would not be that of y.
+    # CuPy folds r and d, as for backward: a compiler might fuse the product and the sum, and then
+    # backward's mask would not be that of y.
     apply(x, gamma * r, beta + gamma * d, mean, rstd, residual, activation, y)
     return mean, m2, rstd, r, d
 
@@ -202,7 +202,7 @@ def backward_reduce(
     *,
     weights: Any = None,
 ) -> Array:
-    """Return sum dy and sum dy x_hat of each channel, shape (2, C); dy through the activation."""
+    """Return sum g and sum g x_hat of each channel, shape (2, C), where g = dy act'(z)."""
     C, dtype = x.shape[1], _name(x.dtype)
     empty = memory.empty
     tensors = dy, x, y
@@ -240,11 +240,11 @@ def backward_apply(
     *,
     weights: Any = None,
 ) -> None:
-    """Write dx and dresidual, each if given; sums=None treats mean and rstd as constants.
+    """Write dresidual = g = dy act'(z) and dx; either may be None.
 
-    dresidual = dy and dx = gamma rstd (dy - sums[0] / count - x_hat sums[1] / count), dy
-    through the activation. With weights the two means are multiplied by the weight of each value,
-    and `count` may be an array of shape (C,).
+    dx = gamma rstd (g - w (sums[0] + x_hat sums[1]) / count), where w is the value's weight, or 1;
+    dx = gamma rstd g if sums is None (mean and rstd are constants). Both are 0 where w is 0. With
+    weights `count` may have shape (C,).
     """
     tensors = dy, x, y, dx, dresidual
     wide = _wide(x, dy=dy, y=y)
@@ -320,7 +320,7 @@ def jvp(
 ) -> None:
     """ty = gamma rstd (tx - mean(tx) - x_hat mean(tx x_hat)) + tgamma x_hat + tbeta.
 
-    Without both means if not `training`. gamma, tgamma and tbeta are float64.
+    Both means are 0 unless `training`. gamma, tgamma and tbeta are float64.
     """
     if training:
         sums = backward_reduce(tx, x, gamma, mean, rstd, None, None)
@@ -347,7 +347,7 @@ def double_backward(
     ddy: Array,
     dx: Array,
 ) -> Array:
-    """Write ddy and dx; return the gradient of gamma, shape (C,).
+    """Differentiate `backward` (docs/math.md): write ddy and dx, return gamma's gradient, (C,).
 
     gamma, ddgamma and ddbeta are float64. Statistics are constants if not `training`.
     """
@@ -380,7 +380,7 @@ def _weighted_stats(x: Array, eps: float, weights: Any) -> tuple[Array, Array, A
     C, empty = x.shape[1], memory.empty
     mean, m2, rstd = empty(C), empty(C), empty(C)
     partial, chunks = _partial(x, 3)
-    # Merging costs a mean of float64 some digits: merge again, around the mean.
+    # Every merge rounds the mean, which costs float64 digits: merge again, around the mean.
     for again in (False, True) if _name(x.dtype) == "float64" else (False,):
         _run_weighted("stats", x, mean, (x,), weights, partial, mean, again)
         args = partial, C, chunks, eps, again, mean, m2, rstd
@@ -389,7 +389,7 @@ def _weighted_stats(x: Array, eps: float, weights: Any) -> tuple[Array, Array, A
 
 
 def _partial(x: Array, number: int) -> tuple[Array, int]:
-    """Return memory for this many sums of each channel and chunk of a pass with weights."""
+    """Return memory (number, C, chunks) for the sums of a pass with weights, and its chunks."""
     chunks = plan(*x.shape, x.dtype.itemsize, 1).chunks
     return memory.empty((number, x.shape[1], chunks)), chunks
 
@@ -421,14 +421,14 @@ def _run_weighted(
 
 
 def _count(x: Array, training: bool) -> float:
-    """Return the values per channel; Inf if statistics are constants."""
+    """Return the number of values per channel; Inf if statistics are constants."""
     return float(x.shape[0] * x.shape[2]) if training else inf
 
 
 def _second_table(
     statistics: tuple[Array, ...], sums: Array, count: float, curved: bool
 ) -> tuple[Array, Array]:
-    """Return what `second_apply` reads of each channel, and the gradient of gamma if `curved`."""
+    """Return the `table` of `second_apply`, shape (7, C), and gamma's gradient if `curved`."""
     C = statistics[0].size
     table, dgamma = memory.empty((7, C)), memory.empty(C)
     args = *statistics, sums, count, curved, C, table, dgamma
@@ -440,11 +440,10 @@ def _second_table(
 def _mask(
     gamma: Array, beta: Array | None, y: Array | None, activation: Activation | None
 ) -> tuple[int, Array]:
-    """Return `mask` and the array to pass as beta.
+    """Return `mask`, which says what g depends on beside dy, and the array to pass as beta.
 
-    `mask` is 0 without ReLU, 1 if its mask is recomputed from x, and 2 if it is read from y. beta
-    is read only if `mask` is 1; otherwise gamma stands in for it. Another activation is recomputed
-    from x, and if `mask` is 2 from the residual y too. An inverse needs no beta.
+    0: nothing (no activation). 1: x. 2: ReLU's y; with another activation x and the residual, which
+    is y. gamma stands in for a beta that is not read (mask 0, ReLU with mask 2, an inverse).
     """
     if isinstance(activation, Inverse):
         return 1, gamma
@@ -497,9 +496,8 @@ def _fused(
 ) -> _Pass | None:
     """Prepare a kernel that reads memory once and keeps `keeps` tensors on chip; None if it cannot.
 
-    It cannot for float64, whose statistics are taken twice, nor unless all tensors are read in
-    vectors: otherwise its sums would be added in another order than those of `stats`, and its bits
-    must be the same.
+    It cannot for float64, whose statistics take two passes, nor if a tensor is not read in vectors:
+    its sums would then be added in another order than those of `stats`, with other bits.
     """
     resident = keeps, *launch.limits()
     if not _may_keep(x.shape, x.dtype.itemsize, *resident):
@@ -518,9 +516,9 @@ def _may_keep(shape: Axes, itemsize: int, keeps: int, shared: int, clusters: boo
 
 
 def _placed(tensors: tuple[Array | None, ...]) -> tuple[Any, ...]:
-    """Return whether all tensors begin at a multiple of a vector; their strides and itemsizes.
+    """Return whether all addresses are multiples of VECTOR, and each tensor's strides and itemsize.
 
-    An absent tensor has None.
+    None stands for those of an absent tensor.
     """
     address, addresses = launch.address, 0
     strides: list[Axes | None] = []

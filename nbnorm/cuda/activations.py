@@ -1,4 +1,4 @@
-"""Activations in kernels on the GPU, from the table that the CPU's are built from.
+"""Activations in CUDA kernels, built from the same table as the CPU's.
 
 Each activation has kernels of its own, with its parameters as constants.
 """
@@ -44,8 +44,8 @@ def _with(coefficient: Any, higher: Any) -> Any:
 def math_of(real: Any) -> Math:
     """Return functions of one dtype; CUDA's library errs by 2 units in the last place at most.
 
-    `tail` is the CPU's: a loop over several erfc, of two branches each, was not unrolled, and its
-    arrays lay in local memory.
+    `tail` is the CPU's: CUDA's erfc has two branches, so a loop over it would not be unrolled, and
+    its arrays would be in local memory.
     """
     half, one = real(0.5), real(1)
     middle, r = TAIL["float32" if real == types.float32 else "float64"]
@@ -84,9 +84,9 @@ def unchanged(value):
 
 
 def activation_functions(activation: Activation | None, real: Any) -> tuple[Any, Any, Any]:
-    """Return what kernels do with v, with dy, and with what they load as x.
+    """Return `activate` (v to y), `through` (dy to g) and `taken` (of what is loaded as x).
 
-    That is `rectified`, `masked` and `unchanged` without activation.
+    Without activation these are `rectified`, `masked` and `unchanged`.
     """
     if activation is None:
         return rectified, masked, unchanged

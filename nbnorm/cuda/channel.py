@@ -1,13 +1,12 @@
 """Per-channel arithmetic on the GPU, in float64: sums of chunks, coefficients of the normalisation.
 
-All chunks are summed around K, the channel's first value, so they need no merging: of m values
-d = x - K, mean = K + sum d / m and M2 = sum d^2 - (sum d)^2 / m. In float64 this loses nothing that
-float32 could hold. K is one of the m values, so M2 is at least (m - 1) / m times the square of its
-distance from the mean, and the difference is off by about m 2^-53 of that. A float64 x is summed
-once more, around the mean found.
+All chunks are summed around K, the channel's first value, so they need no merging: with d = x - K
+of m values, mean = K + sum d / m and M2 = sum d^2 - (sum d)^2 / m. K is one of the values, so M2 is
+at least (K - mean)^2, and the relative error of the difference is at most about m 2^-53: below
+float32's up to m = 2^29. A float64 x is summed once more, around the mean found.
 
-`partial` has shape (2, C, chunks), the CPU's (2, chunks, C): here a warp reads the chunks of one
-channel, there a vector adds one chunk of many channels. The coefficients are those of
+`partial` has shape (sums, C, chunks), the CPU's (sums, chunks, C): here a warp reads the chunks of
+one channel, there a vector adds one chunk of many channels. The coefficients are those of
 `nbnorm.cpu.channel`.
 """
 
@@ -48,7 +47,7 @@ def rstd_of(var, eps):
 
 @device
 def finish_moments_channel(partial, c, C, chunks, count, eps, mean, m2, rstd):
-    """Mean, M2 and rstd of channel c by one warp; mean[c] holds K on entry."""
+    """mean = K + s / m, M2 = q - s^2 / m and rstd of channel c, by a warp; K is in mean[c]."""
     s = chunk_sum(partial, c * chunks, chunks)
     q = chunk_sum(partial, (C + c) * chunks, chunks)
     if cuda.threadIdx.x % WARP == 0:
@@ -96,7 +95,7 @@ def clipped(value, least, most):
 
 @kernel()
 def renorm_factors(mean, m2, count, eps, running_mean, running_var, r_max, d_max, C, r, d):
-    """r and d of batch renormalization, of all channels; see the CPU's."""
+    """r and d of batch renormalization, one thread per channel; equations in the CPU's."""
     c = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if c < C:
         std, running_std = math.sqrt(m2[c] / count + eps), math.sqrt(running_var[c] + eps)
@@ -109,12 +108,12 @@ def renorm_factors(mean, m2, count, eps, running_mean, running_var, r_max, d_max
 
 @device
 def rstd_exponent(rstd):
-    """Exponent of the CPU's `rstd_power`, clamped to float32's normal numbers."""
+    """Exponent of the greatest power of two <= rstd, clamped to [-126, 126] in every dtype."""
     return min(max(exponent_of(rstd), -126), 126)
 
 
 def units(computed: Any) -> SimpleNamespace:
-    """Return the CPU's `is_normal`, `in_range` and units for the compute dtype `computed`.
+    """Return `is_normal` and the CPU's `in_range` and units, for the compute dtype `computed`.
 
     Powers of two are given by their exponents, as integer arithmetic is fast on every GPU:
     `unit_exponent` and `most_exponent` are those of the CPU's `unit_for` and `most_for`. A unit is
@@ -129,7 +128,7 @@ def units(computed: Any) -> SimpleNamespace:
 
     @device
     def is_normal(size):
-        """Whether a number with this exponent, and twice that number, are normal, or it is 0."""
+        """Whether a number of this exponent and its double are normal, or it is 0 or subnormal."""
         return tiny <= size < -tiny or size == SUBNORMAL
 
     @device
@@ -141,7 +140,7 @@ def units(computed: Any) -> SimpleNamespace:
 
     @device
     def most_exponent(hi):
-        """Greatest exponent of a unit for which hi and x - hi stay finite."""
+        """Upper bound of u's exponent: hi u stays finite; -1 where x - hi could overflow."""
         size = exponent_of(hi)
         return -1 if far <= size < NOT_FINITE else -1 - size - tiny
 
@@ -216,7 +215,7 @@ def channel_functions(computed: Any) -> SimpleNamespace:
 
     @device
     def means_of(rstd, sums, C, count, c):
-        """Exponents of rstd mean(dy x_hat) and of the greater of mean(dy), mean(dy x_hat)."""
+        """Exponents of p = rstd mean(dy x_hat), and of the greater of mean(dy), mean(dy x_hat)."""
         mean_dy, mean_dy_xhat = sums[c] / count, sums[C + c] / count
         size = max(exponent_of(mean_dy), exponent_of(mean_dy_xhat))
         return exponent_of(rstd[c] * mean_dy_xhat), size
@@ -264,7 +263,7 @@ def finish_sums_channel_of(computed: Any) -> Any:
 
     @device
     def finish_sums_channel(partial, c, C, chunks, mean, rstd, sums):
-        """sum dy and sum dy x_hat of channel c, by one warp."""
+        """sum g = s and sum g x_hat = rstd (t / 2^e - lo s) of channel c, by one warp."""
         s = chunk_sum(partial, c * chunks, chunks)
         t = chunk_sum(partial, (C + c) * chunks, chunks)
         if cuda.threadIdx.x % WARP == 0:
@@ -276,12 +275,12 @@ def finish_sums_channel_of(computed: Any) -> Any:
 
 
 def finish_sums(computed: Any) -> Any:
-    """Return the kernel that follows `backward_reduce`."""
+    """Return the kernel that adds up the chunks of `backward_reduce`."""
     finish_sums_channel = finish_sums_channel_of(computed)
 
     @kernel()
     def finish_sums(partial, C, chunks, mean, rstd, sums):
-        """sum dy and sum dy x_hat of all channels, one warp for each."""
+        """sum g and sum g x_hat of all channels, one warp for each."""
         c = types.int64(cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP)
         if c < C:
             finish_sums_channel(partial, c, C, chunks, mean, rstd, sums)
@@ -291,12 +290,12 @@ def finish_sums(computed: Any) -> Any:
 
 @device
 def mean_of(total, count):
-    """total / count; 0 if count is Inf, which stands for statistics that do not depend on x."""
+    """total / count; 0 if count is Inf, which means that statistics are constants."""
     return 0.0 if count == math.inf else total / count
 
 
 def finish_second_sums(computed: Any) -> Any:
-    """Return the kernel that follows `second_reduce`."""
+    """Return the kernel that adds up the chunks of `second_reduce`."""
     finish_sums_channel = finish_sums_channel_of(computed)
 
     @kernel()

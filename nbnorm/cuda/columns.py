@@ -7,9 +7,8 @@ kernel gets a tensor as its memory and the stride of n, in values. Device functi
 the thread's columns: (memory, stride of n, where they begin), or `kept_at` for a chunk that the
 block keeps in shared memory.
 
-As in rows.py, what is done with a chunk is written once. It is written for units of 1. A thread
-with a column that needs another unit does its columns one after the other: `apply_singly` and so
-on.
+As in rows.py, what is done with a chunk is written once, here for u = v = 1. A thread with a column
+that needs other units computes its columns one by one: `apply_singly` and so on.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def build(
 
     @device
     def located(C, S, group, readers, g):
-        """First channel and columns of group g, this thread's row and column, rows at once."""
+        """c0 and number of columns of group g; this thread's row and column; number of rows."""
         c0 = g * group
         columns = min(group, C - c0) * S
         row = quotient(cuda.threadIdx.x, readers)
@@ -84,7 +83,7 @@ def build(
 
     @device
     def samples(N, length, k, columns, row, column, at_once):
-        """First sample of chunk k for this thread, and the end, 0 for a thread without a column."""
+        """First sample of chunk k for this thread, and the end; 0 if it has no column."""
         end = min((k + 1) * length, N) if row < at_once and column < columns else 0
         return k * length + row, end
 
@@ -436,7 +435,10 @@ def build(
             dy, x, y, dx, dresidual, n, end, at_once, mine, sums, C, count,
             plain, hi, a, b, h, p, q, mask, training, wanted,
         ):  # fmt: skip
-            """Write dx (wanted & 1), dresidual (wanted & 2); mask is 0 if dy is through already."""
+            """dx = a ((g - h) - ((x - hi) p + q)) if wanted & 1, dresidual = g if wanted & 2.
+
+            a g without `training`. `mask` is 0 if dy is g already.
+            """
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -561,7 +563,10 @@ def build(
         dy, dyn, x, xn, y, yn, dx, dxn, dresidual, rn, C, S, N, group, readers, length, chunks,
         mean, rstd, gamma, beta, sums, count, mask, training, wanted,
     ):  # fmt: skip
-        """Write dx (wanted & 1), dresidual (wanted & 2); statistics frozen unless `training`."""
+        """dx = gamma rstd (g - (sums[0] + x_hat sums[1]) / count) and dresidual = g.
+
+        dx = gamma rstd g without `training`. Writes dx if wanted & 1, dresidual if wanted & 2.
+        """
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         g = quotient(block, chunks)
         c0, columns, row, column, at_once = located(C, S, group, readers, g)
@@ -584,7 +589,7 @@ def build(
             mine, sums, C, count, plain, hi, a, b, h, p, q, mask, training, wanted,
         )  # fmt: skip
 
-    # Three tensors are read, and each column has nine coefficients or five sums.
+    # Fewer vectors in flight: three tensors, and nine coefficients or five sums for each column.
     least = 2 if width <= 4 else 1
     least_size = least * width
     second_sums = second_sums_of(computed, least, width)
@@ -597,7 +602,7 @@ def build(
     def second_reduce(
         ddx, ddxn, dy, dyn, x, xn, C, S, N, group, readers, length, chunks, mean, rstd, partial,
     ):  # fmt: skip
-        """partial[:, c, k] = sum d, d t, g, g t, d g of chunk k; d = ddx, g = dy, t from x."""
+        """partial[:, c, k] = sum d, d t, g, g t, d g; d = ddx, g = dy and t = (x - hi) scale."""
         block = quotient(cuda.blockIdx.x, chunks)
         k = cuda.blockIdx.x - block * chunks
         c0, columns, row, column, at_once = located(C, S, group, readers, block)
@@ -647,7 +652,7 @@ def build(
         ddx, ddxn, dy, dyn, x, xn, ddy, ddyn, dx, dxn, C, S, N, group, readers, length, chunks,
         mean, table, curved,
     ):  # fmt: skip
-        """Write ddy and, if `curved`, dx, from the last block to the first; see `table`."""
+        """ddy = `tangent` and, if `curved`, dx = `curvature`, from the last block to the first."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         i = quotient(block, chunks)
         c0, columns, row, column, at_once = located(C, S, group, readers, i)

@@ -148,7 +148,7 @@ def power_of(typing_context, exponent):
 
 @intrinsic
 def cluster_barrier(typing_context):
-    """Wait for all blocks of the cluster and see what they wrote before. Needs sm_90."""
+    """Wait for all blocks of the cluster; what they wrote is then visible. Needs sm_90."""
 
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [])

@@ -18,6 +18,6 @@ def device(function: Callable[..., Any]) -> Any:
 def kernel(resident: int = 4) -> Any:
     """Compile a kernel of which `resident` blocks of `THREADS` threads fit into a multiprocessor.
 
-    Its 65,536 registers are 64 per thread with four blocks, 80 with three, 128 with two.
+    Of its 65,536 registers a thread gets 64 with four blocks, 80 with three, 128 with two.
     """
     return cuda.jit(launch_bounds=(THREADS, resident))

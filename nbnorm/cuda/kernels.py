@@ -36,7 +36,7 @@ def build(
     activation: Activation | None = None,
     wide: Names = (),
 ) -> Any:
-    """Return the kernels of a traversal; without activation, those that have ReLU too."""
+    """Return the kernels of a traversal; those without `activation` also do ReLU."""
     source = rows if traversal == "rows" else columns
     return _noted(source.build(dtype, width, activation, wide), wide)
 
@@ -56,7 +56,7 @@ def fused(
 
 
 def _noted(source: Any, wide: Names) -> Any:
-    """Return kernels that know which of their tensors are float32, for `signature`."""
+    """Note on each kernel which of its tensors are float32, for `signature`; return them."""
     for kernel in vars(source).values():
         if hasattr(kernel, "py_func"):
             kernel.py_func.wide = wide

@@ -112,7 +112,7 @@ class _Bound:
     def __init__(self, kernel: Any, kinds: tuple[Any, ...], device: int, keeps: bool) -> None:
         with cuda.gpus[device]:
             self.loaded = load(kernel, kinds)  # unloaded when it is collected
-            if keeps:  # allow all there is; a launch says how much it takes
+            if keeps:  # allow the most there is; each launch asks for what it needs
                 most = _limits(device)[0] - self.loaded.shared
                 of = driver.CUkernel(self.loaded.handle)
                 error, *_ = driver.cuKernelSetAttribute(_MAXIMUM, most, of, device)

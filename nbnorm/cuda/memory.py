@@ -23,7 +23,7 @@ from_host = cupy.asarray
 
 
 def aligned(_: Array) -> bool:
-    """Whether every value lies at a multiple of its size: True, other arrays are refused before."""
+    """Whether every value lies at a multiple of its size: always, as others were refused before."""
     return True
 
 
@@ -80,7 +80,7 @@ class _Foreign:
 
 
 def _stream_of(library: str, device: int) -> int | None:
-    """Return torch's current stream; other libraries wait for CuPy's when they pass arrays on."""
+    """Return torch's current stream; None for others, which order arrays before CuPy's stream."""
     if library != "torch":
         return None
     stream: int = sys.modules["torch"].cuda.current_stream(device).cuda_stream

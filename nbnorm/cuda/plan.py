@@ -20,9 +20,9 @@ UNROLL = 4  # vectors of one tensor that a thread has in flight
 BLOCK_VALUES = 17 << 10
 CLUSTER = 8  # blocks in a cluster, which every GPU that has clusters supports
 CHUNKS = 1024  # per channel, at most: one warp adds them up
-# Greatest value that is stored as 0: half the least number, a tie, goes to even.
+# Greatest value that is stored as 0: half the least number, as a tie goes to even.
 STORED_AS_ZERO = {"float16": 2.0**-25, "bfloat16": 2.0**-134}
-READERS = 32  # threads that read a sample, at least, if it has as many vectors
+READERS = 32  # most threads that read a sample, unless one unit of channels needs more
 
 
 Names = tuple[str, ...]  # of tensors that are float32 although x is float16 or bfloat16

@@ -82,7 +82,7 @@ def build(
 
         @device
         def fetch(view, unroll, i, end, values):
-            """Load up to `unroll` vectors before end, a block apart; return how many values."""
+            """Load up to `unroll` vectors before end, blockDim apart; return how many values."""
             count = 0
             for r in range(unroll):
                 j = i + r * cuda.blockDim.x
@@ -227,7 +227,10 @@ def build(
             dy, x, y, dx, dresidual, first, end,
             hi, u, a, b, h, p, q, v, f, mask, training, wanted,
         ):  # fmt: skip
-            """Write dx (wanted & 1), dresidual (wanted & 2); mask is 0 if dy is through already."""
+            """dx = f ((g v - h) - ((x u - hi) p + q)) if wanted & 1, dresidual = g if wanted & 2.
+
+            f v g without `training`. `mask` is 0 if dy is g already.
+            """
             g = cuda.local.array(pair_size, computed)
             values = cuda.local.array(pair_size, computed)
             outputs = cuda.local.array(pair_size, computed)
@@ -238,7 +241,7 @@ def build(
                 if mask == 2:
                     fetch_y(y, few, i, end, outputs)
                 if mask:
-                    # Here, and not vector by vector, the loop is unrolled for every activation.
+                    # In one loop over all vectors, which is unrolled whatever the activation.
                     for w in range(pair_size):
                         values[w] = taken(values[w])
                         g[w] = through(
@@ -315,7 +318,10 @@ def build(
         C, vectors, total, length, chunks,
         mean, rstd, gamma, beta, sums, count, mask, training, wanted,
     ):  # fmt: skip
-        """Write dx (wanted & 1), dresidual (wanted & 2); statistics frozen unless `training`."""
+        """dx = gamma rstd (g - (sums[0] + x_hat sums[1]) / count) and dresidual = g.
+
+        dx = gamma rstd g without `training`. Writes dx if wanted & 1, dresidual if wanted & 2.
+        """
         c, _, first, end = located(cuda.gridDim.x - 1 - cuda.blockIdx.x, total, length, chunks)
         hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
         v, f = factors_channel(rstd, gamma, sums, C, count, u, training, c)

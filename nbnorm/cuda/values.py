@@ -1,7 +1,7 @@
 """What a thread does with a tile of values, and a block with the sums of its threads.
 
-A tile is `number` values of one channel: every `step`-th value of a thread's local array from
-`start` on, of which the first `count` are there. It is summed in the compute dtype around its own
+A tile is up to `number` values of one channel: every `step`-th value of a thread's local array from
+`start` on, the first `count` of which are valid. It is summed in the compute dtype around its own
 mean. Sums over tiles, threads and blocks are float64.
 
 Products are added by `fma`, here and in channel.py. Otherwise the compiler would choose which ones
@@ -62,10 +62,10 @@ def rectified(value, floor):
 
 @device
 def normalised(x, hi, u, a, b):
-    """y before residual and ReLU: (x u - hi) a + b.
+    """y before residual and activation: (x u - hi) a + b.
 
-    Backward recomputes the ReLU mask with the same expression. x u - hi is rounded once, as u is a
-    power of two; for u = 1 it is x - hi.
+    Backward recomputes it with the same expression. x u - hi is rounded once, as u is a power of
+    two; for u = 1 it is x - hi.
     """
     return cuda.fma(cuda.fma(x, u, -hi), a, b)
 
@@ -160,7 +160,7 @@ def gradient_sums_of(computed: Any, number: int, step: int) -> Any:
 
     @device
     def gradient_sums64(g, x, start, count, hi, u, scale):
-        """`gradient_sums` in float64: both sums, if they or their terms overflow float32."""
+        """`gradient_sums` in float64, used if a sum or one of its terms overflows float32."""
         hi, u, scale = types.float64(hi), types.float64(u), types.float64(scale)
         s = 0.0
         t = 0.0
@@ -215,8 +215,8 @@ def second_sums_of(computed: Any, number: int, step: int) -> Any:
     def second_sums(d, g, x, start, count, hi, scale):
         """sum d, d t, g, g t and d g of a tile, where t = (x - hi) scale.
 
-        Taken again in float64 if one overflows, or the last of these, which may count where rstd is
-        large, underflows.
+        Recomputed in float64 if one overflows, or if sum d g, which matters where rstd is large,
+        underflows.
         """
         s_d, s_dt, s_g, s_gt, s_dg = zero, zero, zero, zero, zero
         for i in range(number):

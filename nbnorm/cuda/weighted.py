@@ -6,9 +6,9 @@ By columns, it takes samples of `group` channels, and a thread one column. A thr
 lies `dn` samples and `ds` values further on; (n, s, dn, ds, S) says where it is.
 
 Values of weight 0 are read, but change no bit: they may be NaN or Inf. Statistics of tiles, threads
-and chunks are (weight, mean, M2), merged in float64 (Chan, Golub & LeVeque 1983): sums around one
-value of the channel would need one that counts, which could be anywhere, and of little weight.
-Each merge rounds the mean. A float64 x is therefore summed once more, less the mean found.
+and chunks are (weight, mean, M2), merged in float64 (Chan, Golub & LeVeque 1983). Sums around one
+value of the channel would need one of weight above 0, which may be anywhere, and of little weight.
+Each merge rounds the mean, so a float64 x is summed once more, minus the mean found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MOMENT_CELLS, SUM_CELLS = 3 * THREADS, 2 * THREADS  # of shared memory
 
 @device
 def merge(m, mean, m2, other_m, other_mean, other_m2):
-    """Merge weight, mean and M2 of two sets of values; either may have weight 0."""
+    """Weight, mean + d m_b / m and M2 + M2_b + d^2 m_a m_b / m of two sets; either may be empty."""
     if other_m == 0.0:
         return m, mean, m2
     if m == 0.0:
@@ -174,7 +174,7 @@ def tile_gradients_of(computed: Any) -> Any:
 
 @device
 def row_of(S, group):
-    """Threads side by side in a channel, and in a row of threads; this thread's row and column."""
+    """Threads per channel and per row of threads, and this thread's row and column."""
     per = types.int64(cuda.blockDim.x) if S >= PLANE else S
     readers = group * per
     row = quotient(cuda.threadIdx.x, readers)
@@ -183,7 +183,7 @@ def row_of(S, group):
 
 @device
 def combine(shared, i, j, moments):
-    """Combine two places: THREADS weights, means and M2 if they are `moments`, else two sums."""
+    """Add thread j's results to thread i's: weight, mean and M2 if `moments`, else two sums."""
     if moments:
         shared[i], shared[THREADS + i], shared[2 * THREADS + i] = merge(
             shared[i], shared[THREADS + i], shared[2 * THREADS + i],
@@ -196,9 +196,9 @@ def combine(shared, i, j, moments):
 
 @device
 def combine_block(shared, S, group, moments):
-    """Combine what the threads of a channel have; True in the thread that has the result.
+    """Combine the results of a channel's threads; True in the thread that holds the total.
 
-    First that of all rows, in a tree, then that of the row that is left.
+    In a tree: all rows of threads into the first one, then that row into its first thread.
     """
     thread = cuda.threadIdx.x
     per, readers, row, column = row_of(S, group)
@@ -254,7 +254,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
 
     @device
     def after(at, number):
-        """The place of the value that is `number` further on."""
+        """The place `number` of the thread's values further on."""
         n, s, dn, ds, S = at
         n += number * dn
         s += number * ds
@@ -268,7 +268,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
 
         @device
         def fetch(view, number, at, count, values):
-            """Load up to `count` of `number` values from place `at` on; others stay as they are.
+            """Load the first `count` of `number` values from place `at` on, and leave the rest.
 
             `view` is (memory, stride of n, where the channel begins).
             """
@@ -288,7 +288,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
 
     @device
     def fetch_weights(view, number, at, count, weights):
-        """Load weights as `fetch` loads values; what is not there has weight 0."""
+        """Load weights as `fetch` loads values; those from `count` on are 0."""
         memory, n_stride, start = view
         for i in range(number):
             weights[i] = zero
@@ -336,7 +336,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
         x, xn, xc, residual, rn, rc, y, yn, yc, weights, wn, wc, C, S, N, group, length, chunks,
         mean, rstd, gamma, beta, floor, added, fill, fills,
     ):  # fmt: skip
-        """y = act(gamma (x - mean) rstd + beta [+ residual]); `fill` for weight 0 if `fills`."""
+        """y = act(gamma (x - mean) rstd + beta [+ residual]); fill where w is 0, if `fills`."""
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         _, c, _, at, count = located(block, C, S, N, group, length, chunks)
         values = cuda.local.array(UNROLL, computed)
@@ -400,9 +400,9 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
         C, S, N, group, length, chunks,
         mean, rstd, gamma, beta, sums, counts, mask, training, wanted,
     ):  # fmt: skip
-        """Write dx (wanted & 1), dresidual (wanted & 2); both are 0 where the weight is 0.
+        """dx = f ((g v - w h) - w ((x u - hi) p + q)) if wanted & 1, dresidual = g if wanted & 2.
 
-        Statistics are frozen unless `training`. counts[c] divides the sums of channel c.
+        0 where w is 0. dx = f v g without `training`. counts[c] is m of channel c.
         """
         block = cuda.gridDim.x - 1 - cuda.blockIdx.x
         _, c, _, at, count = located(block, C, S, N, group, length, chunks)
@@ -411,7 +411,7 @@ def build(dtype: str, activation: Activation | None, wide: Names = ()) -> Simple
         outputs = cuda.local.array(UNROLL, computed)
         w = cuda.local.array(UNROLL, computed)
         hi, u, a, b = affine_channel(mean, rstd, gamma, beta, c)
-        m = counts[c] if counts[c] > 0.0 else 1.0  # any number, where nothing counts
+        m = counts[c] if counts[c] > 0.0 else 1.0  # where nothing counts, any number will do
         v, f = factors_channel(rstd, gamma, sums, C, m, u, training, c)
         h, p, q = zero, zero, zero
         if training:

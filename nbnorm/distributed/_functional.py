@@ -392,7 +392,7 @@ def backward_of_all(
         )
         frame = call.frame
         renorm = [
-            frame.statistic(frame.required(array, name))
+            frame.statistic(frame.required_per_channel(array, name))
             for name, array in zip("rd", r_and_d, strict=False)
         ]
         wanted, out_ = call.wanted(output_mask), frame.out(out, inplace="dy")

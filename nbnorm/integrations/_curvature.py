@@ -28,7 +28,7 @@ def has_curvature(activation: Activation) -> bool:
 
 
 def _bump(v: Any) -> Any:
-    """The derivative of the logistic function, s (1 - s)."""
+    """The logistic density, s (1 - s), s = sigmoid(v)."""
     e = np.exp(-abs(v))
     return e / (1 + e) ** 2
 

@@ -40,9 +40,9 @@ def fold(model: ModelProto) -> Folded:
     model : ModelProto
         The copy.
     folded : tuple of str
-        Names of the BatchNormalization nodes that are folded; of a node without a name that of
-        its result. If several have the same name, each is named by its result after the subgraphs
-        that it is in: ``"y/then_branch/z"`` is z in a branch of the node that returns y.
+        Names of the BatchNormalization nodes that are folded; of a node without a name, that of its
+        result. Names that occur twice become paths of results: ``"y/then_branch/z"`` is z in a
+        branch of the node that returns y.
     left : dict of str to str
         Names of all others, each with the reason.
 
@@ -61,8 +61,8 @@ def fold(model: ModelProto) -> Folded:
     elsewhere, by a subgraph too, or is an output of the graph; if a convolution pads what a batch
     normalization returns with zeros; if shape inference does not find that a MatMul returns a
     matrix, as batch normalization has the channels in axis 1 and MatMul in the last. The operator
-    before is preferred. Subgraphs are folded, too, functions of the model are not. Shared
-    initializers stay, folded weights are new ones.
+    before is preferred. Subgraphs are folded too, but not the model's functions. Shared
+    initializers stay; folded weights are new ones.
 
     Weights are folded in float64 and rounded once to their dtype, by `nbnorm.fold_into_linear` and
     `nbnorm.fold_into_conv`.
@@ -108,14 +108,14 @@ class _Layer(NamedTuple):
 
 
 class _Folding:
-    """The work on one model, in place."""
+    """Folds one model in place."""
 
     def __init__(self, model: ModelProto) -> None:
         self.folded: list[str] = []
         self.left: dict[str, str] = {}
         norms = (node for node in nodes_of(model.graph) if is_a(node, "BatchNormalization"))
         self.often = Counter(_name_of(node) for node in norms)
-        self.old: set[str] = set()  # constants that may be without use now, values that are gone
+        self.old: set[str] = set()  # perhaps unused constants, and removed values
         versions = {entry.domain: entry.version for entry in model.opset_import}
         self.version = versions.get("", versions.get("ai.onnx", 1))
         self.ir_version = model.ir_version
@@ -124,7 +124,7 @@ class _Folding:
         self.clean(model.graph)
 
     def graph(self, scope: Scope, path: str) -> None:
-        """Fold what a graph and its subgraphs have; `path` leads from the main graph to it."""
+        """Fold the norms of a graph and its subgraphs; `path` locates the graph."""
         again = True
         while again:
             again, left = False, {}
@@ -143,7 +143,7 @@ class _Folding:
                 self.graph(Scope(graph, scope, {}), f"{path}{of}/{name}/")
 
     def name(self, node: NodeProto, path: str) -> str:
-        """Return the name of a node, as no other batch normalization of the model has it."""
+        """Return a name for a node that no other batch norm of the model has."""
         name = _name_of(node)
         if self.often[name] == 1:
             return name
@@ -181,7 +181,7 @@ class _Folding:
         if self.ir_version < 4:
             raise LeaveError(
                 f"with IR version {self.ir_version} initializers are inputs, which callers may "
-                "set; set ir_version to 4 or more, and take them off graph.input"
+                "set; set ir_version to 4 or more, and remove them from graph.input"
             )
         self.old.update(node.input[1:])
         eps = float(attributes.get("epsilon", np.float32(1e-5)))
@@ -220,7 +220,7 @@ class _Folding:
         return layer
 
     def layer(self, last: NodeProto, scope: Scope) -> _Layer | None:
-        """Return the layer whose result a node returns, or None if that is no layer."""
+        """Return the layer that ends with node `last`, or None."""
         attributes, inputs = attributes_of(last), [*last.input, "", ""]
         if is_a(last, "Conv") or is_a(last, "ConvTranspose"):
             options = {
@@ -264,10 +264,10 @@ class _Folding:
         return self.weight(name, scope)[1]
 
     def row(self, name: str, scope: Scope, channels: int) -> NDArray:
-        """Return the bias of a matrix, which broadcasts, as one value for each channel."""
+        """Return a bias, which may broadcast, with one value per channel."""
         bias = self.constant(name, scope) if name else np.zeros(1)
         if bias.shape[:-1] not in ((), (1,)) or bias.size not in (1, channels):
-            raise LeaveError(f"{name} of shape {bias.shape} is not a value for each channel")
+            raise LeaveError(f"{name} of shape {bias.shape} is not one value per channel")
         return np.broadcast_to(bias.reshape(-1), (channels,))
 
     def replace(
@@ -278,7 +278,7 @@ class _Folding:
         graph: GraphProto,
         norm_first: bool,
     ) -> None:
-        """Give a layer its new weight and bias, and the place of the batch normalization."""
+        """Set the weight and bias, remove the batch norm (of a MatMul: make it an Add)."""
         value, result = node.input[0], node.output[0]
         first, last = layer.first, layer.last
         with np.errstate(over="ignore"):  # float16 may overflow
@@ -299,14 +299,14 @@ class _Folding:
         first.input[1] = weight
 
     def store(self, array: NDArray, result: str, graph: GraphProto) -> str:
-        """Store a constant under a new name, which begins with that of a result."""
+        """Store an array as initializer `result`.foldedN; return the name."""
         name = next(n for i in count() if (n := f"{result}.folded{i}") not in self.names)
         self.names.add(name)
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
     def clean(self, graph: GraphProto) -> None:
-        """Remove constants that have lost their last use, and the types of values that are gone."""
+        """Remove constants no longer used, and the types of removed values."""
         for node in graph.node:
             for _, inner in subgraphs_of(node):
                 self.clean(inner)

@@ -1,4 +1,4 @@
-"""What a graph of an ONNX model has: constants, uses of values, and their ranks."""
+"""Queries of ONNX graphs: constants, uses of values, and ranks."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -23,21 +23,21 @@ from nbnorm.integrations._folded import LeaveError
 
 
 class Scope:
-    """A graph, and those around it, whose values it can use."""
+    """A graph and the enclosing ones, whose values it can use."""
 
     def __init__(self, graph: GraphProto, outer: "Scope | None", ranks: dict[str, int]) -> None:
         self.graph, self.outer, self.ranks = graph, outer, ranks
         self.index()
 
     def index(self) -> None:
-        """Look again at what the graph has."""
+        """Index the graph's contents, again."""
         self.inputs = {value.name for value in self.graph.input}
         self.tensors = {tensor.name: tensor for tensor in self.graph.initializer}
         self.nodes = {name: node for node in self.graph.node for name in node.output if name}
         self.uses = uses_of(self.graph)
 
     def constant(self, name: str) -> NDArray:
-        """Return the value of a constant; raise if it is none."""
+        """Return the array of a constant, or raise LeaveError."""
         if name in self.inputs:
             remedy = "; take it off graph.input if it is a constant" * (name in self.tensors)
             raise LeaveError(f"{name} is an input of the graph, which callers may set{remedy}")
@@ -68,7 +68,7 @@ class Scope:
 
 
 def is_a(node: NodeProto, op: str) -> bool:
-    """Return whether a node is this operator of ONNX."""
+    """Return whether a node is ONNX's operator `op`."""
     return node.op_type == op and node.domain in ("", "ai.onnx")
 
 
@@ -80,12 +80,12 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
 def value_of(tensor: TensorProto) -> NDArray:
     """Return the value of a tensor; raise if it is in another file."""
     if external_data_helper.uses_external_data(tensor):
-        raise LeaveError(f"{tensor.name} is in a file of its own, which was not loaded")
+        raise LeaveError(f"{tensor.name} is in an external file, which was not loaded")
     return numpy_helper.to_array(tensor)
 
 
 def subgraphs_of(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
-    """Yield the graphs among a node's attributes, and the names of these."""
+    """Yield (attribute name, graph) for each subgraph of a node."""
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.name, attribute.g
@@ -122,7 +122,7 @@ def names_of(graph: GraphProto) -> Iterator[str]:
 
 
 def ranks_of(model: ModelProto) -> dict[str, int]:
-    """Return the number of axes of values of the main graph, as far as it can be inferred."""
+    """Return the main graph's known ranks by name; {} without MatMul, their only use."""
     if not any(is_a(node, "MatMul") for node in model.graph.node):
         return {}
     if model.ByteSize() < checker.MAXIMUM_PROTOBUF:

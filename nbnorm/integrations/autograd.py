@@ -90,9 +90,9 @@ def batch_norm(
     Notes
     -----
     Implements Algorithm 1 and the gradients in section 3 of Ioffe & Szegedy (2015). One backward
-    pass computes the requested gradients and no others. It reuses mean and rstd from the forward
-    pass and keeps x, and y if ReLU follows a residual. Each gradient has its argument's dtype.
-    Second derivatives are those of `nbnorm.batch_norm_double_backward`, and of the activation.
+    pass computes the requested gradients and no others. It keeps x, mean, rstd and the residual,
+    and y if ReLU follows a residual. Each gradient has its argument's dtype. Second derivatives are
+    those of `nbnorm.batch_norm_double_backward`, and of the activation.
 
     Tools that evaluate a function twice update its running statistics twice:
     `autograd.checkpoint`, `autograd.test_util.check_grads`.
@@ -149,7 +149,7 @@ def _differentiate(
     added = residual is not None and activation is None  # the residual's gradient is dy
     mask = of_x, of_gamma, of_beta, of_residual and not added
     y = None if residual is None or activation != "relu" else y
-    taken = residual if isinstance(activation, Fused) else None  # as y is not, by the derivative
+    taken = residual if isinstance(activation, Fused) else None  # act'(v) needs it, not y
     dtype = x.dtype
 
     def gradients(dy: Array) -> tuple[Array, ...]:
@@ -203,7 +203,7 @@ def _gradients(
 
 
 def _scale(gamma: NDArray | None, beta: NDArray | None) -> NDArray | None:
-    """Return gamma, or ones where there is beta alone, whose gradient then has its own dtype."""
+    """Return gamma, or ones of beta's dtype, so that a lone beta's gradient has it."""
     return ones_like(beta) if gamma is None and beta is not None else gamma
 
 
@@ -245,7 +245,7 @@ def _second(
     axis: Axis,
     activation: Activation,
 ) -> tuple[Any, ...]:
-    """Return the gradients of dy, x, gamma, beta and residual, on which `_gradients` depends.
+    """Return the gradients of `_gradients`: of dy, x, gamma, beta and residual.
 
     `_gradients` is the backward pass without activation, of g = dy act'(v) with
     v = gamma (x - mean) rstd + beta [+ residual]. The gradient of dy is that of g times act'(v).
@@ -309,8 +309,8 @@ def _second(
 def _no_third_derivative(*_: object) -> Callable[[Array], NoReturn]:
     def refuse(_: Array) -> NoReturn:
         raise RuntimeError(
-            "nbnorm's batch_norm has derivatives up to the second; for a third compose batch "
-            "normalization of autograd.numpy's functions"
+            "nbnorm's batch_norm has derivatives up to the second; for a third, write batch "
+            "normalization with autograd.numpy"
         )
 
     return refuse

@@ -191,7 +191,7 @@ class _BatchNorm(Operation):
         return self._grads[self._names[index]]
 
     def _by_name(self, attribute: str) -> dict[str, Any]:
-        """Return an attribute of those of x, gamma, beta and residual that are given.
+        """Return an attribute of every given tensor, by the tensor's name.
 
         Looks it up at each call: mygrad replaces variables whose tensors are written to.
         """

@@ -111,7 +111,7 @@ class BatchNormalization(OpRun):
         eps = attributes["epsilon"]
         frame = Frame(x, axis)  # check here, so that errors use the operator's argument names
         for name, array in zip(self._names[1:], (scale, bias, mean, var), strict=True):
-            frame.required(array, name)
+            frame.required_per_channel(array, name)
         if not self._trains(attributes):
             y = batch_norm_inference(x, scale, bias, mean, var, eps=eps, axis=axis)
             return (y.reshape(shape),)

@@ -32,7 +32,7 @@ class StandardScaler(preprocessing.StandardScaler):
 
     z = (x - mean) / sqrt(biased variance), where statistics are those of all rows passed to `fit`
     or `partial_fit`. NaN is left out of them, and stays NaN in `transform`. Features that are
-    constant, but for roundings, are not scaled.
+    constant up to rounding are not scaled.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class StandardScaler(preprocessing.StandardScaler):
     mean_, var_, scale_ : ndarray of float64, shape (n_features,), or None
         Mean, biased variance, and what `transform` divides by: the standard deviation, or 1 for
         constant features. `var_` and `scale_` are None if `with_std` is False, and `mean_` too if
-        both are. NaN for features without values.
+        `with_mean` is also. NaN for features without values.
     n_samples_seen_ : int, float or ndarray of shape (n_features,)
         Number of rows in the statistics, or the sum of their weights; an array if it differs,
         because of NaN.
@@ -108,7 +108,7 @@ class StandardScaler(preprocessing.StandardScaler):
         ------
         ValueError
             As in scikit-learn: X contains Inf or is not 2-d, a parameter is invalid, X is sparse
-            and `with_mean` is True; also if a weight is negative.
+            and `with_mean` is True; or a weight is negative.
         """
         self.__dict__.pop("_seen", None)
         super().fit(X, y, sample_weight)
@@ -135,13 +135,13 @@ class StandardScaler(preprocessing.StandardScaler):
         Raises
         ------
         ValueError
-            As in `fit`; X has another number of features. The statistics do not change then.
+            As in `fit`, or X has another number of features. Nothing changes then.
         """
         first = not hasattr(self, "n_samples_seen_")
         data = _taken(X, partial(validate_data, self, reset=first), accept_sparse=("csr", "csc"))
         if data is None:
             super().partial_fit(X, y, sample_weight)
-            self.__dict__.pop("_seen", None)  # the attributes have more than it does
+            self.__dict__.pop("_seen", None)  # it lacks the rows just added
             return self
         task = {"estimator": self, "X": data, "y": y, "metadata": {"sample_weight": sample_weight}}
         callbacks = self._init_callback_context()
@@ -255,7 +255,7 @@ class StandardScaler(preprocessing.StandardScaler):
             self.var_, self.scale_ = var, np.where(constant, 1.0, np.sqrt(var))
 
     def _before(self) -> Rows:
-        """Return the rows that the attributes describe: those seen, or else a block like them."""
+        """Return the rows seen, or one block with the attributes' statistics."""
         if "_seen" in self.__dict__:
             return self._seen.copy()
         columns = self.n_features_in_
@@ -275,12 +275,12 @@ def _taken(X: Any, validate: Callable[..., Any], **options: Any) -> NDArray | No
     if get_config()["array_api_dispatch"] and not isinstance(X, np.ndarray):
         return None
     options = {"accept_sparse": "csr", "dtype": FLOAT_DTYPES, **options}
-    data = validate(X, ensure_all_finite=False, **options)  # passes over X will tell
+    data = validate(X, ensure_all_finite=False, **options)  # later passes find Inf
     return np.asarray(data) if isinstance(data, np.ndarray) else None
 
 
 def _refuse_infinite(x: NDArray) -> None:
-    """Raise scikit-learn's error if x contains Inf, unless it is told to assume that it does not.
+    """Raise scikit-learn's error if x contains Inf, unless ``assume_finite`` is set.
 
     One pass on all threads decides in the usual case, without NaN.
     """

@@ -17,7 +17,7 @@ __all__ = ["BatchNorm"]
 
 
 @registry.layers("nbnorm.BatchNorm.v1")
-def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
+def BatchNorm(  # noqa: N802  # thinc capitalises layers
     nO: int | None = None,
     *,
     eps: float = 1e-5,
@@ -34,7 +34,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     Parameters
     ----------
     nO : int, optional
-        Number of channels. None infers it from the X, or else the Y, passed to `Model.initialize`.
+        Number of channels. None infers it in `Model.initialize`, from X or else from Y.
     eps : float, default 1e-5
         Added to the variance.
     momentum : float, default 0.1
@@ -60,8 +60,8 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
         axis is not an int. In `Model.initialize`: X or Y is not an array. In calls: an array is
         not floating, or a gradient does not have X's dtype.
     ValueError
-        In `Model.initialize`: the width of X or Y is not nO, X or Y has a single axis, or none of
-        nO, X and Y is given; affine is something else. In calls: an array does not fit the
+        activation or affine is invalid. In `Model.initialize`: the width of X or Y is not nO, X or
+        Y has a single axis, or none of nO, X and Y is given. In calls: an array does not fit the
         parameters, or a channel has a single value in training.
 
     Notes
@@ -70,8 +70,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     LayerNorm, and the running statistics "running_mean" and "running_var" (unbiased). The running
     statistics never have a gradient, so optimizers do not update them. As parameters they are
     included in `Model.to_bytes`, `Model.to_disk`, `Model.copy` and moves to a GPU. The options are
-    in `Model.attrs` under their names and may be changed there: ``momentum`` 0 freezes the
-    statistics.
+    in `Model.attrs` under their names and may be changed there: ``momentum`` 0 stops their updates.
 
     The gradient of a call with ``is_train=False`` treats the running statistics as constants.
 
@@ -79,7 +78,7 @@ def BatchNorm(  # noqa: N802  # a layer's name, as thinc has them
     that it updates. The running statistics remain those of the latest parameters. To update them
     for the averages, pass data through `Model.begin_update` inside ``use_params``.
 
-    In a config, use ``@layers = "nbnorm.BatchNorm.v1"``. The first call of a kind compiles kernels,
+    In a config, use ``@layers = "nbnorm.BatchNorm.v1"``. First calls compile kernels,
     which takes some seconds, once per machine.
 
     Examples

@@ -74,17 +74,16 @@ def fold(model: nn.Module) -> Folded:
 
     Notes
     -----
-    Which layer feeds which is found by `torch.fx`. If a module's own code can be traced, but not
-    that of a module inside, everything outside the latter is folded. What is inside a module that
-    cannot be traced is left alone, because its code may use the layers by themselves. If you know
-    that it calls a part only as a whole, fold that part:
-    ``model.features = fold(model.features).model``. Folds
-    `torch.nn.BatchNorm1d`, ``2d``, ``3d``, SyncBatchNorm and nbnorm's own modules into
-    `torch.nn.Linear`, ``Conv1d`` to ``3d`` and ``ConvTranspose1d`` to ``3d``, not subclasses, by
+    `torch.fx` finds which layer feeds which. If a module's own code can be traced, but not that of
+    a module inside it, everything outside the latter is folded. What is inside a module that cannot
+    be traced is left alone, because its code may use the layers by themselves. If you know that it
+    calls a part only as a whole, fold that part: ``model.features = fold(model.features).model``.
+    `fold` folds `torch.nn.BatchNorm1d`, ``2d``, ``3d``, SyncBatchNorm and nbnorm's own modules into
+    `torch.nn.Linear`, ``Conv1d`` to ``3d`` and ``ConvTranspose1d`` to ``3d`` (not subclasses), with
     `nbnorm.fold_into_linear` and `nbnorm.fold_into_conv`. The layer before is preferred. A module
     is left alone if the result would not be the same function: for instance, if another module sees
     the value between the two, or a convolution pads what a batch normalization returns with zeros.
-    Identities and dropout, which does nothing in eval mode, may be between. A ReLU that is part of
+    Identities and dropout, which does nothing in eval mode, may lie between. A ReLU that is part of
     nbnorm's modules becomes a `torch.nn.ReLU`. A batch normalization before its layer is left alone
     if the model's code does anything between their calls, as that may change the input in place.
 
@@ -129,7 +128,7 @@ def fold(model: nn.Module) -> Folded:
 
 
 class _OfRank(nn.Identity):
-    """An Identity for inputs of one rank, those of which batch normalization was folded."""
+    """An Identity that raises unless its input has the rank that was folded for."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -139,8 +138,8 @@ class _OfRank(nn.Identity):
         # An ordinary `if` could not be traced.
         torch._assert(
             input.dim() == self.rank,
-            f"this batch normalization is folded for inputs of {self.rank} axes only, because it "
-            "normalises another axis of others; keep it where you fold the rest",
+            f"this batch normalization is folded for inputs of {self.rank} axes only: of others it "
+            "normalises another axis than the layer; do not fold this part",
         )
         return input
 
@@ -173,7 +172,7 @@ def _fold_once(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 
 class _Tracer(fx.Tracer):
-    """Records calls of the modules that matter here; what has hooks is not looked into."""
+    """Record calls of modules; do not trace into modules that have hooks."""
 
     def __init__(self, shallow: bool) -> None:
         super().__init__()
@@ -181,7 +180,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, Tensor):
-            # A trace has buffers as constants, and would not show where they are from.
+            # A trace holds buffers as constants, without their names.
             self.read.add(id(attr_val))
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -194,9 +193,9 @@ class _Tracer(fx.Tracer):
 
 
 def _graphs(root: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph | None, set[int]]]:
-    """Trace a module, or its own code and then its children; no graph if that fails, too.
+    """Yield (module, graph, ids of the tensors its code reads), then modules that graph lacks.
 
-    The set has the ids of the parameters and buffers that the code reads.
+    The graph is None if not even the module's own code can be traced.
     """
     inside = list(root.children())
     if type(root).forward is not nn.Module.forward:  # a ModuleList has no code
@@ -256,7 +255,7 @@ class _Calls:
                         self.of[name].append(node)
 
     def partner(self, name: str, norm_first: bool) -> str:
-        """Return the layer that always meets a batch normalization, and is called only there."""
+        """Return the name of the layer beside every call of a batch norm, called only there."""
         self.check_traced(name)
         if self.reads(name):
             raise LeaveError("the model's code reads its parameters or statistics")
@@ -275,7 +274,7 @@ class _Calls:
         layer = self.modules[found]
         for call in self.of[found]:
             others = [*call.args, *call.kwargs.values()] if norm_first else [*call.users]
-            # Two results of one layer's would become one tensor, which code may change in place.
+            # Both users would get the same tensor, which code may change in place.
             if len(others) != 1 or others[0] not in norms:
                 raise LeaveError(f"{found}, {side} it, is also used without it, or twice")
             if norm_first and not self.harmless(others[0], call):
@@ -310,7 +309,7 @@ class _Calls:
 
 
 def _passes(module: nn.Module) -> bool:
-    """Return whether a module returns its input, which nobody else sees."""
+    """Return whether a module returns its input and has no hooks."""
     identity = type(module) in (nn.Identity, _OfRank)
     return (identity or (type(module) in _DROPOUTS and not module.training)) and not _hooked(module)
 
@@ -324,7 +323,7 @@ def _only_reads(module: nn.Module) -> bool:
 
 
 def _rest_of(norm: _BatchNorm, norm_first: bool) -> list[nn.Module]:
-    """Return what a batch normalization does beside normalising, or raise if it must stay."""
+    """Return the modules to put in its place: [ReLU] or []; raise if it must stay."""
     if type(norm) not in _ACCEPTED:
         raise LeaveError(f"its class, {type(norm).__qualname__}, is not one that `fold` knows")
     if norm.training:
@@ -342,7 +341,7 @@ def _rest_of(norm: _BatchNorm, norm_first: bool) -> list[nn.Module]:
 
 
 def _fold_pair(layer: Any, norm: _BatchNorm, norm_first: bool) -> None:
-    """Write weight and bias of both to the layer."""
+    """Fold a batch norm into a layer's weight."""
     if _RANKS[type(layer)] not in _ACCEPTED[type(norm)]:
         raise LeaveError(f"{type(norm).__name__} normalises another axis than the layer beside it")
     given = layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
@@ -371,7 +370,7 @@ def _fold_pair(layer: Any, norm: _BatchNorm, norm_first: bool) -> None:
 
 
 def _replace(model: nn.Module, norm: _BatchNorm, rank: int, rest: list[nn.Module]) -> None:
-    """Replace a batch normalization, wherever it is, by what it does beside normalising."""
+    """Replace a batch norm, wherever it occurs, with `rest` or an Identity."""
     if len(_ACCEPTED[type(norm)]) > 1:
         rest = [_OfRank(rank), *rest]
     instead = nn.Sequential(*rest) if len(rest) > 1 else rest[0] if rest else nn.Identity()

@@ -80,27 +80,27 @@ def batch_norm(
         A third derivative is requested.
     NotImplementedError
         Forward mode of forward mode is requested (``jacfwd`` of ``jacfwd``), or
-        `torch.func.linearize`; or anything but first derivatives of direct calls with an
-        activation of functions of your own.
+        `torch.func.linearize`; or an activation of your own in a graph, a transform, forward mode
+        or a second derivative.
 
     Notes
     -----
     Implements Algorithm 1 of Ioffe & Szegedy (2015), see `nbnorm.batch_norm_forward`. Statistics
     are computed in float64 for all dtypes. Autocast does not apply: nothing
-    is cast, and y has input's dtype also if residual is float32.
+    is cast, and y has input's dtype even if residual is float32.
 
     Second derivatives and forward mode are computed by `nbnorm.batch_norm_double_backward` and
     `nbnorm.batch_norm_jvp`. `torch.func`'s ``grad``, ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``,
     ``hessian`` and ``vmap`` work; ``vmap`` makes one call per sample. ``grad`` and ``vmap`` also
     work inside `torch.compile`.
 
-    The backward pass keeps input, weight, and the float64 mean and rstd; with an activation also
-    bias, or the result if ReLU follows a residual, or the residual with another activation.
+    The backward pass keeps input, weight, and the float64 mean and rstd. ReLU also keeps bias, or
+    the result if it follows a residual; other activations keep bias and the residual.
 
     Activations other than ReLU are fused where a call is computed directly. In graphs, `torch.func`
     and forward mode, and for second derivatives, PyTorch's own function follows the batch norm.
 
-    The first call of a kind compiles kernels, which takes some seconds, once per machine.
+    First calls compile kernels, which takes some seconds, once per machine.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def batch_norm(
 
 
 def chosen(relu: bool, activation: Activation) -> bool | Fused:
-    """Return whether to apply ReLU, or another activation to apply."""
+    """Return True for ReLU, the Activation for others, or False."""
     found = _checks.activation(activation)
     if relu and isinstance(found, Fused):
         raise ValueError(f"relu=True and activation={activation!r} are both given; pass one")
@@ -203,9 +203,9 @@ def _composed(activation: Fused) -> Callable[[Tensor], Tensor]:
     """Return PyTorch's function for an activation: it has all derivatives, and graphs know it."""
     if activation.functions is not None:
         raise NotImplementedError(
-            f"{activation!r} has functions of your own, which have first derivatives of direct "
-            "calls only: no graphs, torch.func, forward mode and second derivatives; "
-            "apply a function of PyTorch's to the result instead"
+            f"{activation!r} has functions of your own, which work only in direct calls, with "
+            "first derivatives: not in graphs, torch.func or forward mode; apply a PyTorch "
+            "function to the result instead"
         )
     function = _FUNCTIONS[activation.name]
     return lambda v: function(v, *activation.parameters)
@@ -238,7 +238,7 @@ def _by_function(*arguments: Any) -> bool:
 
 
 def _may_have_tangents() -> bool:
-    """Return True if a call may be in forward mode; `torch.func` in a graph does not tell."""
+    """Return True if a call may be in forward mode; a `torch.func` transform does not say."""
     return _operators.in_forward_mode() or _tensors.transformed()
 
 
@@ -258,13 +258,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], y: Tensor, mean: Tensor, rstd: Tens
     by_y = relu and residual is not None and not own
     saved = x, weight, bias if relu and not by_y else None, mean, rstd
     ctx.save_for_backward(*saved, y if by_y else residual if own else None)
-    if own:  # what the batch norm before it needs, if a derivative of the gradient is requested
+    if own:  # to recompute the batch norm if the gradient is differentiated
         frozen = None, None
         if not training:
             frozen = running_mean.clone(), running_var.clone()
         ctx.options = *frozen, eps
     if _may_have_tangents():
-        # Detached, or y would hold on to itself.
+        # Detached, or y would keep itself alive.
         ctx.save_for_forward(*saved, y.detach() if by_y else None)
     ctx.training, ctx.relu = training, relu
 
@@ -292,9 +292,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 def _gradients_of_composed(ctx: Any, dy: Tensor, mask: list[bool]) -> list[Tensor | None]:
-    """Return the gradients of PyTorch's function after a batch norm computed again.
+    """Recompute the batch norm, apply PyTorch's function, return the gradients.
 
-    They can be differentiated once more if this is recorded.
+    They can be differentiated again if grad mode is on.
     """
     x, weight, bias, _, _, residual = ctx.saved_tensors
     running_mean, running_var, eps = ctx.options
@@ -315,7 +315,7 @@ def _gradients_of_composed(ctx: Any, dy: Tensor, mask: list[bool]) -> list[Tenso
 def _gradients_of(*arguments: Any) -> list[Tensor | None]:
     """Return the gradients that `mask` asks for; None for the others.
 
-    They can be differentiated again where `_by_function` says so.
+    Both ways of computing them can be differentiated again.
     """
     *given, mask = arguments
     if _by_function(*given):

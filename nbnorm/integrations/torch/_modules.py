@@ -39,7 +39,7 @@ class BatchNormModule(_BatchNorm):
     ) -> Tensor:
         """Normalise input, add residual, and apply ReLU or the module's activation.
 
-        ReLU if the module or the call has relu=True.
+        ReLU applies if the module or the call has relu=True.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         momentum = 0.0 if self.momentum is None else self.momentum

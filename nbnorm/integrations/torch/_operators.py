@@ -24,7 +24,7 @@ from nbnorm.second_order import batch_norm_double_backward, batch_norm_jvp
 
 
 def fused(relu: bool | Activation) -> Activation | Literal["relu"] | None:
-    """Return what nbnorm's functions take as activation."""
+    """Return `relu` as nbnorm's `activation` argument."""
     if isinstance(relu, Activation):
         return relu
     return "relu" if relu else None
@@ -45,7 +45,7 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, rstd); in training, update the running statistics in place.
 
-    `relu` may be another activation, which no operator has: only a direct call. If `seen` is not
+    `relu` may be an Activation in direct calls; operators take a bool. If `seen` is not
     empty, add the moments of the batch to each item and update no statistics.
     """
     correction = 1
@@ -96,8 +96,8 @@ def collect(moments: Moments, seen: Sequence[Pairwise]) -> None:
 def no_forward_mode(*_: Any) -> NoReturn:
     """Raise: forward mode is not implemented."""
     raise NotImplementedError(
-        "nbnorm's operators have no forward mode, and would lose the tangents; for one call "
-        "nbnorm.integrations.torch.batch_norm (jvp, jacfwd), without linearize"
+        "nbnorm's operators have no forward mode, and would lose the tangents; call "
+        "nbnorm.integrations.torch.batch_norm with jvp or jacfwd, not linearize"
     )
 
 
@@ -272,7 +272,7 @@ def gradients(
 
 
 def filled_gradients(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `gradients`, with empty tensors in place of None."""
+    """Call `gradients`; return empty tensors in place of None."""
     grads = gradients(dy, x, *others)
     dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
     return dx, dweight, dbias, dresidual
@@ -291,7 +291,7 @@ def backward(
     relu: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `gradients`, with empty tensors in place of None."""
+    """Call `gradients`; return empty tensors in place of None."""
     _refuse_forward_mode()
     return filled_gradients(dy, x, weight, bias, mean, rstd, y, training, relu, output_mask)
 
@@ -387,7 +387,7 @@ def double_backward(
     training: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `second`."""
+    """Call `second`."""
     _refuse_forward_mode()
     return second(
         ddx, ddweight, ddbias, ddresidual, dy, x, weight, bias, mean, rstd, y, training, relu
@@ -449,7 +449,7 @@ def jvp(
     training: bool,
     relu: bool,
 ) -> tuple[Tensor]:
-    """Return `tangent`."""
+    """Call `tangent`."""
     _refuse_forward_mode()
     return tangent(tx, tweight, tbias, tresidual, x, weight, bias, mean, rstd, y, training, relu)
 

@@ -106,7 +106,7 @@ def _collector_of(norm: nn.Module) -> AbstractContextManager[Pairwise]:
 
 @contextmanager
 def _collecting(norm: nn.Module) -> Iterator[Pairwise]:
-    """Do `BatchNormModule._collecting` with hooks, for a module that is not nbnorm's.
+    """`BatchNormModule._collecting` by hooks, for PyTorch's own modules.
 
     PyTorch's modules do not return M2, so a hook takes another pass over each batch.
     """
