@@ -312,7 +312,7 @@ def invertible(given: Any, remedy: str = "pass x", dtype: np.dtype[Any] | None =
         names = TABLE[found.name].parameters
         bits = 1022 if dtype is None else _bits(dtype)
         wrong = [
-            f"{name} is {value:g}"
+            f"{name}={value:g}"
             for name, value in zip(names, found.parameters, strict=True)
             if not 2.0**-bits <= value <= 2.0**bits
         ]
@@ -466,7 +466,7 @@ def running_pair(running_mean: Any, running_var: Any, training: bool) -> None:
 
 def segments(groups: Any, offsets: Any, shape: Shape, first: int, name: str) -> list[int]:
     """Return the beginnings of the parts along axis `first`, and the last end."""
-    length, where = shape[first], f"axis {first} of {name} of shape {shape}"
+    length, where = shape[first], f"the length of axis {first} of {name} of shape {shape}"
     if groups is not None and offsets is not None:
         raise ValueError("groups and offsets are both given, expected one of them")
     if offsets is None:

@@ -967,7 +967,7 @@ SKLEARN = of(
     ),
     (
         "integrations/test_sklearn.py::test_dense_and_sparse_calls_may_alternate",
-        ('self.__dict__.pop("_seen", None)  # the attributes', "# the attributes"),
+        ('self.__dict__.pop("_seen", None)  # it lacks', "# it lacks"),
         ("count * var, 0)", "var, 0)"),
     ),
     (
@@ -1349,7 +1349,7 @@ POPULATION = [
         "_checkpoint",
         (
             "test_resume.py",
-            ("self._ahead == 0 and self._sum != self._expected", "False"),
+            ("self._ahead == 0 and self._checksum != self._expected_checksum", "False"),
             ("if self._ahead == 0:\n            return False", "return False"),
             ("        if self._ahead:\n", "        if False:\n"),
             ("if self._cost <= SHARE", "if self._cost >= SHARE"),

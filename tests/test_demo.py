@@ -386,7 +386,7 @@ def files(tmp_path):
         ("broken.npy", "FILE broken.npy cannot be read as NumPy's format"),
         ("cut.npy", "FILE cut.npy cannot be read as NumPy's format"),
         ("broken.npz", "FILE broken.npz cannot be read as NumPy's format"),
-        ("two.npz", "FILE two.npz has a, b: choose one by --array NAME"),
+        ("two.npz", "FILE two.npz has a, b: choose one with --array NAME"),
         ("two.npz --array c", "--array c is not in the file; FILE two.npz has a, b"),
         ("none.npz", "FILE none.npz has no arrays"),
         ("good.npy --array a", "--array a names an array of a .npz file, but FILE is good.npy"),

@@ -753,7 +753,7 @@ NO_PADDING += [["same"], ("valid", 0), (), [[], 0], np.array([True]), np.array([
 def test_padding_is_integers_or_a_word(padding):
     for norm_first in (False, True):
         bn = statistics(3 if norm_first else 4)
-        with pytest.raises(ValueError, match="padding must be integers that are not negative, 'va"):
+        with pytest.raises(ValueError, match="padding must be nonnegative integers, 'va"):
             fold_into_conv(np.ones((4, 3, 2)), None, *bn, norm_first=norm_first, padding=padding)
 
 
@@ -773,7 +773,7 @@ def test_depthwise_layouts_have_neither_groups_nor_a_transposed_form():
     fold_into_conv(weight, *rest, layout="HWIM")
     for options in ({"groups": 3}, {"transposed": True}):
         with pytest.raises(
-            ValueError, match=r"layout is 'HWIM', which is depthwise, expected neit"
+            ValueError, match=r"layout is 'HWIM', which is depthwise and excludes groups"
         ):
             fold_into_conv(weight, *rest, layout="HWIM", **options)
 

@@ -316,7 +316,7 @@ def test_activation_that_cannot_be_inverted(function, name):
 @pytest.mark.parametrize("slope", [0.0, -0.5, 2.0**-1050, 1e200])
 def test_slope_that_cannot_be_divided_by(function, slope):
     act = nbnorm.activation("leaky_relu", slope=slope)
-    match = r"^activation=.* cannot be inverted where slope is .*; pass x"
+    match = r"^activation=.* cannot be inverted with slope=.*; pass x"
     refuses(function, ValueError, match, **spoiled(function, activation=act))
     if slope < 1:
         with pytest.raises(ValueError, match=r"cannot be inverted where .*; use inplace=False"):

@@ -283,7 +283,7 @@ def infer(**options):
         (
             lambda: infer(dtype="int8", out=OUT),
             TypeError,
-            "dtype is of dtype int8, expected one of",
+            "dtype is int8, expected one of",
         ),
         (lambda: infer(dtype="colour"), TypeError, "dtype must be one of float32, .*'colour'"),
         (
@@ -294,7 +294,7 @@ def infer(**options):
         (
             lambda: infer(out=np.zeros_like(X)),
             TypeError,
-            "out is of dtype uint8, expected one of float32",
+            "out is uint8, expected one of float32",
         ),
         (
             lambda: nbnorm.batch_norm_inference(OUT, None, None, *STATISTICS, dtype=np.float64),

@@ -473,7 +473,7 @@ SEGMENTED = pytest.mark.parametrize("function", OVER_PARTS)
 @SEGMENTED
 @pytest.mark.parametrize("groups", [0, -1, 3])
 def test_groups_that_are_no_divisor(function, groups):
-    match = rf"^groups is {groups}, expected a divisor of 2, of axis 0 of x of shape \(2, 8, 4, 4\)"
+    match = rf"^groups is {groups}, expected a divisor of 2, the length of axis 0 of x of shape"
     refuses(function, ValueError, match, groups=groups)
 
 
@@ -491,7 +491,7 @@ def test_groups_that_are_no_int(function, groups):
         ([0, 2], TypeError, r"^offsets must be a NumPy array"),
         (np.array([0]), ValueError, r"^offsets has shape \(1,\), expected \(parts \+ 1,\)"),
         (np.array([[0, 2]]), ValueError, r"^offsets has shape \(1, 2\)"),
-        (np.array([1, 2]), ValueError, r"^offsets go from 1 to 2, expected 0 to 2: axis 0 of x"),
+        (np.array([1, 2]), ValueError, r"^offsets go from 1 to 2, expected 0 to 2, the length of"),
         (np.array([0, 1]), ValueError, r"^offsets go from 0 to 1"),
         (np.array([0, 3]), ValueError, r"^offsets go from 0 to 3"),
         (np.array([0, 2, 1, 2]), ValueError, r"^offsets decrease"),
@@ -548,9 +548,12 @@ def test_a_part_with_too_few_values():
     ("count", "match"),
     [
         (np.ones(2), r"^count has shape \(2,\), expected \(2, 8\), or an int"),
-        (np.zeros((2, 8)), r"^count must be a whole positive number"),
-        (np.full((2, 8), 1.5), r"^count must be a whole positive number"),
-        (np.arange(1.0, 17).reshape(2, 8), r"^count must be a whole .* the same for all channels"),
+        (np.zeros((2, 8)), r"^count must be a positive integer"),
+        (np.full((2, 8), 1.5), r"^count must be a positive integer"),
+        (
+            np.arange(1.0, 17).reshape(2, 8),
+            r"^count must be a positive .* the same for all channels",
+        ),
         (0, r"^count must be positive"),
     ],
 )

@@ -540,7 +540,7 @@ def test_biases_that_differ_by_row_stay():
             model = model_of(text, {"w": np.ones((4, 3)), "c": c} | channels, **DOUBLE)
             result = fold(model)
             assert result.folded == ()
-            assert "is not a value for each channel" in result.left["y"]
+            assert "is not one value per channel" in result.left["y"]
 
 
 def test_a_gemm_that_transposes_its_input():
@@ -584,7 +584,7 @@ def test_weights_in_other_files_stay():
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "w")
     external_data_helper.set_external_data(weight, "weights.bin")
     weight.ClearField("raw_data")
-    assert "w is in a file of its own, which was not loaded" in fold(model).left["y"]
+    assert "w is in an external file, which was not loaded" in fold(model).left["y"]
 
 
 def test_other_objects_are_refused():
