@@ -241,7 +241,7 @@ WEIGHTS = of(
         ("return self.statistic(counts) / self.unit", "return self.statistic(counts)"),
     ),
 ) + of(
-    "cpu/weighted",
+    "cpu/weighted_rows",
     (
         "test_weights.py::test_a_constant_channel_has_no_spread",
         ("first = value if found == 0 else first",
@@ -249,19 +249,26 @@ WEIGHTS = of(
          "the sums of a constant channel are then lost and taken again; it only takes longer"),
     ),
     (
+        "test_weights.py::test_first_values_far_off_cost_the_later_ones_no_digit",
+        ("                if count == 0:  # a shift", "                if False:  # a shift"),
+    ),
+) + of(
+    "cpu/weights",
+    (
+        _BITS,
+        ("(n > r0 and counts(w, n - 1))", "False", "what is fetched decides the time alone"),
+    ),
+) + of(
+    "cpu/weighted_columns",
+    (
         _BITS,
         ("            if not counts(w, n):\n                continue\n            args",
          "            args",
          "values of weight 0 add nothing; leaving the row out saves time"),
-        ("(n > r0 and counts(w, n - 1))", "False", "what is fetched decides the time alone"),
     ),
     (
         "test_weights.py::test_first_values_may_differ_by_more_than_the_greatest_number",
         ("shift[c] = mean if abs(mean) < np.inf else first", "shift[c] = mean"),
-    ),
-    (
-        "test_weights.py::test_first_values_far_off_cost_the_later_ones_no_digit",
-        ("                if count == 0:  # a shift", "                if False:  # a shift"),
     ),
     (
         "test_weights.py::test_the_first_samples_that_count_give_the_shift",

@@ -624,7 +624,7 @@ import importlib.abc, pathlib, sys
 class Edit(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "{moment}":
-            assert name != "nbnorm.cpu.weighted" or "nbnorm.cpu.kernels" in sys.modules
+            assert name != "nbnorm.cpu.weighted_rows" or "nbnorm.cpu.kernels" in sys.modules
             edit()
 
 def edit():
@@ -639,11 +639,11 @@ if "{moment}" == "the end":
 
 
 @pytest.mark.slow  # starts processes that import the package and compile
-@pytest.mark.parametrize("moment", ["nbnorm.cpu.kernels", "nbnorm.cpu.weighted", "the end"])
+@pytest.mark.parametrize("moment", ["nbnorm.cpu.kernels", "nbnorm.cpu.weighted_rows", "the end"])
 def test_an_edit_while_the_package_is_imported(checkout, rstd, moment):
     """Before the edited file is read, right after it, after all of them.
 
-    kernels.py is the first to import weighted.py.
+    kernels.py is the first to import weighted_rows.py.
     """
     file, old, new = KERNEL
     path = str(checkout / "nbnorm" / "cpu" / file)

@@ -27,7 +27,7 @@ from tolerances import (
 
 import nbnorm
 from nbnorm import BatchNorm, Moments, cpu, reference
-from nbnorm.cpu import channel, weighted
+from nbnorm.cpu import channel, weighted_columns
 
 pytestmark = pytest.mark.slow  # kernels of its own
 
@@ -480,7 +480,7 @@ def test_the_first_samples_that_count_give_the_shift():
 
     @numba.njit
     def first_shifts(x, w, grid, shift):
-        weighted.first_shifts((x, C, 1), w, grid, 0, C, 0, N, shift)
+        weighted_columns.first_shifts((x, C, 1), w, grid, 0, C, 0, N, shift)
 
     first_shifts(x.ravel(), w, grid, shift)
     assert_allclose(shift, x[counts == 1][: channel.FIRST].mean(0, np.float64), rtol=1e-6)

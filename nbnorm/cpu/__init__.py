@@ -26,12 +26,13 @@ from nbnorm.cpu import sources as sources  # isort: split
 from nbnorm import _running
 from nbnorm._typing import NDArray
 from nbnorm.activations import Activation, Fused
-from nbnorm.cpu import functions, integers, kernels, second_order, weighted
+from nbnorm.cpu import functions, integers, kernels, second_order
 from nbnorm.cpu import memory as memory
 from nbnorm.cpu.caches import caches
 from nbnorm.cpu.plan import SERIAL_BELOW, Plan, plan
 from nbnorm.cpu.threads import count as thread_count
 from nbnorm.cpu.threads import pool, turn
+from nbnorm.cpu.weights import WEIGHTED_PLANE
 
 _CACHES = caches()
 _COMPILED = (np.dtype("float32"), np.dtype("float64"))
@@ -393,7 +394,7 @@ def _cut(x: NDArray, tensors: int, weights: Any = None) -> tuple[Plan, Any]:
     if weights is None:
         cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors)
         return cut, kernels.rows if cut.traversal == "rows" else kernels.columns
-    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors, weighted.WEIGHTED_PLANE)
+    cut = plan(*x.shape, x.itemsize, threads, _CACHES, tensors, WEIGHTED_PLANE)
     return cut, kernels.weighted_rows if cut.traversal == "rows" else kernels.weighted_columns
 
 

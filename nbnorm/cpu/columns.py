@@ -51,6 +51,7 @@ from nbnorm.cpu.intrinsics import (
 from nbnorm.cpu.jit import noinline, none_without, ordered
 from nbnorm.cpu.plan import planes_alone
 from nbnorm.cpu.storage import computed, load
+from nbnorm.cpu.weights import weights_of
 
 # Rows in a tile. With fewer, merging takes longer than summing.
 TILE_ROWS = 256
@@ -168,7 +169,7 @@ def moment_sums64(x, w, n0, n1, c, s, size, K):
     """
     s_sum, q_sum, s_rest, q_rest, others = 0.0, 0.0, 0.0, 0.0, 0
     for n in range(n0, n1):
-        values, weights = piece(x, n, c, s, size), by_rows.weights_of(w, n, c, s, size)
+        values, weights = piece(x, n, c, s, size), weights_of(w, n, c, s, size)
         for i in range(size):
             weight = element.weight64(weights, i)
             if weight != 0:

@@ -14,7 +14,8 @@ from numba import types
 
 from nbnorm.cpu import columns as _columns
 from nbnorm.cpu import rows as _rows
-from nbnorm.cpu import weighted
+from nbnorm.cpu import weighted_columns as _weighted_columns
+from nbnorm.cpu import weighted_rows as _weighted_rows
 from nbnorm.cpu.channel import after, finish_moments, finish_sums, fold, renorm_factors, rstd_of
 from nbnorm.cpu.element import either
 from nbnorm.cpu.functions import costs
@@ -22,6 +23,7 @@ from nbnorm.cpu.jit import by_types, entry, named, ordered
 from nbnorm.cpu.launch import launch
 from nbnorm.cpu.plan import Plan
 from nbnorm.cpu.threads import pool
+from nbnorm.cpu.weights import weigh_unit
 
 _FIRST = np.int64(0)  # channel; with a plain 0 the function would be compiled once more
 
@@ -278,14 +280,14 @@ def _build(
 
 rows, rows_passes, rows_units = _build("rows", _rows)
 columns, columns_passes, columns_units = _build("columns", _columns)
-weighted_rows, _, _ = _build("weighted_rows", weighted.rows)
-weighted_columns, _, _ = _build("weighted_columns", weighted.columns)
+weighted_rows, _, _ = _build("weighted_rows", _weighted_rows)
+weighted_columns, _, _ = _build("weighted_columns", _weighted_columns)
 
 
 @entry("weigh")
 def weigh(w, N, S, partial, pool, threads):
     """partial[u] = sums of weights of shape (N, C, S) over an equal share of the samples."""
-    launch((pool, threads), partial.shape[0], weighted.weigh_unit, (w, N, S, partial))
+    launch((pool, threads), partial.shape[0], weigh_unit, (w, N, S, partial))
 
 
 @entry("rstd_all")

@@ -7,7 +7,6 @@ of c), or None if absent.
 """
 
 import numpy as np
-from numba import types
 
 from nbnorm.cpu import element
 from nbnorm.cpu.channel import (
@@ -25,8 +24,9 @@ from nbnorm.cpu.channel import (
     with_tile,
 )
 from nbnorm.cpu.intrinsics import clear, each, each_to, fence, four, new, of_chunk, piece, zeros
-from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
+from nbnorm.cpu.jit import noinline, none_without, ordered
 from nbnorm.cpu.storage import computed, load
+from nbnorm.cpu.weights import weights_of
 
 # Lanes that a tile is summed in: eight vectors of eight, enough to hide the latency of an
 # addition. Short chains of additions also round less. `total` is written for 64.
@@ -55,18 +55,6 @@ def locate(grid, t):
 def line(values):
     """A piece as a view whose samples are single values; None for None."""
     return values, 1, 0
-
-
-@by_types
-def weights_of(w, n, c, s, size):
-    """Weights of x[n, c, s : s + size]: an array, or the one weight of sample n; None for None."""
-    if isinstance(w, types.NoneType):
-        return lambda w, n, c, s, size: None
-    if len(w.types) == 2:
-        return lambda w, n, c, s, size: w[0][n * w[1]]
-    if isinstance(w.types[2], types.NoneType):
-        return lambda w, n, c, s, size: piece((w[0], w[1], 0), n, c, s, size)
-    return lambda w, n, c, s, size: piece(w, n, c, s, size)
 
 
 @ordered
@@ -229,7 +217,7 @@ def add_gradient_piece(dy, x, y, kept, hi, u, a, b, scale, act, s, t):
 def gradient_sums64(dy, x, w, y, grid, k, c, hi, u, a, b, scale, act):
     """sum g and sum g (x u - hi) scale over chunk k of channel c, in float64.
 
-    w has weights (see weighted.py) or is None; values of weight 0 are skipped.
+    w has weights (see weights.py) or is None; values of weight 0 are skipped.
     """
     s_sum, t_sum = 0.0, 0.0
     begin, end = tiles(grid, k)

@@ -1,28 +1,14 @@
-"""Row and column traversals of values with weights; a mask is weights of 0 and 1.
-
-x is (view of x, weights, fill): the passes of kernels.py hand it on as it is. The weights
-are a view like x's, whose stride along c is None if all channels share them. For S = 1 that view
-may be replaced by (memory, stride of n): one weight per sample, also shared. Weights are uint8 (a
-mask) or of the compute dtype.
-
-Values of weight 0 are read, but change no bit: they may be NaN or Inf. partial[0] is the sum of
-weights. It can be 0 in a tile, in a chunk, or in all of them.
-"""
-
-from types import SimpleNamespace
+"""Traversal of values with weights by columns; see weights.py and weighted_rows.py."""
 
 import numpy as np
-from numba import types
 
-from nbnorm.cpu import columns as by_columns
-from nbnorm.cpu import element
+from nbnorm.cpu import element, weighted_rows
 from nbnorm.cpu.channel import (
     FIRST,
     affine,
     all_one,
     bound,
     coefficients,
-    coefficients_of,
     factors,
     gate,
     merge,
@@ -33,6 +19,7 @@ from nbnorm.cpu.columns import (
     RUN_ROWS,
     TILE_ROWS,
     before_line,
+    by_columns,
     by_columns_each,
     columns_ahead,
     expand,
@@ -41,267 +28,34 @@ from nbnorm.cpu.columns import (
     mean_so_far,
     moments64,
     row_size,
+    rows,
 )
-from nbnorm.cpu.columns import rows as rows_of
 from nbnorm.cpu.intrinsics import (
     clear,
     each,
     each_to,
     fence,
-    four,
     new,
     news,
     of_chunk,
     part,
     piece,
     prefetch,
-    row,
     zeros,
 )
-from nbnorm.cpu.jit import by_types, noinline, none_without, ordered
-from nbnorm.cpu.rows import (
-    LANES,
-    clear_chunk,
-    gradient_sums64,
-    line,
-    locate,
-    overflowed,
-    tiles,
-    total,
+from nbnorm.cpu.jit import by_types, noinline, ordered
+from nbnorm.cpu.rows import clear_chunk, gradient_sums64, overflowed
+from nbnorm.cpu.storage import computed, load
+from nbnorm.cpu.weights import (
+    alike,
+    beside,
+    counts,
+    filled,
+    masks_samples,
+    own,
+    sample_weight,
     weights_of,
 )
-from nbnorm.cpu.storage import computed, load
-
-# Planes of this many values or more are traversed by rows, where all channels can read the same
-# weights. Columns need a weight for each value, or for each sample if S = 1.
-WEIGHTED_PLANE = 32
-
-
-@by_types
-def own(w, sums):
-    """`sums` if each channel has weights of its own; None if all share them."""
-    if len(w.types) == 2 or isinstance(w.types[2], types.NoneType):
-        return lambda w, sums: None
-    return lambda w, sums: sums
-
-
-@none_without("fill")
-def filled(fill, like):
-    """fill in the compute dtype; None for None."""
-    return like.dtype.type(fill)
-
-
-@noinline
-def first_weighted(x, w, n0, n1, c, s, size):
-    """Number of the first values of weight above 0 in a tile, at most FIRST, and their mean.
-
-    The mean is exact if these values are all equal.
-    """
-    found, first, rest = 0, 0.0, 0.0
-    for n in range(n0, n1):
-        values, weights = piece(x, n, c, s, size), weights_of(w, n, c, s, size)
-        for i in range(size):
-            if element.at(weights, i) != 0:
-                value = np.float64(load(values, i))
-                first = value if found == 0 else first
-                rest += value - first
-                found += 1
-                if found == FIRST:
-                    return found, first + rest / found
-    return found, first + rest / max(found, 1)
-
-
-@by_types
-def four_lanes(w, i):
-    """LANES values each from i, i + LANES, ... on, as a 4-tuple."""
-    if isinstance(w, types.Array):
-        return lambda w, i: four(line(w), i, LANES, 0, 0, LANES)
-    return lambda w, i: (w, w, w, w)
-
-
-@ordered
-def add_weighted_piece(x, w, K, s, q, m):
-    """s += w d, q += w d^2 and, unless m is None, m += w lane by lane, where d = x - K."""
-    whole = x.size // (4 * LANES) * (4 * LANES)
-    for i in range(0, whole, 4 * LANES):
-        x_, w_ = four_lanes(x, i), four_lanes(w, i)
-        each(LANES, element.add_weighted_rows, (x_, w_, K, s, q, m))
-    for i in range(whole, x.size, LANES):
-        size = min(LANES, x.size - i)
-        x_, w_ = part((x, w), i, i + size)
-        each(size, element.add_weighted_row, (x_, w_, K, s, q, m))
-
-
-@noinline
-def add_weights(w, n0, n1, s, size, lanes):
-    """lanes += the weights of a tile, which all channels share."""
-    for n in range(n0, n1):
-        weights = weights_of(w, n, 0, s, size)
-        for i in range(0, size, LANES):
-            width = min(LANES, size - i)
-            each(width, element.add_value, (lanes, part(weights, i, i + width)))
-
-
-@ordered
-def tile_weight(lanes, shared, wide):
-    """Sum of a tile's weights: of `lanes` or, if channels share weights (None), `shared`."""
-    if lanes is None:
-        return shared
-    return total(lanes, wide)
-
-
-@noinline
-def rows_stats(x, grid, c0, c1, k, partial):
-    """partial[:, k, c] = weight, shift, delta, M2 of chunk k, for channels c0 <= c < c1."""
-    values, w, _ = x
-    s_lanes, q_lanes, m_lanes = zeros(3, LANES, computed(x).dtype)
-    wide = new(LANES, np.float64)
-    clear_chunk(partial, k, c0, c1)
-    begin, end = tiles(grid, k)
-    m_own, shared = own(w, m_lanes), 0.0
-    for t in range(begin, end):
-        n0, n1, s, size = locate(grid, t)
-        if m_own is None:
-            add_weights(w, n0, n1, s, size, m_lanes)
-            shared = total(m_lanes, wide)
-            if shared == 0:
-                continue
-        for c in range(c0, c1):
-            count, shift, delta = partial[0, k, c], partial[1, k, c], partial[2, k, c]
-            m2 = partial[3, k, c]
-            if count == 0:
-                found, shift = first_weighted(values, w, n0, n1, c, s, size)
-                if found == 0:
-                    continue
-            K = s_lanes.dtype.type(shift + delta)
-            for n in range(n0, n1):
-                w_ = weights_of(w, n, c, s, size)
-                add_weighted_piece(piece(values, n, c, s, size), w_, K, s_lanes, q_lanes, m_own)
-            d, q = total(s_lanes, wide), total(q_lanes, wide)
-            m = tile_weight(m_own, shared, wide)
-            K64 = np.float64(K)
-            new_delta, new_m2, gone = with_tile(count, shift, delta, m2, m, K64, d, q, s_lanes)
-            if gone:
-                near, rest, m2_tile = moments64(values, w, n0, n1, c, s, size, m, K64)
-                if count == 0:  # a shift that far off would cost delta digits
-                    shift = near
-                _, new_delta, new_m2 = merge(count, delta, m2, m, (near - shift) + rest, m2_tile)
-            partial[0, k, c], partial[1, k, c] = count + m, shift
-            partial[2, k, c], partial[3, k, c] = new_delta, new_m2
-
-
-@noinline
-def rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """`rows.apply`, but y = fill where the weight is 0, unless fill is None."""
-    values, w, fill = x
-    hi, u, a, b = affine(norm, c0, c1, computed(x))
-    low, other = bound(floor, hi), filled(fill, hi)
-    begin, end = tiles(grid, k)
-    for t in range(begin, end):
-        n0, n1, s, size = locate(grid, t)
-        for n in range(n0, n1):
-            for c in range(c0, c1):
-                i = c - c0
-                w_ = weights_of(w, n, c, s, size)
-                args = (
-                    piece(values, n, c, s, size), w_, other, piece(residual, n, c, s, size),
-                    hi[i], u[i], a[i], b[i], low,
-                )  # fmt: skip
-                outs = (piece(y, n, c, s, size),)
-                each_to(size, element.apply_weighted, args, outs, streamed)
-    fence(streamed)
-
-
-@noinline
-def rows_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
-    """`rows.backward_reduce` over the values of weight above 0; `kept` is None."""
-    values, w, _ = x
-    hi, u, a, b = affine(norm, c0, c1, computed(x))
-    scale, act = scales(norm, c0, c1, u), gate(norm, hi)
-    s_lanes, t_lanes = zeros(2, LANES, hi.dtype)
-    wide = new(LANES, np.float64)
-    clear_chunk(partial, k, c0, c1)
-    begin, end = tiles(grid, k)
-    for t in range(begin, end):
-        n0, n1, s, size = locate(grid, t)
-        for c in range(c0, c1):
-            i = c - c0
-            for n in range(n0, n1):
-                views = (
-                    piece(dy, n, c, s, size), piece(values, n, c, s, size),
-                    weights_of(w, n, c, s, size), piece(y, n, c, s, size),
-                )  # fmt: skip
-                norm_ = hi[i], u[i], a[i], element.at(b, i), scale[i], act
-                for j in range(0, size, LANES):
-                    lanes = min(LANES, size - j)
-                    args = (*part(views, j, j + lanes), *norm_, s_lanes, t_lanes)
-                    each(lanes, element.add_weighted_gradient_row, args)
-            partial[0, k, c] += total(s_lanes, wide)
-            partial[1, k, c] += total(t_lanes, wide)
-    for c in range(c0, c1):
-        if overflowed(partial, k, c):
-            i = c - c0
-            partial[0, k, c], partial[1, k, c] = gradient_sums64(
-                dy, values, w, y, grid, k, c, hi[i], u[i], a[i], element.at(b, i), scale[i], act
-            )
-
-
-@noinline
-def rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """`rows.backward_apply`, but dx = f ((g v - w h) - w ((x u - hi) p + q)); 0 where w is 0."""
-    values, w, _ = x
-    hi, u, a, b = affine(norm, c0, c1, computed(x))
-    v, f = factors(norm, sums, count, c0, c1, u)
-    hpq = coefficients(norm, sums, count, c0, c1, u, v)
-    act, like = gate(norm, hi), computed(x)
-    begin, end = tiles(grid, k)
-    for t in range(begin, end):
-        n0, n1, s, size = locate(grid, t)
-        for n in range(n0, n1):
-            for c in range(c0, c1):
-                i = c - c0
-                dy_, x_ = piece(dy, n, c, s, size), piece(values, n, c, s, size)
-                w_, y_ = weights_of(w, n, c, s, size), piece(y, n, c, s, size)
-                outs = piece(dx, n, c, s, size), piece(dresidual, n, c, s, size)
-                args = (
-                    dy_, x_, w_, y_, hi[i], u[i], a[i], element.at(b, i), coefficients_of(hpq, i),
-                    v[i], f[i], act, like,
-                )  # fmt: skip
-                each_to(size, element.backward_apply_weighted, args, outs, streamed)
-    fence(streamed)
-
-
-@by_types
-def counts(w, n):
-    """Whether sample n counts; True if its values have weights of their own."""
-    if len(w.types) == 2:
-        return lambda w, n: w[0][n * w[1]] != 0
-    return lambda w, n: True
-
-
-@by_types
-def sample_weight(w, n):
-    """Weight of sample n; 0 if its values have weights of their own."""
-    if len(w.types) > 2:
-        return lambda w, n: 0.0
-    return lambda w, n: element.weight64(w[0], n * w[1])
-
-
-def masks_samples(w):
-    """Whether w, by type, is a mask of samples, so that each value that counts has weight 1."""
-    return len(w.types) == 2 and element.is_mask(w.types[0])
-
-
-@ordered
-def beside(w, n, r0, r1):
-    """Whether sample n of r0 <= n < r1 does not count, but one of its neighbours does.
-
-    Such rows are prefetched (see `prefetch`): otherwise normalising 32 x 56 x 56 x 256 with 30 % of
-    the rows masked at random took 14.9 ms, twice as long as without a mask.
-    """
-    if counts(w, n):
-        return False
-    return (n > r0 and counts(w, n - 1)) or (n + 1 < r1 and counts(w, n + 1))
 
 
 @ordered
@@ -470,7 +224,7 @@ def merge_weighted_tile(c, count, shift, delta, m2, m, center, d, q, new_delta, 
 
 
 @noinline
-def columns_stats(x, grid, c0, c1, k, partial):
+def stats(x, grid, c0, c1, k, partial):
     """partial[:, k, c] = weight, shift, delta, M2 of chunk k, for channels c0 <= c < c1."""
     values, w, _ = x
     N, _, S, _, fold, _ = grid
@@ -484,7 +238,7 @@ def columns_stats(x, grid, c0, c1, k, partial):
     clear_chunk(partial, k, c0, c1)
     count, m2 = of_chunk(partial, 0, k, c0, c1), of_chunk(partial, 3, k, c0, c1)
     shift, delta = of_chunk(partial, 1, k, c0, c1), of_chunk(partial, 2, k, c0, c1)
-    begin, end = rows_of(grid, k)
+    begin, end = rows(grid, k)
     first_shifts(values, w, grid, c0, c1, begin, end, shift)
     for r in range(begin, end, TILE_ROWS):
         stop = min(r + TILE_ROWS, end)
@@ -512,14 +266,6 @@ def columns_stats(x, grid, c0, c1, k, partial):
         each(channels, element.copy, (new_m2, m2))
 
 
-@by_types
-def alike(w, n, other):
-    """Whether two samples have the same weight; True if their values have weights of their own."""
-    if len(w.types) == 2:
-        return lambda w, n, other: w[0][n * w[1]] == w[0][other * w[1]]
-    return lambda w, n, other: True
-
-
 @ordered
 def whole_lines(w, grid, r, begin, end, first, ahead, c0, c1):
     """First sample of row r, and where in the row to begin and how many values to write.
@@ -536,17 +282,17 @@ def whole_lines(w, grid, r, begin, end, first, ahead, c0, c1):
 
 
 @noinline
-def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
-    """`rows_apply` by columns."""
+def apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
+    """`weighted_rows.apply` by columns."""
     values, w, fill = x
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     if not all_one(u_c):
-        rows_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
+        weighted_rows.apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y)
         return
     ahead = columns_ahead(y, (values, residual, y), grid, streamed, c0, c1)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
     low, other = bound(floor, hi), filled(fill, hi)
-    begin, end = rows_of(grid, k)
+    begin, end = rows(grid, k)
     first = first_line(y, grid, begin, ahead)
     for r in range(begin, end):
         n, j, size = whole_lines(w, grid, r, begin, end, first, ahead, c0, c1)
@@ -563,18 +309,18 @@ def columns_apply(x, residual, grid, norm, floor, streamed, c0, c1, k, y):
 
 
 @noinline
-def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
-    """`rows_backward_reduce` by columns."""
+def backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
+    """`weighted_rows.backward_reduce` by columns."""
     values, w, _ = x
     _, _, S, _, fold, _ = grid
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     scale_c = scales(norm, c0, c1, u_c)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, 0)
-    scale = by_columns.by_columns(scale_c, grid, 0)
+    scale = by_columns(scale_c, grid, 0)
     s, t = zeros(2, hi.size, hi.dtype)
     s64, t64 = zeros(2, hi.size, np.float64)
     act = gate(norm, hi)
-    r0, r1 = rows_of(grid, k)
+    r0, r1 = rows(grid, k)
     for begin in range(0, r1 - r0, RUN_ROWS):
         for i in range(begin, min(begin + RUN_ROWS, r1 - r0)):
             r = in_quarters(i, r0, r1)
@@ -603,20 +349,22 @@ def columns_backward_reduce(dy, x, y, grid, norm, c0, c1, k, partial, kept):
 
 
 @noinline
-def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
-    """`rows_backward_apply` by columns."""
+def backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual):
+    """`weighted_rows.backward_apply` by columns."""
     values, w, _ = x
     hi_c, u_c, a_c, b_c = affine(norm, c0, c1, computed(x))
     v_c, _ = factors(norm, sums, count, c0, c1, u_c)
     if not (all_one(u_c) and all_one(v_c)):
-        rows_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual)
+        weighted_rows.backward_apply(
+            dy, x, y, grid, norm, sums, count, streamed, c0, c1, k, dx, dresidual
+        )
         return
     out = element.either(dx, dresidual)
     ahead = columns_ahead(out, (dy, values, y, dx, dresidual), grid, streamed, c0, c1)
     hi, a, b = by_columns_each((hi_c, a_c, b_c), grid, ahead)
     hpq = by_columns_each(coefficients(norm, sums, count, c0, c1, u_c, v_c), grid, ahead)
     act, like = gate(norm, hi), computed(x)
-    begin, end = rows_of(grid, k)
+    begin, end = rows(grid, k)
     first = first_line(out, grid, begin, ahead)
     for r in range(begin, end):
         n, j, size = whole_lines(w, grid, r, begin, end, first, ahead, c0, c1)
@@ -631,45 +379,3 @@ def columns_backward_apply(dy, x, y, grid, norm, sums, count, streamed, c0, c1, 
         args = dy_, x_, w_, y_, hi_, None, a_, b_, hpq_, None, a_, act, like
         each_to(size, element.backward_apply_weighted, args, outs, streamed)
     fence(streamed)
-
-
-@ordered
-def weigh_unit(w, N, S, partial, u):
-    """partial[u] = sums of weights over an equal share of the samples."""
-    parts, C = partial.shape
-    view, sums = (w, C * S, S), row(partial, u)
-    for n in range(u * N // parts, (u + 1) * N // parts):
-        if S == 1:
-            each(C, element.add_value, (sums, piece(view, n, 0, 0, C)))
-            continue
-        for c in range(C):
-            sums[c] += sum_of_weights(piece(view, n, c, 0, S))
-
-
-@by_types
-def sum_of_weights(w):
-    """Sum of an array of weights, in float64; the number of values of a mask."""
-
-    def count(w):
-        found = 0
-        for i in range(w.size):
-            found += w[i] != 0
-        return float(found)
-
-    def add(w):
-        found = 0.0
-        for i in range(w.size):
-            found += w[i]
-        return found
-
-    return count if w.dtype == types.uint8 else add
-
-
-rows = SimpleNamespace(
-    stats=rows_stats, apply=rows_apply,
-    backward_reduce=rows_backward_reduce, backward_apply=rows_backward_apply,
-)  # fmt: skip
-columns = SimpleNamespace(
-    stats=columns_stats, apply=columns_apply,
-    backward_reduce=columns_backward_reduce, backward_apply=columns_backward_apply,
-)  # fmt: skip
