@@ -45,7 +45,7 @@ class _Thread:
     """A thread of a block: what it waits for, and what it passes to other threads of its warp."""
 
     def __init__(self, index, function, arguments):
-        self.index, self.waits_for, self.passes = index, None, None
+        self.index, self.waits_for, self.passes, self.turn = index, None, [None, None], 0
         self._steps = function(*arguments)
         if not inspect.isgenerator(self._steps):  # it waited for no other thread, and has ended
             self._steps = iter(())
@@ -146,17 +146,18 @@ def _shfl_xor_sync(lanes, value, mask):
     assert lanes == 0xFFFFFFFF
     assert 0 < mask < WARP
     thread = cuda.block.thread
-    thread.passes = value
+    # A thread may be one shuffle ahead of another: two values, in turn, are enough.
+    thread.turn ^= 1
+    thread.passes[thread.turn] = value
     yield "warp"
-    other = cuda.block.threads[thread.index ^ mask].passes
-    yield "warp"
-    return other
+    return cuda.block.threads[thread.index ^ mask].passes[thread.turn]
 
 
 def _fma(a, b, c):
     """Return a b + c, rounded once or nearly so."""
-    wide = np.float64 if type(c) is np.float32 else np.longdouble
-    return type(c)(wide(a) * wide(b) + wide(c))
+    if type(c) is np.float32:
+        return np.float32(float(a) * float(b) + float(c))
+    return np.float64(np.longdouble(a) * np.longdouble(b) + np.longdouble(c))
 
 
 cuda = ModuleType("numba.cuda")
