@@ -118,7 +118,7 @@ class Sweeps:
         return parts
 
 
-_NONE = "no such part"
+_NONE = "no data"
 
 
 def _form(part: Any) -> str:

@@ -370,17 +370,17 @@ def readings(*sources):
     return lambda: next(remaining)
 
 
-FIRST = f"and dtype {XS[0].dtype} when it was first read"
+FIRST = f"and dtype {XS[0].dtype} at the first reading"
 
 
 @pytest.mark.parametrize(
     ("later", "message"),
     [
-        (XS[:3], f"part 3 of xs had shape (7, 4, 3) {FIRST}, and now no such part"),
-        ([*XS, XS[0]], "part 4 of xs had no such part when it was first read, and now shape (5, "),
+        (XS[:3], f"part 3 of xs had shape (7, 4, 3) {FIRST}, and now no data"),
+        ([*XS, XS[0]], "part 4 of xs had no data at the first reading, and now shape (5, "),
         (XS[::-1], f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now shape (7, "),
         ([x.astype(np.float16) for x in XS], f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now"),
-        (iter(()), f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now no such part"),
+        (iter(()), f"part 0 of xs had shape (5, 4, 3) {FIRST}, and now no data"),
     ],
 )
 def test_parts_that_change_between_readings(later, message):
@@ -405,7 +405,7 @@ def test_a_function_that_returns_no_parts(returned):
 
 def test_a_function_that_returns_the_same_iterator_twice():
     same = iter(XS)
-    with pytest.raises(ValueError, match=r"^part 0 of xs had shape .* and now no such part"):
+    with pytest.raises(ValueError, match=r"^part 0 of xs had shape .* and now no data"):
         list(itertools.islice(micro_batch_norm_forward(lambda: same).ys, 1))
 
 

@@ -219,28 +219,14 @@ def base_of(array):
 
 def interrupted_at(step, work):
     """Run `work`, interrupted at the step-th instruction of pool.py; return whether it was."""
-    code, left = pool.__file__, step
 
-    def trace(frame, event, argument):
-        nonlocal left
-        if frame.f_code.co_filename != code:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
+    def interrupt():
+        raise KeyboardInterrupt
 
-    before = sys.gettrace()
-    sys.settrace(trace)
     try:
-        work()
+        return handled_at(step, work, interrupt)
     except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return left <= 0
+        return True
 
 
 def test_an_interrupt_at_any_instruction_neither_loses_nor_doubles_memory():
@@ -315,6 +301,7 @@ def handled_at(step, work, handler):
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks only here whether any frame wants it
     sys.settrace(trace)
     try:
         work()
