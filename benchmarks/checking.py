@@ -9,9 +9,9 @@ from benchmarks.peers import EPS, Batch, is_ours
 from benchmarks.peers.pytorch import array_of
 from nbnorm import reference
 
-# Errors allowed for arithmetic, in units of float32 or float64 (2^-23, 2^-52), for values from
-# N(0, 1). PyTorch channels-last adds up 4 million values one after another at 16x3x512x512 and is
-# off by 2^15 units. Others are allowed 2^17, which is 0.016 in float32.
+# Errors allowed for arithmetic on values from N(0, 1), in units of the last place of 1 (2^-23 in
+# float32, 2^-52 in float64). At 16x3x512x512 PyTorch channels-last adds up 4 million values one
+# after another and is off by 2^15 units. Peers are allowed 2^17, which is 0.016 in float32.
 OURS, OTHERS = 2.0**8, 2.0**17
 # Error allowed for one or two roundings to the storage type, in its units.
 STORED = 2.0
@@ -20,9 +20,9 @@ STORED = 2.0
 def check(name: str, op: str, b: Batch, result: Any) -> None:
     """Raise AssertionError if a peer's result is not batch normalization.
 
-    The first and the last channel are compared. If rounding can put a value on either side of 0,
-    ReLU may pass it in one library only. Gradients of such values are not compared, and sums of m
-    terms may differ by all such terms, a share of m.
+    Compares the first and the last channel. Rounding can put a value near 0 on either side of it,
+    so that ReLU passes it in one library but not in another. Gradients of such values are not
+    compared, and sums over m values may differ by all of them; their number is proportional to m.
     """
     some = [0, -1]
     results = [result] if op in ("forward", "inference") else result
@@ -47,7 +47,7 @@ def check(name: str, op: str, b: Batch, result: Any) -> None:
 
 
 def as_array(result: Any) -> np.ndarray:
-    """Return a result as an array; an array on a tensor's memory for a tensor."""
+    """Return a result as an array, which shares memory with the result if that is a tensor."""
     return array_of(result) if hasattr(result, "detach") else np.asarray(result)
 
 

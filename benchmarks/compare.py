@@ -1,4 +1,4 @@
-"""Compare nbnorm with its peers: check each against the oracle, then time all in turns.
+"""Compare nbnorm with its peers: check each against the oracle, then time all, interleaved.
 
     python benchmarks/compare.py                     # all shapes and ops, float32
     python benchmarks/compare.py --quick
@@ -7,9 +7,9 @@
     python benchmarks/compare.py --from-json docs/speed.json --chart docs/speed.svg --readme
 
 Machines are shared and noisy, so a single time says little. All calls of a row alternate in one
-process with the same number of threads, and the tables give ratios to each other and to the floor
-(floor.py). A ratio divides the peer's least time by nbnorm's on the same layout and with the same
-kind of output: existing or new memory.
+process with the same number of threads, and the tables give ratios of minimum times: nbnorm's to
+the floor (floor.py), and a peer's to nbnorm's on the same layout and with the same kind of output,
+existing or new memory.
 """
 
 import argparse

@@ -5,14 +5,14 @@
     python benchmarks/distributed.py threads
     python benchmarks/distributed.py merge
 
-`layers` times forward and backward of one layer, in turns; all ranks start each call together. The
-time of a call is that of the slowest rank; the table has medians over all turns. The last column is
-the difference of the tenth percentiles, which other work on the machine affects less. `halves` are
-the same two passes in halves, without messages: the cost of reading x twice. `messages` times the
-gathers of one layer and step, without the layer. `threads` times the synchronised layer on two
-Python threads as ranks, with one of Numba's threads for each and with all, beside one call for the
-batch of both; a turn calls each way once. `merge` simulates ranks in one process, against
-long double.
+`layers` times forward and backward of one layer, interleaved; all ranks start each call together,
+and a call takes as long as its slowest rank. The table has medians over all turns. The last column
+is synchronised minus local at the tenth percentile, which other work on the machine affects less.
+`halves` is the synchronised layer of a single rank, without messages: the cost of reading x twice.
+`messages` times the gathers of one layer and step, without the layer. `threads` times the
+synchronised layer on two Python threads as ranks, with one of Numba's threads per rank and with all
+of them, and one call for the batches of both. `merge` simulates ranks in one process and compares
+with long double.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a program: make this folder's package and nbnorm importable
-    # Replaces this folder, whose `distributed` is another module than nbnorm's.
+    # Replace this folder, in which `distributed` would be this file.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numba
@@ -58,7 +58,7 @@ Call = Callable[[], Any]
 
 
 def calls_of(shape: tuple[int, ...], comm: Any) -> dict[str, Call]:
-    """Return training steps of one layer: of this rank alone, in halves, and synchronised."""
+    """Return calls of one layer's training step: on this rank alone, in halves, synchronised."""
     rng = np.random.default_rng(comm.Get_rank())
     x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
     gamma, beta, var = (np.ones(shape[1], np.float32) for _ in range(3))
@@ -80,7 +80,7 @@ def calls_of(shape: tuple[int, ...], comm: Any) -> dict[str, Call]:
 
 
 def in_turns(calls: dict[str, Call], comm: Any, turns: int) -> dict[str, np.ndarray]:
-    """Return the slowest rank's microseconds: tenth percentile and median over the turns."""
+    """Return the slowest rank's time in µs: tenth percentile and median over the turns."""
     own = {name: np.empty(turns) for name in calls}
     for call in calls.values():  # compiles
         call()
@@ -129,7 +129,7 @@ def messages(comm: Any, turns: int) -> list[list[str]]:
 
 
 class Together(ThreadComm):
-    """Threads that can start at the same time."""
+    """`ThreadComm` with a barrier, so that threads can start a call together."""
 
     def Barrier(self) -> None:  # noqa: N802
         """Return once all threads are here."""
@@ -137,7 +137,7 @@ class Together(ThreadComm):
 
 
 def thread_ranks(turns: int) -> list[list[str]]:
-    """Time two threads, each with half of the batch, and one call for all of it."""
+    """Time two threads, each with half of the batch, and one call for the whole batch."""
     most = numba.get_num_threads()
     ways = ["one call, µs", "2 threads, 1 of Numba's each", f"2 threads, {most} of Numba's each"]
     lines = [["shape on each thread", *ways]]

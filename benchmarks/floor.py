@@ -1,18 +1,18 @@
 """The floor: the fastest sweep over a tensor that reads every x and writes every y once.
 
-The least that an op reads and writes, in sweeps of two tensors each:
+A sweep reads one tensor and writes one. The smallest number of sweeps that an op needs is
 
 - training forward and inference: 1, to read x and write y (a second read of x may hit a cache);
 - backward: 1.5, to read dy and x and write dx;
-- a step of BN + ReLU: 2.5, both together, since ReLU's mask follows from x;
-- a step of BN + residual + ReLU: 4. Forward reads x and the residual and writes y, 1.5. Backward
-  reads dy, x and y, which has the mask, and writes dx and the residual's gradient, 2.5.
+- a step of BN + ReLU: 2.5, the sum of forward and backward, since ReLU's mask follows from x;
+- a step of BN + residual + ReLU: 4. Forward reads x and the residual and writes y: 1.5. Backward
+  reads dy, x and y, which determines the mask, and writes dx and the residual's gradient: 2.5.
 
-If x does not fit into a cache, no op can take less; otherwise the floor is only a unit. The fastest
-sweep depends on size and machine: starting threads takes longer than a tiny sweep, and non-temporal
-stores, which do not read the memory that they overwrite, are faster only if y is larger than the
-last-level cache. A virtual machine often reports a cache that it does not have, so all sweeps run
-and the fastest counts.
+If x does not fit into a cache, no op can be faster; otherwise the floor is only a unit. Which sweep
+is fastest depends on size and machine: starting threads takes longer than a tiny sweep, and
+non-temporal stores, which do not read the memory that they overwrite, are faster only if y is
+larger than the last-level cache. A virtual machine often reports a cache that it does not have, so
+all sweeps are timed and the fastest is used.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ LINE = 64  # bytes of a cache line and of the widest vector; non-temporal stores
 def sweeps(x: np.ndarray, y: np.ndarray) -> dict[str, Callable[[], None]]:
     """Return the sweeps from x to y, both dense in the same order of axes.
 
-    Halves are swept as integers, since the processor has no arithmetic for halves.
+    float16 and bfloat16 are swept as integers, since Numba has no arithmetic for them.
     """
     x, y = x.ravel(order="K"), y.ravel(order="K")
     if x.itemsize == 2:
         x, y = x.view(np.uint16), y.view(np.uint16)
-    # At run time, so that the compiler does not turn y = 1 x + 0 into a memcpy.
+    # Arguments, not constants: otherwise the compiler would turn y = 1 x + 0 into a memcpy.
     a, b = x.dtype.type(1), x.dtype.type(0)
     slices = numba.get_num_threads()
     return {

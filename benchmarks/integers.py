@@ -1,8 +1,8 @@
 """Time normalising images from bytes: `python benchmarks/integers.py`.
 
-Each library runs in processes of its own. Prints the least time of all rounds, in milliseconds, of
-float32 y from uint8 images in NHWC order: nbnorm's inference and statistics, NumPy's expression,
-and three ways of PyTorch.
+Each library runs in its own processes. Prints the minimum over all rounds, in milliseconds and as a
+multiple of nbnorm's inference, for uint8 images in NHWC order: nbnorm's inference and statistics,
+NumPy's expression, and four ways of PyTorch. y is float32.
 """
 
 import argparse
@@ -54,7 +54,7 @@ CALLS = {"numpy": numpy_calls, "nbnorm": nbnorm_calls, "torch": torch_calls}
 
 
 def times(library):
-    """Return the least time of each call for each shape."""
+    """Return the minimum time of each call, for each shape."""
     rng, found = np.random.default_rng(0), []
     for shape in SHAPES:
         x = rng.integers(0, 255, shape, np.uint8, endpoint=True)
@@ -64,7 +64,7 @@ def times(library):
         for name, call in CALLS[library](x, mean, std).items():
             try:
                 best[name] = least(call)
-            except Exception as error:  # a compiler that is not there
+            except Exception as error:  # such as a missing compiler
                 print(f"{name}: {type(error).__name__}", file=sys.stderr)
         found.append(best)
     return found

@@ -4,9 +4,9 @@
     python benchmarks/integrations.py --hosts autograd --shapes 4096x512
     python benchmarks/integrations.py --docs        (writes the table of docs/integrations.md)
 
-If a host has no batch norm, it is timed with one composed of its functions, as its users do. Both
-take turns in one process and compute y and the gradients of x, gamma and beta; ONNX, which has no
-gradients, computes y. Hosts that are not installed are left out, and the output names them.
+A host without batch norm is timed with one composed of its functions, as its users would write it.
+The two versions alternate in one process and compute y and the gradients of x, gamma and beta;
+ONNX, which has no gradients, computes only y. The output names hosts that are not installed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BEGIN, END = "<!-- integrations: begin -->", "<!-- integrations: end -->"
 def measure(
     hosts: list[str], shapes: list[tuple[int, ...]], rounds: int
 ) -> tuple[dict[tuple[str, tuple[int, ...]], dict[str, Times]], list[str]]:
-    """Return times by host and shape, and why hosts were left out."""
+    """Return times by host and shape, and the reason for every host that was left out."""
     times, missing = {}, []
     for host in hosts:
         try:

@@ -1,13 +1,13 @@
-"""Compare nbnorm.integrations.torch with PyTorch's own: steps of ResNet-50, and the function.
+"""Compare nbnorm.integrations.torch with PyTorch's own batch norm, in ResNet-50 and alone.
 
     python benchmarks/integrations_torch.py
     python benchmarks/integrations_torch.py --resnet --batch 8 --side 64
     python benchmarks/integrations_torch.py --shapes 32x256x56x56
 
-All calls take turns in one process with the same number of threads. If Numba's layer is omp,
-nbnorm's kernels run on PyTorch's threads. Otherwise each library has its own pool, and idle threads
-of PyTorch's spin for a while after each operator, on cores that Numba's threads need;
-OMP_WAIT_POLICY=passive makes them sleep instead. The last line of the output names its value.
+All calls are interleaved in one process, with the same number of threads. If Numba's threading
+layer is omp, nbnorm's kernels run on PyTorch's threads. Otherwise each library has its own pool,
+and PyTorch's idle threads spin for a while after each operator, on cores that Numba's threads need;
+OMP_WAIT_POLICY=passive makes them sleep instead. The last line of the output shows that variable.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BLOCKS = (3, 4, 6, 3)
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1 x 1, 3 x 3 (with the stride) and 1 x 1, beside a shortcut."""
+    """Convolutions of 1 x 1, 3 x 3 (with the stride) and 1 x 1, plus a shortcut."""
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def steps(batch: int, side: int, memory_format: torch.memory_format) -> dict[str
 
 
 def in_turns(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Return seconds of each call; calls are long, so a turn is a single one."""
+    """Return the seconds of each call; calls are long, so one call is a turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():

@@ -1,8 +1,8 @@
-"""Statistics in pieces: effects of the order of merges, of chunk size and of weights.
+"""Statistics in pieces: order of merges, chunk size, compressed files, averages over batches.
 
-python benchmarks/population.py merge     # many chunks in pairs and in sequence, errors of both
-python benchmarks/population.py chunks    # a file of 2 GB, in chunks of several sizes
-python benchmarks/population.py files     # compressed files, cut along their chunks and across
+python benchmarks/population.py merge     # many chunks in sequence and in pairs: errors, time
+python benchmarks/population.py chunks    # three files of 2 GB each, in chunks of several sizes
+python benchmarks/population.py files     # compressed files, read along and across their chunks
 python benchmarks/population.py batches   # averages over batches, against all values together
 """
 
@@ -38,7 +38,7 @@ def in_pairs(parts: list[Moments]) -> Moments:
 
 
 def merge() -> Lines:
-    """Merge chunks of 1 to 63 values: greatest errors of 16 channels against longdouble."""
+    """Merge chunks of 1 to 63 values: greatest errors of 16 channels against longdouble, time."""
     orders = {"in sequence": lambda parts: Moments.merge(*parts), "in pairs": in_pairs}
     lines = [["chunks", "mean / std", "order", "mean, std", "M2, relative", "us a merge"]]
     for number in (1000, 100_000):
@@ -87,7 +87,7 @@ def chunks() -> Lines:
 
 
 class Across:
-    """A dataset that does not tell its chunks."""
+    """A dataset without the `chunks` of the one that it wraps."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
@@ -97,7 +97,7 @@ class Across:
 
 
 def files() -> Lines:
-    """Time statistics of compressed files of 256 MiB: best of three, in seconds."""
+    """Time statistics of 256 MiB of data in compressed files: best of three, in seconds."""
     import h5py
     import zarr
 
@@ -132,7 +132,7 @@ def files() -> Lines:
 
 
 def batches() -> Lines:
-    """Greatest errors of averaged and merged statistics of a layer of 100 units on 5000 digits."""
+    """Averaged and merged statistics of a layer of 100 units on 5000 digits: greatest errors."""
     with np.load(DIGITS) as digits:
         images, labels = digits["images"].reshape(-1, 784) / 255, digits["labels"]
     rng = np.random.default_rng(0)

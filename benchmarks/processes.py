@@ -1,6 +1,6 @@
-"""Least times of libraries that run in processes of their own.
+"""Minimum times of libraries that each run in their own processes.
 
-Idle threads of one library's pool would slow another down in the same process.
+In one process, idle threads of one library's pool would slow down the other libraries.
 """
 
 import json
@@ -14,7 +14,7 @@ Found = list[dict[str, float]]  # least milliseconds of each call, by shape
 
 
 def least(call: Callable[[], Any], seconds: float = 1.0) -> float:
-    """Return the least time of a call in milliseconds, without the first."""
+    """Return the minimum time of a call in milliseconds, not counting the first call."""
     call()
     found, stop = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < stop:
@@ -25,9 +25,9 @@ def least(call: Callable[[], Any], seconds: float = 1.0) -> float:
 
 
 def in_turns(program: str, libraries: Iterable[str], rounds: int) -> Found:
-    """Run `program --library NAME` for each library in turn; return the least of all rounds.
+    """Run `program --library NAME` for each library in turn; return the minimum over all rounds.
 
-    The program prints what it has found as JSON.
+    The program prints its results as JSON.
     """
     libraries = list(libraries)
     total: Found = []

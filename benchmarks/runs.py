@@ -35,13 +35,13 @@ class Row(NamedTuple):
         return self.times[name].least / self.times[to].least
 
     def rounded(self) -> "Row":
-        """Return the row with four digits per figure, as exact as the clock."""
+        """Return the row with figures rounded to four digits, as the clock is no more exact."""
         times = {name: Times(*map(_four_digits, pair)) for name, pair in self.times.items()}
         return self._replace(floor=_four_digits(self.floor), times=times)
 
 
 class Run(NamedTuple):
-    """Rows measured under the same conditions; `left_out` says why peers lack rows."""
+    """Rows measured under the same conditions; `left_out` says why peers are missing."""
 
     conditions: dict[str, Any]
     commands: list[str]
@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
     @classmethod
     def read(cls, *paths: Path) -> "Run":
-        """Read files that `write` wrote, all of one machine, day and set of versions."""
+        """Read files that `write` wrote, all on the same machine and day with the same versions."""
         first, *others = (cls(**json.loads(path.read_text())) for path in paths)
         commands, left_out, rows = list(first.commands), dict(first.left_out), list(first.rows)
         for other in others:
@@ -91,7 +91,7 @@ def _row(*, shape: list[int], times: dict[str, list[float]], **rest: Any) -> Row
 
 
 def conditions(*libraries: str) -> dict[str, Any]:
-    """Return machine, date and versions of this process, by default with those of all peers."""
+    """Return machine, date and versions of these libraries, by default of Numba and all peers."""
     libraries = libraries or ("numba", *dict.fromkeys(peer.library for peer in PEERS.values()))
     return {
         "cpu": _cpu(),
@@ -119,7 +119,7 @@ def describe(conditions: dict[str, Any]) -> str:
 
 
 def _cpu() -> str:
-    """Return the processor's name, and the one that the compiler has for it."""
+    """Return the processor's name, followed by LLVM's name for it in brackets."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         name = text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()

@@ -1,6 +1,6 @@
 """scikit-learn's StandardScaler and nbnorm's: times, and errors of partial_fit.
 
-python benchmarks/scaler.py speed      # fit, transform, both, of a million rows of 100 features
+python benchmarks/scaler.py speed      # fit and transform a million rows of 100 features
 python benchmarks/scaler.py accuracy   # partial_fit in chunks, against exact arithmetic
 """
 
@@ -50,7 +50,7 @@ def errors(scaler: Any, x: np.ndarray) -> tuple[float, float]:
 
 
 def accuracy(rows: int, columns: int) -> list[list[str]]:
-    """Fit float64 data of standard deviation 1 in chunks."""
+    """Return errors after fitting float64 data of standard deviation 1 in chunks."""
     lines = [["mean", *(f"{name}: mean, scale" for name in SCALERS)]]
     for offset in (1.0, 1e4, 1e8):
         x = np.random.default_rng(0).normal(offset, 1.0, (rows, columns))
@@ -79,7 +79,7 @@ def times(x: np.ndarray, rounds: int) -> dict[str, dict[str, Times]]:
 
 
 def speed(rows: int, columns: int, rounds: int) -> list[list[str]]:
-    """Time float32 and float64 data, in C order and in Fortran order, as pandas has it."""
+    """Time data in C order, float32 and float64, and float32 in Fortran order, as from pandas."""
     lines = [["X", "", "scikit-learn, ms", "nbnorm, ms", "ratio"]]
     for dtype, order in (("float32", "C"), ("float64", "C"), ("float32", "F")):
         x = np.random.default_rng(0).standard_normal((rows, columns), np.float32) + np.float32(3)

@@ -1,7 +1,7 @@
-"""Time the second derivative beside PyTorch's: `python benchmarks/second_order.py`.
+"""Time the second derivative in nbnorm and in PyTorch: `python benchmarks/second_order.py`.
 
-The two libraries take turns, each in processes of its own, so that neither's idle threads slow the
-other down. Prints the least time of all rounds, in milliseconds. PyTorch's is the time of
+The two libraries alternate, each in its own processes, so that idle threads of one do not slow down
+the other. Prints the minimum over all rounds, in milliseconds. PyTorch's time is that of
 `torch.autograd.grad` through the gradient of `torch.nn.functional.batch_norm`.
 """
 
@@ -29,7 +29,7 @@ def nbnorm_call(x, dy, ddx, gamma):
 
 
 def torch_call(x, dy, ddx, gamma):
-    """Return PyTorch's."""
+    """Return PyTorch's second derivative of these arrays, as a function without arguments."""
     import torch
 
     x, dy, weight = (torch.from_numpy(a).requires_grad_() for a in (x, dy, gamma))
@@ -44,7 +44,7 @@ CALLS = {"nbnorm": nbnorm_call, "torch": torch_call}
 
 
 def times(library):
-    """Return the least time of each shape."""
+    """Return the minimum time for each shape."""
     rng, found = np.random.default_rng(0), []
     for shape in SHAPES:
         x, dy, ddx = (rng.standard_normal(shape, np.float32) for _ in range(3))

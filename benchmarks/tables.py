@@ -15,10 +15,10 @@ _SMALL = "Small calls, in µs"
 _OF_THOSE = "channels-last: those of more than two axes"
 
 LEGEND = """\
-Cells have milliseconds, least and median, and a ratio: nbnorm's time in floors, or a peer's time in
-multiples of nbnorm's on the same layout and with the same kind of output (existing or new memory).
-The floor is the fastest sweep that reads x and writes y, times the tensors that an op reads and
-writes (floor.py).
+Each cell has the minimum and the median in milliseconds, and a ratio: nbnorm's time in floors, or a
+peer's time as a multiple of nbnorm's on the same layout and with the same kind of output (existing
+or new memory). The floor is the fastest sweep that reads x and writes y, times the number of such
+sweeps that the op needs (floor.py).
 """
 
 
@@ -72,7 +72,7 @@ def page(run: Run) -> str:
             table = _shapes(rows, filter(is_ours, PEERS))
             parts.append(
                 f"## By shape: {op}, {dtype}\n\n"
-                f"The floor's and nbnorm's times in ms, the others in multiples:\n\n{table}"
+                f"Times of the floor and nbnorm in ms, peers in multiples of nbnorm:\n\n{table}"
             )
     return "\n".join(parts)
 
@@ -112,7 +112,7 @@ def number(value: float) -> str:
 
 
 def multiple(value: float) -> str:
-    """Return a ratio as text: two digits after the point, or three digits in all."""
+    """Return a ratio as text: two decimals, or three digits in all."""
     return f"{value:.2f}" if 0.1 <= value < 10 else number(value)
 
 

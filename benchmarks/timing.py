@@ -1,4 +1,4 @@
-"""Least and median times of calls that take turns."""
+"""Minimum and median times of interleaved calls."""
 
 import math
 import statistics
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from benchmarks.peers import Call
 
-# Least seconds of a turn of one peer. The first calls after a pause may stall for 4 or 8 ms, the
-# scheduler's slices, until each thread has a core. In turns of 1 ms, all nine samples of a call of
-# 0.006 ms were such stalls.
+# Minimum length of one peer's turn, in seconds. The first calls after a pause may stall for 4 or
+# 8 ms, the scheduler's slices, until each thread has a core. With turns of 1 ms, all nine samples
+# of a call of 0.006 ms were stalls.
 TURN = 1e-2
-SAMPLE = 1e-4  # least seconds of a sample within a turn
+SAMPLE = 1e-4  # minimum length of a sample within a turn, in seconds
 # Seconds between turns. Each library has its own pool of threads, and an idle OpenMP thread keeps
 # its core busy for a while before it sleeps, which would slow down the next peer.
 PAUSE = 0.03
@@ -25,7 +25,7 @@ class Times(NamedTuple):
 
 
 def alternate(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
-    """Time calls in turns, at least `rounds` of them and for half a second."""
+    """Time the calls in turn, for at least `rounds` rounds and half a second."""
     repeats = {name: math.ceil(SAMPLE / min(turn(call, 1))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin, done = time.perf_counter(), 0
@@ -37,10 +37,10 @@ def alternate(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
 
 
 def turn(call: Call, repeats: int) -> list[float]:
-    """Pause, wake the threads with a call that does not count, then take samples.
+    """Pause, wake the threads with a call that is not timed, then take samples.
 
-    A sample is the mean of `repeats` calls. Several are taken, because a thread that wakes up on a
-    busy core moves to another one only after some milliseconds.
+    A sample is the mean of `repeats` calls. There are several samples, because a thread that wakes
+    up on a busy core moves to another core only after some milliseconds.
     """
     time.sleep(PAUSE)
     call()

@@ -1,7 +1,7 @@
-"""Time variants of batch normalization beside plain calls: `python benchmarks/variants.py`.
+"""Time variants of batch normalization relative to plain calls: `python benchmarks/variants.py`.
 
-All take turns. Prints the least times of plain forward and backward, in milliseconds, and those of
-the variants as multiples: masks, lengths and weights (`counts`), activations, renorm.
+Calls are interleaved. Prints the minimum time of plain forward and backward, in milliseconds, and
+the variants as multiples of it: masks, lengths and weights (`counts`), activations, renorm.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Arrays:
 
 
 def counts(shape):
-    """Return calls in which about 70 % of the values count."""
+    """Return plain calls, and calls with lengths, weights, and masks that keep about 70 % of x."""
     axis, along = COUNTS[shape]
     arrays, rng = Arrays(shape, axis), np.random.default_rng(1)
     shared = [1 if i == axis % len(shape) else n for i, n in enumerate(shape)]
@@ -84,7 +84,7 @@ def both(arrays, kinds):
 
 
 def renorm(shape):
-    """Return calls of batch norm and of batch renormalisation."""
+    """Return calls of batch norm and of batch renormalization."""
     arrays = Arrays(shape)
     gamma, _ = arrays.affine
     _, mean, rstd, r, d = nbnorm.batch_renorm_forward(arrays.x, *arrays.affine, *arrays.running)
@@ -118,10 +118,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     if unknown := set(arguments.variants) - set(VARIANTS):
-        parser.error(f"variants must be of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+        parser.error(f"expected some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     for variant in arguments.variants or VARIANTS:
         make, shapes = VARIANTS[variant]
-        print(f"{'shape':20} {'pass':9} {'plain, ms':>9}  others, in multiples")
+        print(f"{'shape':20} {'pass':9} {'plain, ms':>9}  variants, in multiples of plain")
         for shape in shapes:
             for direction, calls in make(shape).items():
                 times = alternate(calls, arguments.rounds)

@@ -19,7 +19,7 @@ FIELD = type(nbnorm.BatchNormForward.y)  # of a named tuple
 
 mathml = LatexToMathML(fancy_error=False)
 
-# Frameworks that are not there have annotations too, such as ``Tensor | None``.
+# Frameworks that are not installed are mocks, with which ``Tensor | None`` has to work as well.
 _MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self
 
 
@@ -30,26 +30,26 @@ def inline(writer, node):
 
 
 def block(writer, node):
-    """Write a formula into a box of its own, which scrolls where the page is narrower."""
+    """Write a formula into a box of its own, which scrolls if the page is narrower than it."""
     formula = mathml.convert_with_local_state(node.astext(), displaystyle=True)
     writer.body.append(f'<div class="formula">{formula}</div>\n')
     raise nodes.SkipNode
 
 
 def write_speed(app):
-    """Write the tables of benchmarks.md from the figures that are kept as JSON."""
+    """Write the tables of benchmarks.md from the figures in speed.json."""
     path = DOCS / "generated" / "speed.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(tables.page(Run.read(DOCS / "speed.json")), encoding="utf-8")
 
 
 def headers_are_rst(app):
-    """Have sphinx-gallery take no README.md, such as that of a folder of data, for a section."""
+    """Keep sphinx-gallery from reading a README.md, such as that of data/, as a section header."""
     app.config.sphinx_gallery_conf["source_suffix"] = [".rst"]
 
 
 def read(app, document, source):
-    """Make a page of an example's docstring, a list of scripts, and links to such pages."""
+    """Prepare a page: an example's docstring, the list of scripts, or links to examples."""
     if document == f"{GALLERY}index":
         source[0] = scripts_listed(source[0])
     elif document.startswith(GALLERY):
@@ -66,7 +66,7 @@ def read(app, document, source):
 
 
 def scripts_listed(gallery):
-    """Take the cards of programs that draw nothing out of the gallery, and list them below it."""
+    """Move the programs that draw nothing from the gallery's cards to a list below them."""
     scripts = []
 
     def card(match):
@@ -86,13 +86,13 @@ def scripts_listed(gallery):
 
 
 def draws(name):
-    """Say whether an example has a picture: a plot, or one that names the result it draws."""
+    """Return True for an example with a picture: a plot, or one that names its thumbnail."""
     text = (DOCS / "examples" / f"{name}.py").read_text(encoding="utf-8")
     return name.startswith("plot_") or "\n# sphinx_gallery_thumbnail_path = " in text
 
 
 def titled(docstring):
-    """Return a docstring whose first line is the title, and what is indented is code."""
+    """Return a docstring with its first line as title and indented paragraphs as code."""
     title, _, text = docstring.partition("\n")
     if not re.match(r"([=~*-])\1+$", text):
         text = f"{'=' * len(title)}\n{text}"
@@ -111,14 +111,14 @@ def no_fields(app, what, name, obj, skip, options):
 
 
 def find(app, env, node, contnode):
-    """Link what a docstring names without its module: `batch_norm_forward`."""
+    """Link a name of the API that a docstring writes without its module: `batch_norm_forward`."""
     if node.get("reftype") != "obj":
         return None
     return link(app, node["refdoc"], f"nbnorm.{node['reftarget']}", contnode)
 
 
 def link(app, document, name, content):
-    """Return a reference to a name of the API, None where there is no such name."""
+    """Return a reference to a name of the API, or None if there is no such name."""
     python = app.env.domains.python_domain
     if name not in python.objects:
         return None
@@ -126,12 +126,12 @@ def link(app, document, name, content):
 
 
 class LinkedNames(SphinxPostTransform):
-    """Link code in the text that names the API: `nbnorm.warmup`, `nbnorm.warmup(shape)`."""
+    """Link code in the text that is a name of the API: `nbnorm.warmup`, `nbnorm.warmup(shape)`."""
 
     default_priority = 400
 
     def run(self, **_):
-        """Put a reference around each."""
+        """Put a reference around each such name."""
         for code in list(self.document.findall(nodes.literal)):
             name = code.astext().partition("(")[0]
             if name.startswith("nbnorm.") and not isinstance(code.parent, nodes.reference):
@@ -141,7 +141,7 @@ class LinkedNames(SphinxPostTransform):
 
 
 def setup(app):
-    """Connect all of it."""
+    """Register the formulas, the handlers and the links with Sphinx."""
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.connect("builder-inited", write_speed)
     app.connect("builder-inited", headers_are_rst, priority=0)

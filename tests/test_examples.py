@@ -178,8 +178,8 @@ def test_figure1_refuses_a_folder_without_the_files_and_files_of_something_else(
     labels = folder / "train-labels-idx1-ubyte"
     whole = labels.read_bytes()
     for content, message in (
-        (whole[:-1], "is no IDX file of bytes"),
-        (b"\0\0\x0d" + whole[3:], "is no IDX file of bytes"),
+        (whole[:-1], "is not an IDX file of bytes"),
+        (b"\0\0\x0d" + whole[3:], "is not an IDX file of bytes"),
         (bytes([0, 0, 8, 1, 0, 0, 0, 69]) + whole[9:], "for 69 labels"),
     ):
         labels.write_bytes(content)

@@ -4,10 +4,11 @@
 #     bash benchmarks/gpu/check.sh [--dry] [FOLDER [STEP...]]     (gpu-results, all steps)
 #     bash benchmarks/gpu/check.sh --smoke [FOLDER]               (the first step, a minute)
 #
-# Steps, the most informative first: smoke, short, correct, sanitize, timings, profile. FOLDER gets
-# results.jsonl, log.txt and table.md, which is rewritten after each step. Each part is a process
-# with its own time limit, so a part that hangs, crashes or fails does not stop the others. The exit
-# status is 0 if all requested steps ran and passed. --dry needs no GPU: it tries the check itself,
+# Steps, the most informative first: smoke, short, correct, sanitize, timings, profile (skipped
+# without ncu). FOLDER gets results.jsonl, log.txt, profile.csv and table.md, which is rewritten
+# after each step. Each part is a process with its own time limit, so a part that hangs, crashes or
+# fails does not stop the others; the check stops early only if the machine lacks something needed.
+# The exit status is 0 if every part that ran passed. --dry needs no GPU: it tries the check itself,
 # on a simulated GPU and on the CPU.
 set -u
 cd "$(dirname "$0")/../.." || exit
@@ -23,7 +24,7 @@ log=$GPU_RESULTS/log.txt table=$GPU_RESULTS/table.md
 rm -f "$GPU_RESULTS"/{results.jsonl,log.txt,table.md,profile.csv}
 python=${PYTHON:-python3}
 
-# If its wheels are missing, CUDA's compiler is found only through these.
+# Without the wheels of CUDA's compiler, it is found only through these variables.
 toolkit=${CUDA_TOOLKIT:-/usr/local/cuda}
 if [ -d "$toolkit" ]; then
     export CUDA_HOME=${CUDA_HOME:-$toolkit} CUDA_PATH=${CUDA_PATH:-$toolkit}
@@ -84,7 +85,7 @@ correct() {
     wait
 }
 
-# One process per dtype, as compiling its kernels takes longer than the checks.
+# One process per dtype, as compiling a dtype's kernels takes longer than checking them.
 sanitize() {
     local few=
     [ "$dry" ] && few=" and kept"

@@ -44,7 +44,7 @@ class Machine:
         return self.xp.array(bits(host)).view(host.dtype)
 
     def random(self, shape: tuple[int, ...], dtype: Any, *, backwards: bool = False) -> Array:
-        """Return random numbers, drawn once and repeated."""
+        """Return an array filled with random numbers, which are drawn once and repeated."""
         pool = self.send((self._pool[::-1] if backwards else self._pool).astype(dtype))
         return self.xp.resize(bits(pool), shape).view(dtype)
 
@@ -102,7 +102,7 @@ class Batch:
 
 
 def tensor_of(array: Array) -> Any:
-    """View an array as a tensor; bfloat16 passes as its bits."""
+    """View an array as a tensor; bfloat16 is passed as 16-bit integers."""
     import torch
 
     if array.dtype.name == "bfloat16":
@@ -151,7 +151,7 @@ def _ours(*, last: bool = False, twice: bool = False) -> Peer:
 
 @contextmanager
 def read_twice() -> Iterator[None]:
-    """Keep nothing in shared memory, so that sums and results each read their tensors."""
+    """Keep nothing in shared memory, so that both sweeps of a pass read global memory."""
     launch = sys.modules.get("nbnorm.cuda.launch")
     if launch is None:  # dry
         yield
@@ -164,7 +164,7 @@ def read_twice() -> Iterator[None]:
 
 
 def _torch(*, last: bool = False, cudnn: bool = True, compiled: bool = False) -> Peer:
-    """torch.nn.functional.batch_norm with autograd, as users call it."""
+    """torch.nn.functional.batch_norm: forward and inference without autograd, backward with it."""
 
     def setup(b: Batch, training: bool) -> tuple[Callable[..., Any], list[Any]]:
         import torch

@@ -10,7 +10,7 @@ Record = dict[str, Any]
 RESULTS = "results.jsonl"
 
 OPS = ("forward", "backward", "inference")
-# Least number of tensors of x's size that an op reads or writes, in units of a copy's two.
+# Tensors of x's size that an op must read or write, divided by the two tensors of a copy.
 FLOORS = {"forward": 1.0, "backward": 1.5, "inference": 1.0}
 COPY, OURS, OURS_LAST, TWICE = "copy", "nbnorm", "nbnorm channels-last", "nbnorm, read twice"
 

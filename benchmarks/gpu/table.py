@@ -1,7 +1,7 @@
 """Tables of check.sh's results: python -m benchmarks.gpu.table FOLDER prints them.
 
-With --docs a selection is written into docs/gpu.md. The exit status is 1 if something failed, ran
-out of time or did not run.
+With --docs a selection is written into docs/gpu.md. The exit status is 1 if a part failed or ran
+out of time, or if no part ran.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def rows_of(records: list[Record]) -> list[Row]:
-    """Return the timed rows; of repeated rows the last, unless it has fewer peers."""
+    """Return the timed rows; a repeated row replaces an earlier one unless it has fewer peers."""
     found = {}
     for record in records:
         if record["what"] == "row":
@@ -157,7 +157,7 @@ def grouped(rows: list[Row]) -> list[tuple[tuple[int, str, str], list[Row]]]:
 
 
 def _sum(rows: list[Row], name: str | None) -> str:
-    """Return ms for the 53 batch norms; without a name, of the best peer at each shape."""
+    """Return ms for the 53 batch norms; if no name is given, with the best peer at each shape."""
     times = {row.shape[1:]: row.least.get(name) if name else row.peer for row in rows}
     found = [(times.get(shape[1:]), entry.count) for shape, entry in RESNET50.items()]
     if any(time is None for time, _ in found):

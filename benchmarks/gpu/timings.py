@@ -1,8 +1,9 @@
-"""Times on the GPU by CUDA events, of calls that take turns and find none of their data in L2.
+"""Times on the GPU by CUDA events, of interleaved calls that start with none of their data in L2.
 
-Before each call the GPU reads a buffer of four times L2, for long enough that the host has put the
-whole call on the stream by then. The times therefore contain only the GPU's work: neither the
-host's, nor the writing back of the last call's lines. The least of the rounds counts.
+Before each call the GPU reads a buffer of four times the size of L2, often enough that the host can
+put the whole call on the stream meanwhile. The times therefore contain only the call's own work on
+the GPU, neither the host's nor the writing back of the previous call's cache lines. Tables use the
+minimum over the rounds.
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ COMPILED = (*SHORT, DRY)
 STAGES = ((32, "float32"), (32, "bfloat16"), (256, "bfloat16"), (256, "float32"), (32, "float16"))
 ALLOWED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # between libraries
 
-Times = tuple[float, float, float]  # microseconds: least, median; and of the host, median
+Times = tuple[float, float, float]  # microseconds: minimum and median; the host's median
 
 
 class Clock:
@@ -81,7 +82,7 @@ class Clock:
 
 
 def in_turns(clock: Clock, calls: dict[str, Call]) -> dict[str, Times]:
-    """Time calls that take turns."""
+    """Time interleaved calls."""
     taken: dict[str, list[tuple[Any, Any, float]]] = {name: [] for name in calls}
     warm = [[clock.once(call, flush=False)[2] for _ in range(3)] for call in calls.values()]
     clock.machine.sync()
@@ -113,7 +114,7 @@ class Budget:
 
 
 def peers_for(part: str, shape: tuple[int, ...], op: str, budget: Budget) -> Iterator[str]:
-    """Yield the peers to time; the short part omits those that start slowly or matter less."""
+    """Yield the peers to time; the short part omits slow starters and less important peers."""
     for name, peer in PEERS.items():
         less = peer.compiled or "without" in name
         if op not in peer.ops or (less and part == "short"):
@@ -171,7 +172,7 @@ def shapes_of(part: str, *, dry: bool) -> list[tuple[tuple[int, ...], str]]:
 
 
 def run(part: str, seconds: float, *, dry: bool) -> None:
-    """Time as many rows as `seconds` allow; exit with status 1 if nbnorm fails in any."""
+    """Time as many rows as `seconds` allow; exit with status 1 if nbnorm fails or none ran."""
     machine, budget = Machine(dry=dry), Budget(seconds)
     if importlib.util.find_spec("torch"):
         import torch._functorch.config as functorch
@@ -181,7 +182,7 @@ def run(part: str, seconds: float, *, dry: bool) -> None:
     todo = [(*of, op) for of in shapes_of(part, dry=dry) for op in OPS]
     for number, (shape, dtype, op) in enumerate(todo):
         if budget.over():
-            print(f"out of time: {len(todo) - number} of {len(todo)} rows", flush=True)
+            print(f"out of time: {len(todo) - number} of {len(todo)} rows not run", flush=True)
             records.add("not run", part=part, rows=len(todo) - number)
             break
         batch = Batch(machine, shape, dtype)

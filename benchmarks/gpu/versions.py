@@ -78,7 +78,7 @@ def _torch() -> str:
 
 
 Look = Callable[[], str]
-# Each needs those before it.
+# In this order: each check needs the earlier ones to succeed.
 NEEDED: dict[str, Look] = {
     "GPU": _gpu, "libraries": _libraries, "compiler": _compiled, "CuPy": _cupy, "limits": _limits,
 }  # fmt: skip
@@ -95,7 +95,7 @@ def looked(parts: dict[str, Look]) -> Iterator[tuple[str, str, bool]]:
 
 
 def run(*, dry: bool) -> dict[str, Any]:
-    """Print and return everything; exit with status 1 if something needed is missing."""
+    """Print and return the environment; exit with status 1 if something needed is missing."""
     found: dict[str, Any] = versions()
     print(", ".join(f"{name} {number}" for name, number in found.items()), flush=True)
     tools = {tool: shutil.which(tool) or "not found" for tool in TOOLS}

@@ -1,4 +1,4 @@
-"""HIPS autograd: it has no batch normalization, so the host's is composed of its functions."""
+"""HIPS autograd has no batch normalization: the host's version is composed of its functions."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -23,7 +23,7 @@ def composed(x: Any, gamma: Any, beta: Any, eps: float = EPS) -> Any:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Return calls of forward and backward: y, dx, dgamma, dbeta, as NumPy arrays."""
+    """Return calls of forward and backward, which return y, dx, dgamma, dbeta as NumPy arrays."""
     b = Batch(shape, dtype)
     b.dy  # noqa: B018 - draws it before the timing
 

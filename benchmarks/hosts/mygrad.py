@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Return calls of forward and backward: y, dx, dgamma, dbeta, as NumPy arrays."""
+    """Return calls of forward and backward, which return y, dx, dgamma, dbeta as NumPy arrays."""
     b = Batch(shape, dtype)
     dy = b.dy
     x, gamma, beta = (mygrad.tensor(array, copy=False) for array in (b.x, b.gamma, b.beta))

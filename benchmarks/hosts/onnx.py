@@ -18,7 +18,7 @@ def name() -> str:
 def calls(
     shape: tuple[int, ...], dtype: str = "float32", *, training: bool = False
 ) -> dict[str, Callable[[], object]]:
-    """Return runs of a model of one node: y, in training also running mean and variance."""
+    """Return calls that run a model of one node; they return y and, in training, statistics."""
     batch = Batch(shape, dtype)
     feeds = {
         "x": batch.x,

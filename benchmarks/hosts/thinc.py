@@ -1,4 +1,4 @@
-"""thinc: it has no batch norm, so the host's is a layer as its users write them."""
+"""thinc has no batch norm: the host's version is a layer such as its users would write."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Return calls of forward and backward: Y, dX, dG, db, running mean and variance."""
+    """Return calls of forward and backward: they return Y, dX, dG, db, running mean and var."""
     batch = Batch(shape, dtype)
     models = {
         "host": Model("composed", _composed, params=dict.fromkeys(_PARAMETERS), ops=NumpyOps()),
@@ -33,7 +33,7 @@ def _step(model: Model, batch: Batch) -> Callable[[], object]:
         model.set_param(parameter, value.copy())
 
     def step() -> tuple[np.ndarray, ...]:
-        for parameter in ("G", "b"):  # as after an optimizer's step
+        for parameter in ("G", "b"):  # reset to 0, as by an optimizer's step
             model.set_grad(parameter, np.zeros_like(model.get_param(parameter)))
         Y, backprop = model.begin_update(batch.x)
         dX = backprop(batch.dy)

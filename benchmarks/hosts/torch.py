@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def calls(shape: tuple[int, ...], dtype: str = "float32") -> dict[str, Callable[[], object]]:
-    """Return calls of forward and backward: y, dx, dgamma, dbeta, as tensors."""
+    """Return calls of forward and backward, which return y, dx, dgamma, dbeta as tensors."""
     b = Batch(shape, dtype)
     dy = torch.from_numpy(b.dy)
     inputs = [torch.from_numpy(array).requires_grad_() for array in (b.x, b.gamma, b.beta)]

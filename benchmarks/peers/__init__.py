@@ -11,9 +11,9 @@ relu        a step of BN + ReLU, forward and backward: y, dx, dgamma, dbeta
 add+relu    a step of BN + residual + ReLU: y, dx, dgamma, dbeta, dresidual
 ==========  =====================================================================================
 
-Libraries are imported when a peer is set up, and all use Numba's number of threads. `PEERS` also
-has peers that are not installed, since their figures may be read from a file; `installed` names
-those that are.
+Setting up a peer imports its library; all libraries use Numba's number of threads. `PEERS` includes
+peers that are not installed, since their figures may be read from a file; `installed` returns the
+installed ones.
 """
 
 import sys

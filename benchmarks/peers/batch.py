@@ -17,7 +17,7 @@ class Batch:
     x, dy, residual, out : ndarray of `shape`, channel axis 1
         Input, gradient of the output, addend before ReLU, and memory for results.
     gamma, beta, running_mean, running_var : ndarray (C,)
-        Of x's dtype, or float32 if x is a half, as in mixed precision.
+        Of x's dtype, or float32 if x is float16 or bfloat16, as in mixed precision.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str = "float32", *, last: bool = False):
@@ -83,5 +83,5 @@ class Peer(NamedTuple):
     library: str = "numpy"
 
 
-class LeftOut(Exception):  # noqa: N818 - no error
+class LeftOut(Exception):  # noqa: N818 - not an error
     """Raised by a setup, with the reason why the peer cannot compute this batch."""

@@ -1,7 +1,8 @@
 """JAX: batch normalization as in Flax, one jitted program per call.
 
-Flax computes the variance as E[x^2] - E[x]^2, and halves in float32. A program returns everything
-that a user needs, since XLA computes nothing else. A call waits for its results.
+Flax computes the variance as E[x^2] - E[x]^2, and statistics of float16 and bfloat16 in float32. A
+program returns everything that a user needs, since XLA drops what is not returned. A call waits for
+its results.
 """
 
 import os

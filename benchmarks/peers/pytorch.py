@@ -19,7 +19,7 @@ def _torch() -> Any:
 
 
 def _tensors(*arrays: np.ndarray) -> Any:
-    """Return the arrays as tensors on the same memory; bfloat16 passes as its bits."""
+    """Return tensors that share the arrays' memory; bfloat16 is passed as 16-bit integers."""
     torch = _torch()
     return [
         torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -30,7 +30,7 @@ def _tensors(*arrays: np.ndarray) -> Any:
 
 
 def array_of(tensor: Any) -> np.ndarray:
-    """Return the array on a tensor's memory."""
+    """Return an array that shares a tensor's memory."""
     torch, tensor = _torch(), tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view("bfloat16")
@@ -67,7 +67,7 @@ def operators(*, last: bool = False) -> Peer:
 
 
 def functional(*, last: bool = False, compiled: bool = False) -> Peer:
-    """torch.nn.functional with autograd, as users call it; steps in place, as in torchvision."""
+    """torch.nn.functional with autograd, as users call it; residual and ReLU in place."""
 
     def prepare(b: Batch, *, training: bool, relu: bool = False) -> tuple[Any, list[Any]]:
         """Return a function and its first arguments."""

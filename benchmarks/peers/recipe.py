@@ -1,7 +1,7 @@
-"""NumPy, as in course notes: one line per equation, with arrays in between.
+"""NumPy, as in course notes: one line per equation, each result in a new array.
 
-Halves are widened first: NumPy computes in the type of its arrays, and a sum in bfloat16 stops
-growing at 256 terms.
+float16 and bfloat16 are converted to float32 first: NumPy computes in the type of its arrays, and a
+sum of ones in bfloat16 stops growing at 256.
 """
 
 from functools import partial

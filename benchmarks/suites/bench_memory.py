@@ -37,8 +37,8 @@ class Ops:
 class NewResults:
     """A loop of y = batch_norm_forward(x) that keeps the last `held` results of 51 MB.
 
-    The pool reuses the memory of results: the peak must grow by one result per `held`, and not with
-    `rounds`.
+    The pool reuses the memory of results: the peak must grow with `held`, by one result each, but
+    not with `rounds`.
     """
 
     params = ([8, 80], [1, 4])
@@ -98,7 +98,8 @@ MIXED = {
 class MixedResults:
     """Time and memory of results whose sizes never repeat, with and without the pool.
 
-    With the pool no pattern may take longer or keep more memory than was in use at once.
+    With the pool, no case may take longer than without it, and the peak of memory may not exceed
+    what was in use at once.
     """
 
     params = (list(MIXED), ["forward", "inference"], [1, 30], [True, False])

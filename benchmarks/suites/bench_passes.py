@@ -14,7 +14,7 @@ LAYOUTS = ["channels-first", "channels-last"]
 
 
 def call_of(op, shape, layout, dtype="float32"):
-    """Return nbnorm's call after a first call."""
+    """Return nbnorm's call, compiled by a first call."""
     last = layout == "channels-last"
     if last and len(shape) == 2:
         raise NotImplementedError("(N, C) has one layout")
@@ -123,7 +123,7 @@ class Segments:
 
 
 class WhatCounts:
-    """Training forward and backward where not every value counts, beside the plain call."""
+    """Training forward and backward with lengths, a mask or weights, and without ("all")."""
 
     params = (["32x256x56x56", "32x56x56x256", "64x512x400"], ["all", "lengths", "mask", "weights"])
     param_names = ("shape", "what")
@@ -159,7 +159,7 @@ class WhatCounts:
 
 
 class Activations:
-    """Forward and backward with an activation, beside those with ReLU."""
+    """Forward and backward with activations, of which ReLU is the baseline."""
 
     params = (["8x64x28x28", "256x1024"], ["relu", "leaky_relu", "silu", "gelu", "tanh"])
     param_names = ("shape", "activation")

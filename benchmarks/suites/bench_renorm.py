@@ -1,4 +1,4 @@
-"""asv: batch renormalization beside batch normalization, debiasing, and mixed precision."""
+"""asv: batch renormalization and batch normalization, debiasing, and mixed precision."""
 
 import numpy as np
 

@@ -1,10 +1,10 @@
-"""asv: scikit-learn's scaler by nbnorm; left out where scikit-learn is not installed."""
+"""asv: nbnorm's replacement of scikit-learn's scaler; skipped if scikit-learn is not installed."""
 
 import numpy as np
 
 
 class Scaler:
-    """Statistics of a table, and the map that they give."""
+    """Fitting a table, or transforming it with the fitted statistics."""
 
     params = (["fit", "transform"], ["float32", "float64"], ["100000x100", "100x10"])
     param_names = ("op", "dtype", "shape")

@@ -34,7 +34,7 @@ class Import:
 
 
 class FirstCall:
-    """First forward and backward, of a small shape and of one that uses threads.
+    """First forward and backward, of a small shape and of a shape that uses threads.
 
     cold: no kernel is cached on disk; warm: an earlier process has cached them.
     """

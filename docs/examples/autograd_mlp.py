@@ -7,7 +7,7 @@ weights and see the same batches. Batch normalization with scale, shift and ReLU
 Running statistics are not parameters: autograd does not differentiate them, and batch_norm updates
 them in place.
 
-    python autograd_mlp.py               # some seconds
+    python autograd_mlp.py               # a few seconds
     python autograd_mlp.py --steps 5000
 """
 

@@ -6,7 +6,8 @@ the whole training into one function: selecting the batch, matrix products, batc
 forward and backward, running statistics, and gradient descent.
 
 The program also trains the same network in Python, from the same weights and on the same batches.
-The two differ by the rounding of matrix products, which are loops in one and BLAS in the other.
+The results differ by the rounding of matrix products: the compiled loop computes them in loops,
+Python with BLAS.
 
     python compiled_mlp.py                # under a minute, compiling included
     python compiled_mlp.py --steps 20000
@@ -48,7 +49,7 @@ def product(a, b):
 
 @njit
 def cross_entropy(scores, labels):
-    """Return the mean softmax cross-entropy of a batch, and its gradient by the scores."""
+    """Return the mean softmax cross-entropy of a batch, and dscores, its gradient."""
     loss, dscores = 0.0, np.empty_like(scores)
     for i in range(len(labels)):
         shifted = scores[i] - scores[i].max()

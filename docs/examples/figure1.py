@@ -4,19 +4,20 @@ S. Ioffe & C. Szegedy, "Batch Normalization: Accelerating Deep Network Training 
 Covariate Shift" (2015), section 4.1: a network of three hidden layers of 100 sigmoids each and a
 softmax over ten classes learns handwritten digits in batches of 60, without and with batch
 normalization of every sigmoid's input. Panel (a) shows the accuracy on the test digits; (b) and (c)
-show how the distribution of one sigmoid's input changes as the layers before it learn, for the
-first of the learning rates. Look at how little the rate matters to the blue lines, and how much to
-the others.
+show how the distribution of one sigmoid's input changes as the layers before it learn, at the first
+of the learning rates. Look at how little the rate matters to the blue lines, and how much to the
+orange ones.
 
 NumPy computes the matrix products, nbnorm the normalisation, forward and backward. Both networks
 start from the same weights and see the same batches. The paper trains on 60,000 binary images and
 tests on 10,000; this program uses 4,000 and 1,000 in grey (data/README.md names the source), or
-those of a folder with the four files of MNIST or Fashion-MNIST.
+the images in a folder with the four files of MNIST or Fashion-MNIST.
 
 Over five seeds and 50,000 steps (docs/results/figure1.json) the network with batch normalization
-reaches a mean accuracy of 0.89 after 1,500 steps at a rate of 0.02, 500 at 0.1 and 1,000 at 0.5;
-the one without after 49,000, 10,500 and 3,500 (tests are 500 steps apart). At the end, at 0.1, they
-have 0.917 and 0.905 (over seeds 0.912 to 0.927, and 0.899 to 0.911).
+reaches a mean accuracy of 0.89 after 1,500 steps at a rate of 0.02, after 500 at 0.1 and after
+1,000 at 0.5. The network without it needs 49,000, 10,500 and 3,500 steps (tests are 500 steps
+apart). After 50,000 steps at 0.1 the accuracies are 0.917 and 0.905 (over seeds 0.912 to 0.927, and
+0.899 to 0.911).
 
     python figure1.py                              # under a minute, writes figure1.png
     python figure1.py --quick                      # a few seconds
@@ -24,7 +25,7 @@ have 0.917 and 0.905 (over seeds 0.912 to 0.927, and 0.899 to 0.911).
     python figure1.py --rates 0.02 0.1 0.5         # three learning rates
     python figure1.py --data ~/fashion-mnist
 
-With --results the program draws the figure from that file and runs only what it lacks.
+With --results the program draws the figure from that file, after running what is missing from it.
 """
 
 # sphinx_gallery_thumbnail_path = "results/figure1.svg"
@@ -72,7 +73,7 @@ def read_idx(folder, name):
             shape = np.frombuffer(content, ">i4", rank, offset=4)
             values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
             if content[:3] != b"\0\0\x08" or values.size != np.prod(shape, dtype=int):
-                raise ValueError(f"{path} is no IDX file of bytes")
+                raise ValueError(f"{path} is not an IDX file of bytes")
             return values.reshape(shape)
     raise FileNotFoundError(f"{folder} has no {name}, nor {name}.gz")
 
@@ -151,7 +152,7 @@ def print_table(steps, found):
 
 
 def draw(steps, found, tested, output):
-    """Write the figure: (a) accuracy; (b, c) a sigmoid's input, of the first rate and seed."""
+    """Write the figure: (a) accuracy; (b, c) a sigmoid's input, at the first rate and seed."""
     first, *others = found
     with runs.drawn(output, (12, 4.4)) as figure:
         grid = figure.add_gridspec(1, 3, width_ratios=(1.5, 1, 1))

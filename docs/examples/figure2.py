@@ -20,12 +20,12 @@ The changes (--changes selects some of them): no dropout before the classifier; 
 six times faster decay of the rate; no local response normalization; new shuffling in every epoch
 (the baseline repeats the same batches); less distortion of brightness and contrast.
 
-With three seeds and 1,000 steps (docs/results/figure2.json) the results are in part as in the
-paper. Batch normalization alone needs less than half of the steps to the baseline's best accuracy,
-and reaches a higher one. With five times the rate and the changes it needs less than a third.
-Sigmoids learn only with batch normalization. Unlike in the paper, 30 times the rate is too high, so
-BN-x5 is best; sigmoids exceed the baseline; and the baseline at five times its rate does not
-diverge, but learns badly or not at all.
+With three seeds and 1,000 steps (docs/results/figure2.json) the results partly agree with the
+paper's. Batch normalization alone needs less than half of the baseline's steps to reach the
+baseline's best accuracy, and goes on to a higher one. With five times the rate and the changes it
+needs less than a third. Sigmoids learn only with batch normalization. Unlike in the paper, 30 times
+the rate is too high, so BN-x5 is best; BN-x5-Sigmoid exceeds the baseline; and the baseline at five
+times its rate does not diverge, but learns badly or not at all.
 
     python figure2.py                                   # writes figure2.png
     python figure2.py --quick                           # a minute or two, a tenth of the steps
@@ -56,11 +56,11 @@ TESTS = 40
 
 
 class Habits(NamedTuple):
-    """How a network is trained besides its rate; the defaults are the baseline's."""
+    """How a network is trained, apart from its learning rate; the defaults are the baseline's."""
 
     dropout: float = 0.4  # probability that an input of the classifier is dropped
     l2: float = 1e-4
-    decay: int = 1  # how often the rate is halved in all
+    decay: int = 1  # number of times that the rate is halved during training
     lrn: bool = True
     shuffling: str = "none"  # between epochs: "none", "within" shards of 512 digits, or "across"
     distortion: float = 0.4  # of brightness and contrast
@@ -207,9 +207,10 @@ def train(variant, data, seed, rate, steps, habits, progress):
 
 
 def finish(wanted, finished, settings, path):
-    """Train the networks, (variant, habits, seed) by the name of a run, that are not in `finished`.
+    """Train the networks of `wanted` that are missing from `finished`, and add them to it.
 
-    Each is added to it, and to the JSON at `path` if that is not None.
+    `wanted` has (variant, habits, seed) by the name of a run. After each run all finished ones are
+    written to the JSON file `path`, unless that is None.
     """
     missing = {name: run for name, run in wanted.items() if name not in finished}
     data, rate, steps = digits(), settings["rate"], settings["steps"]
@@ -234,8 +235,8 @@ def tested_at(steps):
 def table(steps, found):
     """Return the lines of Figure 3: steps to the baseline's best accuracy, and best accuracy.
 
-    Both are those of the mean over seeds. With several seeds a last column has the range of the
-    seeds' own best accuracies.
+    Both are computed from the mean over seeds. With several seeds a last column has the range of
+    the best accuracies of single seeds.
     """
     means = {name: np.mean([run["accuracy"] for run in of], axis=0) for name, of in found.items()}
     reference = "Baseline" if "Baseline" in means else next(iter(means))

@@ -3,9 +3,9 @@
 Three hidden layers of 100 ReLUs and a softmax over ten classes learn handwritten digits
 (data/README.md names the source) by gradient descent. Both networks start from the same small
 weights and see the same batches. Batch normalization with scale, shift and ReLU is one operation.
-mygrad's own has no running statistics, which testing a network requires.
+mygrad's own batch norm has no running statistics, which are needed to test a network.
 
-    python mygrad_mlp.py               # some seconds
+    python mygrad_mlp.py               # a few seconds
     python mygrad_mlp.py --steps 5000
 """
 

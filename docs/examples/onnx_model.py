@@ -1,15 +1,15 @@
 """Read digits with an ONNX model of convolutions, batch normalizations and ReLUs.
 
 The filters are random. The model learns only the statistics of its batch norms and the last layer,
-each in a single pass: with ``training_mode`` and a momentum of 0 it returns the statistics of its
-input digits (data/README.md names the source) and their features, from which ridge regression
-computes the last layer in closed form. The model reads 19 of 20 new digits correctly.
+each in a single pass. With ``training_mode`` and a momentum of 0 it returns the statistics of its
+input digits (data/README.md names the source) and their features. From the features, ridge
+regression computes the last layer in closed form. The model reads 19 of 20 new digits correctly.
 
 ONNX's reference evaluator runs the model, once with its own `BatchNormalization` and once with
 nbnorm's. The program prints times and accuracies of both.
 
     python onnx_model.py                 # ten seconds
-    python onnx_model.py --train 500     # some seconds
+    python onnx_model.py --train 500     # a few seconds
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parameters(rng):
 
 
 def network(arrays, *, training):
-    """Return the model: features and statistics of all images in training, scores otherwise."""
+    """Return the model: in training it returns features and statistics, otherwise scores."""
     nodes = []
     for i, (image, stride) in enumerate((("images", 2), ("relu1", 1)), 1):
         moved = [f"new_mean{i}", f"new_var{i}"] if training else []

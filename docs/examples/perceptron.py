@@ -1,15 +1,16 @@
 """A multilayer perceptron in NumPy and nbnorm, which the examples train on the digits in data/.
 
-Like `nbnorm.BatchNorm`, a layer has `forward`, which saves what `backward` needs, `backward`, which
-maps the gradient of its output to that of its input, and `parameters` and `grads` by name.
+Like `nbnorm.BatchNorm`, a layer has the methods `forward`, which saves what `backward` needs, and
+`backward`, which maps the gradient of its output to that of its input. `parameters` and `grads` are
+dicts by name.
 """
 
 import os
 from itertools import pairwise
 from pathlib import Path
 
-# Before NumPy is imported: threads do not speed up products this small, and slow them down a lot if
-# other programs run.
+# Set before NumPy is imported: threads do not speed up products this small, and slow them down a
+# lot if other programs run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -39,7 +40,7 @@ class Linear:
 
 
 class Bias:
-    """y = x + b, only without BatchNorm, which has its own shift, beta (section 3.2)."""
+    """y = x + b. Not needed before BatchNorm, which has its own shift, beta (section 3.2)."""
 
     def __init__(self, num_features, dtype):
         self.parameters = {"bias": np.zeros(num_features, dtype)}
@@ -58,7 +59,7 @@ class Bias:
 class Sigmoid:
     """y = 1 / (1 + exp(-x))."""
 
-    parameters = {}  # noqa: RUF012 - none, for good
+    parameters = {}  # noqa: RUF012 - always empty
 
     def forward(self, x):
         """Return y."""
@@ -73,7 +74,7 @@ class Sigmoid:
 class ReLU:
     """y = max(x, 0)."""
 
-    parameters = {}  # noqa: RUF012 - none, for good
+    parameters = {}  # noqa: RUF012 - always empty
 
     def forward(self, x):
         """Return y."""
@@ -152,7 +153,7 @@ class Network:
 
 
 def cross_entropy(scores, labels):
-    """Return the mean softmax cross-entropy of a batch, and its gradient by the scores."""
+    """Return the mean softmax cross-entropy of a batch, and dscores, its gradient."""
     rows = np.arange(len(labels))
     scores = scores - scores.max(axis=1, keepdims=True)
     log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))

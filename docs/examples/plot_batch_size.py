@@ -43,7 +43,7 @@ errors = {
 
 # %%
 # From batches of 16 on, the network with batch normalization has the smaller error. At 4 it has the
-# larger one, and at 2 it fails: only the sign is left of two normalised values,
+# larger one, and at 2 it fails: of two values normalisation leaves only the sign,
 # :math:`\hat x = \pm 1`. Without batch normalization small batches do no harm, but at 256 the
 # learning rate, 0.5, is too high.
 

@@ -53,7 +53,7 @@ accuracy = {
 # Compare the colours in each panel. With sigmoids, batch normalization in either place is far
 # better than none; with ReLUs at the large rate it makes training steadier. Which place is better
 # depends on the nonlinearity. With sigmoids, "after" is ahead throughout (at the large rate by
-# three percentage points in the end). With ReLUs the ranges of the two overlap.
+# three percentage points at the end). With ReLUs the ranges of the two places overlap.
 
 figure, panels = plt.subplots(
     2, 2, figsize=(9, 6.4), sharex=True, sharey=True, layout="constrained"

@@ -7,8 +7,8 @@ This example shows why gradients must pass through the statistics. Section 2 of 
 
 .. math:: \hat x = u + b - \mathrm E[u + b].
 
-b has no effect on :math:`\hat x`. If a gradient step treats the mean as a constant, it changes b
-nevertheless. The loss stays the same, so the next step changes b again.
+b has no effect on :math:`\hat x`. A gradient step that treats the mean as a constant changes b all
+the same. The loss does not change, so the next step changes b again.
 """
 
 import matplotlib.pyplot as plt

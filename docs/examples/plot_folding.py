@@ -17,7 +17,7 @@ import nbnorm
 rng = np.random.default_rng(0)
 
 # %%
-# The layers in NumPy. The convolution, 3x3 and padded by 1, is a product with all windows.
+# The layers in NumPy. The convolution, 3x3 and padded by 1, is a matrix product with all windows.
 
 
 def linear(x, weight, bias):
@@ -66,7 +66,7 @@ def prepare(layer, fold, rows, space, width):
 
 
 def least_time(*calls):
-    """Return the least time of each call in ms, out of twenty turns."""
+    """Return the minimum time of each call in ms, over twenty rounds."""
     times = np.empty((20, len(calls)))
     for row in times:
         for i, call in enumerate(calls):
@@ -86,9 +86,9 @@ greatest = np.max(list(errors.values()), axis=0)
 print("greatest error, unfolded and folded: {:.1e}, {:.1e}".format(*greatest))
 
 # %%
-# Both forms differ from float64 only by rounding. The labels on the bars give the time saved. The
-# narrower the layer, the larger the share: the layer's own work grows with the square of the width,
-# that of batch normalization with the width.
+# Both forms differ from float64 only by rounding. The labels on the bars give the share of the time
+# that is saved. It is larger for narrower layers: the layer's own work grows with the square of the
+# width, that of batch normalization with the width.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for panel, name in zip(panels, LAYERS, strict=True):

@@ -32,7 +32,7 @@ averages = {
 
 # %%
 # In every training step, the moments of each batch normalization's input update its averages for
-# all momenta. None is the plain average: the new batch has the weight 1 / number of batches.
+# all momenta. Momentum None is the plain average: a new batch has the weight 1 / number of batches.
 
 
 def forward(x, training=False):
@@ -62,7 +62,7 @@ def learn(step):
 
 
 # %%
-# Exact statistics are computed layer by layer, since the input of each depends on those before it.
+# Exact statistics are computed layer by layer, as a layer's input depends on the layers before it.
 
 
 def set_exact_statistics():
@@ -108,11 +108,12 @@ for step in range(1, max(ASKED_AT) + 1):
 
 # %%
 # If the digits come in random order, the statistics of the batch are almost as good as the exact
-# ones. If they are sorted, first the zeros, then the ones, and so on, these statistics fail: an
-# answer depends on the other digits of the batch. A moving average starts at a mean of 0 and a
-# variance of 1, and needs a few times 1 / momentum steps to forget them. Its accuracy is then
-# within three percentage points of that of the exact statistics after 50 steps, and within one
-# after 1,000. Even momentum 1, which keeps only the last batch, is good enough here.
+# ones. If they are sorted, first the zeros, then the ones, and so on, these statistics fail: the
+# answer for a digit depends on the other digits of the batch. A moving average starts at a mean of
+# 0 and a variance of 1, and needs a few times 1 / momentum steps to forget them. Averages that have
+# forgotten them reach the accuracy of the exact statistics to within three percentage points after
+# 50 steps, and within one after 1,000. Even momentum 1, which keeps only the last batch, is good
+# enough here.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
 for panel, (step, (by_momentum, others)) in zip(panels, answers.items(), strict=True):

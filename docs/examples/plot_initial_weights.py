@@ -59,11 +59,11 @@ accuracy = {
 }
 
 # %%
-# Look at the line of batch normalization first: weights of all scales learn, and end between 0.83
-# and 0.89. Without it the network learns within these steps from the two largest scales only.
-# Normalising the inputs alone helps a little where weights are small (0.05). Where they are large
-# it does harm, as larger inputs saturate the sigmoids; and it normalises nothing behind the first
-# layer.
+# Look at the line of batch normalization first: networks learn from weights of all scales, and end
+# between 0.83 and 0.89. Without it the network learns within these steps from the two largest
+# scales only. Normalising the inputs alone helps a little for small weights (0.05). For large
+# weights it does harm, as larger inputs saturate the sigmoids; and it normalises nothing after the
+# first layer.
 
 figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
 for kind, runs in accuracy.items():

@@ -12,9 +12,9 @@ Ioffe & Szegedy (2015, section 3.3) note of a layer with batch normalization tha
     = \frac1a \frac{\partial\,\mathrm{BN}(Wu)}{\partial W}.
 
 The scale of the weights does not affect the Jacobian of the layer, and larger weights lead to
-smaller gradients. This example takes the Jacobians column by column, with
+smaller gradients. This example computes both Jacobians column by column, with
 `nbnorm.batch_norm_jvp`, and looks at their singular values: the paper conjectures that batch
-normalization brings those of the first close to 1, "which is known to be beneficial for training".
+normalization brings those of dy/du close to 1, "which is known to be beneficial for training".
 """
 
 import matplotlib.pyplot as plt
@@ -28,8 +28,8 @@ u, W = rng.standard_normal((N, INPUTS)), rng.standard_normal((INPUTS, OUTPUTS))
 scales = np.logspace(-2, 2, 9)
 
 # %%
-# A column of the Jacobian is the derivative of y = BN(u aW) along one coordinate of u or of aW, of
-# which Wu has the tangent tu aW, or u tW.
+# A column of the Jacobian is the derivative of y = BN(u aW) along one coordinate of u or of aW. A
+# tangent tu of u becomes the tangent tu aW of BN's input, and a tangent tW of aW becomes u tW.
 
 
 def jacobians(a, normalise=True):
@@ -64,11 +64,12 @@ singular = {
 }
 
 # %%
-# Both equations hold to float64's rounding. Left, look at the singular values of dy/du: with batch
-# normalization they are the same at every scale of the weights, without it they are proportional to
-# a. They are near 1 (greatest 1.9, median 0.85), but for two per channel that are 0, as y does not
-# change with the mean and the scale of its channel. Right, the greatest singular value of dy/d(aW)
-# falls as 1/a with batch normalization, and does not depend on a without.
+# Both equations hold to float64's rounding. On the left, look at the singular values of dy/du: with
+# batch normalization they are the same at every scale of the weights, without it they are
+# proportional to a. With it they are near 1 (greatest 1.9, median 0.85), except for two per channel
+# that are 0, as y does not change with the mean and the scale of its channel. On the right, the
+# greatest singular value of dy/d(aW) falls as 1/a with batch normalization, and without it does not
+# depend on a.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for color, (name, values) in zip(("C0", "C1"), singular.items(), strict=True):

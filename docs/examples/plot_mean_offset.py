@@ -2,8 +2,8 @@
 Accuracy for large means
 ========================
 
-This example measures how accurate y is if the mean of x is large compared with its standard
-deviation. Usual implementations subtract a float32 mean, or compute the variance as
+This example measures the error of y if the mean of x is large compared with its standard deviation.
+Most implementations subtract a float32 mean, or compute the variance as
 :math:`E[x^2] - E[x]^2`, and lose a digit or more with every factor of ten. nbnorm sums around a
 shift, merges in float64, and subtracts the mean in two parts; docs/math.md derives the formulas.
 
@@ -59,8 +59,8 @@ errors = {
 }
 
 # %%
-# The error of nbnorm stays at float32's rounding of y. In training the others lose about a digit
-# with every factor of ten. JAX loses two, because it computes the variance as in Flax,
+# The error of nbnorm stays at float32's rounding of y. In training NumPy and PyTorch lose about a
+# digit with every factor of ten. JAX loses two, because it computes the variance as in Flax,
 # :math:`E[x^2] - E[x]^2`; where that becomes negative, y is NaN and the line has a gap. In
 # inference libraries that subtract the mean first (nbnorm, NumPy, JAX) keep all digits, and those
 # that compute scale x + shift (PyTorch, onnxruntime) do not. An error of 1 leaves no digit of y.

@@ -57,9 +57,9 @@ def deviation(eps):
 deviations = {eps: deviation(eps) for eps in (0.0, 1e-5)}
 
 # %%
-# With eps = 0 (left) only float32's rounding remains, some 1e-7 at every scale. With eps = 1e-5
+# With eps = 0 (left) only float32's rounding remains, about 1e-7 at every scale. With eps = 1e-5
 # (right) small weights deviate: x has a variance of about :math:`a^2`, which at a = 1e-3 is below
-# eps, so the outputs and the gradients are too small. Towards large a the effect of eps vanishes.
+# eps, so the outputs and the gradients are too small. For large a the effect of eps vanishes.
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
 for panel, (eps, lines) in zip(panels, deviations.items(), strict=True):

@@ -4,11 +4,11 @@ Whitening, with and without its gradient
 
 Ioffe & Szegedy (2015, section 2) would like to whiten a layer's inputs: with the mean and the
 covariance :math:`\Sigma` of the batch, :math:`\hat x = \Sigma^{-1/2} (x - \mu)` has uncorrelated
-components of variance 1. They note two difficulties. Gradient descent must know that :math:`\mu`
-and :math:`\Sigma` depend on the weights, or weights grow and the loss stays; and
-:math:`\Sigma^{-1/2}` and its derivatives are expensive, "and not everywhere differentiable". So
-they normalise each component by itself. This example shows the first difficulty on a toy problem,
-and then the cost.
+components of variance 1. They note two difficulties. Gradient descent must take into account that
+:math:`\mu` and :math:`\Sigma` depend on the weights; otherwise weights grow while the loss stays
+the same. And :math:`\Sigma^{-1/2}` and its derivatives are expensive, "and not everywhere
+differentiable". So they normalise each component separately. This example shows the first
+difficulty on a toy problem, and then the cost.
 """
 
 from time import perf_counter
@@ -22,9 +22,9 @@ EPS = 1e-5
 
 # %%
 # Whitening needs the eigenvectors of the covariance. Its gradient is that of a function of a matrix
-# (Daleckii & Krein 1965): with the eigenvalues :math:`s_i` of :math:`\Sigma`, the gradient by
-# :math:`\Sigma^{-1/2}` in their basis is multiplied by
-# :math:`-1 / (\sqrt{s_i s_j} (\sqrt{s_i} + \sqrt{s_j}))`.
+# (Daleckii & Krein 1965): in the basis of the eigenvectors, the gradient with respect to
+# :math:`\Sigma^{-1/2}` is multiplied by :math:`-1 / (\sqrt{s_i s_j} (\sqrt{s_i} + \sqrt{s_j}))`,
+# where :math:`s_i` are the eigenvalues of :math:`\Sigma`.
 
 
 def whiten(x):
@@ -37,7 +37,7 @@ def whiten(x):
 
 
 def whiten_backward(dy, saved, through):
-    """Return the gradient by x, through the statistics too or with these taken for constants."""
+    """Return dx; the statistics are differentiated if `through`, else they are constants."""
     centered, inverse_root, values, vectors = saved
     dx = dy @ inverse_root
     if not through:
@@ -52,13 +52,13 @@ def whiten_backward(dy, saved, through):
 
 
 def normalise(x):
-    """Return x with mean 0 and variance 1 by component, and what the gradient needs."""
+    """Return x with mean 0 and variance 1 in each component, and what the gradient needs."""
     y, mean, rstd = batch_norm_forward(x, eps=EPS)
     return y, (x, mean, rstd)
 
 
 def normalise_backward(dy, saved, through):
-    """Return the gradient by x, through the statistics too or with these taken for constants."""
+    """Return dx; the statistics are differentiated if `through`, else they are constants."""
     x, mean, rstd = saved
     return batch_norm_backward(dy, x, None, mean, rstd, training=through).dx
 
@@ -70,7 +70,7 @@ METHODS = {
 
 # %%
 # The toy problem: four outputs y of one normalised linear layer are to match targets of a larger
-# variance, which no weights W achieve. There is a best W all the same.
+# variance. No weights W can match them, but some W is best.
 
 rng = np.random.default_rng(0)
 ROWS, INPUTS, OUTPUTS, STEPS, RATE = 512, 8, 4, 400, 0.3
@@ -94,13 +94,13 @@ def train(method, through):
 trained = {(method, through): train(method, through) for method in METHODS for through in (1, 0)}
 
 # %%
-# The time of a forward and a backward call, for more and more components.
+# The time of a forward and a backward call, for increasing numbers of components.
 
 WIDTHS = 8, 16, 32, 64, 128, 256, 512
 
 
 def microseconds(method, width):
-    """Return the least time of a call out of five."""
+    """Return the minimum time of five calls."""
     forward, backward = METHODS[method]
     x, dy = rng.normal(size=(2, 1024, width)).astype(np.float32)
     times = []
@@ -114,15 +114,16 @@ def microseconds(method, width):
 times = {method: [microseconds(method, width) for width in WIDTHS] for method in METHODS}
 
 # %%
-# Look first at the dotted lines. With statistics taken for constants, W grows with every step, to
-# twelve times its norm: each step tries to enlarge outputs that are then normalised again. After
-# some ten steps the loss stays above that of the solid lines, where the gradient goes through the
-# statistics and the norm of W grows by a quarter. That is so for whitening and for batch
+# Look first at the dotted lines. If the statistics are constants, W grows with every step, to
+# twelve times its initial norm: each step tries to enlarge outputs that are then normalised again.
+# After some ten steps the loss stays above that of the solid lines, where the gradient goes through
+# the statistics and the norm of W grows by a quarter. This is so for whitening and for batch
 # normalization.
 #
-# Then look at the right, where both axes are logarithmic: time per call in float32. Whitening takes
-# some ten times as long as normalising for 8 components, and hundreds of times for 512: products
-# with x grow with the square of their number, the eigenvectors with its cube.
+# Then look at the right panel, where both axes are logarithmic: time per call in float32. Whitening
+# takes about ten times as long as normalising for 8 components, and hundreds of times as long for
+# 512: the time of products with x grows with the square of the number of components, that of the
+# eigenvectors with its cube.
 
 figure, (losses, norms, cost) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
 for (method, through), seen in trained.items():

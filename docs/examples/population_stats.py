@@ -2,9 +2,9 @@
 
 The program writes pictures (three colours, float32) into a temporary file and computes the
 statistics of each colour through a memory map. After importing and compiling, it limits itself to
-64 MiB of additional memory; within that NumPy can neither load the file nor compute the variance of
-a map of it. The pixels are integers and counted as they are written, so the exact statistics are
-known. At the end a BatchNorm layer gets the statistics, to normalise pictures.
+64 MiB of additional memory, in which NumPy can neither load the file nor compute the variance of a
+map of it. The pixels are integers and are counted when they are written, so the exact statistics
+are known. At the end a BatchNorm layer takes over the statistics, to normalise pictures.
 
 Linux only: other systems cannot limit memory without counting mapped files (RLIMIT_DATA).
 
@@ -39,7 +39,7 @@ def write(path, number):
     counts = np.zeros((len(COLOURS), 256), np.int64)
     for picture in tqdm(pictures, desc="writing", unit=" pictures"):
         for colour, count in zip(picture, counts, strict=True):
-            darkest = rng.integers(129, dtype=np.uint8)  # no two pictures have the same mean
+            darkest = rng.integers(129, dtype=np.uint8)  # so that pictures differ in their means
             values = darkest + rng.integers(128, size=(SIDE, SIDE), dtype=np.uint8)
             count += np.bincount(values.ravel(), minlength=256)
             colour[...] = values
@@ -54,7 +54,7 @@ def exactly(count):
 
 
 def limit_memory():
-    """Limit this process to ROOM more memory than it has now, mapped files not counted."""
+    """Limit this process to ROOM more memory than it uses now, not counting mapped files."""
     status = Path("/proc/self/status").read_text()
     has = 1024 * int(re.search(r"VmData:\s+(\d+) kB", status)[1])
     resource.setrlimit(resource.RLIMIT_DATA, (has + ROOM, has + ROOM))

@@ -1,7 +1,7 @@
 """Results of long runs: as JSON, with command, machine, dates, versions and settings; as figures.
 
-A file has all finished runs. Running the command again adds the missing ones; if none is
-missing, it only draws.
+A file contains all finished runs. Running a command again adds the runs that are missing from the
+file; if none is missing, the command only draws the figure.
 """
 
 import json
@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def one_thread():
-    """Have Numba compute with one thread, and PyTorch where it is imported.
+    """Make Numba compute with one thread, and PyTorch too if it is imported.
 
-    The networks are small, and the threads of both would wait for each other by spinning: beside
-    other programs a step of figure2.py took seconds.
+    The networks are small, and the threads of both would spin while they wait for each other: with
+    other programs running, a step of figure2.py took seconds.
     """
     numba.set_num_threads(1)
     if torch := sys.modules.get("torch"):
@@ -65,7 +65,7 @@ def write(path, settings, runs):
 
 @contextmanager
 def drawn(output, size):
-    """Give an empty figure, and write it at the end."""
+    """Yield an empty figure, and write it to a file at the end."""
     # Equal results must give equal files: no date, and no random names of elements.
     style = {"svg.hashsalt": "nbnorm", "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):

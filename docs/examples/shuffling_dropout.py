@@ -3,18 +3,18 @@
 S. Ioffe & C. Szegedy (2015) shuffle training examples within shards, which "prevents the same
 examples from always appearing in a mini-batch together" and "led to about 1% improvements in the
 validation accuracy"; and they remove dropout (40 % in Inception), as batch normalization "fulfills
-some of the same goals". This program tries both on the networks of figure2.py, Baseline and BN-x5,
-at that small scale:
+some of the same goals". This program tries both on the networks Baseline and BN-x5 of figure2.py,
+at the same small scale:
 
-- with the same batches in every epoch, with examples shuffled within shards of 512 digits, and
-  across all shards;
-- with dropout of 0.6, 0.4 and none.
+- with the same batches in every epoch, with examples shuffled within shards of 512 digits, and with
+  examples shuffled across all shards;
+- with dropout of 0.6, of 0.4, and without dropout.
 
 With five seeds and 1,000 steps (docs/results/shuffling_dropout.json) the paper's 1% for shuffling
-does not show: the means of BN-x5 are within 0.4 points; those of Baseline differ more, but so do
-its seeds. Dropout agrees with the paper: BN-x5 does not need it, as its means are within 0.2
-points, while Baseline does best with 0.4. Look at how little the blue dots move, and how much the
-black ones.
+does not show: the means of BN-x5 differ by at most 0.4 points; the means of Baseline differ more,
+but its seeds differ by even more. Dropout agrees with the paper: BN-x5 does not need it, as its
+means differ by at most 0.2 points, while Baseline does best with 0.4. Look at how little the blue
+dots move, and how much the black ones.
 
     python shuffling_dropout.py --quick                # a minute, writes shuffling_dropout.png
     python shuffling_dropout.py --seeds 5 --results shuffling_dropout.json
@@ -34,7 +34,7 @@ RATE = 0.05
 LAST = 10  # tests whose mean is a run's accuracy
 NETWORKS = {"Baseline": Habits(), "BN-x5": CHANGED}
 DROPOUT = (0.6, 0.4, 0.0)
-# The habits of all runs, by panel, network and what changes.
+# The habits of all runs, by panel, network and change.
 PANELS = {
     "shuffling": {
         (network, name): habits._replace(shuffling=kind)

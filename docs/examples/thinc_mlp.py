@@ -4,7 +4,7 @@ The six hidden layers are thinc's `Relu`, or `Linear` and nbnorm's `BatchNorm`, 
 ReLU. Both networks see the same batches of digits (data/README.md names the source) and are tested
 after each epoch. The second network is then saved and loaded, and must give the same answers.
 
-    python thinc_mlp.py                  # some seconds
+    python thinc_mlp.py                  # a few seconds
     python thinc_mlp.py --epochs 20
 """
 
@@ -67,7 +67,7 @@ def main():
     if arguments.epochs < 1:
         parser.error("--epochs must be at least 1")
     images, labels = digits()
-    # The first call of a kind compiles its kernels, so train a network and discard it.
+    # The first calls compile kernels, so train a network and discard it.
     list(train(network(batch_norm=True), images[: TEST + BATCH], labels[: TEST + BATCH], 1, 0.0))
     print("test accuracy by epoch, and seconds")
     for name, batch_norm in (("without", False), ("with BN", True)):
