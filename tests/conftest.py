@@ -14,11 +14,11 @@ from hypothesis import Phase, settings
 # test's name alone, so that a failure repeats on any machine.
 settings.register_profile("nbnorm", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("nbnorm")
-# For `--hypothesis-profile few`, which is enough to reach lines.
+# For `--hypothesis-profile few`: enough examples for coverage to reach every line.
 settings.register_profile("few", settings.get_profile("nbnorm"), max_examples=4)
 
 
-# Tests of NumPy's memory, of CPU threads or of no backend at all.
+# Tests of NumPy's memory layouts or of CPU threads, and tests that use no backend.
 CPU_ONLY = (
     *("arithmetic", "benchmarks", "cache", "config", "conventions", "demo", "demo_browser"),
     *("digits", "distributed", "docs", "examples", "interop", "layer", "mutants", "plan", "pool"),
@@ -27,7 +27,7 @@ CPU_ONLY = (
     *("torch_convert", "torch_fold", "torch_functional", "torch_modules", "torch_operators"),
     *("torch_package", "torch_recalibrate", "torch_transforms"),
 )
-# Files in which the cases in half precision are slow: each dtype has kernels of its own.
+# Files whose half-precision cases are slow: each dtype compiles its own kernels.
 HALVES_ARE_SLOW = (
     *("accuracy", "distributed", "integers", "microbatch", "population", "results", "rows"),
     *("streaming", "warmup"),
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage seldom: a compiler's objects mostly stay, and it took 5 to 10 % of a run."""
+    """Collect garbage rarely: a compiler's objects live long, and it took 5 to 10 % of a run."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
@@ -95,7 +95,7 @@ def thread_count() -> Iterator[int]:
 
 
 def _asks_for_nothing(config: pytest.Config) -> bool:
-    """`pytest` alone: no file, no -k and no -m."""
+    """Return whether this is `pytest` alone: no file, no -k and no -m."""
     given = config.args_source is pytest.Config.ArgsSource.ARGS
     return not (given or config.option.keyword or config.option.markexpr)
 
@@ -108,7 +108,7 @@ def _deselect(
 
 
 def _compiles_for_halves(item: pytest.Item) -> bool:
-    """Cases in half precision of tests that have other dtypes too: a minute of compilation.
+    """Return whether this is a half-precision case of a slow file: it compiles for up to a minute.
 
     `pytest` alone runs test_halves.py, which compares halves with float32.
     """

@@ -46,7 +46,7 @@ def torch(options, arrays, batches, x):
 def keras(options, arrays, batches, x):
     """keras.layers.BatchNormalization: "moving_mean = moving_mean * momentum + mean(batch) * ...".
 
-    https://keras.io/api/layers/normalization_layers/batch_normalization; `axis` is the channels'.
+    https://keras.io/api/layers/normalization_layers/batch_normalization; `axis` holds the channels.
     """
     epsilon, momentum = options.get("epsilon", 1e-3), options.get("momentum", 0.99)
     axis = options.get("axis", -1)
@@ -104,7 +104,7 @@ def onnx(options, arrays, batches, x):
 
 
 def caffe(options, arrays, batches, x):
-    """BatchNormLayer::Forward_cpu, then ScaleLayer: blobs are sums, blob 2 that of their weights.
+    """BatchNormLayer::Forward_cpu, then ScaleLayer: blobs 0 and 1 are sums, blob 2 their weight.
 
     https://github.com/BVLC/caffe, src/caffe/layers/batch_norm_layer.cpp and scale_layer.cpp.
     """
@@ -170,7 +170,7 @@ def mxnet(options, arrays, batches, x):
 
 
 def gluon(options, arrays, batches, x):
-    """mx.gluon.nn.BatchNorm: the operator with fix_gamma = not scale, other names and epsilon.
+    """mx.gluon.nn.BatchNorm: the operator with fix_gamma = not scale; names and epsilon differ.
 
     https://mxnet.apache.org/versions/1.9.1/api/python/docs/api/gluon/nn
     """

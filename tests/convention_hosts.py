@@ -1,4 +1,4 @@
-"""Batch norm by the frameworks themselves: train from given arrays, return the new ones and y.
+"""Batch norm run by the frameworks themselves: train from given arrays, return new ones and y.
 
 Every function takes hyperparameters and arrays in the framework's form, training batches and an
 input to normalise afterwards, and returns ``(arrays, y)``. Chainer and MXNet need an older NumPy

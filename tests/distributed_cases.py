@@ -31,7 +31,7 @@ from nbnorm import reference
 from nbnorm.distributed import SyncBatchNorm, sync_batch_norm_backward, sync_batch_norm_forward
 from nbnorm.population import recalibrate
 
-# Samples by rank, for each number of ranks: uneven, and none on one rank.
+# Samples per rank, by number of ranks: uneven; of three or four ranks, one has none.
 BATCHES = {1: (7,), 2: (7, 25), 3: (0, 7, 20), 4: (7, 0, 20, 5)}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 CASES = {}
@@ -117,7 +117,7 @@ def assert_same_on_all_ranks(comm, array, name):
 
 
 def assert_is_the_whole(comm, batch, ours, whole):
-    """Compare to 1e-12 with one process; statistics must have the same bits on all ranks."""
+    """Compare with one process, to 1e-12; statistics must have the same bits on all ranks."""
     (forward, backward, running), (ref, ref_back, ref_running) = ours, whole
     assert_allclose(forward.y, batch.own(ref.y), **CLOSE)
     assert_allclose(backward.dx, batch.own(ref_back.dx), **CLOSE)
@@ -193,7 +193,7 @@ def against_oracle(comm, dtype, offset=0.0, **layout):
     x, dy, axis = batch.x, batch.dy, batch.axis
     ref = reference.batch_norm_forward(x, batch.gamma, batch.beta, axis=axis)
     moments = reference.batch_norm_stats(x, axis=axis)
-    # From the float64 statistics: where the mean is large, its rounding is the whole error.
+    # Use the returned float64 statistics: where the mean is large, its rounding is the main error.
     statistics = forward.mean, forward.rstd
     ref_back = reference.batch_norm_backward(dy, x, batch.gamma, *statistics, axis=axis)
     tolerance = y_tolerance(x, batch.gamma, batch.beta, ref.mean, ref.rstd, axis=axis)
@@ -268,7 +268,7 @@ def only_what_is_wanted_is_computed(comm):
     batch = Batch(comm)
     forward, full, _ = step(comm, batch, "relu", with_residual=True)
     for wants_dx in (True, False):
-        # Each rank chooses its other gradients.
+        # All ranks must agree on dx; each chooses its other gradients.
         odd = comm.Get_rank() % 2 == 1
         mask = (wants_dx, odd, not odd, odd)
         grads = sync_batch_norm_backward(
@@ -546,7 +546,7 @@ def refuses_a_count_that_is_no_count(comm):
 
 
 def layer_with(comm, spoil, **options):
-    """Return a call of a layer's forward, which `spoil` changes where the arguments are wrong."""
+    """Return a call of a layer's forward, given whether `spoil` makes its arguments invalid."""
     batch = Batch(comm)
 
     def call(wrong):
@@ -565,7 +565,7 @@ def layer_with(comm, spoil, **options):
 
 @case
 def refuses_on_all_ranks_what_a_layer_refuses(comm):
-    """The layer's own checks come before any communication; the others must hear of them."""
+    """A layer checks before any communication; the other ranks must still learn of the error."""
 
     def momentum(layer):
         layer.momentum = 1.5

@@ -1,4 +1,4 @@
-"""Run every case on one of several ranks, over a real communicator, and print those that pass.
+"""Run every case as one of several ranks, over a real communicator; print the cases that pass.
 
     mpiexec -n 4 python tests/distributed_ranks.py mpi 4
     python tests/distributed_ranks.py gloo 2 RANK FILE
@@ -68,11 +68,11 @@ def main(kind, size, *rest):
     rank = comm.Get_rank()
     try:
         assert comm.Get_size() == int(size), (
-            f"{comm.Get_size()} ranks rather than {size}: is mpiexec of the MPI that mpi4py uses?"
+            f"{comm.Get_size()} ranks, not {size}: does mpiexec belong to the MPI of mpi4py?"
         )
         for name, function in CASES.items():
             function(comm)
-            comm.Allgather(np.zeros(1), np.zeros((int(size), 1)))  # all ranks have finished
+            comm.Allgather(np.zeros(1), np.zeros((int(size), 1)))  # wait for all ranks
             if rank == 0:
                 print(f"passed {name}", flush=True)
         bits = bits_of_a_step(comm)

@@ -1,9 +1,9 @@
-"""Coverage of what Numba compiles: `coverage run -m pytest -p jit_coverage`.
+"""Coverage of the code that Numba compiles: `coverage run -m pytest -p jit_coverage`.
 
-coverage.py sees only lines that Python runs, and without the compiler the kernels cannot run, as
-their intrinsics are LLVM. Here Numba compiles into each line of `nbnorm/cpu` one more instruction,
-which sets a byte that belongs to the line. At the end the lines whose bytes are set are added to
-coverage's data.
+coverage.py sees only lines that Python runs, and the kernels do not run without the compiler,
+because their intrinsics are LLVM IR. This plugin adds an instruction to each compiled line of
+`nbnorm/cpu` that sets the line's byte. At the end, lines whose byte is set are added to coverage's
+data.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def pytest_configure():
     from nbnorm.cpu.disk import KernelCache
 
     Lower.lower_inst = lower_and_note
-    # The bytes are in this process: no kernel comes from another one, or goes there.
+    # The bytes belong to this process, so load no kernel of another one, and save none.
     KernelCache.load_overload = lambda *args: None
     KernelCache.save_overload = lambda *args: None
 

@@ -1,10 +1,10 @@
 """Mutation tests: change one line of nbnorm at a time and check that a test fails.
 
 Usage: `python tests/mutate.py [word]`. mutants.py lists the changes; `word` selects those whose
-file or line contains it. Each mutant runs its own few tests on a copy of the package. It is killed
-if they fail or crash. If they time out, it may hang or only be slow: its tests must be short enough
-to tell. A mutant that survives needs a reason in the table, for example that it changes only the
-run time.
+file or line contains it. For each mutant, the few tests listed with it run on a copy of the
+package. It is killed if they fail or crash. If they time out, it may hang or only be slow: its
+tests must be short enough to tell which. A mutant that survives needs a reason in the table, for
+example that it changes only the run time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""An activation of a user's own, compiled once for all tests of a process."""
+"""A user-defined activation, compiled once for all tests of a process."""
 
 import numba
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: they draw a small recipe, from whose seed arrays follow.
+"""Hypothesis strategies that draw a small recipe; arrays are generated from its seed.
 
 Drawing elements one by one is slow and shrinks poorly; a recipe prints as one line, and rebuilding
 it gives the same arrays.
@@ -17,7 +17,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 HALVES = ("float16", "bfloat16")
 drawn = list(DTYPES)  # `pytest` alone leaves halves out
 
-# 1, primes, and one less and one more than vectors (4 to 32) and tiles (128 to 4096).
+# 1, primes, and lengths at and next to those of vectors (4 to 32) and tiles (128 to 4096).
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 63, 65, 127, 128, 129, 255, 256, 257)
 LENGTHS += (1021, 1023, 1025, 2047, 2048, 2049, 4095, 4096, 4097)
 
@@ -86,7 +86,7 @@ class Recipe:
 
     @property
     def with_extras(self):
-        """Return whether to test residuals and masks: each compiles a kernel for each dtype."""
+        """Return whether to test residuals and masks: each needs another kernel per dtype."""
         return self.dtype == "float32"
 
     @property

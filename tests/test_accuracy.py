@@ -47,7 +47,7 @@ def teardown_module():
 
 
 def draw(shape, axis, dtype, *, offset=0.0, seed=0):
-    """Return x whose mean is this many standard deviations, and gamma, beta, dy."""
+    """Return x with a mean of `offset` standard deviations, and gamma, beta and dy."""
     rng = np.random.default_rng(seed)
     channels = channels_of(shape, axis)
     x = (rng.normal(size=shape) + offset).astype(dtype)
@@ -187,7 +187,7 @@ def assert_dx_near_the_reference(dy, x, gamma):
 
 
 def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
-    """The mean of dy bounds v: mean(dy x_hat) does not limit a dy where x is its mean."""
+    """mean(dy) must bound the power of two v: mean(dy x_hat) ignores a dy where x is the mean."""
     x = np.float32([0, 1e30, -1e30, 3e30, -3e30] * 200)[:, None]
     dy = np.zeros_like(x)
     dy[0], dy[1] = 1e30, 1e-20
@@ -195,7 +195,7 @@ def test_a_large_dy_of_one_value_among_the_smallest_stays_finite():
 
 
 def test_a_mean_of_dy_x_hat_that_is_nearly_0_keeps_v_in_range():
-    """p, of 1e-78, would require v = 1e40."""
+    """p = rstd mean(dy x_hat) of 1e-78 would require v = 1e40."""
     x = np.float32([1e26, 1e36, -1e36, -1e26] * 10)[:, None]
     dy = np.zeros_like(x)
     dy[0], dy[3] = 1e-30, -1e-30
@@ -216,7 +216,7 @@ def test_channels_of_very_different_scales(shape, axis):
     "shape", [(1, 2, 3 * 4096), (6, 3, 56, 56), (9000, 7), (64, 5, 14, 14)], ids=str
 )
 def test_first_tiles_are_constant(shape, dtype, value):
-    """K is exact there, M2 is 0, and later data are up to 1e4 deviations away."""
+    """In these tiles the shift K is exact and M2 is 0; later data are up to 1e4 deviations away."""
     x, gamma, beta, dy = draw(shape, 1, dtype)
     flat = np.moveaxis(x, 1, 0).reshape(shape[1], -1)
     flat[:, : flat.shape[1] // 3] = value
@@ -284,7 +284,7 @@ def test_constant_channel_gives_exactly_beta(shape, axis, dtype, activation, val
 @cases
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_recomputed_relu_mask_is_that_of_the_forward(shape, axis, dtype, offset):
-    """Beta puts many values within a rounding of 0, where any other expression would differ."""
+    """beta puts many y within a rounding of 0, where any other expression gives another mask."""
     x, gamma, _, _ = draw(shape, axis, dtype)
     x = (np.round(2 * x) / 2 + offset).astype(dtype)
     mean, rstd = nbnorm.batch_norm_forward(x, axis=axis)[1:]
@@ -302,7 +302,7 @@ def test_recomputed_relu_mask_is_that_of_the_forward(shape, axis, dtype, offset)
         activation="relu",
     ).dx
     assert_same_bits(dx != 0, y > 0, "mask")
-    # The training path uses the same mask expression: over it the sums of dy are counts.
+    # The training path uses the same mask expression. dy is 1, so its sum over the mask is a count.
     sums = nbnorm.batch_norm_backward_reduce(
         np.ones_like(x), x, mean, rstd, gamma=gamma, beta=beta, axis=axis, activation="relu"
     )
@@ -311,7 +311,7 @@ def test_recomputed_relu_mask_is_that_of_the_forward(shape, axis, dtype, offset)
 
 
 def run_everything(x, dy, residual, gamma, beta, axis):
-    """Return all results by name, with statistics and parameter gradients shaped like channels."""
+    """Return two dicts of results by name: arrays of x's shape, and values per channel."""
     running = [np.zeros(gamma.shape, "float32"), np.ones(gamma.shape, "float32")]
     options = {"axis": axis, "activation": "relu"}
     forward = nbnorm.batch_norm_forward(x, gamma, beta, *running, residual=residual, **options)
@@ -469,7 +469,7 @@ def test_means_at_the_end_of_the_range(shape, dtype, training):
 )
 @full_range
 def test_gamma_takes_the_factor_out_of_range(shape, scale, gamma):
-    """gamma rstd leaves float32's range, y does not."""
+    """gamma rstd leaves float32's range, but y does not."""
     x, sign, _, dy = draw_full_range(shape, "float32", scale)
     assert_accurate(x, np.float32(gamma) * sign, None, dy * np.float32(1e-5), axis=1, eps=0.0)
 
@@ -486,7 +486,7 @@ def test_constant_channel_at_the_end_of_the_range(shape):
 @full_range
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_extreme_channels_change_no_bit_of_another(shape, bad):
-    """Channel 0 has its own power of two, or none that suffices."""
+    """Channel 0 needs a power of two of another size, or (NaN, Inf) none suffices."""
     x, gamma, beta, dy = draw(shape, 1, "float32")
     residual = dy[::-1].copy()
     clean = run_everything(x, dy, residual, gamma, beta, 1)
@@ -502,7 +502,7 @@ def test_extreme_channels_change_no_bit_of_another(shape, bad):
 
 @pytest.mark.parametrize("shape", [(50, 1), (1, 1, 400)], ids=str)
 def test_range_of_float64(shape):
-    """As docs/numerics.md states, float64 holds the sum of squares, or the channel is NaN."""
+    """As docs/numerics.md states: either float64 holds the sum of squares or the channel is NaN."""
     rng = np.random.default_rng(0)
     values = np.sign(rng.normal(size=shape))
     values.flat[:2] = 1, -1

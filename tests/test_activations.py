@@ -1,4 +1,4 @@
-"""Activations other than ReLU: their functions, both passes, errors, the user's own."""
+"""Activations other than ReLU: their functions, both passes, errors, user-defined functions."""
 
 import math
 
@@ -17,13 +17,13 @@ from nbnorm.cpu.intrinsics import each
 from nbnorm.cpu.jit import entry, ordered
 from nbnorm.integrations._curvature import curvature
 
-pytestmark = pytest.mark.slow  # each activation is two kernels of its own
+pytestmark = pytest.mark.slow  # each activation compiles two kernels
 
 DTYPES = [np.float32, np.float64]
 
 
 def drawn(shape, dtype, seed=0):
-    """x, gamma, beta, residual and dy; y before the activation has values on both sides of 0."""
+    """Return x, gamma, beta, residual and dy; before the activation, y lies on both sides of 0."""
     rng = np.random.default_rng(seed)
     x, residual, dy = (rng.normal(0.3, 1.5, shape).astype(dtype) for _ in range(3))
     gamma, beta = rng.normal(1, 1, shape[1]).astype(dtype), rng.normal(0, 2, shape[1]).astype(dtype)
@@ -54,7 +54,7 @@ def derivatives(v, act, out):
 
 
 def evaluated(name, v):
-    """The value and the derivative, as kernels compute them."""
+    """Return the value and the derivative, as kernels compute them."""
     act = functions.argument(nbnorm.activation(name))
     y, slope = np.empty_like(v), np.empty_like(v)
     values(v, act, y)
@@ -72,13 +72,13 @@ def arguments(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TABLE)
 def test_values_and_derivatives(name, dtype):
-    """Those of an argument that is off by a unit in the last place, within units of the result."""
+    """Errors are those of an argument off by a unit in the last place, plus units of the result."""
     v = arguments(dtype)
     y, slope = evaluated(name, v)
     exact = reference._activate(v.astype(np.longdouble), name)
     exact_slope = reference._activate(v.astype(np.longdouble), name, derivative=True)
     eps = np.finfo(dtype).eps
-    least = np.finfo(dtype).tiny * 100  # what is near the end of the range may become 0
+    least = np.finfo(dtype).tiny * 100  # results near the smallest normal number may become 0
     units = 3.5 if name == "gelu" and dtype == np.float64 else 2.25
     assert (abs(y - exact) <= eps * (units * abs(exact) + abs(v * exact_slope)) + least).all()
     assert (abs(slope - exact_slope) <= 2 * eps).all()
@@ -86,7 +86,7 @@ def test_values_and_derivatives(name, dtype):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_table_against_formulas_of_others(name):
-    """The oracle computes from the same table: here are the formulas as they are published."""
+    """The oracle computes from the same table, so compare the table with published formulas."""
 
     def sigmoid(v):
         return 1 / (1 + math.exp(-v))
@@ -113,7 +113,7 @@ def test_the_table_against_formulas_of_others(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_curvature(name):
-    """The second derivative, for hosts: the difference of first ones, 0 far out, NaN for NaN."""
+    """The second derivative, for hosts: compare with differences; 0 far out, and NaN at NaN."""
     v, h = np.linspace(-9, 9, 1801) + 1e-3, np.longdouble(1e-5)
     sides = (reference._activate(v + step, name, derivative=True) for step in (h, -h))
     difference = np.subtract(*sides) / (2 * h)
@@ -127,7 +127,7 @@ def test_curvature(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TABLE)
 def test_limits(name, dtype):
-    """NaN passes; infinite arguments have the limits, not NaN from Inf times 0."""
+    """NaN passes through; infinite arguments give the limits, not NaN from Inf times 0."""
     v = np.array([np.nan, np.inf, -np.inf], dtype)
     y, slope = evaluated(name, v)
     assert np.isnan(y[0])
@@ -222,9 +222,9 @@ def test_the_split_passes_are_the_whole_ones(name, shape):
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("shape", [(40, 3), (6, 4, 20, 20), (64, 64, 28, 28)])
 def test_dy_through_the_activation_is_kept(shape, added, scale):
-    """Between the two sweeps, in dx; it gives the bits of computing it twice, also in place.
+    """Kept in dx between the two sweeps, it gives the bits of computing it twice, even in place.
 
-    Also where gamma rstd, or sums of dy, leave the range of float32.
+    This holds even where gamma rstd, or sums of dy, leave the range of float32.
     """
     x, gamma, beta, residual, dy = drawn(shape, np.float32)
     x[:, 1] *= scale[0]
@@ -278,7 +278,7 @@ def test_a_slope_needs_no_kernel_of_its_own():
         np.testing.assert_allclose(y, np.where(plain > 0, plain, np.float32(slope) * plain))
 
 
-# The user's own
+# User-defined functions
 
 
 @numba.njit
@@ -307,7 +307,7 @@ def test_functions_of_the_users_own():
 
 
 def test_kernels_of_the_users_functions_are_not_kept(tmp_path):
-    """Another process would find them under the name that its own functions have."""
+    """Another process would load them for other functions of the same name."""
     code = """
 import sys, numba, numpy as np, nbnorm
 factor = float(sys.argv[1])

@@ -13,7 +13,7 @@ import nbnorm
 from nbnorm import BatchNorm, conventions, reference
 from nbnorm.distributed import SelfComm, SyncBatchNorm
 
-pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+pytestmark = pytest.mark.slow  # compiles kernels that few other tests use
 
 ALONE = {"gamma": ("weight", 1.5), "beta": ("bias", -0.5)}
 alone = pytest.mark.parametrize("affine", ALONE)
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_both(affine, renorm):
 @alone
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
 def test_the_gradient_has_the_parameters_dtype_and_digits(affine, dtype):
-    """A sum beyond float16's 65504, of a half x: rounded once, to float32."""
+    """Sums of a half-precision dy exceed float16's 65504: they are rounded once, to float32."""
     layer, _ = layer_of(affine, dtype="float32")
     x, dy = draw(1, dtype), np.full(SHAPE, 30000.0).astype(dtype)
     dy[0] = x[0] * 30000
@@ -180,7 +180,7 @@ def test_frameworks_get_it_and_give_it_back(framework, affine):
     back = conventions.load(framework, arrays, **axis, **options)
     kept = framework in ("keras", "flax", "chainer") or (
         affine == "gamma" and framework in ("torch", "caffe")
-    )  # the others have the other parameter too: 1 or 0
+    )  # the others also store the missing parameter, as 1 or 0
     assert back.affine == (affine if kept else True)
     assert_allclose(
         back.eval().forward(draw(2)), layer.eval().forward(draw(2)), rtol=1e-6, atol=1e-6

@@ -77,7 +77,7 @@ def test_rstd_of_no_spread_is_0_and_else_follows_ieee():
 
 @both
 def test_beta_takes_what_the_mean_has_beyond_its_float32(shape):
-    """x - hi is exact, and lo, up to 0.03 here, would otherwise be y's error."""
+    """mean = hi + lo, with hi in float32: x - hi is exact, and lo, up to 0.03, goes into beta."""
     x = (np.random.default_rng(0).normal(size=shape) + 1e6).astype("float32")
     mean = np.array([1e6 + 0.02, 1e6 - 0.013])
     y = nbnorm.batch_norm_apply(x, None, None, mean, np.ones(2))
@@ -111,8 +111,8 @@ def test_every_value_of_a_row_is_counted_once(size, samples):
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 7, 31, 33, 36, 255, 257, 1030])
 @pytest.mark.parametrize("channels", [1, 3, 301])
 def test_every_value_of_a_column_is_counted_once(samples, channels):
-    """Values behind x in memory must not enter the sum."""
-    memory = np.full(samples * channels + 4096, 7, np.float32)  # more would be summed again
+    """Values after x in memory must not enter the sum."""
+    memory = np.full(samples * channels + 4096, 7, np.float32)  # 7: larger ones cause a second sum
     x = memory[: samples * channels].reshape(samples, channels)
     x[...] = np.resize(np.float32([1, -1, 3, 5, -2]), x.shape)
     got = nbnorm.batch_norm_stats(x)
@@ -127,7 +127,7 @@ def test_every_value_of_a_column_is_counted_once(samples, channels):
 @pytest.mark.parametrize("offset", [1e4, 1e8])
 @pytest.mark.parametrize("shape", [(700, 1), (1, 1, 700)], ids=["columns", "rows"])
 def test_sums_taken_again_are_of_two_passes_and_rounded_once(shape, offset):
-    """Constant tiles, then values far off: float32 sums lose all digits, float64 ones must not."""
+    """Constant tiles, then values far off: sums are taken again, in two passes and in float64."""
     x = np.full(shape, 0.0)
     flat = x.reshape(-1)
     flat[32:] = np.random.default_rng(0).normal(size=668) + offset
@@ -137,7 +137,7 @@ def test_sums_taken_again_are_of_two_passes_and_rounded_once(shape, offset):
 
 
 def test_sums_one_after_the_other_carry_their_rounding():
-    """Kahan's sum: 1 is lost beside 2^53 and returns with the next term."""
+    """Kahan summation: 1 is lost when added to 2^53, and comes back with the next term."""
     s, rest = 2.0**53, 0.0
     for _ in range(8):
         s, rest = columns.add_compensated.py_func(s, 1.0 - rest)
@@ -217,7 +217,7 @@ def test_squares_beyond_the_range_of_float32(shape, scale):
 
 @both
 def test_squares_among_the_subnormal_numbers_round_a_mean_of_0(shape):
-    """Only the size of the sum of squares shows that they have no digits: d is about 0."""
+    """Only the size of the sum of squares shows that the squares have no digits: d is about 0."""
     values = np.float32(1e-22) * np.float32([1, -1, 1.7, -1.7])
     x = np.moveaxis(np.resize(values, (2, shape[0], *shape[2:])), 0, 1).copy()
     want = reference.batch_norm_forward(x, eps=0.0)

@@ -1,4 +1,4 @@
-"""Debiased moving averages: of `update_running_stats`, and the option of the layer."""
+"""Debiased moving averages: in `update_running_stats`, and as an option of the layer."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def adam(batches, momentum):
 def test_the_running_statistics_are_adams_average(momentum, number, seed):
     """Each update rounds the two terms, their sum and the weight, relative to the largest batch."""
     batches = draw(seed, (number, 4, 3))
-    mean, var = np.full(3, 1e6), np.full(3, 1e6)  # nothing is left of them
+    mean, var = np.full(3, 1e6), np.full(3, 1e6)  # debiasing discards these
     means = list(adam(batches.mean(axis=1).astype(np.longdouble), momentum))
     variances = list(adam(batches.var(axis=1, ddof=1).astype(np.longdouble), momentum))
     for t, x in enumerate(batches):
@@ -60,13 +60,13 @@ def test_the_oracle_agrees(momentum, batches, inplace):
     got = nbnorm.update_running_stats(mean, var, moments, inplace=inplace, **options)
     assert (got[0] is mean) == inplace
     for comp, expected in zip(got, ref, strict=True):
-        # The oracle's powers: each of 1 / momentum units of longdouble; ours round in float64.
+        # The oracle's powers are off by 1 / momentum units of longdouble; ours round in float64.
         error = 8 * np.finfo(np.float64).eps + 8 * np.finfo(np.longdouble).eps / momentum
         assert_allclose(comp, expected.astype(float), rtol=0, atol=float(error) * 10)
 
 
 def test_weights():
-    """The first batch has all of it, two share it as 1 - momentum to 1; the limit is momentum."""
+    """The first batch has weight 1, the second 1 / (2 - momentum); the limit is momentum."""
     for momentum in (1e-12, 0.1, 0.5, 1.0):
         assert debiased(momentum, 0) == 1.0
         assert debiased(momentum, 1) == pytest.approx(1 / (2 - momentum), rel=1e-15)
@@ -191,7 +191,7 @@ def after(layer, weight, old, x):
 
 @weighted
 def test_statistics_that_were_set_are_not_forgotten(options):
-    """They count as one batch, or as many as one says."""
+    """They count as one batch, or as `num_batches_tracked` batches."""
     moments, x = nbnorm.batch_norm_stats(draw(1, (60, 3))), draw(2)
     for number in (None, 1, 5):
         layer = BatchNorm(3, dtype=np.float64, **options)
@@ -213,7 +213,7 @@ def test_a_layer_that_has_seen_batches_keeps_their_number(options):
     layer.set_statistics(nbnorm.batch_norm_stats(draw(5)))
     assert layer.num_batches_tracked == 4
     layer.set_statistics(nbnorm.batch_norm_stats(draw(5)), num_batches_tracked=0)
-    after(layer, 1.0, np.zeros(3), draw(6))  # one may ask for it
+    after(layer, 1.0, np.zeros(3), draw(6))  # forgotten on request
 
 
 @weighted
@@ -249,7 +249,7 @@ def test_repr_names_it():
 
 @pytest.mark.parametrize("framework", ["keras", "flax", "torch", "caffe"])
 def test_other_frameworks_get_the_debiased_statistics(framework):
-    """Their layers infer with them as they are, and have no number of batches to divide by."""
+    """Their layers use the statistics as stored, and have no batch count to debias them with."""
     layer = debiasing(correction=0, axis=-1)
     for seed in range(3):
         layer.forward(draw(seed))
@@ -263,7 +263,7 @@ def test_other_frameworks_get_the_debiased_statistics(framework):
 
 
 def test_the_bias_of_kerass_average_after_so_many_batches():
-    """docs/conventions.md: theirs starts at 0 and 1 and decays; what is left is known."""
+    """Keras's averages start at 0 and 1, of which momentum^t remains (docs/conventions.md)."""
     momentum, t, xs = 0.9, 5, [draw(seed) for seed in range(5)]
     mean, var = np.zeros(3), np.ones(3)
     for x in xs:

@@ -181,7 +181,7 @@ def test_rows_have_the_digits_that_a_clock_tells(run):
 
 
 def test_ops_of_a_shape_have_one_floor(run):
-    """The fastest sweep of any op; backward reads and writes half as much again."""
+    """The floor is the fastest sweep of any op; backward moves 1.5 times as much memory."""
     rows = [row(op, (60, 100), nbnorm=9.0)._replace(floor=f) for op, f in
             (("forward", 3.0), ("inference", 2.0), ("backward", 4.5))]  # fmt: skip
     rows.append(row("forward", (2, 3), nbnorm=9.0)._replace(floor=1.0))

@@ -163,7 +163,7 @@ def test_a_folder_in_its_place_is_left_alone(folder):
 
 
 def test_no_single_bit_goes_unnoticed(tmp_path):
-    """In a child process, because LLVM would end it."""
+    """Run in a child process: LLVM would abort it if it loaded damaged code."""
     script = """if True:
         from pathlib import Path
         import numpy as np
@@ -204,7 +204,7 @@ def test_a_full_disk(folder):
     assert loaded(other)
 
 
-# The reference count closes a file that is open at the interrupt.
+# A file that is open at the interrupt is closed, with a warning, when its last reference goes.
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("first", [True, False])
 def test_an_interrupt_at_any_line(folder, monkeypatch, first):
@@ -214,7 +214,7 @@ def test_an_interrupt_at_any_line(folder, monkeypatch, first):
     for line in range(1000):
         if first:
             file.unlink(missing_ok=True)
-        # Raised by a trace within a handler, it would remain this thread's current exception.
+        # In a new thread, as an exception that a trace raises in a handler stays the current one.
         with ThreadPoolExecutor(1) as thread:
             done = thread.submit(interrupted, lambda: cache.save_overload(sig, result), line)
         if not done.result():
@@ -225,7 +225,7 @@ def test_an_interrupt_at_any_line(folder, monkeypatch, first):
 
 
 def interrupted(function, line):
-    """Run a function; raise KeyboardInterrupt at a line of disk.py, or of pathlib below it."""
+    """Interrupt a function at a line of disk.py, or of pathlib below it; return whether it was."""
 
     def trace(frame, event, _):
         nonlocal line
@@ -255,7 +255,7 @@ def test_what_a_killed_process_left_is_removed(folder):
     digits = "0123456789abcdef" * 2
 
     def left(name, seconds):
-        """Return a file of this name, written so many seconds ago."""
+        """Return a file of this name, written `seconds` ago."""
         path = file.with_name(name)
         path.write_bytes(b"half a kernel")
         os.utime(path, (time.time() - seconds,) * 2)
@@ -307,7 +307,7 @@ WEEK = 7 * 24 * 3600
 
 
 def aged(path, seconds):
-    """Return a file, created if missing, that was last used so many seconds ago."""
+    """Return a file, created if missing, that was last used `seconds` ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     os.utime(path, (time.time() - seconds,) * 2)
@@ -613,7 +613,7 @@ def test_another_zip_in_its_place(tmp_path, checkout, rstd, name):
     edit(checkout, *CALLEE)
     pack()
     assert rstd(tmp_path / name) == (5.0, 0)
-    # Numba caches kernels of packages in files named .zip.
+    # Numba caches kernels of a package in an archive only if the archive is named .zip.
     assert rstd(tmp_path / name) == (5.0, int(name == "app.zip"))
 
 
@@ -641,7 +641,7 @@ if "{moment}" == "the end":
 @pytest.mark.slow  # starts processes that import the package and compile
 @pytest.mark.parametrize("moment", ["nbnorm.cpu.kernels", "nbnorm.cpu.weighted_rows", "the end"])
 def test_an_edit_while_the_package_is_imported(checkout, rstd, moment):
-    """Before the edited file is read, right after it, after all of them.
+    """Edit a file before it is read, right after it, and after all modules are imported.
 
     kernels.py is the first to import weighted_rows.py.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of other frameworks: loaded, trained on and dumped, compared with the frameworks."""
+"""Checkpoints of other frameworks: loaded, trained further, dumped; compared with frameworks."""
 
 import importlib.util
 import json
@@ -116,7 +116,7 @@ frameworks = pytest.mark.parametrize("framework", CONVENTIONS)
 # Values near 1 and statistics of twelve of them, summed in another order: 1e-5 is 80 units of
 # float32, 1e-12 some 4000 of float64. Confusing two conventions costs 1e-3 or more.
 CLOSE = {"float32": {"rtol": 1e-5, "atol": 1e-5}, "float64": {"rtol": 1e-12, "atol": 1e-12}}
-# They store eps or momentum in float32 for any dtype of arrays; Keras computes in float32.
+# Frameworks that store eps or momentum in float32 for any dtype; Keras also computes in float32.
 SINGLE = ("keras", "onnx", "mxnet", "gluon")
 
 
@@ -155,7 +155,7 @@ def given(framework, options, dtype="float64", shape=(CHANNELS,)):
 
 @pytest.fixture(scope="session")
 def old_python(tmp_path_factory):
-    """Run Chainer and MXNet in a child process with an older NumPy; return a function for calls."""
+    """Yield a function that runs Chainer and MXNet in a child process with an older NumPy."""
     python = os.environ.get(OLD_PYTHON)
     if python is None:
         pytest.skip(

@@ -25,7 +25,7 @@ needs_pillow = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Files are named and written in an empty folder, and timed for as short as possible."""
+    """Run in an empty folder, and time each function for as short as possible."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(times, "SECONDS", 0.0)
 
@@ -136,7 +136,7 @@ def test_an_ordinary_array_is_said_to_be_one():
 
 
 def report_of(x, axis=None, **settings):
-    """Return the report of an array, with other constants of the module."""
+    """Return the report of an array, with some constants of the module replaced."""
     np.save("reported.npy", x)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -268,7 +268,7 @@ def test_of_a_large_array_the_first_part_is_timed(monkeypatch):
 
 
 class Page(HTMLParser):
-    """What a page loads, its text, and pictures without a name."""
+    """What a page loads, its tags, and its pictures without a name."""
 
     def __init__(self, text):
         super().__init__()
@@ -335,7 +335,7 @@ def test_the_page_opens_in_a_browser_unless_told_not_to(monkeypatch, capsys, tmp
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
 def test_a_name_that_is_not_utf8(capsys, tmp_path):
-    """capsys's stdout is UTF-8 and strict, as a terminal's is."""
+    """capsys's stdout is UTF-8 and strict, like a terminal's."""
     name = os.fsdecode(b"caf\xe9")
     np.save(f"{name}.npy", np.ones((3, 2)))
     __main__.main(["demo", f"{name}.npy", "--no-open"])

@@ -42,7 +42,7 @@ def per_channel(values, x):
 
 @both
 def test_a_mean_of_dy_between_two_floats_is_taken_off_whole(shape):
-    """dy - h is exact; the rest of the mean of dy, beyond float32, joins the other terms."""
+    """dy - h, with h the mean of dy in float32, is exact; the mean's rest joins other terms."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype("float32")
     dy = (rng.normal(size=shape) + 1e6).astype("float32")
@@ -70,7 +70,7 @@ def assert_statistics(x):
 
 @pytest.mark.parametrize("shape", [(16384, 64), (1, 1, 1 << 19)], ids=["columns", "rows"])
 def test_first_values_far_off_cost_the_later_ones_no_digit(shape):
-    """They are 1e6 from all later values: deltas relative to them would round at each merge."""
+    """The first values are 1e6 from all later ones: deltas from them would round at each merge."""
     x = np.random.default_rng(0).normal(size=shape)
     (x[:32] if len(shape) == 2 else x[0, :, :32])[...] = 1e6
     assert_statistics(x)
@@ -79,14 +79,14 @@ def test_first_values_far_off_cost_the_later_ones_no_digit(shape):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(65536, 1), (1, 1, 4096)], ids=["columns", "rows"])
 def test_a_shift_taken_from_values_far_off_costs_no_digit(shape, dtype):
-    """The squares about K would be many times M2."""
+    """The sum of squares about the shift K would be many times M2."""
     x = np.random.default_rng(0).normal(size=shape).astype(dtype)
     x.reshape(-1)[: x.size // 256] = 1e4
     assert_statistics(x)
 
 
 def test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only():
-    """From 2^26 on a float32 sum ignores four values of 0.98, until the run ends."""
+    """A float32 sum of 2^26 ignores added terms of 4 * 0.99^2, so its run must end soon."""
     x = np.full((256, 256), 0.99, np.float32)
     x[::2] *= -1  # K is 0
     x[128] = 2.0**13
@@ -95,7 +95,7 @@ def test_sums_down_the_rows_are_kept_in_float32_for_a_short_run_only():
 
 @pytest.mark.parametrize("shape", [(16384, 1), (1, 1, 2048)], ids=["columns", "rows"])
 def test_equal_values_after_others_round_with_one_sign(shape):
-    """Rounding errors of one sign add up about K, and are small about the mean."""
+    """Rounding errors of squares about K have one sign and add up; about the mean they are tiny."""
     for value in np.random.default_rng(0).uniform(-1, 1, 20):
         x = np.full(shape, value)
         x.reshape(-1)[: x.size // 64] = 1 / 3

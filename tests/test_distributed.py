@@ -74,7 +74,7 @@ def over_threads(size, function, timeout=WAIT):
     return [rank.result() for rank in ranks]
 
 
-# Cases with kernels that no other case has.
+# Cases that compile kernels that no other case uses.
 SLOW = (
     *("equals_one_process_with_residual", "equals_one_process_with_residual_and_relu"),
     *("equals_one_process_where_planes_are_large", "renormalises_with_the_statistics_of_all_ranks"),
@@ -90,7 +90,7 @@ def test_over_threads(name, size):
 
 
 def test_a_rank_that_waits_is_found_out():
-    """Otherwise every test here might pass for a rank that never communicates."""
+    """Otherwise all these tests could pass for a rank that never communicates."""
 
     def one_does_not_take_part(comm):
         if comm.Get_rank() > 0:
@@ -141,7 +141,7 @@ def test_one_rank_gives_the_bits_of_the_local_functions(dtype, plane, with_resid
 
 
 def _spoilt():
-    """Yield many arguments of every kind that the local functions reject."""
+    """Yield local functions and arguments that they reject, many of every kind."""
     data, per_channel = refusals.data, refusals.per_channel
     both = "batch_norm_forward", "batch_norm_backward"
     for function in both:
@@ -201,7 +201,7 @@ def _spoilt():
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_refuses_what_the_local_function_refuses_in_its_words(function, spoilt):
-    """The checks before the header are those of the local functions."""
+    """The checks made before the header is sent are those of the local functions."""
     arguments = refusals.VALID[function]() | spoilt
     with pytest.raises((TypeError, ValueError)) as theirs:
         getattr(nbnorm, function)(**arguments)
@@ -243,7 +243,7 @@ def test_size_may_be_an_attribute():
 
 def test_ranks_of_another_version():
     class Newer(SelfComm):
-        """Two ranks, the other with a newer version; it receives no reasons."""
+        """Two ranks, of which the other has a newer version: only headers are exchanged."""
 
         def Get_size(self):
             return 2
@@ -329,7 +329,7 @@ def test_losses_of_uneven_batches():
     """For the mean over all samples, ranks must divide by the whole count.
 
     If each rank takes the mean over its own batch, as a data-parallel wrapper does, the gradient is
-    that of the mean of those means: every rank has the same weight, whatever its size.
+    that of the average of the ranks' losses: every rank has the same weight, whatever its size.
     """
     target = np.random.default_rng(1).normal(size=(32, 4, 3, 2))
 
@@ -406,7 +406,7 @@ def test_layer_is_a_batch_norm():
 
 
 def test_names_are_those_of_the_package():
-    """Regardless of the defining module, also in pickles."""
+    """Pickles store `__module__`: it names the package, whichever module defines an object."""
     for name in distributed.__all__:
         assert getattr(distributed, name).__module__ == "nbnorm.distributed", name
 
@@ -436,7 +436,7 @@ def test_docstrings_have_the_form_of_the_others(name):
 
 @cache
 def output_of(size, *command):
-    """Run ranks in a process group, which ends at the time limit; return both outputs."""
+    """Run ranks in a process group, killed at the time limit; return stdout and stderr."""
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     package = str(Path(nbnorm.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -461,7 +461,7 @@ def mpiexec():
 
 
 def assert_bits_of_threads(size, out):
-    """The first rank of processes has printed the bits that threads get with the same parts."""
+    """Check that rank 0 printed the bits that threads get with the same parts."""
     expected = over_threads(size, bits_of_a_step)
     assert f"bits {expected[0]}\n" in out, out[-500:]
 

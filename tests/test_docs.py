@@ -1,4 +1,4 @@
-"""The examples in docstrings, README and the pages run; an import brings only what it needs."""
+"""Examples in docstrings, README and pages run; importing nbnorm imports only what it needs."""
 
 import doctest
 import importlib

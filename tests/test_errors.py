@@ -48,9 +48,9 @@ def shared_memory():
     yield longer.view()[1:], longer[:8]
 
 
-@pytest.mark.slow  # the kernels of every function
+@pytest.mark.slow  # compiles the kernels of every function
 def test_valid_arguments_are_valid():
-    """Otherwise the tests here would pass for other reasons than they name."""
+    """Otherwise tests of errors could pass for another reason than the one in their name."""
     for function, arguments in VALID.items():
         getattr(nbnorm, function)(**arguments())
 
@@ -123,7 +123,7 @@ def test_objects_that_are_no_arrays(function, argument, thing):
 def test_required_arrays_that_are_none(function, argument):
     spoiled = {argument: None}
     if argument == "x" and "y" in VALID[function]():
-        spoiled["y"] = None  # y does instead of x; test_from_y.py
+        spoiled["y"] = None  # y can replace x: see test_from_y.py
     refuses(function, TypeError, rf"^{argument} .*NoneType", **spoiled)
 
 
@@ -413,13 +413,13 @@ def test_momentum_outside_of_0_and_1_extrapolates(momentum, mean, var):
     nbnorm.update_running_stats(*running, batch, momentum=momentum)
     assert_array_equal(running, [[mean], [var]])
     frozen = nbnorm.batch_norm_inference(x, None, None, *running)
-    assert np.isnan(frozen).all() == (var < 0)  # no such variance, and NaN shows it
+    assert np.isnan(frozen).all() == (var < 0)  # a variance cannot be negative: the result is NaN
 
 
 BACKWARD = [name for name in taking("activation") if "backward" in name]
 
 
-@pytest.mark.slow  # each function thrice, with kernels of its own
+@pytest.mark.slow  # compiles kernels for three calls of each function
 @pytest.mark.parametrize("function", BACKWARD)
 def test_the_mask_of_relu_needs_y_or_beta_even_if_it_is_none(function):
     arguments = VALID[function]()

@@ -296,7 +296,7 @@ def test_figure2_prints_a_table_writes_a_figure_and_keeps_finished_runs(tmp_path
     assert list(kept["runs"]) == ["BN-x5, seed 0"]
     child = run_figure(tmp_path, "figure2.py", *options, "--networks", "Baseline", "BN-x5")
     assert child.returncode == 0, child.stderr
-    assert "BN-x5" not in child.stderr  # from the progress bar
+    assert "BN-x5" not in child.stderr  # where the progress bar is
     both = json.loads((tmp_path / "kept.json").read_text())
     assert both["runs"]["BN-x5, seed 0"] == kept["runs"]["BN-x5, seed 0"]
     rows = re.findall(r"^(\S+) +(?:\d+|-) +\d+\.\d%$", child.stdout, re.M)
@@ -384,7 +384,7 @@ def test_figure2_shuffles_as_its_habits_say(load):
 def test_shuffling_and_dropout_keep_finished_runs_and_share_them(
     load, monkeypatch, tmp_path, capsys
 ):
-    """With accuracies in place of training, which the tests of figure2 run."""
+    """Given accuracies replace the training, which the tests of figure2 run."""
     figure2, example = load("figure2"), load("shuffling_dropout")
     trained = []
 
@@ -399,11 +399,11 @@ def test_shuffling_and_dropout_keep_finished_runs_and_share_them(
         return re.findall(r"^(Baseline|BN-x5) +(.*\S) +(\d+\.\d%)$", capsys.readouterr().out, re.M)
 
     monkeypatch.setattr(figure2, "train", train)
-    monkeypatch.setattr(example.runs, "one_thread", lambda: None)  # of this process
+    monkeypatch.setattr(example.runs, "one_thread", lambda: None)  # would change this process
     kept, drawn = tmp_path / "kept.json", tmp_path / "drawn.svg"
     options = "--quick", "--results", str(kept), "--output", str(drawn)
     rows = run(*options)
-    assert len(trained) == len(set(trained)) == 10  # of twelve cases the panels share two
+    assert len(trained) == len(set(trained)) == 10  # twelve cases; the panels share two
     assert json.loads(kept.read_text())["settings"]["steps"] == 100
     found = {row[:2]: row[2] for row in rows}
     assert len(rows) == len(found) == 12
@@ -453,8 +453,8 @@ def test_committed_results_are_whole_and_of_their_command(name, tmp_path):
     child = run_figure(ROOT, Path(program).name, *options, "--output", str(drawn))
     assert child.returncode == 0, child.stderr
     assert drawn.read_bytes()[-7:] == b"</svg>\n"
-    assert path.read_bytes() == before, "it ran again"
-    # docs/experiments.md contains rows of the printed table: each cell with a number.
+    assert path.read_bytes() == before, "the example trained again"
+    # Every row of the table in docs/experiments.md must be a row of the printed table.
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     printed = {tuple(re.split(r"  +", line.strip())) for line in child.stdout.splitlines()}
     table = page.partition(f"](results/{name}.svg)")[2].partition("    python")[0]
@@ -583,7 +583,7 @@ def test_whitening(plot):
         assert (np.diff(grown) > 0).all()
         assert 11.5 < grown[-1] / grown[0] < 13
         assert norm[0] < norm[-1] == pytest.approx(1.25 * norm[0], rel=0.03)
-    for seen in times.values():  # times beside other work say no more than that
+    for seen in times.values():  # other processes disturb times: check only that they are positive
         assert len(seen) == 7
         assert min(seen) > 0
 
@@ -630,7 +630,7 @@ def test_statistics_at_inference(plot):
         forgotten = [a for a, m in zip(by_momentum, momenta, strict=True) if m * step >= 5]
         assert len(forgotten) >= 3
         assert np.abs(np.array(forgotten) - others["exact"]).max() < near
-    # The statistics set last are exact for each layer, but for rounding of the products before it.
+    # Recalibrated statistics are exact for each layer, except for rounding of the products before.
     for (mean, var), x in zip(norms, arrived, strict=True):
         x = x.astype(np.float64)
         spread = x.std(axis=0)
@@ -663,7 +663,7 @@ def test_folding_changes_no_output_and_saves_time(plot):
     errors, times = plot("plot_folding", "errors", "times")
     for (name, width), found in errors.items():
         terms = width * (9 if "convolution" in name else 1)
-        # A sum of so many terms, and y near 5: some units for each square root of a term.
+        # The error of a sum grows with the square root of its number of terms; y is near 5.
         assert max(found) < 8 * 2**-23 * terms**0.5, name
     unfolded, folded = times["linear, 1,000 rows", 16]
     assert folded < unfolded

@@ -1,4 +1,4 @@
-"""Batch normalization at inference as a linear map, and folded into the layer beside it."""
+"""Batch normalization at inference as a linear map, and folding it into an adjacent layer."""
 
 import itertools
 import math
@@ -69,7 +69,7 @@ def conv_transposed(u, weight, bias, groups):
 
 
 def with_none(arrays, absent):
-    """Replace the named ones of (gamma, beta) by None."""
+    """Replace gamma and beta by None if they are in `absent`."""
     gamma, beta, mean, var = arrays
     return None if "gamma" in absent else gamma, None if "beta" in absent else beta, mean, var
 
@@ -370,7 +370,7 @@ def test_bad_eps_is_refused(eps):
 
 @dataclass
 class Layer:
-    """A convolution, or without a kernel a linear layer, and a batch normalization beside it."""
+    """A convolution (a linear layer if `kernel` is empty) and a batch norm before or after it."""
 
     kernel: tuple[int, ...]
     groups: int
@@ -418,11 +418,11 @@ class Layer:
             self.options["layout"] = "".join(letters[axis] for axis in self.order)
 
     def arguments(self):
-        """Return what the function takes."""
+        """Return the arguments of the folding function."""
         return (self.stored, self.bias, *self.bn)
 
     def back(self, stored):
-        """Return a weight as it was before it was put in order."""
+        """Return a weight in PyTorch's layout."""
         if self.order is not None:
             stored = stored.transpose(np.argsort(self.order))
         return stored.reshape(self.weight.shape)
@@ -440,7 +440,7 @@ class Layer:
         return batch_norm(self.run(self.u, self.weight, self.bias), *self.bn, axis=1)
 
     def scale(self):
-        """Return the sum of the magnitudes of all terms of a result, at most."""
+        """Return an upper bound of the sum of the magnitudes of a result's terms."""
         gamma, beta, mean, var = self.bn
         factor = np.abs(1.0 if gamma is None else gamma.astype(np.float64)) / np.sqrt(
             var.astype(np.float64) + EPS
@@ -458,7 +458,7 @@ def layers(draw):
     kind = draw(st.sampled_from(["plain", "transposed", "depthwise"])) if kernel else "plain"
     axes = tuple(range(2 + len(kernel)))
     orders = st.permutations(axes).map(tuple)
-    # A depthwise weight in PyTorch's layout is that of a convolution with groups.
+    # PyTorch's layout has no depthwise weights: they are weights of convolutions with groups.
     order = draw(orders if kind == "depthwise" else st.none() | orders)
     return Layer(
         kernel,
@@ -507,7 +507,7 @@ FIRST = {"norm_first": True, "eps": EPS}
 
 
 def copied(torch, *modules):
-    """Fill layers of PyTorch with random values of which no two are alike."""
+    """Fill PyTorch layers with random values that all differ."""
     for i, module in enumerate(modules):
         for j, tensor in enumerate((*module.parameters(), *module.buffers())):
             if tensor.dim():
@@ -516,7 +516,7 @@ def copied(torch, *modules):
 
 
 def of_torch(*modules):
-    """Return their parameters and statistics in the order of the functions' arguments."""
+    """Return the modules' parameters and statistics in the order of the functions' arguments."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dim()]
     return [tensor.detach() for tensor in tensors]
 
@@ -556,7 +556,7 @@ def test_zeros_are_padded_exactly_by_the_value_that_becomes_0():
         ref = layer(bn(u))
         with pytest.raises(ValueError, match=r"padding is \(1, 1\), but .*pad the input with -shi"):
             fold_into_conv(*of_torch(layer, bn), padding=layer.padding, **FIRST)
-        # What the error says.
+        # Do what the error says.
         scale, shift = fold_batch_norm(*of_torch(bn), eps=EPS)
         padded = (-shift / scale)[:, None, None].repeat(2, 1, 7, 9)
         padded[:, :, 1:-1, 1:-1] = u
@@ -587,8 +587,8 @@ def test_an_image_that_is_normalised_and_flattened():
         assert_allclose(comp, y.reshape(5, -1) @ weight.T + bias, rtol=1e-12, atol=1e-12)
 
 
-# Layers of Keras, after which its batch normalization has its channels in the last axis. SHAPE of
-# the input, and the options of the function.
+# Keras layers with channels last, as batch normalization has them by default: the input's shape,
+# the layer's arguments and the function's options.
 KERAS = {
     "Dense": ((5,), {"units": 4}, {"layout": "IO"}),
     "Conv1D": ((8, 6), {"filters": 4, "kernel_size": 3}, {"layout": "WIO"}),
@@ -709,7 +709,7 @@ def test_padding_after_a_shift_is_refused(padding):
     with pytest.raises(ValueError, match="zeros that are padded after batch normalization are not"):
         fold_into_conv(weight, None, *bn, padding=padding, **FIRST)
     fold_into_conv(weight, None, bn[0], None, 0 * bn[2], bn[3], padding=padding, **FIRST)
-    fold_into_conv(weight, None, *statistics(4), padding=padding)  # does not matter
+    fold_into_conv(weight, None, *statistics(4), padding=padding)  # no matter after the layer
     bn[1][:], bn[2][:] = 0, 0
     bn[1][2] = 1e-300
     with pytest.raises(ValueError, match="padding is"):

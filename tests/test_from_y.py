@@ -29,7 +29,7 @@ from nbnorm.distributed import (
     sync_batch_norm_forward,
 )
 
-pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+pytestmark = pytest.mark.slow  # compiles kernels that few other tests use
 
 BACKWARD = ("batch_norm_backward", "batch_norm_backward_reduce", "batch_norm_backward_apply")
 
@@ -80,14 +80,14 @@ LEAKY = nbnorm.activation("leaky_relu", slope=0.25)
 
 
 def before(y, slope):
-    """v of y = leaky_relu(v) in y's compute dtype, exact for a slope that is a power of two."""
+    """Return v of y = leaky_relu(v) in y's compute dtype, exact if the slope is a power of two."""
     wide = y.astype(np.float64 if y.dtype == np.float64 else np.float32)
     return np.where(wide > 0, wide, wide / wide.dtype.type(slope))
 
 
 @given(recipes(), st.booleans(), st.sampled_from([2.0**-2, 2.0**-7, 2.0]))
 def test_leaky_relu_is_inverted(recipe, training, slope):
-    """As if v, and dy through the activation, had been given: the quarter loses no digit."""
+    """Results are as accurate as from v itself: dividing by a power of two loses no digit."""
     act = nbnorm.activation("leaky_relu", slope=slope)
     x, gamma, beta, (y, mean, rstd) = forward_of(recipe, activation=act)
     dy, axis = recipe.like_x(5), recipe.axis
@@ -123,7 +123,7 @@ def test_leaky_relu_from_y_is_that_from_x_but_for_rounding(shape, dtype, slope):
     )
     error = dx_tolerance(through, x, gamma, mean, rstd, axis=recipe.axis)
     _, dgamma_error = sums_tolerance(through, x, mean, rstd, axis=recipe.axis)
-    # v is rounded three times, not once, and the slope, too.
+    # v is rounded three times rather than once, and the slope is rounded as well.
     assert_within(got.dx, ref.dx, 2 * error + 4 * dx_more, "dx")
     error = stored(2 * dgamma_error, ref.dgamma, got.dgamma.dtype) + 4 * dgamma_more
     assert_within(got.dgamma, ref.dgamma, error, "dgamma")
@@ -277,7 +277,7 @@ def test_torch_tensors():
 
 
 def spoiled(function, **more):
-    """Right arguments without x, but for what is given here."""
+    """Return replacements for valid arguments: no x, no activation, and `more` without out."""
     gone = {"x": None, "activation": None}
     return {name: value for name, value in (gone | more).items() if name != "out"}
 
@@ -363,7 +363,7 @@ def test_out_must_not_overlap_y(function):
 @pytest.mark.parametrize("function", BACKWARD)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_y_in_the_memory_of_x(function, activation):
-    """The one way in which a functional call can notice that x is gone."""
+    """Shared memory is the only sign by which a functional call can see that x was overwritten."""
     x = VALID[function]()["x"]
     match = r"^x and y share memory, so y was written over x"
     for y in (x, x[:], x[::-1]):
@@ -415,10 +415,10 @@ def test_layer_in_place(dtype, affine, training, activation):
 
 
 def test_layer_in_place_keeps_one_tensor_less():
-    """Four layers in a row: each keeps y alone, which is the memory of the only tensor."""
+    """Four layers in a row keep only their y, all in the memory of the one input."""
     shape = (8, 3, 64, 64)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    limit = nbnorm.set_pool_limit(0)  # keeps the memory of results that are gone
+    limit = nbnorm.set_pool_limit(0)  # the pool would keep the memory of freed results
     try:
         peaks = {}
         for inplace in (False, True):
@@ -431,7 +431,7 @@ def test_layer_in_place_keeps_one_tensor_less():
 
 
 def peak_of(stack, x):
-    """Return the bytes that a forward pass through layers, from a copy of x on, takes at most."""
+    """Return the peak memory, in bytes, of a forward pass through layers with a copy of x."""
     for layer in stack:
         layer.forward(x.copy())  # compiles
         layer._saved = None

@@ -4,7 +4,7 @@ Numba does not check bounds, so a kernel given a wrong length reads and writes o
 child surrounds every array with a margin of known bytes, calls a function, and expects TypeError or
 ValueError; if a draw happens to be valid, it compares the result with the oracle.
 
-Run as a script this file is the child: seed and number of calls are its arguments.
+Run as a script, this file is the child; its arguments are the seed and the number of calls.
 """
 
 import inspect
@@ -151,7 +151,7 @@ def spoil_array(name, array, rng, keep, *, beside_x):
     shape = list(array.shape) or [1]
     which = int(rng.integers(len(shape)))
     kind = int(rng.integers(14))
-    if kind == 9 and not beside_x:  # valid as it is, but larger than memory
+    if kind == 9 and not beside_x:  # for x this would be valid, but larger than memory
         kind = 8
     if kind == 8 and name in WRITTEN:  # if elements share memory, the last write wins
         kind = 11
@@ -233,7 +233,7 @@ def extra_options(function, rng):
     return {name: c[rng.integers(len(c))] for name, c in choices.items() if rng.random() < 0.3}
 
 
-# Micro-batches: calls with two parts. The oracle has all parts as rows of one array.
+# Micro-batches: calls with two parts. The oracle takes all parts as rows of one array.
 
 
 def micro_forward(x, part, *, axis, **options):
@@ -336,7 +336,7 @@ def compare(result, expected, call):
 def test_random_arguments_never_crash(seed):
     calls = 1500
     refused, done = map(int, run_child(__file__, str(seed), str(calls)).split())
-    # If nearly all draws were valid, or nearly all rejected, they would show little.
+    # If nearly all calls were valid, or nearly all rejected, the test would show little.
     assert done == calls
     assert 0.3 < refused / done < 0.95
 

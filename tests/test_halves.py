@@ -84,7 +84,7 @@ def test_the_identity_gives_every_pattern_back(dtype, shape):
     np.testing.assert_array_equal(y.astype(np.float32)[number], wide[number])
 
 
-@pytest.mark.cpu_only  # a GPU reads more halves at a time than floats, in other batches
+@pytest.mark.cpu_only  # a GPU reads more halves than floats at a time, and sums in another order
 @pytest.mark.parametrize("dtype", HALVES)
 def test_results_are_those_of_float32_rounded_once(dtype):
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_results_are_those_of_float32_rounded_once(dtype):
             assert_same_bits(a, b.astype(x.dtype))
 
 
-@pytest.mark.slow  # float64 parameters: kernels of their own
+@pytest.mark.slow  # compiles kernels for float64 parameters
 @pytest.mark.parametrize("shape", [(6, 1), (2, 1, 30, 30)], ids=["columns", "rows"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_relu_stops_what_is_too_small_to_be_stored(dtype, shape):

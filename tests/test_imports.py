@@ -1,8 +1,8 @@
-"""Modules import only from layers below, never in a circle, also within functions.
+"""Modules import only from their own and lower layers, never in a circle, even within functions.
 
-What benchmarks, examples and tests import from the package has to be there. Read from the source,
-so that neither hosts nor CUDA need be installed. Python's implicit imports of a module's parent
-packages do not count.
+Names that benchmarks, examples and tests import from the package must exist. Imports are read from
+the source, so neither hosts nor CUDA need be installed. Python's implicit imports of a module's
+parent packages do not count.
 """
 
 import ast
@@ -74,10 +74,10 @@ def imports(name):
 
 
 def bound(name):
-    """Return the names that a module gives a value to outside functions, and its submodules."""
+    """Return the names that a module binds outside functions, and its submodules."""
     names = {other.rpartition(".")[2] for other in MODULES if other.rpartition(".")[0] == name}
     statements = list(ast.parse(MODULES[name].read_text(encoding="utf-8")).body)
-    for node in statements:  # grows: what stands in an `if` or a `try`
+    for node in statements:  # the list grows by what is inside an `if` or a `try`
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -105,7 +105,7 @@ def test_there_is_something_to_look_at():
     assert "nbnorm.functional" in GRAPH["nbnorm.layer"]
     assert "nbnorm.cpu.kernels" in GRAPH["nbnorm.cpu"]
     assert "nbnorm.cuda" in GRAPH["nbnorm._arrays"]  # imported within a function
-    assert "nbnorm.cpu" in GRAPH["nbnorm.cpu.overloads"]  # it imports a name of it
+    assert "nbnorm.cpu" in GRAPH["nbnorm.cpu.overloads"]  # which imports a name from it
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -126,7 +126,7 @@ def test_backends_know_nothing_of_each_other():
 
 
 def test_benchmarks_examples_and_tests_import_what_is_there():
-    """Most need libraries that are not here, so they cannot all be run."""
+    """Most need libraries that may be missing, so their imports are read and not run."""
     there = {name: bound(name) for name in MODULES}
     imported = 0
     for folder in ("benchmarks", "docs", "tests"):

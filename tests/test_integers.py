@@ -1,4 +1,4 @@
-"""Integers in: exact statistics, and normalisation without a floating copy."""
+"""Integer input: exact statistics, and normalisation without a floating-point copy."""
 
 from fractions import Fraction
 
@@ -37,7 +37,7 @@ def drawn(shape, dtype, seed=0, *, least=None, most=None):
 
 
 def exact(x, axis):
-    """Count, mean and M2 of every channel, as fractions."""
+    """Return the count, the channels' shape, and each channel's mean and M2 as fractions."""
     axes = [i % x.ndim for i in np.atleast_1d(axis)]
     rows = np.moveaxis(x, axes, range(len(axes)))
     channels = rows.shape[: len(axes)]
@@ -93,7 +93,7 @@ def test_a_small_variance_far_from_zero_keeps_its_digits(dtype):
 
 
 def test_squares_whose_sum_int64_cannot_hold():
-    partial = np.full((2, 8, 1), 2**30, np.int64)  # eight chunks of as many values, all the same
+    partial = np.full((2, 8, 1), 2**30, np.int64)  # eight chunks of 2^30 values, all the same
     partial *= np.array([65535, 65535**2]).reshape(2, 1, 1)
     mean, m2 = integers.moments(partial, 2**33)
     assert (mean, m2) == (65535, 0)
@@ -187,7 +187,7 @@ def test_activations(activation):
 
 
 def test_results_past_the_cache_are_the_same():
-    """Streamed stores, in parallel: every image is that of a call by itself."""
+    """With streaming stores and threads, every image equals the result of a call on it alone."""
     x = drawn((200, 64, 64, 48), "uint8")
     statistics = np.linspace(0, 255, 48), np.linspace(1, 5000, 48)
     y = nbnorm.batch_norm_inference(x, None, None, *statistics, axis=-1)

@@ -171,7 +171,7 @@ def test_float64_arrays(library):
     x = drawn(dtype="float64")
     ref = nbnorm.batch_norm_forward(x)
     if library is jax_cpu:
-        x = x.astype("float32")  # without x64 JAX has no longer type
+        x = x.astype("float32")  # without x64, JAX has no float64
         ref = nbnorm.batch_norm_forward(x)
     same(nbnorm.batch_norm_forward(wrap(x)).y, ref.y, cls, "y")
 
@@ -186,7 +186,7 @@ def test_the_input_of_another_library_is_not_changed(library):
 
 @libraries
 def test_negative_strides_are_never_exported(library):
-    """NumPy views with negative strides work beside another library's x; results are its own."""
+    """NumPy views with negative strides work with any library's x; results are the library's."""
     wrap, cls = library()
     residual = drawn(1)[::-1, :, ::-1]
     ref = nbnorm.batch_norm_forward(drawn(), residual=residual)
@@ -469,7 +469,7 @@ def test_zeros_without_memory_given_to_layers():
 @pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # torch's
 @pytest.mark.parametrize(("function", "argument"), takers(*LARGE, *SMALL, "weight"))
 def test_tangents_of_forward_mode(function, argument):
-    """Not an open level but the tensor's tangent is the reason to refuse."""
+    """The tensor's tangent is the reason to refuse; an open level of forward mode alone is not."""
     torch = pytest.importorskip("torch")
     forward_ad = torch.autograd.forward_ad
     given = torch.from_numpy(VALID[function]()[argument])
@@ -575,7 +575,7 @@ def test_jax_tracers():
 
 @pytest.fixture(scope="module")
 def jax_example():
-    """The names of the example in docs/integrations.md, and its loss in JAX's own functions."""
+    """Return jax, the names of the example in docs/integrations.md, and its loss by JAX alone."""
     jax = pytest.importorskip("jax")
     page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
     section = page.partition("\n## JAX\n")[2].partition("\n## ")[0]
@@ -727,7 +727,7 @@ def test_masked_array():
 
 
 class Wrapped:
-    """An object with only the protocol; results cannot be returned in its library."""
+    """An object with only the DLPack protocol; results cannot be returned in its library."""
 
     def __init__(self, array):
         self.array = array
@@ -740,7 +740,7 @@ class Wrapped:
 
 
 class Sliceable(Wrapped):
-    """What population_stats takes; results are returned by the from_dlpack of NumPy."""
+    """Also has what population_stats needs; results are returned by NumPy's from_dlpack."""
 
     __module__ = "numpy"
 

@@ -28,7 +28,7 @@ def layout(shape, axis=(1,), order=None):
         ((4, 3, 5, 6), (1,), None, (4, 3, 30)),
         ((4, 3, 5, 6), (1,), (0, 2, 3, 1), (120, 3, 1)),
         ((4, 3, 5, 6), (3,), None, (60, 6, 1)),
-        ((4, 3, 5, 6), (1, 3), None, (4, 18, 5)),  # not adjacent: as in its copy
+        ((4, 3, 5, 6), (1, 3), None, (4, 18, 5)),  # not adjacent: the layout of a copy
         ((4, 3, 5, 6), (1, 2), None, (4, 15, 6)),
         ((4, 1, 5, 6), (1,), None, (4, 1, 30)),  # an axis of one channel still separates N from S
         ((1, 3, 5, 1), (3,), None, (15, 1, 1)),
@@ -52,7 +52,7 @@ def test_strides_along_axes_of_one_value_do_not_change_the_order_of_results():
     assert layout_of((5, 1, 6), (24, 4, 4), 4, (0,)).dense == (0, 1, 2)
 
 
-# Layouts of long rows, of planes too short to be separate, and of samples too short.
+# Long rows, planes too short to be separate in memory, and samples too short to be.
 LONG, SHORT, TINY = (4, 3, PLANE), (4, 3, PLANE // 2), (4, 3, 8)
 assert SHORT[1] * SHORT[2] >= SAMPLE > TINY[1] * TINY[2]
 

@@ -71,7 +71,7 @@ def test_splitting_a_batch_and_merging_its_moments(recipe):
 
 @given(recipes(layouts=("C",), dtypes=("float32",)))
 def test_every_axis_order_normalises_alike(recipe):
-    """Compare NCHW with channels-last and so on: the channel axes moved to the end, as a copy."""
+    """Compare with a copy whose channel axes are last: NCHW with channels-last, and so on."""
     x, gamma, beta, dy = recipe.x(), recipe.gamma(), recipe.beta(), recipe.like_x(5)
     channels = sorted(a % x.ndim for a in np.ravel(recipe.axis))
     order = [*reduced_axes(x.ndim, recipe.axis), *channels]

@@ -82,7 +82,7 @@ def test_however_a_batch_is_split(drawn, activation):
     for array, theirs, *errors in zip(running, expected, allowed, merging, strict=True):
         assert_within(array, theirs, stored(sum(errors), theirs, theirs.dtype), "running")
 
-    # From the float64 statistics: where the mean is large, its rounding is the whole error.
+    # Use the returned float64 statistics: where the mean is large, its rounding is the main error.
     ys, along = list(forward.ys), reduced_axes(x.ndim, axis)[0]
     for part, y in zip(xs, ys, strict=True):
         assert (y.shape, y.dtype) == (part.shape, part.dtype)
@@ -365,7 +365,7 @@ def test_backward_refuses(spoilt, error, message):
 
 
 def readings(*sources):
-    """Return a function that yields another source at each reading."""
+    """Return a function that returns the next source at each call."""
     remaining = iter(sources)
     return lambda: next(remaining)
 

@@ -1,4 +1,4 @@
-"""float32 residual and dy beside a half-precision x, as PyTorch's autocast gives them."""
+"""float32 residual and dy with a half-precision x, as PyTorch's autocast gives them."""
 
 import tracemalloc
 
@@ -21,13 +21,13 @@ from tolerances import (
 import nbnorm
 from nbnorm import BatchNorm, reference
 
-pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+pytestmark = pytest.mark.slow  # compiles kernels that few other tests use
 
 halves = pytest.mark.parametrize("dtype", HALVES)
 
 
 def wide(recipe, stream, layout):
-    """Return float32 values of x's shape, which no half holds."""
+    """Return float32 values of x's shape that half precision cannot represent."""
     values = np.random.default_rng([recipe.seed, stream]).normal(size=recipe.shape)
     if layout == "broadcast":
         return np.broadcast_to(values[..., :1].astype(np.float32), recipe.shape)
@@ -103,7 +103,7 @@ def test_nothing_of_xs_size_is_copied(dtype):
 @pytest.mark.parametrize("x_dtype", ["float32", "float64", *HALVES])
 @pytest.mark.parametrize("other", ["float32", "float64", *HALVES])
 def test_what_is_still_refused(x_dtype, other):
-    """All but the same dtype, and float32 beside a half."""
+    """Every dtype except that of x, and float32 residual or dy with a half-precision x."""
     x, array = (np.ones((4, 3), dtype_of(dtype)) for dtype in (x_dtype, other))
     statistics = np.zeros(3), np.ones(3)
     mixed = x_dtype in HALVES and other == "float32"
@@ -120,7 +120,7 @@ def test_what_is_still_refused(x_dtype, other):
 
 
 def test_strides_in_bytes_do_not_make_a_view():
-    """Every second half has the strides of dense float32, and the other way round."""
+    """A view of every second half has the strides of dense float32, and vice versa."""
     rng = np.random.default_rng(0)
     for layout in LAYOUTS:
         x = lay_out(rng.normal(size=(40, 1)).astype("f2"), layout)
@@ -161,7 +161,7 @@ def test_the_layer():
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_under_torchs_autocast(relu, compiled):
-    """A convolution's bfloat16 and a float32 identity; every gradient has its argument's dtype."""
+    """A convolution's bfloat16 x, a float32 residual: gradients have their arguments' dtypes."""
     torch = pytest.importorskip("torch")
     from nbnorm.integrations.torch import BatchNorm2d
 

@@ -52,8 +52,8 @@ def test_merged_chunks_have_the_moments_of_the_whole(lengths, channels, offset, 
     first, *rest = [moments(chunk) for chunk in np.split(x, np.cumsum(lengths)[:-1])]
     comp = first.merge(*rest)
 
-    # Each given or merged mean has an error of at most `lost`. As M2 includes d² n_a n_b / n <= M2,
-    # an error of 2 lost in d costs at most 4 lost sqrt(M2 n).
+    # Each given or merged mean has an error of at most `lost`. M2 includes d^2 n_a n_b / n, which
+    # is at most M2, so an error of 2 lost in d costs at most 4 lost sqrt(M2 n).
     lost = (2 * len(lengths) + 1) * U * np.abs(x).max(axis=0, initial=0.0)
     assert comp.count == ref_count
     assert np.all(np.abs(comp.mean - ref_mean) <= lost)

@@ -25,7 +25,7 @@ RELU = "relu"
 
 
 def everything(axis, activation):
-    """Return a function that calls every function of nbnorm."""
+    """Return a function that calls every function that compiled code supports."""
 
     def calls(x, dy, gamma, beta, running_mean, running_var, momentum, eps, correction):
         forward = nbnorm.batch_norm_forward(
@@ -157,7 +157,7 @@ def test_bits_of_python(call):
 
 
 def enough(m, itemsize=4):
-    """Return a number of channels of m values that exceeds a block in this machine's cache."""
+    """Return how many channels of m values exceed a block in this machine's cache."""
     return 1 + 4 * NEAR * _CACHES.own // (2 * m * itemsize)
 
 

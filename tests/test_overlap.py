@@ -66,7 +66,7 @@ def test_running_statistics_within_x(shared, place):
         assert name == shared or (array == 1).all()
 
 
-# Deciding whether two of their elements coincide takes longer than a pass over them.
+# Deciding whether these two arrays share an element takes longer than a pass over them.
 HARD = (8, 4, 9, 7), (735, 3505, 1051, 123), (705, 183, 1134, 3359)
 
 
@@ -85,7 +85,7 @@ def test_overlap_that_is_too_hard_to_decide_is_refused():
 
 
 def test_layouts_that_overlap_nothing_are_not_hard():
-    """Real arrays, every layout with every other, are not rejected as too hard."""
+    """Every pair of practical layouts is decided, and not rejected as too hard."""
     for first in ("every second", "reversed", "padded rows", "channels last"):
         for second in ("every second row", "reversed rows", "padded rows", "Fortran"):
             x, out = (lay_out(data(), layout) for layout in (first, second))

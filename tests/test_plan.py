@@ -1,4 +1,4 @@
-"""How a pass is split: only the shape decides the bits, and every value is done once."""
+"""How a pass is split: only the shape decides the bits, and every value is processed once."""
 
 from itertools import product
 

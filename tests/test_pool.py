@@ -295,7 +295,7 @@ def handled_at(step, work, handler):
         frame.f_trace_opcodes = True
         if event == "opcode":
             done += 1
-            assert done < 100_000, "it never ends"
+            assert done < 100_000, "pool.py never ends"
             if done == step:
                 handler()
         return trace

@@ -117,7 +117,7 @@ def test_however_an_array_is_cut(shape_and_axis, chunk, offset, layout, seed):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_however_a_file_is_divided(shape_and_axis, chunk, drawn_chunks, seed):
-    """Every value is read once; no chunk of the file is in two pieces, which are no larger."""
+    """Every value is read once, no file chunk is in two pieces, and no piece is too large."""
     shape, axis = shape_and_axis
     x = drawn(shape, seed=seed, offset=1.0)
     stored = Stored(x)
@@ -255,7 +255,7 @@ def test_arrays_one_after_the_other_are_gone_through_once():
 
 
 def test_every_value_weighs_the_same():
-    """The mean of both means would be 2, that of both variances 0."""
+    """The mean of the two means would be 2, that of the two variances 0."""
     stats = population_stats([np.full((1, 1), 1.0), np.full((3, 1), 3.0)])
     assert (stats.count, *stats.mean, *stats.var()) == (4, 2.5, 0.75)
 
@@ -287,7 +287,7 @@ def test_the_same_chunks_give_the_same_bits():
 
 
 def test_many_chunks_cost_no_accuracy():
-    """In sequence the mean would be rounded 20,000 times, a random walk of 100 roundings."""
+    """In sequence, the mean would be rounded 20,000 times: a random walk of about 100 roundings."""
     rng = np.random.default_rng(0)
     rows = rng.integers(1, 8, 20_000)
     x = rng.standard_normal((rows.sum(), 4)) + 1e6
@@ -324,7 +324,7 @@ def test_merged_in_pairs_and_in_order(number):
 
 @pytest.mark.parametrize("reader", [False, True], ids=["batches", "read from a file"])
 def test_only_one_array_is_in_memory(reader):
-    """When the next is made the one before is gone, from a generator and from what reads."""
+    """An array is freed before a generator makes, or a reader reads, the next."""
     last, alive = [], []
 
     def made():
@@ -420,7 +420,7 @@ def test_the_array_that_is_wrong_is_named():
 
 
 class Frame:
-    """As of pandas: a shape, and columns by name."""
+    """Like a data frame of pandas: it has a shape, and columns by name."""
 
     shape = (4, 3)
 
@@ -759,7 +759,7 @@ def test_a_layer_in_several_places_counts_once():
 
 
 def test_modes_may_change_within_the_block():
-    """Evaluation functions often begin with `eval`."""
+    """Functions that evaluate a model often call `eval` first."""
     layers, x = [BatchNorm(3), BatchNorm(3)], drawn((7, 3), offset=4.0)
     seen = []
     with recalibrate(*layers):

@@ -498,7 +498,7 @@ def test_out_is_filled_rounded_and_returned_and_may_be_the_input():
     assert_array_equal(x, y.astype(np.float32))
 
 
-# --- Against others -------------------------------------------------------------------------------
+# --- Against the package and torch ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

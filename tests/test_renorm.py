@@ -24,7 +24,7 @@ from tolerances import (
 import nbnorm
 from nbnorm import BatchNorm, Ramp, Renorm, reference
 
-pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+pytestmark = pytest.mark.slow  # compiles kernels that few other tests use
 
 PLAIN = {"r_max": 1.0, "d_max": 0.0}
 bounds = st.fixed_dictionaries(
@@ -38,13 +38,13 @@ SHAPE = (6, 3, 5)
 
 
 def near(recipe):
-    """Return running statistics of about the recipe's x, in float64."""
+    """Return running statistics near those of the recipe's x, in float64."""
     mean, var = recipe.running("float64")
     return (mean + recipe.offset) * recipe.scale, var * recipe.scale**2
 
 
 def folded(gamma, beta, r, d, x, axis):
-    """Return gamma r and beta + gamma d in longdouble, for tolerances that spread them again."""
+    """Return gamma r and beta + gamma d in longdouble, for tolerances that broadcast them."""
     wide = np.longdouble(1) if gamma is None else gamma.astype(np.float64) * np.longdouble(1)
     shift = 0 if beta is None else beta.astype(np.float64)
     return wide * r, shift + wide * d
@@ -66,7 +66,7 @@ def test_forward_is_the_oracles(recipe, bounds, activation, layout):
     plain = nbnorm.batch_norm_forward(x, None, None, *moved, axis=recipe.axis, eps=recipe.eps)
     assert_same_bits(got.mean, plain.mean)
     assert_within(got.rstd, plain.rstd, 4 * np.spacing(plain.rstd), "rstd")
-    # y of these statistics and corrections.
+    # Compare y for the statistics and corrections of nbnorm.
     scale, shift = folded(gamma, beta, got.r, got.d, x, recipe.axis)
     error = y_tolerance(x, scale, shift, got.mean, got.rstd, axis=recipe.axis, residual=residual)
     y = reference.batch_norm_apply(x, scale, shift, got.mean, got.rstd, axis=recipe.axis, **rest)
@@ -171,7 +171,7 @@ def test_without_bounds_training_normalises_as_inference():
 
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.2, 0.3), (3.0, 5.0)])
 def test_value_and_gradients_are_those_of_keras_2(r_max, d_max):
-    """Its formula, `_renorm_correction_and_moments` and `_compose_transforms`, differentiated."""
+    """Differentiate its formulas, `_renorm_correction_and_moments` and `_compose_transforms`."""
     pytest.importorskip("autograd")
     import autograd.numpy as anp
     from autograd import grad
@@ -279,7 +279,7 @@ def test_an_empty_batch_corrects_nothing():
 
 
 def test_standard_deviations_of_0():
-    """0 / 0 is no correction, all else is clipped; NaN stays in its channel."""
+    """0 / 0 gives no correction, other quotients are clipped; NaN stays in its channel."""
     x = np.array([[2.0, 3.0, 0.0, np.nan, 1.0], [2.0, 3.0, 2.0, 1.0, 3.0]])
     args = np.array([2.0, 2.0, 1.0, 0.0, 2.0]), np.array([0.0, 0.0, 0.0, 1.0, 1.0])
     for function in (nbnorm.batch_renorm_forward, reference.batch_renorm_forward):

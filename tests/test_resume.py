@@ -1,4 +1,4 @@
-"""Moments in files, and calls that go on where an interrupted one was: the same bits."""
+"""Moments saved to files, and calls that resume an interrupted one with the same bits."""
 
 import io
 import os
@@ -175,14 +175,14 @@ def test_an_edited_file_is_refused(tmp_path, edited, match):
 
 
 def test_any_byte_may_be_damaged(tmp_path):
-    """What is loaded is what was saved, or nothing is."""
+    """Either the saved moments are loaded, or an error is raised."""
     path, moments = tmp_path / "file", Moments(3, np.array([0.5, 1.5]), np.array([0.25, 1.0]))
     moments.save(path)
     whole, refused = path.read_bytes(), 0
     for where in range(len(whole)):
         path.write_bytes(whole[:where] + bytes([whole[where] ^ 255]) + whole[where + 1 :])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of zipfile, about names
+            warnings.simplefilter("ignore")  # zipfile warns about names
             try:
                 assert_same(Moments.load(path), moments)
             except (ValueError, OSError):
@@ -198,7 +198,7 @@ class StopError(Exception):
 
 
 class Stored:
-    """Like a dataset in a file; the read of a given number fails."""
+    """Like a dataset in a file; the read with number `fail` raises an error."""
 
     def __init__(self, array, fail=None):
         self._array, self.shape, self.dtype = array, array.shape, array.dtype
@@ -217,7 +217,7 @@ X = drawn((41, 3, 4))
 @pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["always", "at the end"])
 @pytest.mark.parametrize("reads", range(9))
 def test_an_array_goes_on_where_it_was(tmp_path, monkeypatch, reads, seconds):
-    """Written after every chunk, or after the first and when the call ends."""
+    """The checkpoint is written after every chunk, or after the first and when the call ends."""
     monkeypatch.setattr(_checkpoint, "SHARE", 1e9 if seconds == 0 else 0.0)
     file = tmp_path / "checkpoint"
     ref = population_stats(X, chunk=60)
@@ -243,7 +243,7 @@ def test_interrupted_again_and_again(tmp_path):
 @pytest.mark.parametrize("interrupt", range(1, 6))
 @pytest.mark.parametrize("kind", [list, iter])
 def test_arrays_go_on_where_they_were(tmp_path, kind, interrupt):
-    """Those that are done are drawn and dropped."""
+    """Finished arrays are taken from the iterable again, but are not read."""
     arrays = [drawn((n, 3), seed=n) for n in (40, 3, 0, 100, 7, 1)]
     file = tmp_path / "checkpoint"
 
@@ -295,7 +295,7 @@ def test_an_interrupt_within_a_merge_loses_a_chunk_at_most(tmp_path, monkeypatch
     merges, merge = count(), Moments.merge
 
     def interrupted(self, *others):
-        if next(merges) == 3:  # chunk 5: 4 is merged with 3, then both with 1 and 2
+        if next(merges) == 3:  # the sixth chunk, with the fifth
             raise KeyboardInterrupt
         return merge(self, *others)
 
@@ -309,7 +309,7 @@ def test_an_interrupt_within_a_merge_loses_a_chunk_at_most(tmp_path, monkeypatch
 
 
 def test_a_callable_may_end_the_call(tmp_path):
-    """The chunk that it is told of is in the file."""
+    """The chunk reported to the callable is already in the file."""
     file = tmp_path / "checkpoint"
 
     def told(done, total):
@@ -349,7 +349,7 @@ population_stats(
 
 
 def test_writing_takes_its_share_of_the_time(tmp_path, monkeypatch):
-    """Of a clock by which a chunk takes 10 s and a file 1 s: at once, then every 50 s."""
+    """On this clock a chunk takes 10 s and a file 1 s: it is written at once, then every 50 s."""
 
     class Clock:
         now = 0.0

@@ -1,4 +1,4 @@
-"""`nbnorm._rows`: moments of rows that do not depend on the calls they came in."""
+"""`nbnorm._rows`: moments of rows, which do not depend on how calls divide the rows."""
 
 from itertools import pairwise
 
@@ -43,7 +43,7 @@ def moments_of(x, cuts=(), weights=None):
 
 
 def exact(x, weights=None):
-    """Return moments in longdouble, NaN left out."""
+    """Return moments in longdouble, ignoring NaN."""
     there = ~np.isnan(x)
     w = there * (np.ones(len(x)) if weights is None else weights).astype(np.longdouble)[:, None]
     values = np.where(there, x, 0).astype(np.longdouble)
@@ -111,7 +111,7 @@ def test_against_longdouble(dtype, order, nan, weighted, cuts):
     "cuts", [(), range(1, N, 100), ACROSS_BORDERS], ids=["whole", "hundreds", "in calls"]
 )
 def test_a_mean_far_off_costs_no_digits(order, nan, weighted, offset, cuts):
-    """Moments that merged float64 means would be off by 1e-10 here."""
+    """Merging means in float64 would cause errors of 1e-10 here."""
     x = drawn("float64", order, nan=nan, offset=offset)
     weights = drawn_weights("float64") if weighted else None
     whole, got = exact(x - offset, weights), moments_of(x, list(cuts), weights)

@@ -265,7 +265,7 @@ def test_nan_and_inf_stay_in_their_channel(shape, training, bad):
 
 @pytest.mark.parametrize("shape", [(3000, 8, 16, 17), (70_000, 24)], ids=["rows", "columns"])
 def test_large_and_small_divisions_have_the_same_bits(shape):
-    """Threads and blocks decide no bits: channels by themselves are as within the whole."""
+    """The number of threads, and with it the division into blocks, does not change the bits."""
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
     try:
         rng = np.random.default_rng(0)

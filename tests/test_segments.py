@@ -26,7 +26,7 @@ import nbnorm
 from nbnorm import BatchNorm, Moments, reference
 from nbnorm.distributed import SelfComm, SyncBatchNorm
 
-pytestmark = pytest.mark.slow  # kernels of its own, or of many kinds
+pytestmark = pytest.mark.slow  # compiles kernels that few other tests use
 
 BACKWARD = [name for name in taking("groups") if "backward" in name]
 
@@ -138,7 +138,7 @@ def test_backward_is_that_of_each_part(division, rows, training, dy_layout):
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("segments", [{"groups": 3}, {"offsets": np.array([0, 2, 2, 9])}], ids=str)
 def test_one_parameter_alone_has_gradients_of_its_shape(segments, rows, activation):
-    """dgamma and dbeta look like gamma; without gamma, dbeta looks like beta."""
+    """dgamma and dbeta have the shape of gamma; without gamma, dbeta has that of beta."""
     x, dy = np.random.default_rng(3).normal(1.0, 2.0, (2, 9, 4, 5))
     gamma, beta = np.random.default_rng(4).normal(1.0, 0.5, (2, *(3,) * rows, 4))
     for scale, shift in ((gamma, None), (None, beta)):
@@ -220,7 +220,7 @@ def test_layouts(layout, axis):
 
 
 def test_samples_apart_in_memory():
-    """They are no channels of one array, though each part is one sample."""
+    """Parts of one sample each cannot be read as channels of one array if samples lie apart."""
     x = np.random.default_rng(0).normal(size=(2, 6, 300)).astype(np.float32)[:, :3]
     out = np.full((2, 6, 300), 7, np.float32)
     y = nbnorm.batch_norm_forward(x, groups=2, out=out[:, :3]).y
@@ -262,7 +262,7 @@ def test_running_statistics_normalise_every_part():
     ref = reference.batch_norm_forward(x, gamma, None, *running, training=False, groups=3)
     assert_allclose(got.y, ref.y, rtol=1e-5, atol=1e-6)
     assert_allclose(got.mean, ref.mean)
-    got.mean[...] = 0  # is no view of the running statistics
+    got.mean[...] = 0  # must not be a view of the running statistics
     assert_array_equal(running[0], np.linspace(-1, 1, 5))
 
 
@@ -305,7 +305,7 @@ def test_moments_whose_counts_differ():
 
 
 def test_moments_without_values_have_no_influence():
-    """Whatever their mean is, and where the square of its distance leaves float64's range."""
+    """Even if their mean is NaN, or so far away that the square of the distance overflows."""
     zero = np.zeros((2, 1))
     one = Moments(np.array([[0.0], [3.0]]), np.array([[np.nan], [1.0]]), zero)
     other = Moments(np.array([[2.0], [0.0]]), np.array([[1e200], [0.0]]), np.array([[4.0], [0.0]]))
@@ -317,7 +317,7 @@ def test_moments_without_values_have_no_influence():
 
 
 def test_an_empty_part_beside_a_large_one():
-    """All threads take a large part together, and none an empty one."""
+    """All threads share a large part; an empty part needs none."""
     x = np.random.default_rng(0).normal(size=(64, 2, 300)).astype(np.float32)
     y, mean, rstd = nbnorm.batch_norm_forward(x, offsets=np.array([0, 0, 64]))
     expected = nbnorm.batch_norm_forward(x)
@@ -327,7 +327,7 @@ def test_an_empty_part_beside_a_large_one():
 
 
 def test_a_part_may_count_values_elsewhere():
-    """As those of other ranks; each part its own number of them."""
+    """`count` may include values of other ranks, another number for each part."""
     x, dy = np.random.default_rng(0).normal(size=(2, 3, 4, 300)).astype(np.float32)
     counts, offsets = np.array([[300.0], [600.0], [1200.0]]).repeat(4, axis=1), np.arange(4)
     moments = nbnorm.batch_norm_stats(x, offsets=offsets)
@@ -393,7 +393,7 @@ def test_residual_and_relu():
         assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-# As other libraries have it
+# Against other libraries
 
 
 @pytest.mark.parametrize("size", [(7, 7), (20, 20)])
@@ -408,7 +408,7 @@ def test_instance_norm_is_torchs(size):
 
 
 def test_group_norm_is_torchs():
-    """Groups of channels are the channel axis of a reshaped x; an affine per channel follows."""
+    """Groups are the channel axis of a reshaped x; gamma and beta per channel are applied later."""
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(2, 3, size=(4, 6, 9, 9)).astype(np.float32)
     gamma, beta = np.linspace(0.5, 2, 6, dtype=np.float32), np.linspace(-1, 1, 6, dtype=np.float32)

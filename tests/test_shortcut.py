@@ -24,7 +24,7 @@ NUMBERS = [1e-5, 0.0, 0.1, 1.0, 1, 0, -0.5, np.nan, np.inf, np.float64(0.25), "1
 
 
 class Subclass(np.ndarray):
-    """A subclass of ndarray, which is not ordinary."""
+    """A subclass of ndarray: calls with it do not take the shortcut."""
 
 
 def made(rng, shape, dtype, layout, positive=False):
@@ -126,7 +126,7 @@ def overlapping(first, second):
     """Return copies of two arrays: the last bytes of one are the first of the other."""
     shared = min(first.itemsize, second.itemsize)
     memory = np.zeros(first.nbytes + second.nbytes - shared, np.uint8)
-    # Aligned for any sizes.
+    # Both arrays are aligned, whatever their sizes.
     one = memory[second.nbytes - shared :].view(first.dtype).reshape(first.shape)
     other = memory[: second.nbytes].view(second.dtype).reshape(second.shape)
     other[...] = second
@@ -247,7 +247,7 @@ def compare(request, monkeypatch):
     _shortcut._site.cache_clear()
 
 
-@pytest.mark.slow  # two hundred draws meet a hundred kinds of kernels
+@pytest.mark.slow  # two hundred draws compile a hundred kinds of kernels
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_with_and_without(name, compare):
     ordinary = []
@@ -258,11 +258,11 @@ def test_the_same_with_and_without(name, compare):
         ordinary.append(compare(name, recipe))
 
     draw()
-    assert 20 < sum(ordinary) < len(ordinary) - 20  # draws depend on Hypothesis
+    assert 20 < sum(ordinary) < len(ordinary) - 20  # loose: draws depend on Hypothesis's version
 
 
 def useless(name, activation):
-    """Return what does not give the derivative of an activation."""
+    """Return the arguments from which backward cannot compute an activation's derivative."""
     if name != "backward":
         return ()
     return {None: ("y", "residual"), "relu": ("residual",)}.get(activation, ("y",))
@@ -296,7 +296,7 @@ def test_all_arrays_in_one_order(name, layout, compare):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CALLS)
 def test_one_thing_that_is_not_ordinary(name, training, activation, compare):
-    """Make every argument unusual in every way, and let every two of them share memory."""
+    """Make every argument unusual in every way, and let every pair of them share memory."""
     _, like_x, per_channel, others = CALLS[name]
     shape = (9, 3, 2, 2)
     usual = {
@@ -371,11 +371,11 @@ def test_arrays_that_were_unpickled_are_ordinary(compare):
         assert compare(name, recipe)
 
 
-@pytest.mark.slow  # each activation is kernels of its own
+@pytest.mark.slow  # each activation compiles its own kernels
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("activation", [*NAMES, MINE], ids=str)
 def test_every_activation(name, activation, compare):
-    """By name, as an object and of the user's own functions; with and without a residual."""
+    """By name, as an object and user-defined; with and without a residual."""
     _, like_x, per_channel, others = CALLS[name]
     arrays = {n: ((3,), "f8" if n in ("mean", "rstd") else "f4", "C") for n in per_channel}
     if name == "inference":

@@ -156,7 +156,7 @@ PROBE = """<script>addEventListener("load", () => {
 
 
 def look(path, width, folder):
-    """Render a page; return its number of header items, their spacing, and clipped code."""
+    """Render a page; return the number of header items, their vertical spread, and clipped code."""
     probe = path.with_name("probe.html")
     probe.write_text(path.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
     try:

@@ -1,4 +1,4 @@
-"""Datasets of Zarr, h5py, xarray and dask: each chunk of a file once, in bounded memory."""
+"""Datasets of Zarr, h5py, xarray and dask: each chunk is read once, in bounded memory."""
 
 import io
 import sys
@@ -19,7 +19,7 @@ da = pytest.importorskip("dask.array", reason="arrays of dask need dask")
 
 
 class CountingStore(zarr.storage.MemoryStore):
-    """Counts what is read of each chunk."""
+    """Counts the reads of each chunk."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -37,7 +37,7 @@ class CountingStore(zarr.storage.MemoryStore):
 
 
 class CountingFile(io.BytesIO):
-    """Counts reads by where they begin."""
+    """Counts reads by the offset at which they begin."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class InHDF5:
         self.file = CountingFile()
         with h5py.File(self.file, "w") as file:
             file.create_dataset("x", data=x, chunks=chunks, compression="gzip")
-        # Chunks would be kept, of files larger than this one too few.
+        # No chunk cache: it would hide that chunks of a small file such as this are read again.
         self.dataset = h5py.File(self.file, "r", rdcc_nbytes=0)["x"]
         number = self.dataset.id.get_num_chunks()
         self.chunks = [self.dataset.id.get_chunk_info(i).byte_offset for i in range(number)]
@@ -78,7 +78,7 @@ class InHDF5:
 
 
 class Unchunked:
-    """A dataset that does not tell its chunks."""
+    """A dataset that does not state its chunks."""
 
     def __init__(self, dataset):
         self._dataset, self.shape = dataset, dataset.shape
@@ -93,9 +93,9 @@ SHAPE, DIMS = (60, 6, 20, 10), ("time", "band", "y", "x")
 CHUNKS = (
     ((7, 6, 20, 10), 1, 60_000),
     ((7, 6, 8, 10), 1, 12_000),
-    ((7, 2, 8, 5), 1, 3000),  # those of all channels are too many values
+    ((7, 2, 8, 5), 1, 3000),  # the chunks of all channels together are too many values
     ((7, 4, 20, 10), 1, 18_000),
-    ((60, 1, 20, 10), 1, 6000),  # greater than a piece
+    ((60, 1, 20, 10), 1, 6000),  # a chunk of the file is larger than a piece
     ((1, 6, 1, 1), 1, 50),
     ((8, 6, 4, 5), -1, 3000),
     ((8, 6, 4, 5), (1, 3), 3000),
@@ -117,7 +117,7 @@ def test_each_chunk_of_a_file_is_read_once(kind, chunks, axis, chunk):
 
 @kinds
 def test_reads_are_counted(kind):
-    """If chunks are not known they are read more than once, so that the test above can fail."""
+    """Chunks that are not stated are read more than once: the test above can fail."""
     stored = KINDS[kind](drawn(SHAPE), (7, 6, 20, 10))
     population_stats(Unchunked(stored.dataset), chunk=4000)
     assert max(stored.reads()) > 1
@@ -125,7 +125,7 @@ def test_reads_are_counted(kind):
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """The shapes of the chunks passed to batch_norm_stats, in order."""
+    """Return the list of the shapes of the chunks passed to batch_norm_stats, in order."""
     taken, stats = [], population.batch_norm_stats
 
     def watched(x, *, axis):
@@ -139,7 +139,7 @@ def pieces(monkeypatch):
 @kinds
 @pytest.mark.parametrize(("chunks", "axis", "chunk"), CHUNKS, ids=str)
 def test_pieces_are_no_larger_than_asked(kind, chunks, axis, chunk, pieces):
-    """A fifth of it, for what reading needs, or one chunk of the file."""
+    """A piece has at most a fifth of `chunk`, as reading takes memory too, or is one file chunk."""
     population_stats(KINDS[kind](drawn(SHAPE), chunks).dataset, axis=axis, chunk=chunk)
     sizes = [np.prod(shape) for shape in pieces]
     assert sum(sizes) == np.prod(SHAPE)
@@ -183,7 +183,7 @@ def test_an_uncompressed_dataset_of_h5py():
 
 @kinds
 def test_several_datasets(kind):
-    """Chunks of one may divide the channels, and of another not."""
+    """The chunks of one dataset divide the channels; those of another do not."""
     x = drawn(SHAPE, "float32")
     data = [KINDS[kind](x[:25], (25, 2, 5, 5)), KINDS[kind](x[25:], (7, 6, 20, 10))]
     comp = population_stats((stored.dataset for stored in data), chunk=2000)

@@ -149,11 +149,11 @@ def test_rows_with_gaps_stream_the_same_bits(shape, gap, streaming):
             out.assert_kept()
 
 
-@pytest.mark.slow  # kernels of its own
+@pytest.mark.slow  # compiles kernels that few other tests use
 @pytest.mark.parametrize("kind", ["samples", "values", "weights"])
 @shapes
 def test_what_counts_streams_the_same_bits(shape, kind, streaming):
-    """A row takes over the first values of the next one only if both have one weight."""
+    """A row takes over the first values of the next one only if both have the same weight."""
     x, dy, gamma = drawn(shape, "float32", 0), drawn(shape, "float32", 1), np.ones(shape[1])
     rng, alike = np.random.default_rng(2), (shape[0], *[1] * (len(shape) - 1))
     weights = rng.integers(0, 3, shape if kind == "values" else alike)
@@ -215,7 +215,7 @@ def test_shared_passes_and_threads_stream_too(streaming):
 
 @pytest.mark.parametrize("shape", [(3, 4, 20, 20), (40, 64)], ids=str)
 def test_unaligned_results_are_not_streamed_to(shape, streaming):
-    """A vector store past the cache must be aligned, or the processor stops the program."""
+    """A vector store past the cache must be aligned, or the program crashes."""
     x = drawn(shape, "float32", 0)
     expected = nbnorm.batch_norm_forward(x)
     streaming(True)

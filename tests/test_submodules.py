@@ -12,7 +12,7 @@ HOSTS = ["autograd", "mygrad", "onnx", "sklearn", "thinc", "torch"]
 
 
 def run(code):
-    """Run a program in a child process, as this one has imported everything."""
+    """Run a program in a child process: this process has imported everything already."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""`ThreadComm` itself: order, timing, and what happens when a thread does not come.
+"""`ThreadComm` itself: order, timing, and what happens when a thread does not arrive.
 
 `test_distributed.py` runs all cases of ranks over it, and compares its bits with those of
 processes.
@@ -58,7 +58,7 @@ def gathered(comm, row):
 )
 @settings(deadline=None)
 def test_every_rank_gets_all_rows_in_rank_order(size, rounds, dtype, seed):
-    """Whichever rank is late, and although senders reuse their buffers at once."""
+    """Even if some ranks are late and senders reuse their buffers at once."""
 
     def exchanges(comm):
         late = random.Random(100 * seed + comm.rank)
@@ -121,7 +121,7 @@ def test_large_parts_in_parallel_kernels(threads):
     layers = {}
 
     def train(comm):
-        numba.set_num_threads(threads)  # of this thread's calls
+        numba.set_num_threads(threads)  # for calls from this thread only
         layer = layers[comm.rank] = SyncBatchNorm(16, comm=comm)
         part = x[4 * comm.rank : 4 * comm.rank + 4]
         for _ in range(3):
@@ -186,12 +186,12 @@ def test_an_exception_in_one_thread_ends_the_others():
         assert isinstance(error, RuntimeError)
         assert str(error) == "rank 1 has ended with ZeroDivisionError: no data"
         assert error.__cause__ is failure
-    with pytest.raises(RuntimeError, match="rank 1 has ended"):  # nor does anyone wait later
+    with pytest.raises(RuntimeError, match="rank 1 has ended"):  # later calls do not wait either
         gathered(comms[0], np.zeros(1))
 
 
 def test_an_exchange_that_is_complete_is_not_undone():
-    """A rank that fails right after it must not take the rows from those that have yet to wake."""
+    """If a rank fails right after an exchange, ranks that have yet to wake still get its rows."""
 
     def work(comm):
         table = gathered(comm, np.array([float(comm.rank)]))
@@ -237,7 +237,7 @@ def test_a_time_limit_names_all_that_are_missing():
     comms = ThreadComm.split(3, timeout=0)
     with pytest.raises(TimeoutError, match=r"^rank 1 has waited 0 s for ranks 0, 2$"):
         gathered(comms[1], np.zeros(1))
-    with pytest.raises(RuntimeError, match=r"^rank 1 has ended with TimeoutError"):  # outside with
+    with pytest.raises(RuntimeError, match=r"^rank 1 has ended with TimeoutError"):  # no `with`
         gathered(comms[0], np.zeros(1))
 
 

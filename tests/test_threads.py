@@ -1,6 +1,6 @@
 """Any number of threads gives the same bits, serial or parallel, in this process and in others.
 
-Run as a script this file prints one hash of all results per thread count, for the child processes
+Run as a script, this file prints one hash of all results per thread count, for child processes
 of the last tests.
 """
 

@@ -57,7 +57,7 @@ print(*who)
 
 
 def test_threads_share_the_units():
-    """If the caller did all units, every other test would pass, too."""
+    """If the caller did all units, every other test would still pass."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{SHARED}"
     printed = run_child("-c", code, NUMBA_NUM_THREADS="2", NUMBA_THREADING_LAYER="omp")
     assert printed.split() == 4 * ["0"] + 4 * ["1"]
@@ -73,7 +73,7 @@ def test_what_a_unit_raises_is_a_memory_error_when_all_have_ended(wrong):
 
 
 def test_numba_still_has_the_pool_that_is_called_by_name():
-    """Otherwise all results would be right, but serial."""
+    """Otherwise all results would be right, but computed by one thread."""
     printed = run_child(
         "-c", "from nbnorm.cpu import threads; print(threads.pool(), threads.count())"
     )

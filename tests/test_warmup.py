@@ -1,4 +1,4 @@
-"""After `warmup` calls of its kind compile nothing."""
+"""After `warmup`, calls of the same kind compile nothing."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ import nbnorm
 from nbnorm import BatchNorm, Moments, cpu, reference
 from nbnorm.cpu import channel, weighted_columns
 
-pytestmark = pytest.mark.slow  # kernels of its own
+pytestmark = pytest.mark.slow  # compiles kernels that few other tests use
 
 KINDS = ("mask", "lengths", "weights")
 FUNCTIONS = taking("mask")
@@ -37,7 +37,7 @@ BACKWARD = [name for name in FUNCTIONS if "backward" in name]
 
 
 def what_counts(recipe, kind, shared, rng):
-    """Return the arguments that say what counts of x."""
+    """Return the arguments that state which values of x count."""
     shape, kept = list(recipe.shape), axes_of(len(recipe.shape), recipe.axis)
     if kind == "lengths":
         others = [i for i in range(1, len(shape)) if i not in kept]
@@ -51,13 +51,13 @@ def what_counts(recipe, kind, shared, rng):
 
 
 def skip_without_axis(kind, shape):
-    """Skip lengths of the examples that have no axis to go along."""
+    """Skip `lengths` in examples that have no axis for them."""
     if kind == "lengths" and shape in ((40, 3), (300, 200), (70, 2, 40)):
         pytest.skip("no axis to go along")
 
 
 def assert_statistics(x, mask):
-    """The moments of what counts are the oracle's."""
+    """Compare the moments of the values that count with the oracle's."""
     moments, ref = (f(x, mask=mask) for f in (nbnorm.batch_norm_stats, reference.batch_norm_stats))
     assert_within(moments.mean, ref.mean, mean_tolerance(ref, x.dtype), "mean")
     assert_within(moments.m2, ref.m2, m2_tolerance(ref, x.dtype), "m2")
@@ -72,7 +72,7 @@ def weights_of(recipe, counting):
 
 
 def poisoned(x, w, rng):
-    """Return x with NaN, Inf or greatest values where it does not count."""
+    """Return x with NaN, Inf or the largest finite numbers in place of values that do not count."""
     found = x.copy()
     with np.errstate(over="ignore"):
         wrong = rng.choice([np.nan, np.inf, -np.inf, 3e38], x.shape).astype(x.dtype)
@@ -93,7 +93,7 @@ def cases(draw, dtypes=("float32", "float64")):
 
 
 def tame(x, w, ref_mean, axis):
-    """Return x with the mean where it does not count, which adds nothing to a tolerance."""
+    """Replace values that do not count by the mean, which adds nothing to a tolerance."""
     return np.where(w > 0, x, spread(ref_mean, x, axis)).astype(x.dtype)
 
 
@@ -379,7 +379,7 @@ def test_segments_and_what_counts(shape, kind):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("late", [False, True])
 def test_threads_change_no_bit(shape, dtype, late, thread_count):
-    """Also if a channel begins to count later than others, which may be in a block with it."""
+    """Even if a channel begins to count later than others in the same block."""
     x, dy = data(dtype, shape), data(dtype, shape, 1)
     weights = np.random.default_rng(6).lognormal(0, 6, shape)
     if late:
@@ -445,9 +445,9 @@ def test_counts_of_other_parts_of_the_batch():
 
 @pytest.mark.parametrize("shape", [(30, 140), (700, 140), (40, 4, 400)], ids=str)
 def test_values_that_begin_to_count_late(shape):
-    """Also with a mean far from 0, which shows if a channel has no shift near it.
+    """The mean is far from 0: a channel without a shift near it would lose digits.
 
-    In a channel that counts in the beginning alone, later tiles are empty.
+    Some channels count only in the beginning, so their later tiles are empty.
     """
     x = np.random.default_rng(12).normal(1e6, 1, shape)
     mask = np.zeros(x.shape, bool)
@@ -471,7 +471,7 @@ def test_a_constant_channel_has_no_spread(shape, axis, kind, dtype):
 
 
 def test_the_first_samples_that_count_give_the_shift():
-    """However late: with one value, statistics of padded sequences took four times as long."""
+    """However late: with one value as the shift, padded sequences took four times as long."""
     N, C = 200, 5
     x = np.random.default_rng(0).normal(3, 1, (N, C)).astype(np.float32)
     counts = np.arange(N) % 2 * (np.arange(N) >= 50)
@@ -516,14 +516,14 @@ def test_weights_above_0_count_however_small():
 
 
 def test_weights_whose_sum_is_the_number_of_values():
-    """They are not a mask in which everything counts."""
+    """They must not be treated as a mask in which everything counts."""
     x, weights = np.array([[1.0], [2.0]]), np.array([[0.5], [1.5]])
     moments = nbnorm.batch_norm_stats(x, weights=weights)
     assert (moments.count, moments.mean[0]) == (2.0, 1.75)
 
 
 def test_a_mask_of_odd_bytes():
-    """True is any byte but 0, also where sums are taken again in float64."""
+    """Any byte except 0 is True, even where sums are taken again in float64."""
     x = np.array([[1e30], [-1e30], [3e30], [7.0]], np.float32)
     mask = np.array([[2], [2], [1], [0]], np.uint8).view(bool)
     odd = nbnorm.batch_norm_stats(x, mask=mask)

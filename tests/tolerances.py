@@ -2,7 +2,7 @@
 
 A result may be `UNITS` units in the last place of its storage dtype away from the oracle, at the
 scale of its terms: x - mean, the factor, the shift and the store round once each, and the float32
-sums of a cache tile add about as much together. Tolerances are computed in longdouble, which is
+sums of a cache tile add about as much again. Tolerances are computed in longdouble, which is
 exact enough for float64.
 """
 
@@ -47,7 +47,7 @@ def one_unit(scale, dtype):
 
 
 def relative_unit(dtype):
-    """Return the greatest relative distance of two neighbours: 2^-23 for float32."""
+    """Return the greatest relative distance between neighbours: 2^-23 for float32."""
     return np.longdouble(np.finfo(dtype).eps)
 
 
@@ -121,7 +121,7 @@ def dx_tolerance(dy, x, gamma, mean, rstd, *, axis, training=True):
 
 
 def inverse(gamma, beta, rstd, like):
-    """Return (mean, rstd, gamma) with which y, in place of x, has the same x_hat and gamma rstd.
+    """Return the (mean, rstd, gamma) that give y, in place of x, the same x_hat and gamma rstd.
 
     They are beta, 1 / gamma and gamma^2 rstd. `like` has the shape of a parameter.
     """
@@ -131,11 +131,11 @@ def inverse(gamma, beta, rstd, like):
 
 
 def from_y_tolerance(dy, x, gamma, beta, mean, rstd, *, axis, training=True):
-    """Return how far dx and dgamma from y may be from those from x, beside the usual errors.
+    """Return the extra error of dx and dgamma if they are computed from y rather than from x.
 
-    A y that is off by e makes x_hat off by e / |gamma|, and so the sum of dy x_hat by e / |gamma|
-    times the sum of |dy|. In dx / (gamma rstd), x_hat mean(dy x_hat) is off by the products of
-    one factor with the error of the other, and of both errors.
+    An error e of y causes an error e / |gamma| of x_hat, and so up to e / |gamma| times the sum of
+    |dy| in the sum of dy x_hat. In dx / (gamma rstd), the error of x_hat mean(dy x_hat) is each
+    factor times the error of the other, plus the product of both errors.
     """
     over = reduced_axes(x.ndim, axis)
     xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
@@ -160,7 +160,7 @@ def sums_tolerance(dy, x, mean, rstd, *, axis):
 
 
 def ty_tolerance(tx, tgamma, tbeta, x, gamma, mean, rstd, *, axis, training=True):
-    """Four units at the greatest terms of ty (and ddy), the means being of absolute values.
+    """Four units at the greatest terms of ty (and ddy), with means of absolute values.
 
     The terms are gamma * rstd * (tx - mean - xhat * mean), tgamma * xhat and tbeta.
     """
@@ -179,8 +179,8 @@ def ty_tolerance(tx, tgamma, tbeta, x, gamma, mean, rstd, *, axis, training=True
 def second_dx_tolerance(ddx, ddgamma, dy, x, gamma, mean, rstd, *, axis, training=True):
     """Four units at the greatest terms of the second derivative's dx (docs/math.md).
 
-    The terms are b (ddx - mean), p (dy - mean) and xhat times sums of products, with all sums
-    replaced by those of absolute values.
+    The terms are b (ddx - mean), p (dy - mean) and xhat times sums of products; every sum is taken
+    over absolute values.
     """
     xhat, factor, _ = terms_of(x, gamma, mean, rstd, axis)
     r, factor = np.abs(spread(rstd, x, axis)), np.abs(factor)
@@ -200,7 +200,7 @@ def second_dx_tolerance(ddx, ddgamma, dy, x, gamma, mean, rstd, *, axis, trainin
 
 
 def second_dgamma_tolerance(ddx, dy, x, mean, rstd, *, axis, training=True):
-    """Four units at the sum of absolute terms, as of dgamma itself."""
+    """Four units at the sum of absolute terms, as for dgamma itself."""
     xhat, _, _ = terms_of(x, None, mean, rstd, axis)
     over = reduced_axes(x.ndim, axis)
     _, mean_d, mean_d_xhat = _centred(ddx, xhat, axis, training)
@@ -238,12 +238,12 @@ def _relative_spread_tolerance(moments, dtype):
 
 
 def m2_tolerance(moments, dtype):
-    """Twice the relative error of a standard deviation: M2 is its square."""
+    """Twice the relative error of a standard deviation: M2 is proportional to its square."""
     return 2 * _relative_spread_tolerance(moments, dtype) * moments.m2
 
 
 def merge_tolerance(moments, x, merges, *, axis):
-    """Return what so many merges of parts of x add to the errors of mean and M2.
+    """Return what a number of merges of parts of x adds to the errors of mean and M2.
 
     Each merge rounds the mean by at most half a unit of float64 at |x|. Through differences of two
     means, that moves M2 in proportion to the standard deviation.
@@ -287,10 +287,10 @@ def running_tolerance(moments, running_mean, running_var, *, momentum, correctio
 
 
 def renorm_tolerance(moments, running_var, r, d, dtype, eps):
-    """Errors of r and d: those of the standard deviation and of the mean, over the running one.
+    """Errors of r and d: those of the standard deviation and mean over the running deviation.
 
-    Clipping magnifies neither. Each is rounded three times in float64: root, root and quotient of
-    r; difference, root and quotient of d, whose running variance is exact.
+    Clipping magnifies neither. Each rounds three times in float64: r in two roots and a quotient,
+    d in a difference, a root and a quotient. The running variance is exact.
     """
     running_std = np.sqrt(running_var.astype(np.longdouble) + np.longdouble(eps))
     of_r = (_relative_spread_tolerance(moments, dtype) + 3 * relative_unit(np.float64)) * np.abs(r)

@@ -44,7 +44,7 @@ LAYOUTS = {
 
 
 def arguments(axis, dtype, statistic, layout="contiguous"):
-    """Return arrays like x and others, by name, and the function that lays out those like x."""
+    """Return all arrays by name, and the function that lays out those that are like x."""
     rng = np.random.default_rng(5)
     start, laid_out = LAYOUTS[layout]
     like_x = {
@@ -225,7 +225,7 @@ WRITTEN = {
     "update_running_stats": {"running_mean", "running_var"},
 }
 WITHOUT_ARRAYS = {
-    # Results of other functions, options, and what takes no arrays.
+    # Types of results, options, and functions that take no arrays.
     *("BatchNormBackward", "BatchNormDoubleBackward", "BatchNormForward", "BatchRenormForward"),
     *("MicroBatchNormBackward", "MicroBatchNormForward"),
     *("Ramp", "Renorm", "activation", "set_pool_limit", "show_config", "warmup"),

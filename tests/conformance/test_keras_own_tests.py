@@ -6,8 +6,8 @@ A child process (keras_nbnorm.py) runs the tests in Keras's wheel: those of the 
 average, the variance is biased); evaluation is `batch_norm_inference`; moments are
 `batch_norm_stats`.
 
-nbnorm has neither masks nor batch renormalization. Their tests run too: Keras's layer computes
-masked statistics and the correction, and nbnorm does the rest.
+nbnorm's own masks and batch renormalization are not used. Keras's tests of both run too: Keras's
+layer computes masked statistics and the correction, and nbnorm does the rest.
 """
 
 import json

@@ -5,7 +5,7 @@ PyTorch's test suite is built on the tables `op_db` and `module_db`. Every sampl
 call runs through nbnorm and through PyTorch: in all dtypes of the tables, with contiguous tensors
 and with PyTorch's non-contiguous variant. Values, running statistics and gradients are compared
 with the oracle in float64: nbnorm's with the tolerances of all other tests, PyTorch's with about
-twice as much.
+twice those.
 
 The two differ intentionally, as the tests show:
 
@@ -16,7 +16,7 @@ The two differ intentionally, as the tests show:
 - Wrong arguments raise TypeError or ValueError where PyTorch's kernels raise RuntimeError.
 - nbnorm rejects third derivatives (RuntimeError) and forward mode of forward mode
   (NotImplementedError).
-- Running statistics that require grad raise TypeError, in PyTorch RuntimeError.
+- Running statistics that require grad raise TypeError, where PyTorch raises RuntimeError.
 """
 
 from itertools import product
@@ -468,11 +468,11 @@ def test_wrong_arguments_raise_in_both(spoilt, our_error, their_error):
                 assert tensor is None or tensor.equal(given[name])
 
 
-# PyTorch compiles decompositions by torch.jit.script, deprecated by itself, for the first dual.
+# For the first dual tensor, PyTorch calls torch.jit.script, which it has deprecated.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 @of_samples("nn.functional.batch_norm")
 def test_second_derivatives_and_forward_mode(call):
-    """As PyTorch checks its own: against differences, in float64."""
+    """Compare with differences in float64, as PyTorch's own tests do."""
     given = Call(*map(fresh, call))
     if given.input.dtype != torch.float64:
         y = integration.batch_norm(*given)

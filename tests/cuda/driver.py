@@ -93,7 +93,7 @@ class _Launch(ctypes.Structure):
 
 
 class Driver:
-    """What the fake driver of this process was called with."""
+    """The calls that this process made to the fake driver."""
 
     def __init__(self):
         self._library = ctypes.CDLL("libcuda.so.1")

@@ -1,11 +1,11 @@
 /* A CUDA driver without a GPU: it loads kernels, notes what is launched, and runs nothing.
  *
- * What a library asks cuGetProcAddress for and is not here is NULL, which the library reports when
- * it calls it. How many arguments a kernel takes, and of what size, is read from the machine code
- * it was loaded with, not from those who launch it.
+ * For a function that is not here, cuGetProcAddress gives NULL, which the library reports when it
+ * calls it. The number and sizes of a kernel's arguments are read from the machine code it
+ * was loaded from, not taken from the caller that launches it.
  *
- * There are three devices; the second is of another kind than the first and the third. For tests
- * is what begins with fake_. */
+ * There are three devices; the second is of another kind than the first and the third. Functions
+ * whose names begin with fake_ are for the tests. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -19,7 +19,7 @@
 
 enum { OK = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
 enum { DEVICES = 3, PARAMETERS = 64, LAUNCHES = 256 };
-enum { STATIC = 16 << 10 }; /* bytes of shared memory that every kernel has of its own */
+enum { STATIC = 16 << 10 }; /* bytes of static shared memory per kernel */
 
 typedef int Result;
 typedef uintptr_t Handle;
@@ -49,7 +49,7 @@ static void count(struct calls *calls, const char *name) {
     static struct calls calls;                                                                     \
     count(&calls, __func__)
 
-/* Calls of all functions whose names begin so. */
+/* Return the number of calls of all functions whose names begin with `prefix`. */
 long fake_calls(const char *prefix) {
     long sum = 0;
     for (struct calls *calls = all_calls; calls; calls = calls->next)
@@ -108,9 +108,9 @@ Result cuDeviceTotalMem_v2(size_t *bytes, int device) {
     return OK;
 }
 
-static int shared_memory, clusters; /* that all devices have */
+static int shared_memory, clusters; /* of all devices */
 
-/* A block may have so many bytes of shared memory; whether blocks may form clusters. */
+/* Set the bytes of shared memory that a block may have, and whether blocks may form clusters. */
 void fake_resources(int bytes, int has_clusters) { shared_memory = bytes, clusters = has_clusters; }
 
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
@@ -197,8 +197,8 @@ struct library {
 };
 
 /* Sizes of a kernel's parameters: section .nv.info.NAME, whose entries are format, attribute and,
- * for format 4, a size and so many bytes. Attribute 0x17 is one parameter: 4 bytes of nothing, 2
- * and 2 of its ordinal and offset, 4 whose upper 14 bits are its size. */
+ * for format 4, a number of bytes and these bytes. Attribute 0x17 is one parameter: 4 unused bytes,
+ * 2 of its ordinal, 2 of its offset, and 4 whose upper 14 bits are its size. */
 static Result read_parameters(const unsigned char *image, struct kernel *kernel) {
     const Elf64_Ehdr *elf = (const Elf64_Ehdr *)image;
     const Elf64_Shdr *sections = (const Elf64_Shdr *)(image + elf->e_shoff);
@@ -299,7 +299,7 @@ struct launch *fake_launch(long number) { return &launches[number % LAUNCHES]; }
 /* The next launch fails. */
 void fake_fail(Result error) { next_error = error; }
 
-/* A launch waits so long before it reads its arguments. */
+/* Each launch waits this many microseconds before it reads its arguments. */
 void fake_delay(unsigned time) { microseconds = time; }
 
 static Result launch(
@@ -370,7 +370,7 @@ Result cuLaunchKernelEx(
     );
 }
 
-/* -- what must not be called where nothing waits ----------------------------------------------- */
+/* -- functions that make the host wait: launches must not call them ---------------------------- */
 
 Result cuStreamSynchronize(Handle stream) { CALLED; return OK; }
 Result cuCtxSynchronize(void) { CALLED; return OK; }

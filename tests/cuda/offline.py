@@ -57,7 +57,7 @@ def ptx_of(kernel, dtype, parameters, weights=""):
 def code_of(kernel, kinds, architectures=tuple(ARCHITECTURES)):
     """Compile a kernel with its declared options; return its code by architecture.
 
-    It is typed once: Numba's LLVM IR of these kernels does not depend on the architecture.
+    The kernel is typed once: Numba's LLVM IR of these kernels does not depend on the architecture.
     """
     library = _library(kernel, kinds)
     cubins = [library.get_cubin(cc=ARCHITECTURES[name]) for name in architectures]

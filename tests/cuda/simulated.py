@@ -1,4 +1,4 @@
-"""The CUDA backend against the oracle, on the simulator; test_simulator.py runs it in a child.
+"""The CUDA backend against the oracle, simulated; test_simulator.py runs it in a child process.
 
 Blocks have two warps and chunks few values, so that small shapes have many of both.
 """
@@ -40,7 +40,7 @@ backend = simulator.load(THREADS=THREADS, BLOCK_VALUES=BLOCK_VALUES)
 
 ROWS = [(3, 5, 256), (2, 3, 300), (2, 2, 289), (11, 2, 256), (1, 1, 2500), (1, 3, 257)]
 COLUMNS = [
-    *[(5, 7, 16), (3, 4, 49), (30, 3, 1), (9, 5, 2), (100, 6, 10)],  # S fills vectors, or does not
+    *[(5, 7, 16), (3, 4, 49), (30, 3, 1), (9, 5, 2), (100, 6, 10)],  # S fills whole vectors or not
     *[(6, 40, 1), (3, 33, 4), (5, 70, 8), (2, 9, 64)],  # several channel groups, the last smaller
     *[(2, 200, 1), (1, 4, 16), (2, 1, 1), (1, 1, 31), (13, 1, 3), (3, 3, 63)],
 ]
@@ -327,7 +327,7 @@ def test_segments(arena, shape, ends, gap):
 @both
 @pytest.mark.parametrize("act", [None, activation("leaky_relu", slope=0.25)], ids=str)
 def test_backward_from_y(arena, shape, dtype, act):
-    """y in place of x, with parameters of both signs; what `functional` passes to the backend."""
+    """y takes the place of x, with parameters of both signs, as `functional` passes them."""
     recipe = Recipe(shape, 1, dtype, offset=3.0)
     gamma, beta = recipe.gamma(), recipe.beta()
     y, mean, rstd = reference.batch_norm_forward(recipe.x(), gamma, beta, activation=act)
@@ -355,7 +355,7 @@ def test_backward_from_y(arena, shape, dtype, act):
     dbeta_error, dgamma_error = sums_tolerance(through, v, center, over_gamma, axis=1)
     assert_within(sums[0], ref.dbeta, dbeta_error, "sum dy")
     assert_within(sums[1], ref.dgamma, dgamma_error, "sum dy x_hat")
-    if dtype != "float64":  # which is never kept
+    if dtype != "float64":  # float64 values are never kept
         kept = arena.wanted(y)
         with fused():
             assert_same_bits(
@@ -410,9 +410,9 @@ def test_drawn_shapes_and_layouts(data):
     for name in ("x", "dy", "residual", "y", "dx", "dresidual"):
         if draw(st.booleans()):
             found[name] = draw(layouts)
-            if S >= 256:  # _layout: planes are separate only where they are large
+            if S >= 256:  # _layout: planes may be apart only if they are large
                 found[name]["plane_gap"] = draw(st.integers(0, 8))
-            if C * S < 256:  # and so are samples
+            if C * S < 256:  # and samples only if they are large
                 found[name]["sample_gap"] = 0
     Run(arena, recipe, draw(st.sampled_from(MODES)), layouts=found).check()
     arena.check()
@@ -630,7 +630,7 @@ def test_sums_of_dy_may_leave_float32(arena, shape, dtype, full):
     dy = over_the_range(dy) if full else dy
     run = Run(arena, recipe, x=x, dy=dy)
     wanted = reference.batch_norm_backward(dy, x, run.gamma, run.mean, run.rstd)
-    # The unit is float32's at sums that only float64 can hold.
+    # Sums beyond float32's range are float64, but terms are float32: 2^29 float64 units.
     errors = sums_tolerance(dy.astype(np.float64), x, run.mean, run.rstd, axis=1)
     assert_within(run.sums[0], wanted.dbeta, errors[0] * 2.0**29, "sum dy")
     assert_within(run.sums[1], wanted.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
@@ -775,7 +775,7 @@ def test_x_minus_mean_may_be_twice_the_greatest_number(arena, shape, dtype, part
 @alone_and_mixed
 @pytest.mark.parametrize(("value", "eps"), [(np.finfo(np.float32).max, 1e-5), (2.0**102, 1e-20)])
 def test_a_constant_channel_of_large_numbers_gives_beta(arena, shape, value, eps):
-    """x - hi is 0; neither hi u nor a may become Inf."""
+    """x - hi is 0; neither hi u, with a power of two u, nor the factor a may become Inf."""
     gamma = np.full(shape[1], np.finfo(np.float32).max)
     run = Run(arena, Recipe(shape, 1, eps=eps), x=np.full(shape, value, np.float32), gamma=gamma)
     assert_same_bits(run.y, np.broadcast_to(run.beta[:, None], shape).copy())
@@ -812,9 +812,9 @@ def test_columns_of_dead_channels_are_read_in_vectors(arena):
 @pytest.mark.parametrize(
     ("values", "dy", "gamma"),
     [
-        # The mean of dy bounds v: mean(dy x_hat) does not limit a dy where x is its mean.
+        # mean(dy) must bound the power of two v: mean(dy x_hat) ignores a dy where x is the mean.
         ((0, 1e30, -1e30, 3e30, -3e30), {0: 1e30, 1: 1e-20}, 1e30),
-        # rstd mean(dy x_hat), of 1e-78, would require v = 1e40.
+        # rstd mean(dy x_hat) is 1e-78, which would require v = 1e40.
         ((1e26, 1e36, -1e36, -1e26), {0: 1e-30, 3: -1e-30}, 1e38),
     ],
     ids=["a large dy", "a mean of nearly 0"],
@@ -872,7 +872,7 @@ by_both = pytest.mark.parametrize("shape", [MASKED_ROW, MASKED_COLUMN], ids=["ro
 
 
 def weights_of(recipe, counting, fill=0.0, dead=False, first=None):
-    """Return weights as the backend takes them, a fifth of them 0; of channel 1 all, if `dead`.
+    """Return weights as the backend takes them: a fifth are 0, and if `dead` all of channel 1.
 
     `first` is the weight of the first value of each channel.
     """
@@ -945,7 +945,7 @@ class WeightedRun:
     results = Run.results
 
     def check(self):
-        """Compare with the oracle; with y and dy through ReLU as the backend has them."""
+        """Compare with the oracle; through ReLU, use the backend's own y and dy."""
         x, w, dtype, fill = np.where(self.w > 0, self.x, 0), self.w, self.x.dtype, self.weights.fill
         x = (x if fill is not None else self.x).astype(dtype)
         given = {"weights": w}
@@ -1248,7 +1248,7 @@ def test_second_order_in_any_layout(arena, shape, layout):
     [(1e-20, 1e-2, 1e-2), (1e-25, 1e-25, 1e-20), (1e25, 1e25, 1e10), (3e37, 1e10, 1e20)],
 )
 def test_second_order_beyond_float32(arena, shape, of_x, of_ddx, of_dy):
-    """Factors or sums leave float32's range, and results do not."""
+    """Factors or sums leave float32's range, but results do not."""
     recipe = Recipe(shape, 1, scale=of_x, eps=0.0, gamma_dtype="float64")
     check_second_order(arena, recipe, scales=(of_ddx, of_dy))
 
@@ -1257,10 +1257,10 @@ def test_second_order_beyond_float32(arena, shape, of_x, of_ddx, of_dy):
 
 
 def passes_of(arena, x, dy, residual, activation, layout):
-    """Return the results of all functions for x beside these dy and residual."""
+    """Return the results of all functions for x with this dy and residual."""
     C = x.shape[1]
     gamma, beta = np.linspace(0.5, 2, C), np.linspace(-1, 1, C)
-    gamma[C // 2] = 1e-42  # its columns need a unit, and are done one after the other
+    gamma[C // 2] = 1e-42  # needs a power of two: such columns are processed one by one
     x_, dy_, residual_ = (arena.given(values, **layout) for values in (x, dy, residual))
     y, dx, dresidual, ddy, dx2, ty = (arena.wanted(x, **layout) for _ in range(6))
     own = with_own_kernels(activation)
@@ -1276,7 +1276,7 @@ def passes_of(arena, x, dy, residual, activation, layout):
 
 
 def same_beside_float32(arena, recipe, name=None, layout=None, *, dy=True, residual=True):
-    """Check that float32 in place of halves changes no bit: kernels compute both in float32."""
+    """Check that float32 dy or residual change no bit: kernels compute with halves in float32."""
     act = activation(name) if name == "silu" else name
     x, *halves = recipe.x(), recipe.like_x(5), recipe.like_x(6)
     wide = [

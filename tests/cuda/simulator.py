@@ -317,7 +317,7 @@ def _empty(shape):
 
 
 class _Importer:
-    """Find and load the TRANSFORMED modules, with other numbers in plan.py."""
+    """Find and load the TRANSFORMED modules, with other constants in plan.py."""
 
     def __init__(self, **numbers):
         folder = Path(importlib.util.find_spec("nbnorm").origin).parent / "cuda"

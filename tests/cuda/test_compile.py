@@ -17,7 +17,7 @@ NEEDED = {
 
 
 def _missing():
-    """Return the parts of the toolchain that are not installed."""
+    """Return which part of the toolchain is missing, or None."""
     for module, name in NEEDED.items():
         try:
             found = find_spec(module)
@@ -153,8 +153,8 @@ def test_what_reads_memory_once_stays_in_registers_too(traversal, name, dtype, w
     assert_lean(codes, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
     for code in codes.values():
         assert code.count("STS") >= width, "nothing is kept in shared memory"
-        assert code.count("ST") + code.count("LD") == 0, "shared memory by generic addresses"
-        assert code.count("LDG", "CONSTANT") == 0, "statistics by a cache that does not see writes"
+        assert code.count("ST") + code.count("LD") == 0, "generic addresses access shared memory"
+        assert code.count("LDG", "CONSTANT") == 0, "a cache that does not see writes is read"
         assert code.count("UCGABAR_WAIT") == 0
 
 
@@ -165,7 +165,7 @@ def test_blocks_of_a_cluster_wait_for_each_other_and_see_what_was_written(traver
     of = getattr(kernels.fused(traversal, dtype, width, True), name)
     (code,) = compiled(of, dtype, "float32", ("sm_90a",)).values()  # the first that has clusters
     assert_lean({"": code}, of, width=width, loads=KEPT_READ[name], stores=KEPT_WRITTEN[name])
-    # Twice: the block's writes are visible, all blocks have arrived, and L1 holds no stale values.
+    # Each occurs twice: writes become visible, all blocks arrive, and L1 drops its stale values.
     for instruction in ("MEMBAR", "UCGABAR_ARV", "UCGABAR_WAIT", "CCTL"):
         assert code.count(instruction) == 2, instruction
     assert code.count("LDG", "CONSTANT") == 0

@@ -12,7 +12,7 @@ from nbnorm._layout import PLANE
 
 
 def _loaded():
-    """Load the module by itself: its package needs CUDA, the module does not."""
+    """Load the module without its package, which needs CUDA."""
     file = Path(nbnorm.__file__).parent / "cuda" / "plan.py"
     spec = importlib.util.spec_from_file_location("plan_of_cuda", file)
     module = importlib.util.module_from_spec(spec)
@@ -128,7 +128,7 @@ def test_chunks_are_few_and_large_enough(shape, itemsize, aligned):
     cut = plan(*shape, itemsize, aligned)
     assert 1 <= cut.chunks <= cuts.CHUNKS
     values = N * S if cut.traversal == "rows" else N * S * min(cut.group, C)
-    # Each chunk but the last has enough values to amortise a block's other work.
+    # Each chunk except the last has enough values to amortise a block's other work.
     if 1 < cut.chunks < cuts.CHUNKS:
         assert values / cut.chunks >= cuts.BLOCK_VALUES / 4
 
@@ -158,7 +158,7 @@ def test_every_chunk_is_kept_by_one_block_that_has_the_memory(
 
 
 def test_what_fits_is_kept():
-    """Layers of ResNet-50 with batches of 32 and 256, on sm_90; x, and dy and x."""
+    """ResNet-50's layers, batches of 32 and 256, on sm_90: forward keeps x, backward dy and x."""
     sides = (112, 56, 56, 56, 28, 28, 28, 14, 14, 14, 7, 7)
     widths = (64, 64, 128, 256, 128, 256, 512, 256, 512, 1024, 512, 2048)
 

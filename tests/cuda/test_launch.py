@@ -291,7 +291,7 @@ def test_weights_are_handed_over_with_their_strides_and_numbers(driver, backend)
         )
         sums, common = driver.returned, {"mean": mean, "rstd": rstd, "gamma": gamma, "mask": 2}
         read = {"dy": ("dy", dy), "x": ("x", x), "y": ("y", y)}
-        written = {"dx": ("dx", dx), "dresidual": ("r", x)}  # x stands in for what is not wanted
+        written = {"dx": ("dx", dx), "dresidual": ("r", x)}  # x stands in for an unwanted result
         check(
             backward_reduce, "weighted.backward_reduce", cut.blocks,
             **weighted(x, weights, **read)[1], **common, beta=gamma, partial=None,
@@ -386,7 +386,7 @@ def fused(driver, shared=SHARED, clusters=True):
         be(0, False)
 
 
-# One chunk per channel, several, and so many that blocks keep two and more each.
+# One chunk per channel, several, and enough for blocks to keep two or more each.
 LARGE = [(3, 5, 512), (100, 3, 512), (400, 2, 512), (6, 16, 8), (700, 16, 8), (4000, 2, 24)]
 
 
@@ -835,7 +835,7 @@ def host_times(driver, backend):
 
 @under_the_driver
 def test_a_call_takes_the_host_some_microseconds(driver, backend):
-    """The aim for forward and backward on an idle machine is 10."""
+    """On an idle machine the aim for forward and backward is 10 us."""
     times = host_times(driver, backend)
     print(*(f"{name}: {spent:.1f} us" for name, spent in times.items()), sep="\n")
     assert max(times.values()) < 50, times

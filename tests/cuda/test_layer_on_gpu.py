@@ -119,7 +119,7 @@ print("done")
 """
 
 
-@pytest.mark.slow  # compiles kernels of its own, in a process of its own
+@pytest.mark.slow  # compiles kernels in a child process
 def test_a_layer_follows_its_inputs_to_a_gpu_and_back():
     tests = Path(__file__).parents[1]
     assert run_child("-W", "error", "-c", f"TESTS = {str(tests)!r}\n{CHILD}") == "done\n"

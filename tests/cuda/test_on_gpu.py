@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `pytest --backend cupy`, or scaled down, `--backend simulator`.
+"""Tests on a GPU: `pytest --backend cupy`, or `--backend simulator` with smaller shapes.
 
 Arrays are NumPy's; the backend copies them to the device and back (backends.py). Results must have
 the CPU's properties, within its tolerances. `benchmarks/gpu/check.sh` runs this file in parts:
@@ -318,7 +318,7 @@ def torch(on_device):
 
 
 def expected_of(function, torch):
-    """Return the function that takes NumPy arrays, computed where it is for tensors."""
+    """Return a function of NumPy arrays that computes on the device where tensors are."""
     return function.__wrapped__ if torch.device_here == "cpu" else function
 
 
@@ -408,7 +408,7 @@ def test_torch_modules_train_as_torchs_own(torch, layout):
 
 
 def captured(on_device, call):
-    """Return a function that replays a call, and the call's results; a simulated GPU repeats it."""
+    """Return a function that replays a call, and its results; on a simulated GPU, calls again."""
     if on_device.simulated:
         results = call()
 

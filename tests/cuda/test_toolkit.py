@@ -36,7 +36,7 @@ def wheels():
 
 @pytest.fixture(scope="module")
 def environment(wheels, tmp_path_factory):
-    """A Python with the fake driver and everything but those wheels."""
+    """Return environment variables of a Python with the fake driver and without CUDA's wheels."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")

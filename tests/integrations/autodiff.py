@@ -117,7 +117,7 @@ def assert_right(b, y, grads, *, axis, training=True, activation=None, eps=1e-5)
 
 
 def assert_right_through(b, y, grads, *, training, activation):
-    """Compare y and gradients with the oracle's where an activation is not ReLU."""
+    """Compare y and gradients with the oracle's, for activations other than ReLU."""
     options = {"residual": b.residual, "activation": activation}
     running = b.running_mean.copy(), b.running_var.copy()
     ref_y, mean, rstd = reference.batch_norm_forward(

@@ -313,7 +313,7 @@ def test_evaluation_leaves_running_statistics_alone():
 
 
 def test_a_gradient_taken_after_the_statistics_have_moved():
-    """Evaluation's gradient uses the statistics that normalised."""
+    """In evaluation, gradients use the statistics that normalised x, not later ones."""
     b = drawn()
     vjp, y = make_vjp(lambda x: batch_norm(x, b.gamma, b.beta, **frozen(b)))(b.x)
     before = b._replace(running_mean=b.running_mean.copy(), running_var=b.running_var.copy())
@@ -344,7 +344,7 @@ def test_running_statistics_that_are_differentiated_are_refused(name, training):
 
 
 def composed(x, gamma, beta, residual, running_mean, running_var, *, training, activation):
-    """Batch normalization of autograd.numpy's functions, for channels along axis 1."""
+    """Compute batch normalization with autograd.numpy's functions, for channels along axis 1."""
     over = tuple(i for i in range(x.ndim) if i != 1)
     shape = [-1 if i == 1 else 1 for i in range(x.ndim)]
     mean, var = (r.reshape(shape) for r in (running_mean, running_var))
@@ -374,14 +374,14 @@ FORMULAS = {
 }
 
 
-# Each activation has kernels of its own: three stand for what they all go through.
+# Each activation compiles its own kernels, so only three are tested in all cases.
 SECOND = [*product((None, "relu", "silu"), (True, False), (False, True))]
 SECOND += [(name, True, True) for name in FORMULAS if name not in (None, "relu", "silu")]
 
 
 @pytest.mark.parametrize(("activation", "training", "with_residual"), SECOND, ids=str)
 def test_second_derivatives(activation, training, with_residual):
-    """Of every pair of arguments, against batch normalization of autograd's own functions."""
+    """Compare every pair of arguments with batch norm composed of autograd's own functions."""
     b = drawn("NC", residual=True)
     arguments = [b.x, b.gamma, b.beta, *([b.residual] if with_residual else [])]
     options = {"training": training, "activation": activation}
@@ -487,7 +487,7 @@ def test_a_third_derivative_is_refused(name):
 
 
 def test_a_gradient_within_a_function_that_is_differentiated():
-    """It can be computed and used if nothing is differentiated through it."""
+    """The inner gradient can be used if nothing is differentiated through it."""
     b = drawn("NC")
 
     def function(factor):

@@ -46,7 +46,7 @@ def test_gradients_have_no_graph_and_second_derivatives_take_arrays():
     def penalty():
         """Half the squared gradient of sum(direction * y)."""
         batch_norm(x, gamma).backward(direction)
-        assert type(x.grad) is np.ndarray  # of which mygrad knows no origin
+        assert type(x.grad) is np.ndarray  # which is not part of mygrad's graph
         return np.sum(x.grad**2) / 2
 
     value = penalty()

@@ -15,14 +15,14 @@ import nbnorm.integrations.onnx as integration
 
 pytestmark = pytest.mark.cpu_only
 
-# The nodes use the latest operator set, models once exported by PyTorch set 6.
+# Tests of nodes use the latest operator set; models, once exported by PyTorch, use set 6.
 WANTED = r"test_(batchnorm_|BatchNorm\d).*_cpu"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # overflows in cases of other operators
     SUITE = BackendTest(integration.Backend, __name__)
 
-# Select only those; all others would count as skipped.
+# Select only the tests wanted; all others would count as skipped.
 TESTS = {
     name: test
     for case in SUITE.test_cases.values()

@@ -21,9 +21,9 @@ EPS = 1e-3
 
 
 def model_of(text, constants, *, opset=15, ir=8, dtype=np.float32):
-    """Return the model with this body, whose input is x and whose outputs are named by `y`.
+    """Return the model that `text` describes, its signature first; the input is x.
 
-    `constants` are initializers; the first line of the text is the signature.
+    `constants` become initializers.
     """
     model = parse_model(f'<ir_version: {ir}, opset_import: ["": {opset}]>\n{text}')
     for name, array in constants.items():
@@ -40,7 +40,7 @@ def norm_of(channels, seed=0, *, shift=True):
 
 
 def run(model, feeds):
-    """Return the outputs in float64 arithmetic, or that of the model's dtype."""
+    """Return the outputs of ONNX's reference evaluator, with nbnorm as its BatchNormalization."""
     return ReferenceEvaluator(model, new_ops=[BatchNormalization]).run(None, feeds)
 
 
@@ -79,7 +79,7 @@ NORM = f"BatchNormalization<epsilon = {EPS}>"
 
 @st.composite
 def convolutions(draw):
-    """Return a model of a convolution and a batch normalization in order, in float32, and x."""
+    """Return a float32 model of a convolution and a batch norm in either order, x, and a name."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     transposed, first = draw(st.booleans()), draw(st.booleans())
     kernel = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
@@ -155,7 +155,7 @@ def test_matrices(name, norm_first, how):
         result = check(model, x, folded=["u" if norm_first else "y"], how=how, **close)
         expected = ["MatMul", "Add"] if "MatMul" in name else ["Gemm"]
         assert [node.op_type for node in result.model.graph.node] == expected
-        assert len(result.model.graph.initializer) <= 6  # unused ones of the test among them
+        assert len(result.model.graph.initializer) <= 6  # including the unused ones of the test
 
 
 CONV = "g (double[N, 3, L] x) => (double[N, 3, M] y{more}) {{ {nodes} }}"
@@ -169,7 +169,7 @@ def conv_model(nodes, more="", **options):
     return model_of(CONV.format(nodes=nodes, more=more), W | norm_of(3), **DOUBLE, **options)
 
 
-# Operators of graphs at random, by the axes of x that are beside the channels, and how often.
+# Operators of random graphs, and how often each is drawn, by the axes of x after the channels.
 ANYWHERE = {"NORM({0}, s, b, m, v)": 4, "NORM({0}, s2, b2, m2, v2)": 2, "Relu({0})": 1}
 ANYWHERE |= {"Identity({0})": 1, "Add({0}, {1})": 1}
 OPS = {
@@ -177,7 +177,7 @@ OPS = {
         "Conv({0}, w1)": 3,
         "Conv({0}, w2, bias)": 3,
         "Conv<pads = [1, 1]>({0}, w3)": 2,
-        "ConvTranspose({0}, w4)": 1,  # with groups, ONNX takes the bias of the first for all
+        "ConvTranspose({0}, w4)": 1,  # no bias: with groups, ONNX applies the first group's to all
     },
     "": {
         "MatMul({0}, w5)": 4,
@@ -197,7 +197,7 @@ def test_graphs_at_random(axes, seed, size):
     ops, often = map(list, zip(*(ANYWHERE | OPS[axes]).items(), strict=True))
     values, nodes = ["x"], []
     for i in range(size):
-        # Mostly of the value before, as in networks.
+        # Mostly the previous value, as in networks.
         operands = [values[-1] if rng.random() < 0.7 else rng.choice(values) for _ in range(2)]
         op = rng.choice(ops, p=np.array(often) / sum(often))
         nodes.append(f"n{i} = {op.format(*operands)}")
@@ -564,7 +564,7 @@ def test_dtypes(dtype, of_norm):
     name = np.dtype(dtype).name
     kind = {"float32": "float", "float64": "double"}.get(name, name)
     text = CONV.format(nodes=nodes, more="").replace("double", kind)
-    model = model_of(text, W, dtype=dtype, opset=22, ir=10)  # the first with bfloat16
+    model = model_of(text, W, dtype=dtype, opset=22, ir=10)  # the first opset with bfloat16
     for key, array in norm_of(3).items():
         model.graph.initializer.append(numpy_helper.from_array(array.astype(of_norm), key))
     result = fold(model)
@@ -628,7 +628,7 @@ def test_a_network_in_onnxruntime():
     model = model_of(NETWORK.replace("NORM", NORM), constants)
     x = rng.standard_normal((2, 3, 8, 9)).astype(np.float32)
     folded = ["n0", "n1", "n2", "n4", "y"]
-    # Products of 54 terms, three in a row, and factors of batch normalization of up to 10.
+    # Three sums of 54 products in a row, with factors of batch normalization of up to 10.
     options = {"how": run_in_onnxruntime, "rtol": 1e-4, "atol": 1e-2}
     result = check(model, x, folded=folded, left=["n3"], **options)
     assert "padding is [1, 1, 1, 1], but" in result.left["n3"]

@@ -1,4 +1,4 @@
-"""nbnorm.integrations.sklearn beside scikit-learn's own scaler, and in scikit-learn's machinery."""
+"""nbnorm.integrations.sklearn against scikit-learn's own scaler, and with scikit-learn's tools."""
 
 import doctest
 import importlib
@@ -44,7 +44,7 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Yield benchmarks/scaler.py."""
+    """Return the module benchmarks/scaler.py."""
     monkeypatch.syspath_prepend(ROOT)
     return importlib.import_module("benchmarks.scaler")
 
@@ -79,14 +79,14 @@ def assert_like_theirs(ours, theirs, dtype):
         return
     moments = Moments(np.broadcast_to(seen, mean.shape), mean, var * seen)
     of_var = m2_tolerance(moments, dtype) / np.maximum(moments.count, 1)
-    # scikit-learn sums in float64 too, but does not merge pairs: some more roundings.
+    # scikit-learn also sums in float64, but not in pairs, and so rounds a little more.
     assert_within(ours.mean_, mean, mean_tolerance(moments, dtype) + 1e-14 * np.abs(mean), "mean")
     assert_within(ours.var_, var, of_var + 1e-13 * var, "var")
     root = np.where(scale == 1, 1, np.sqrt(ours.var_))
     assert_within(ours.scale_, root, 0, "scale")
 
 
-# The checks of arrays of other libraries run in a process of their own, below.
+# Checks with arrays of other libraries run in a child process, below.
 CHECKS = [
     pytest.param(estimator, check, id=f"{estimator}-{check.func.__name__}-{i}")
     for parameters in OPTIONS
@@ -124,7 +124,7 @@ raise SystemExit(pytest.main([*tests, *quiet]))
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_the_same_statistics(dtype, parameters, order, nan, weighted):
     if weighted and not any(parameters.get(name, True) for name in ("with_mean", "with_std")):
-        parameters = {}  # theirs does not weigh what it only counts
+        parameters = {}  # scikit-learn ignores the weights if it only counts samples
     x = drawn(dtype, order=order, nan=nan)
     weights = weights_of(len(x)) if weighted else None
     ours, theirs = StandardScaler(**parameters), Theirs(**parameters)
@@ -218,7 +218,7 @@ def test_calls_along_borders_give_the_same_bits(dtype, nan, weighted, thread_cou
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
 def test_partial_fit_far_from_zero_keeps_twelve_digits(chunk, benchmark):
-    """The bar of docs/scaler.md; theirs is off by 1e-10 and more."""
+    """The claim of docs/scaler.md; the error of scikit-learn's scaler is greater than 1e-12."""
     x = np.random.default_rng(0).normal(1e8, 1.0, (3000, 3))
     ours, theirs = StandardScaler(), Theirs()
     for begin in range(0, len(x), chunk):
@@ -388,7 +388,7 @@ def test_a_copy_goes_on():
 
 
 def test_attributes_suffice_to_go_on():
-    """Such as those that are stored, or those of scikit-learn's own scaler."""
+    """They may come from a file or, as here, from scikit-learn's own scaler."""
     x = drawn(nan=True)
     whole, theirs = StandardScaler().fit(x), Theirs().fit(x[:1500])
     ours = StandardScaler()

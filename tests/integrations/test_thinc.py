@@ -367,7 +367,7 @@ def test_a_network_learns():
     assert_allclose(var, (1 - start) * moments.var(correction=1) + start, rtol=1e-5)
 
 
-# Errors, before which nothing is written
+# Errors: they are raised before anything is written
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from nbnorm.activations import TABLE  # noqa: E402
 from nbnorm.integrations.torch import BatchNorm2d, _functional, batch_norm, convert  # noqa: E402
 
 pytestmark = [
-    pytest.mark.slow,  # each activation is kernels of its own
-    # of PyTorch's own, where it begins forward mode
+    pytest.mark.slow,  # each activation compiles its own kernels
+    # PyTorch warns about itself when it first uses forward mode.
     pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning"),
 ]
 
@@ -113,7 +113,7 @@ def test_one_tensor_as_input_and_residual():
 
 
 def test_evaluation_keeps_the_statistics_that_it_used():
-    """They may move between the passes."""
+    """The running statistics may change between the passes."""
     running, (x, *others) = arguments(False, False)
     y = ours(running, False, "silu")(x, *others)
     expected = torch.autograd.grad(

@@ -239,7 +239,7 @@ def test_symbolic_trace_with_the_modules_as_leaves():
 
 
 def run(model, x, labels):
-    """Output, then gradients, as vectors in float64."""
+    """Return the output and the gradients as vectors in float64."""
     y = model(x)
     functional.cross_entropy(y, labels).backward()
     grads = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])

@@ -25,7 +25,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 def randomised(model, dtype=torch.float64):
-    """Give a model in eval mode parameters and statistics of which no two are alike."""
+    """Put a model in eval mode, with random parameters and statistics that all differ."""
     model = model.to(dtype).eval()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -35,7 +35,7 @@ def randomised(model, dtype=torch.float64):
 
 
 def check(model, *inputs, folded, left=None, modules=nn.Identity):
-    """Fold a model, and compare; `folded` and `left` are the names that are expected."""
+    """Fold a model and compare results; `folded` and `left` are the expected names."""
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         expected = model(*inputs)
@@ -53,7 +53,7 @@ def check(model, *inputs, folded, left=None, modules=nn.Identity):
 
 @st.composite
 def pairs(draw):
-    """Return a layer and a batch normalization in order, and an input."""
+    """Return a layer and a batch normalization, in either order, and an input."""
     rank, transposed, first = draw(st.integers(0, 3)), draw(st.booleans()), draw(st.booleans())
     groups = draw(st.integers(1, 3))
     ins, outs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
@@ -77,7 +77,7 @@ def pairs(draw):
     if not bn.affine:
         bn.weight = bn.bias = None
     pair = randomised(nn.Sequential(*((bn, layer) if first else (layer, bn))))
-    if first and transposed and rank:  # can only have no shift
+    if first and transposed and rank:  # only a norm without a shift can be folded
         bn.running_mean.zero_()
         if bn.affine:
             nn.init.zeros_(bn.bias)
@@ -204,7 +204,7 @@ def test_what_is_inside_a_module_that_cannot_be_traced_stays():
     norms = ["stem.0", "stem.2", *BLOCKS, "head.0", "last"]
     result = check(model, x, folded=[], left=norms)
     assert {*result.left.values()} == {UNTRACED.format("the model")}
-    # The caller knows that it calls the parts as a whole.
+    # Fold the parts separately: this forward calls each of them as a whole.
     expected = model(x)
     model.stem, model.blocks = fold(model.stem).model, fold(model.blocks).model
     torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
@@ -219,7 +219,7 @@ def test_what_is_outside_a_module_that_cannot_be_traced_is_folded():
     folded, left = ["stem.0", "stem.2", "blocks.0.bn1", "blocks.0.bn2"], ["head.0", "last"]
     result = check(randomised(model), x, folded=folded, left=left + inside)
     assert {result.left[name] for name in inside} == {UNTRACED.format("blocks.1")}
-    # It may use a layer of others' alone.
+    # The untraced module may use a layer of another module by itself.
     model.blocks[1].other = model.blocks[0].conv1
     inside.append(folded.pop(2))
     result = check(randomised(model), x, folded=folded, left=left + inside)
@@ -227,7 +227,7 @@ def test_what_is_outside_a_module_that_cannot_be_traced_is_folded():
 
 
 def each(layers, x):
-    """Return the sum of the results of all layers, each of the one before."""
+    """Apply the layers one after the other; return the sum of all their results."""
     total = 0
     for layer in layers:
         x = layer(x)
@@ -573,7 +573,7 @@ def test_a_hooked_container_is_not_looked_through():
 
 
 class Remembers(nn.Module):
-    """A forward that changes its module."""
+    """A module whose forward changes it."""
 
     def __init__(self):
         super().__init__()

@@ -199,7 +199,7 @@ def test_layouts(layout):
 
 
 def test_gradient_that_is_expanded():
-    """That of a sum has strides of 0; with given statistics the result is gamma rstd."""
+    """The gradient of a sum has strides of 0; with given statistics dx is gamma rstd."""
     x = drawn(grad=True)
     given = *statistics(), *parameters()
     grads = []
@@ -313,7 +313,7 @@ def test_tensors_whose_sign_is_a_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_statistics_whose_sign_is_a_bit_are_not_moved(name, dtype):
-    """nbnorm raises rather than update a copy."""
+    """nbnorm raises an error instead of updating a copy."""
     running = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
     running[name] = torch._neg_view(torch.ones(3, dtype=dtype))
     before = {n: t.clone() for n, t in running.items()}
@@ -363,7 +363,7 @@ def test_several_gradients_in_one_pass():
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # PyTorch's
 def test_second_derivatives_against_differences(training, relu, with_residual):
     x, (weight, bias) = drawn((4, 3, 5), grad=True), parameters(grad=True)
     residual = drawn((4, 3, 5), grad=True) if with_residual else None
@@ -381,7 +381,7 @@ def test_second_derivatives_against_differences(training, relu, with_residual):
 @pytest.mark.parametrize("shape", [SHAPE, (40, 3)])
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_second_derivatives_in_every_dtype(dtype, shape):
-    """Against PyTorch's in float64, of the same values."""
+    """Compare with PyTorch's in float64, computed from the same values."""
     drawn_ = drawn(shape), *parameters(), drawn(shape), drawn(shape)
     given = [t.to(dtype) for t in drawn_]
     results = []

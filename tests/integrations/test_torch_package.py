@@ -17,7 +17,7 @@ import nbnorm.integrations.torch as integration  # noqa: E402
 
 
 def test_names_are_those_of_the_package():
-    """Regardless of the defining module, also in pickles."""
+    """Pickles store `__module__`: it names the package, whichever module defines an object."""
     for name in integration.__all__:
         assert getattr(integration, name).__module__ == "nbnorm.integrations.torch", name
     fused = integration.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), fuse_relu=True)

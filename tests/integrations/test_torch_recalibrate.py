@@ -73,7 +73,7 @@ def test_recalibrated_by_all_that_was_seen(dtype, momentum, converted):
             result = model(x)
             assert torch.equal(result, y)
             assert not result.requires_grad
-    # A plain average goes on from the batches seen here, as after PyTorch's update_bn.
+    # A plain average continues from the batches seen here, as after PyTorch's update_bn.
     tracked = ("num_batches_tracked",) if momentum is None else ()
     assert_kept(model, before, ("running_mean", "running_var", *tracked))
     for i, inputs in seen.items():
@@ -104,7 +104,7 @@ def test_a_cumulative_average_does_not_forget_the_statistics(converted, momentum
 
 
 def test_modes_may_change_within_the_block():
-    """Evaluation functions often begin with `eval`."""
+    """Functions that evaluate a model often call `eval` first."""
     model, (x, *_) = two_layers()[:4].train(), uneven()
     with recalibrate(model):
         in_training = model(x)
@@ -134,7 +134,7 @@ def test_converted_modules_go_through_each_batch_once(monkeypatch, dtype):
 
 
 def test_recalibration_by_the_operators(monkeypatch):
-    """Operators, as for subclasses of tensors, return the same bits."""
+    """The operators, which subclasses of tensors use, give the bits of direct calls."""
     results = []
     for direct in (True, False):
         torch.manual_seed(0)

@@ -62,7 +62,7 @@ REVERSE = {
 def test_reverse_mode_of_torch_func(transform, training, options):
     arguments = drawn((3, 3, 2)), *parameters()
     ours, expected = both(training, options=options)
-    if training and "vmap" in transform:  # unclear which sample would update them
+    if training and "vmap" in transform:  # unclear which sample would update the statistics
 
         def ours(x, weight, bias):
             return batch_norm(x, None, None, weight, bias, True, **options)
@@ -115,7 +115,7 @@ def in_dual_level(f, x, v):
 
 
 def penalised(f):
-    """The gradient penalty of a function, as a function of the same arguments."""
+    """Return the gradient penalty of a function, as a function of the same arguments."""
     inner = torch.func.grad(lambda *inputs: f(*inputs).pow(3).sum())
     return lambda *inputs: inner(*inputs).pow(2).sum()
 
@@ -137,7 +137,7 @@ SECOND_ORDER = {
 
 @pytest.mark.parametrize("options", [{}, {"relu": True}], ids=["plain", "relu"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # PyTorch's
 @pytest.mark.parametrize("way", SECOND_ORDER)
 def test_second_order_of_torch_func(way, training, options):
     arguments = drawn((3, 3, 2)), *parameters()
@@ -151,7 +151,7 @@ def test_second_order_of_torch_func(way, training, options):
 
 
 def composed(x, mean, var, weight, bias, training):
-    """Batch normalization of PyTorch's elementary functions."""
+    """Compute batch normalization with PyTorch's elementary functions."""
     if training:
         mean, var = x.mean((0, 2)), x.var((0, 2), unbiased=False)
     scale = torch.rsqrt(var + 1e-5) * weight
@@ -172,10 +172,10 @@ HESSIANS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("way", HESSIANS)
 def test_hessians(way, training):
-    """All orders of modes agree with those of the formula, and are symmetric.
+    """Hessians by all orders of modes agree with those of the formula.
 
-    PyTorch's own are not: in training, its second derivative with respect to weight and x, by
-    jacrev of jacrev, is wrong by 26 here (PyTorch 2.13).
+    Those of PyTorch's own function do not: in training, its second derivative with respect to
+    weight and x, by jacrev of jacrev, is wrong by 26 here (PyTorch 2.13).
     """
     arguments = drawn((3, 3, 2)), *parameters()
     running = (None, None) if training else statistics()
@@ -223,16 +223,16 @@ def plain(x):
     return batch_norm(x, None, None, training=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # PyTorch's
 @pytest.mark.parametrize("way", REFUSED)
 def test_what_has_no_forward_mode_is_refused(way):
-    """Rather than a tangent of 0."""
+    """A tangent of 0 would be wrong."""
     torch._dynamo.reset()
     with pytest.raises(NotImplementedError, match="no forward mode"):
         REFUSED[way](drawn((3, 3, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # of its own
+@pytest.mark.filterwarnings("ignore:.*jit.script.* is deprecated:DeprecationWarning")  # PyTorch's
 def test_forward_mode_and_torch_compile():
     torch._dynamo.reset()
     x, v = drawn((3, 3, 2)), drawn((3, 3, 2))
