@@ -435,7 +435,8 @@ def test_gradients_over_the_whole_range(shape, activation, size):
     sums = nbnorm.batch_norm_backward_reduce(
         dy, x, forward.mean, forward.rstd, gamma=gamma, **options
     )
-    errors = sums_tolerance(arriving.astype("float64"), x, forward.mean, forward.rstd, axis=1)
+    wide = arriving.astype("float64"), x.astype("float64")
+    errors = sums_tolerance(*wide, forward.mean, forward.rstd, axis=1)
     for sum_, wanted, error in zip(sums, (want.dbeta, want.dgamma), errors, strict=True):
         assert_within(sum_, wanted, error * 2.0**29, "sums")  # float64 terms, units of float32
 

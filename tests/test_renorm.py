@@ -378,7 +378,13 @@ def test_a_layer_with_residual_renormalises():
     y = layer.forward(x, residual)
     dx, dresidual = layer.backward(dy)
     assert_array_equal(dresidual, np.where(y > 0, dy, 0))
-    assert dx.shape == x.shape
+    parameters, running = (np.ones(3), np.zeros(3)), (np.zeros(3), np.ones(3))
+    expected, *saved = nbnorm.batch_renorm_forward(
+        x, *parameters, *running, r_max=2, d_max=1, residual=residual, activation="relu"
+    )
+    assert_array_equal(y, expected)
+    grads = nbnorm.batch_renorm_backward(dy, x, np.ones(3), *saved, y=y, activation="relu")
+    assert_array_equal(dx, grads.dx)
 
 
 def test_copies_go_on_alike():

@@ -631,7 +631,8 @@ def test_sums_of_dy_may_leave_float32(arena, shape, dtype, full):
     run = Run(arena, recipe, x=x, dy=dy)
     wanted = reference.batch_norm_backward(dy, x, run.gamma, run.mean, run.rstd)
     # Sums beyond float32's range are float64, but terms are float32: 2^29 float64 units.
-    errors = sums_tolerance(dy.astype(np.float64), x, run.mean, run.rstd, axis=1)
+    wide = dy.astype(np.float64), x.astype(np.float64)
+    errors = sums_tolerance(*wide, run.mean, run.rstd, axis=1)
     assert_within(run.sums[0], wanted.dbeta, errors[0] * 2.0**29, "sum dy")
     assert_within(run.sums[1], wanted.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
     error = dx_tolerance(dy, x, run.gamma, run.mean, run.rstd, axis=1)
@@ -1160,7 +1161,8 @@ def test_weighted_sums_of_dy_may_leave_float32(arena, shape):
     sums = call("backward_reduce", dy, x, gamma, mean, rstd, None, None, weights=weights)
     w = np.broadcast_to(weights.values, shape).astype(float)
     ref = reference.batch_norm_backward(dy, x, gamma, mean, rstd, weights=w)
-    errors = sums_tolerance(dy.astype(np.float64), x, mean, rstd, axis=1)
+    wide = dy.astype(np.float64), x.astype(np.float64)
+    errors = sums_tolerance(*wide, mean, rstd, axis=1)
     assert_within(sums[0], ref.dbeta, errors[0] * 2.0**29, "sum dy")
     assert_within(sums[1], ref.dgamma, errors[1] * 2.0**29, "sum dy x_hat")
 
