@@ -9,7 +9,7 @@ import nbnorm
 
 
 def run_child(*arguments, **environment):
-    """Run Python; return what it printed, or fail with what it printed to stderr."""
+    """Run Python; return what it printed, or fail with the end of that and of stderr."""
     package = str(Path(nbnorm.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     child = subprocess.run(
@@ -20,5 +20,6 @@ def run_child(*arguments, **environment):
         timeout=300,
         check=False,
     )
-    assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-4000:]}"
+    printed = child.stdout[-2000:] + child.stderr[-4000:]
+    assert child.returncode == 0, f"exit status {child.returncode}: {printed}"
     return child.stdout
