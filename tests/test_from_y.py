@@ -304,10 +304,8 @@ def test_gamma_of_0_among_several_channel_axes():
 
 
 @pytest.mark.parametrize("function", BACKWARD)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"leaky_relu"}))
 def test_activation_that_cannot_be_inverted(function, name):
-    if name == "leaky_relu":
-        return
     match = rf"^activation={name!r} cannot be inverted, so.*; pass x"
     refuses(function, ValueError, match, **spoiled(function, activation=name))
 
@@ -319,7 +317,7 @@ def test_slope_that_cannot_be_divided_by(function, slope):
     match = r"^activation=.* cannot be inverted with slope=.*; pass x"
     refuses(function, ValueError, match, **spoiled(function, activation=act))
     if slope < 1:
-        with pytest.raises(ValueError, match=r"cannot be inverted where .*; use inplace=False"):
+        with pytest.raises(ValueError, match=r"cannot be inverted with .*; use inplace=False"):
             BatchNorm(3, activation=act, inplace=True)
 
 
