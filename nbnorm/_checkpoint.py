@@ -31,10 +31,8 @@ class Checkpoint:
 
     def __init__(self, path: Any) -> None:
         self._merged, self._checksum = Pairwise(), 0
-        self._ahead, self._expected_checksum = (
-            0,
-            0,
-        )  # parts in the file not yet passed to `has_next`; checksum
+        # The number of parts in the file that were not yet passed to `has_next`; its checksum.
+        self._ahead, self._expected_checksum = 0, 0
         self._path = None if path is None else _checked(path)
         if self._path is not None and os.path.exists(self._path):
             self._read(self._path)
@@ -66,7 +64,7 @@ class Checkpoint:
         return True
 
     def add(self, moments: Moments) -> None:
-        """Merge the moments of the part that `has` was called for."""
+        """Merge the moments of the part that `has_next` was called for."""
         if self._restored:  # from NumPy to the data's library and device
             self._merged.waiting = [_like(moments, part) for part in self._merged.waiting]
             self._restored = False

@@ -586,7 +586,7 @@ def weight(value: Any, m: float) -> float:
 def weight_each(values: NDArray, own: NDArray) -> None:
     """Raise unless the count of each channel is finite, and positive where anything counts."""
     if not ((values > 0) | ((values == 0) & (own == 0))).all() or (values == np.inf).any():
-        raise ValueError(f"count must be finite, and positive where weights are, got {values}")
+        raise ValueError(f"count must be finite, and positive where values count, got {values}")
 
 
 def count(value: Any, x: NDArray) -> float:

@@ -130,7 +130,7 @@ class Frame:
         return None if array is None else self.required_like_x(array, name)
 
     def per_channel(self, array: Array | None, name: str) -> NDArray | None:
-        """Call `required` for an argument that may be None."""
+        """Call `required_per_channel` for an argument that may be None."""
         return None if array is None else self.required_per_channel(array, name)
 
     def required_per_channel(self, array: Array, name: str) -> NDArray:

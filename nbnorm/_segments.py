@@ -112,7 +112,7 @@ class SegmentedFrame(WeightedFrame):
             self.channel_shape = of_all
 
     def count(self) -> Any:
-        """Return the count per channel: an int for `groups` alone, else an array like mean."""
+        """Return the count per channel: an int if equal parts count whole, else an array."""
         if self._equal and self.weights is None:
             return self.m
         counts = self.memory.zeros(self.channel_shape)

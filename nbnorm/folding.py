@@ -193,9 +193,9 @@ def fold_into_conv(
         An argument is not a floating array.
     ValueError
         A shape is wrong; `eps` is negative or not finite; `groups` is not a positive integer or
-        does not divide the channels; `layout` does not fit `weight`, or is depthwise beside
-        `groups` or `transposed`. With `norm_first`: `padding` is missing or not 0, or the layer
-        is transposed; the last two are allowed if the shift is 0 in every channel.
+        does not divide the channels; `layout` does not fit `weight`, or is depthwise together with
+        `groups` or `transposed`. With `norm_first`: `padding` is missing, `padding` adds zeros, or
+        the layer is transposed; the last two are allowed if the shift is 0 in every channel.
 
     Notes
     -----

@@ -8,8 +8,9 @@ them.
 
 The module is meant for reading and testing. It is slow, takes only NumPy arrays, hardly checks
 arguments, and shares only the table of activations with the kernels. It computes in float64, or in
-is float64 or there is no x (folding, running statistics, backward from y), and returns results in
-that dtype. Only `out` and running statistics updated in place are rounded to their own dtypes.
+longdouble if x is float64 or there is no x (folding, running statistics, backward from y), and
+returns results in that dtype. Only `out` and running statistics updated in place are rounded to
+their own dtypes.
 
 Examples
 --------

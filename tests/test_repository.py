@@ -122,4 +122,4 @@ def test_ci_runs_every_step_of_the_gate():
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     lines = re.findall(r"^ +- (?:run: \.ci/run )?([a-z_ ]+)$", workflow, re.M)
     called = {name for line in lines for name in line.split()}
-    assert called == steps.keys() - {"pythons"}  # in CI every step runs on every Python
+    assert called == steps.keys() - {"pythons"}  # in CI the steps run on every Python

@@ -473,7 +473,7 @@ SEGMENTED = pytest.mark.parametrize("function", OVER_PARTS)
 @SEGMENTED
 @pytest.mark.parametrize("groups", [0, -1, 3])
 def test_groups_that_are_no_divisor(function, groups):
-    match = rf"^groups is {groups}, expected a divisor of 2, the length of axis 0 of x of shape"
+    match = rf"^groups is {groups}, expected a divisor of 2, the length of axis 0 of x .*\(2, 8, "
     refuses(function, ValueError, match, groups=groups)
 
 
@@ -491,7 +491,7 @@ def test_groups_that_are_no_int(function, groups):
         ([0, 2], TypeError, r"^offsets must be a NumPy array"),
         (np.array([0]), ValueError, r"^offsets has shape \(1,\), expected \(parts \+ 1,\)"),
         (np.array([[0, 2]]), ValueError, r"^offsets has shape \(1, 2\)"),
-        (np.array([1, 2]), ValueError, r"^offsets go from 1 to 2, expected 0 to 2, the length of"),
+        (np.array([1, 2]), ValueError, r"^offsets go from 1 to 2, .* 2, the length of axis 0 of x"),
         (np.array([0, 1]), ValueError, r"^offsets go from 0 to 1"),
         (np.array([0, 3]), ValueError, r"^offsets go from 0 to 3"),
         (np.array([0, 2, 1, 2]), ValueError, r"^offsets decrease"),

@@ -195,7 +195,7 @@ def _build(
     @ordered
     @named(f"{name}_backward_apply_pass")
     def backward_apply(dy, x, y, grid, work, norm, sums, count, dx, dresidual):
-        """dx = gamma rstd (g - (sums[0] + x_hat sums[1]) / count) and dresidual = g, if given."""
+        """dx and dresidual of `nbnorm.cpu.backward_apply`, each if given."""
         units, streamed = work.strips * work.parts, work.streamed != 0
         args = (
             dy, x, y, in_parts(grid, work), work.strip, work.parts, norm, sums, count, streamed,

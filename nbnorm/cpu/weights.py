@@ -1,9 +1,9 @@
 """Weights of values, as the traversals of values with weights read them.
 
-x is there (view of x, weights, fill), a tuple that the passes of kernels.py hand on. The weights
-are a view like x's, whose stride along c is None if all channels share them. For S = 1 that view
-may be replaced by (memory, stride of n): one weight per sample, also shared. Weights are uint8 (a
-mask, weights of 0 and 1) or of the compute dtype.
+In those traversals x is a tuple (view of x, weights, fill), which the passes of kernels.py hand on.
+The weights are a view like x's, whose stride along c is None if all channels share them. For S = 1
+that view may be replaced by (memory, stride of n): one weight per sample, also shared. Weights are
+uint8 (a mask, weights of 0 and 1) or of the compute dtype.
 """
 
 from numba import types

@@ -135,7 +135,8 @@ class StandardScaler(preprocessing.StandardScaler):
         Raises
         ------
         ValueError
-            As in `fit`, or X has another number of features. Nothing changes then.
+            As in `fit`, or X has another number of features. The statistics do not change
+            then.
         """
         first = not hasattr(self, "n_samples_seen_")
         data = _taken(X, partial(validate_data, self, reset=first), accept_sparse=("csr", "csc"))
