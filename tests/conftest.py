@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Collect garbage rarely: a compiler's objects live long, and it took 5 to 10 % of a run."""
     gc.freeze()
-    gc.set_threshold(100_000, 20, 10)
+    gc.set_threshold(10_000)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
