@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage rarely: a compiler's objects live long, and it took 5 to 10 % of a run."""
+    """Collect garbage less often: a compiler's objects live long, and it took 4 % of a run."""
     gc.freeze()
     gc.set_threshold(10_000)
 
